@@ -1,0 +1,42 @@
+# make demo: train orig and AMO on the demo set and compare them; make test: the test suite. Both install what they need into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+export OMP_WAIT_POLICY = PASSIVE
+
+.PHONY: demo demo-seeds test fast clean
+
+demo: $(VENV)/installed
+	$(PY) train.py --demo --stage psnr --resume auto
+	$(PY) train.py --demo --sampler orig --resume auto
+	$(PY) train.py --demo --sampler amo --resume auto
+	$(PY) evaluate.py --demo
+
+# the demo with three seeds, in one table: results/demo.json, results/demo.png
+SEEDS = runs/demo-seeds
+demo-seeds: $(VENV)/installed
+	for s in 0 1 2; do \
+	  $(PY) train.py --demo --stage psnr --seed $$s --out $(SEEDS)/psnr-$$s --resume auto && \
+	  $(PY) train.py --demo --sampler orig --seed $$s --init $(SEEDS)/psnr-$$s --out $(SEEDS)/orig-$$s --resume auto && \
+	  $(PY) train.py --demo --sampler amo --seed $$s --init $(SEEDS)/psnr-$$s --out $(SEEDS)/amo-$$s --resume auto || exit 1; done
+	$(PY) evaluate.py --demo --weights $(foreach s,0 1 2,$(SEEDS)/orig-$(s) $(SEEDS)/amo-$(s)) \
+	  --out-json results/demo.json --figure results/demo.png $(MORE)
+
+test: $(VENV)/installed-test
+	$(PY) -m pytest -q tests
+
+fast: $(VENV)/installed-test
+	$(PY) -m pytest -q -m fast tests
+
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed requirements-test.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf runs/*-small-* $(SEEDS) datasets/demo

@@ -1,0 +1,79 @@
+"""What several test files need: the repository on the path, few threads, small data sets and a reward of known order."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+REWARDS = '''
+import torch
+
+def brightness(device):
+    """Mean brightness, 0-100: a reward whose order over images is known."""
+    return lambda x: x.mean((1, 2, 3)) * 100
+
+def nan_when_bright(device):
+    """Not finite for an image whose mean is above one half."""
+    return lambda x: torch.where(x.mean((1, 2, 3)) > 0.5, torch.nan, 1.0)
+'''
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "fast: ends within seconds")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def rewards(tmp_path_factory):
+    """Folder of a module `test_rewards` with rewards of known order, importable in this process."""
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "test_rewards.py").write_text(REWARDS)
+    sys.path.insert(0, str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quintuplets(tmp_path_factory):
+    """A data set in HGGT's layout: 6 sets of 3 photos, 64 px; version 02 is the brightest, 03 the darkest; labels of A, B, C."""
+    import json
+
+    import data
+    root = tmp_path_factory.mktemp("data") / "HGGT"
+    rng = np.random.default_rng(0)
+    shift = {"original": 0, "01": 10, "02": 30, "03": -30, "04": 5}
+    for n in range(6):
+        stem = f"photo{n // 2}-{288 * (n % 2)}-0"
+        base = torch.from_numpy(rng.integers(60, 190, (3, 64, 64)))
+        for version, value in shift.items():
+            name = stem if version == "original" else f"{stem}_{version}"
+            data.save_image(root / "Train" / "images" / "0-6" / version / f"{name}.png", (base + value).byte())
+        for annotator in "ABC":
+            entries = {f"Picture_{i + 1}": {"Name": f"{stem}.png" if v == "original" else f"{stem}_{v}.png", "File": v,
+                                            "Label": None if v == "original" else ("Positive" if v == "01" and n else "Similar")}
+                       for i, v in enumerate(shift)}
+            path = root / "Train" / "labels" / "0-6" / annotator / f"{stem}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(entries | {"Time_cost": {"Start": "", "End": "", "Total": 1}}))
+    return root
+
+
+@pytest.fixture
+def script(rewards):
+    """Run one of the repository's scripts as a user would: script("train.py", "--demo", ...) -> CompletedProcess."""
+    def call(name, *words, processes=1, cwd=REPO, timeout=300, check=True):
+        launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        result = subprocess.run([sys.executable, *launch, str(REPO / name), *map(str, words)], capture_output=True, text=True, cwd=cwd,
+                                timeout=timeout, env={**os.environ, "PYTHONPATH": str(rewards), "OMP_NUM_THREADS": "1"})
+        if check and result.returncode:
+            raise AssertionError(f"{name} exited {result.returncode}:\n{result.stdout}\n{result.stderr}")
+        return result
+    return call
