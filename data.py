@@ -1,0 +1,434 @@
+"""Quintuplets (one original, several enhanced ground truths), their labels, the GT samplers of paper Sec. 4.2, the pair pool.
+
+Layout (HGGT as released, and what make_quintuplets.py writes):
+    ROOT/Train/images/<any>/{original,01,02,03,04}/     original/<stem>.png, 0k/<stem>_0k.png; <stem> = <photo>-<row>-<column>
+    ROOT/Train/labels/<any>/{A,B,C}/<stem>.json         three annotators; needed by upos and smp only
+    ROOT/Test/GT/<any>/{images,labels}/...              same, never trained on
+    ROOT/Test/Blind_Degradation_Benchmark_LQ/<any>/Blind_LR/<stem>.png
+Images are (3, H, W) uint8 RGB until they reach the device. Any number of enhanced folders (two digits) works; HGGT has four.
+"""
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader, Dataset
+
+ORIGINAL, POSITIVE, SIMILAR, NEGATIVE = 0, 1, 2, 3                               # HGGT's integer codes
+LABELS = {"Positive": POSITIVE, "Similar": SIMILAR, "Negative": NEGATIVE}
+SAMPLERS = ("orig", "rand", "upos", "sma", "smp", "amo")
+NEEDS_LABELS = ("upos", "smp")
+NEEDS_SCORES = ("sma", "smp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+# Images
+
+def load_image(path):
+    """An 8-bit RGB file as (3, H, W) uint8. ValueError for a damaged file and for grey, alpha or palette images.
+
+    Pillow reads a 16-bit colour PNG as the upper bytes of its values.
+    """
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            pixels = np.asarray(image) if mode == "RGB" else None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:       # Pillow's ways to say damaged
+        raise ValueError(f"{path}: damaged image ({error}): fetch or make it again") from None
+    if pixels is None:
+        raise ValueError(f"{path}: image mode {mode}, expected 8-bit RGB: convert it (Pillow: image.convert('RGB')) or remove it")
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def save_image(path, image):
+    """(3, H, W) in [0, 1] (rounded to 8 bit) or uint8 -> PNG."""
+    if image.dtype != torch.uint8:
+        image = image.clamp(0, 1).mul(255).round().byte()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path, compress_level=1)
+
+
+def save_grid(path, rows):
+    """PNG of rows of (image (3, H, W), caption): each caption stands in a strip above its image."""
+    strip, gap = 16, 4
+    cells = [[(im if im.dtype == torch.uint8 else im.clamp(0, 1).mul(255).round().byte(), text) for im, text in row] for row in rows]
+    widths = [max(row[c][0].shape[2] for row in cells if c < len(row)) for c in range(max(map(len, cells)))]
+    heights = [max(im.shape[1] for im, _ in row) + strip for row in cells]
+    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), sum(heights) + gap * (len(heights) - 1)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, row in enumerate(cells):
+        for c, (image, text) in enumerate(row):
+            x, y = sum(widths[:c]) + gap * c, sum(heights[:r]) + gap * r
+            draw.text((x + 2, y + 2), text, fill="black")
+            sheet.paste(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), (x, y + strip))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def list_images(folder):
+    """{stem: path} of a folder's image files, sorted by name. ValueError when two files share a stem or there is none."""
+    found = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            if path.stem in found:
+                raise ValueError(f"{path} and {found[path.stem].name}: two images of one name in {folder}: rename one")
+            found[path.stem] = path
+    if not found:
+        raise ValueError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it")
+    return found
+
+
+def photo_of(stem):
+    """`<photo>-<row>-<column>` -> `<photo>`; a name without offsets is its own photo. Patches of one photo overlap (HGGT)."""
+    return re.sub(r"-\d+-\d+$", "", stem)
+
+
+# Labels
+
+def vote(a, b, c):
+    """HGGT's merging of three annotators: the majority; three different votes count as SIMILAR."""
+    if b == c:
+        return b
+    return a if a in (b, c) else SIMILAR
+
+
+def read_label(path, stem, versions):
+    """One annotator's JSON -> {version: code} of the enhanced versions. The folder named in `File` decides, not the number.
+
+    ValueError when an entry is missing, doubled, unknown, belongs to another stem, or carries an unexpected label.
+    """
+    try:
+        entries = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: label missing; every quintuplet needs the votes of annotators A, B and C") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: not a label file; expected an object with Picture_1, Picture_2, ...")
+    codes = {}
+    for key, entry in entries.items():
+        if not key.startswith("Picture_"):
+            continue
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}: {key} is {entry!r}; expected an object with Name, File and Label")
+        version, label, name = entry.get("File"), entry.get("Label"), entry.get("Name")
+        if version not in versions or version in codes:
+            raise ValueError(f"{path}: {key} has File {version!r}; expected each of {versions} once")
+        if Path(str(name)).stem != (stem if version == "original" else f"{stem}_{version}"):
+            raise ValueError(f"{path}: {key} names {name!r}, which is not version {version!r} of {stem}")
+        if version != "original" and label not in LABELS:
+            raise ValueError(f"{path}: {key} has Label {label!r}; expected one of {list(LABELS)}")
+        codes[version] = ORIGINAL if version == "original" else LABELS[label]
+    missing = [v for v in versions[1:] if v not in codes]
+    if missing:
+        raise ValueError(f"{path}: no label for version(s) {missing}")
+    return codes
+
+
+# Quintuplets on disk
+
+class Sets:
+    """Images that belong together by stem: `stems` (sorted), `versions` (original first), where their files are.
+
+    files: {version: {file stem: path}}. Plain photos have the one version "original". label_folder holds A, B and C; lq is
+    the folder of ready-made LR images, if any.
+    """
+
+    def __init__(self, files, label_folder=None, lq=None, stems=None):
+        self.files, self.label_folder, self.lq = files, label_folder, lq
+        self.versions = list(files)
+        self.stems = sorted(files["original"]) if stems is None else stems
+
+    def path(self, stem, version="original"):
+        return self.files[version][stem if version == "original" else f"{stem}_{version}"]
+
+    def hold_out(self, photos, seed):
+        """-> (Sets without, Sets with only) `photos` photos drawn by seed. All patches of a photo stay on one side."""
+        names = sorted({photo_of(s) for s in self.stems})
+        if not 0 < photos < len(names):
+            raise ValueError(f"--val-photos {photos}: the data set has {len(names)} photos; hold out between 1 and {len(names) - 1}")
+        held = set(np.random.default_rng(seed).permutation(names)[:photos].tolist())
+        sides = [[s for s in self.stems if (photo_of(s) in held) == side] for side in (False, True)]
+        return tuple(Sets(self.files, self.label_folder, self.lq, stems) for stems in sides)
+
+    def labels(self):
+        """Merged labels, (number of stems, number of versions) int64; column 0 is ORIGINAL."""
+        if self.label_folder is None:
+            raise ValueError(f"{next(iter(self.files['original'].values())).parent.parent}: no labels beside it (labels/<any>/A, B, C): "
+                             "samplers upos and smp need them; rand, sma and amo work without")
+        for annotator in "ABC":
+            if not (self.label_folder / annotator).is_dir():
+                raise FileNotFoundError(f"{self.label_folder / annotator}: missing; HGGT's vote needs three annotators A, B and C")
+        rows = []
+        for stem in self.stems:
+            a, b, c = (read_label(self.label_folder / n / f"{stem}.json", stem, self.versions) for n in "ABC")
+            rows.append([ORIGINAL] + [vote(a[v], b[v], c[v]) for v in self.versions[1:]])
+        return torch.tensor(rows)
+
+
+def find_photos(folder):
+    """A folder of photographs as Sets with the one version "original"; a quintuplet data set gives its training originals."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; --data DIR names the photographs, --demo needs no download")
+    if (Path(folder) / "Train").is_dir():
+        return Sets({"original": find_sets(folder, "Train").files["original"]})
+    return Sets({"original": list_images(folder)})
+
+
+def find_sets(root, split):
+    """The Sets of split "Train" or "Test" under `root`, in the layout above; None for a Test split that is not there."""
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such data set; README says how to get HGGT (--data DIR), --demo needs no download")
+    base = root / "Train" if split == "Train" else root / "Test" / "GT"
+    originals = sorted(p for p in base.glob("**/[Oo]riginal") if p.is_dir())     # the test archive is said to spell it both ways
+    if not originals:
+        if split == "Test":
+            return None
+        raise FileNotFoundError(f"{base}: no images/*/original folder under it; expected HGGT's layout (see data.py)")
+    if len(originals) > 1:
+        raise ValueError(f"{base}: several sets ({', '.join(str(o.parent) for o in originals)}): keep one")
+    images = originals[0].parent
+    enhanced = sorted(f.name for f in images.iterdir() if f.is_dir() and re.fullmatch(r"\d\d", f.name))
+    if not enhanced:
+        raise ValueError(f"{images}: no folders of enhanced versions (01, 02, ...) beside {originals[0].name}/")
+    files = {"original": list_images(originals[0])}
+    for version in enhanced:
+        files[version] = list_images(images / version)
+        expected = {f"{s}_{version}" for s in files["original"]}
+        for problem, names in (("missing", expected - set(files[version])), ("without an original", set(files[version]) - expected)):
+            if names:
+                raise ValueError(f"{images / version}: {len(names)} files {problem} (of {len(expected)} expected), "
+                                 f"first {min(names)}.png: fetch or make the data set again")
+    labels = sorted({p.parent for p in base.glob("**/labels/**/[ABC]") if p.is_dir()}) or [None]
+    lq = sorted((root / "Test").glob("**/Blind_LR")) if split == "Test" else []
+    missing = set(files["original"]) - set(list_images(lq[0])) if lq else None
+    if missing:
+        raise ValueError(f"{lq[0]}: no LR image for {len(missing)} of the test set's originals, first {min(missing)}.png")
+    return Sets(files, labels[0], lq[0] if lq else None)
+
+
+# Ground-truth samplers, paper Sec. 4.2
+
+def candidates_for(sampler, labels, include_original=True):
+    """The candidate set S_I of Eq. 4 as a mask: A_I = all versions, P_I = those labelled POSITIVE (never the original).
+
+    labels: (B, K) codes, column 0 the original; only upos and smp look at the values. include_original=False takes the
+    original out of A_I ("one GT out of the four", Sec. 4.2). Returns (B, K) bool.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    if sampler in NEEDS_LABELS:
+        return labels == POSITIVE
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    if sampler == "orig":
+        mask[:, 1:] = False
+    elif not include_original:
+        mask[:, 0] = False
+    return mask
+
+
+def sampling_probs(scores, candidates, tau):
+    """Probability of drawing each candidate GT: softmax(Q(S_I) / tau), paper Eq. 2-4.
+
+    scores:     (B, K) float, NR-IQA score, higher is better, in the metric's own units (MUSIQ: 0-100)
+    candidates: (B, K) bool, members of S_I; column 0 is the original
+    tau:        > 0, same units as scores. Large tends to uniform (upos on positives), small to arg max
+    Returns (B, K) float64; rows sum to 1, exactly 0 outside the candidates.
+    Raises ValueError if tau <= 0, a row has no candidate or a candidate's score is not finite.
+    """
+    if not tau > 0:
+        raise ValueError(f"tau must be > 0, got {tau}")
+    if not candidates.any(1).all():
+        raise ValueError("a quintuplet has no candidate GT: drop sets without a positive for upos and smp")
+    if not torch.isfinite(scores[candidates]).all():
+        raise ValueError("a candidate's score is not finite")
+    return torch.softmax((scores.double() / tau).masked_fill(~candidates, -torch.inf), 1)
+
+
+def pick_gt(sampler, candidates, scores=None, tau=10.0, u=None):
+    """Which version supervises each sample. -> (B,) int64 index into the versions.
+
+    orig, rand, upos: uniform over the candidates. sma, smp: drawn from `sampling_probs` of static whole-image scores.
+    amo: arg max of the scores of the training crops (tau -> 0); ties go to the earlier version, so to the original.
+    u: (B,) uniform draws in [0, 1), one per sample; not used by amo.
+    """
+    if sampler == "amo":
+        return scores.masked_fill(~candidates, -torch.inf).argmax(1)
+    if sampler in NEEDS_SCORES:
+        probs = sampling_probs(scores, candidates, tau)
+    else:
+        probs = sampling_probs(torch.zeros(candidates.shape), candidates, 1.0)
+    index = (probs.cumsum(1) <= torch.as_tensor(u, dtype=torch.float64).view(-1, 1)).sum(1)
+    last = (probs > 0).double().cumsum(1).argmax(1)                              # rounding may leave the last cumulated sum below 1
+    return torch.minimum(index, last)
+
+
+# Training samples
+
+class TrainingSet(Dataset):
+    """Samples by (step, lane): everything random about a sample follows from `seeds(step, lane, purpose)`.
+
+    sets:       Sets of N stems and K versions
+    labels:     (N, K) codes, needed by upos, smp and drop_without_positive; scores: (N, K) static scores, needed by sma, smp
+    load_size:  0 = the whole image; otherwise a random window of that side is what the network's world consists of
+    group_size: lanes that share a crop position (HGGT: one position per GPU batch)
+    A sample is {"original": (3, H, W) uint8, "crops": (V, 3, crop, crop) uint8, "where": (2,) top and left of the crop,
+    "candidates": (V,) bool, "version": (V,) index of each crop's version}. V is K for amo and 1 otherwise: only what the
+    sampler needs is decoded. All images of a sample share flip, window and crop.
+    """
+
+    def __init__(self, sets, sampler, seeds, batch_size, group_size, crop, load_size=0, tau=10.0, labels=None, scores=None,
+                 include_original=True, drop_without_positive=False, scale=4):
+        self.sets, self.sampler, self.seeds = sets, sampler, seeds
+        self.batch_size, self.group_size, self.crop, self.load_size, self.tau, self.scale = batch_size, group_size, crop, load_size, tau, scale
+        codes = torch.full((len(sets.stems), len(sets.versions)), ORIGINAL) if labels is None else labels
+        candidates = candidates_for(sampler, codes, include_original)
+        keep = candidates.any(1)
+        if drop_without_positive:
+            keep &= (codes == POSITIVE).any(1)
+        rows = keep.nonzero()[:, 0].tolist()
+        if not rows:
+            raise ValueError(f"no quintuplet is left to train on with sampler {sampler}: "
+                             "check the labels, --val-photos and --drop-without-positive")
+        self.stems = [sets.stems[i] for i in rows]
+        self.candidates = candidates[rows]
+        self.scores = None if scores is None else scores[rows]
+        self.dropped = len(sets.stems) - len(rows)
+
+    def __len__(self):
+        return len(self.stems)
+
+    @lru_cache(maxsize=2)                                                        # two epochs meet inside a batch
+    def _order(self, epoch):
+        return np.random.default_rng(self.seeds(epoch, 0, "epoch")).permutation(len(self.stems))
+
+    def index(self, step, lane):
+        """Which quintuplet lane `lane` of step `step` (1-based) trains on: a fresh permutation of all of them every epoch."""
+        epoch, position = divmod((step - 1) * self.batch_size + lane, len(self.stems))
+        return int(self._order(epoch)[position])
+
+    def names(self, step):
+        return [self.stems[self.index(step, lane)] for lane in range(self.batch_size)]
+
+    def __getitem__(self, key):
+        try:
+            return self.sample(*key)
+        except (ValueError, OSError) as error:                                  # raised again by `batches`: a worker would bury it
+            return error
+
+    def sample(self, step, lane):
+        index = self.index(step, lane)
+        rng = {p: np.random.default_rng(self.seeds(step, lane, p)) for p in ("flip", "window", "sampler")}
+        candidates = self.candidates[index]
+        if self.sampler == "amo":
+            chosen = range(len(candidates))
+        else:
+            scores = None if self.scores is None else self.scores[index][None]
+            chosen = [int(pick_gt(self.sampler, candidates[None], scores, self.tau, rng["sampler"].random(1)))]
+            candidates = torch.ones(1, dtype=torch.bool)
+        images = self._load(self.stems[index], chosen)
+        h, w = images[0].shape[1:]
+        if self.load_size:
+            top, left = (int(rng["window"].integers(n - self.load_size + 1)) for n in (h, w))
+            h = w = self.load_size
+        else:
+            top, left, h, w = 0, 0, h - h % self.scale, w - w % self.scale
+        images = {v: image[:, top:top + h, left:left + w] for v, image in images.items()}
+        if rng["flip"].random() < 0.5:                                          # HGGT options: horizontal flip only
+            images = {v: image.flip(2) for v, image in images.items()}
+        u = np.random.default_rng(self.seeds(step, lane // self.group_size, "crop")).random(2)
+        y, x = (int(u[i] * ((n - self.crop) // self.scale + 1)) * self.scale for i, n in enumerate((h, w)))
+        return {"original": images[0].contiguous(), "where": torch.tensor([y, x]), "candidates": candidates,
+                "crops": torch.stack([images[v][:, y:y + self.crop, x:x + self.crop] for v in chosen]),
+                "version": torch.tensor(list(chosen))}
+
+    def _load(self, stem, chosen):
+        """{version index: image} of the original and the chosen versions, each decoded once."""
+        images = {}
+        for v in sorted({0, *chosen}):
+            path = self.sets.path(stem, self.sets.versions[v])
+            images[v] = load_image(path)
+            if images[v].shape != images[0].shape:
+                raise ValueError(f"{path}: {images[v].shape[2]}x{images[v].shape[1]} pixels but its original has "
+                                 f"{images[0].shape[2]}x{images[0].shape[1]}: make this quintuplet again")
+            need = max(self.crop, self.load_size)
+            if min(images[v].shape[1:]) < need:
+                raise ValueError(f"{path}: {images[v].shape[2]}x{images[v].shape[1]} pixels, smaller than the "
+                                 f"{need}-pixel crop: use --crop/--load-size of at most {min(images[v].shape[1:]) // 4 * 4}")
+        return images
+
+
+class _Steps:
+    """Batch sampler: for each step the keys (step, lane) of this process's lanes."""
+
+    def __init__(self, first, last, lanes):
+        self.first, self.last, self.lanes = first, last, lanes
+
+    def __len__(self):
+        return self.last - self.first + 1
+
+    def __iter__(self):
+        return ([(step, lane) for lane in self.lanes] for step in range(self.first, self.last + 1))
+
+
+def collate(samples):
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
+    shapes = {tuple(s["original"].shape[1:]) for s in samples}
+    if len(shapes) > 1:
+        return ValueError(f"images of different sizes in one batch ({sorted(shapes)}): set --load-size to at most the smallest side")
+    return {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
+
+
+def batches(dataset, first, last, lanes, workers, pin_memory):
+    """Iterator of collated samples for steps first..last; an error met in a worker is raised here with its own one-line text."""
+    loader = DataLoader(dataset, batch_sampler=_Steps(first, last, lanes), num_workers=workers, collate_fn=collate,
+                        pin_memory=pin_memory, prefetch_factor=4 if workers else None)
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise type(batch)(*batch.args)
+        yield batch
+
+
+class TrainingPool:
+    """HGGT's training-pair pool (spec 2.4): pairs wait a random number of steps, so that a batch mixes degradations.
+
+    HGGT shuffles the Q pairs of a GPU, takes b and refills their places. Here every lane owns Q/b slots and draws one of
+    them per step, from (seed, step, lane): the same waiting-time distribution, and nothing belongs to a process. During
+    the first Q/b steps pairs are stored and trained on at once. Pairs are 8-bit images, so uint8 keeps them exactly.
+    """
+
+    def __init__(self, size, batch_size, lanes, seeds, state=None, device="cpu"):
+        if size % batch_size:
+            raise ValueError(f"--pool-size {size} must be a multiple of --batch-size {batch_size} (0 switches the pool off)")
+        self.slots, self.lanes, self.seeds = size // batch_size, lanes, seeds
+        self.held = None if state is None else tuple(t[lanes.start:lanes.stop].to(device) for t in state)
+
+    def swap(self, pair, step):
+        """pair: tuple of (b, ...) tensors of this process's lanes, images in [0, 1] -> the pair to train on at `step`."""
+        if self.slots == 0:
+            return pair
+        fresh = tuple((t * 255).round().byte() if t.is_floating_point() else t for t in pair)
+        if self.held is None:
+            self.held = tuple(t.new_zeros((len(t), self.slots, *t.shape[1:])) for t in fresh)
+        rows = torch.arange(len(self.lanes))
+        if step <= self.slots:
+            slot = torch.full_like(rows, step - 1)
+            taken = fresh
+        else:
+            slot = torch.tensor([np.random.default_rng(self.seeds(step, lane, "pool")).integers(self.slots) for lane in self.lanes])
+            taken = tuple(held[rows, slot] for held in self.held)
+        for held, new in zip(self.held, fresh):
+            held[rows, slot] = new
+        return tuple(t.float() / 255 if p.is_floating_point() else t for t, p in zip(taken, pair))
+
+    def state(self, gather):
+        """(B, slots, ...) tensors of all lanes on the CPU; gather: World.gather_lanes."""
+        return None if self.held is None else [gather(t).cpu() for t in self.held]

@@ -1,0 +1,140 @@
+"""Score checkpoints on a folder of low-resolution images: one table, one JSON file, one picture.
+
+    python evaluate.py --demo                                                              what `make demo` ends with
+    python evaluate.py --weights runs/a runs/b --lq LR --gt HR --metrics ranker piqe psnr --out-json ab.json --figure ab.png
+
+Rows are bicubic interpolation and one per checkpoint (a file, or a run folder: its newest EMA weights). Outputs are rounded
+to 8 bit before they are scored. Metrics: psnr (RGB, borders of 4 pixels cropped, as HGGT does), any reward that train.py
+knows (a pyiqa no-reference metric, ranker, module:function); no-reference metrics see the whole image, in native units.
+"""
+import argparse
+from pathlib import Path
+
+DEMO = dict(weights=[Path("runs/compact-small-orig"), Path("runs/compact-small-amo")],
+            lq=Path("datasets/demo/Test/Blind_Degradation_Benchmark_LQ/demo/Blind_LR"), gt=Path("datasets/demo/Test/GT/demo/untouched"),
+            metrics=["ranker", "piqe", "psnr"], out_json=Path("runs/demo.json"), figure=Path("runs/demo.png"))
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
+    p.add_argument("--demo", action="store_true", help="the runs and test images of `make demo`")
+    p.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH", help="checkpoints: weight files or run folders")
+    p.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take; default params_ema, else params, else bare")
+    p.add_argument("--lq", type=Path, help="folder of low-resolution images")
+    p.add_argument("--gt", type=Path, help="folder of references of the same names; needed by psnr")
+    p.add_argument("--metrics", nargs="+", default=["psnr"], metavar="NAME", help="psnr, or a no-reference metric (see above)")
+    p.add_argument("--metric-weights", nargs="*", default=[], metavar="NAME=FILE", help="local weight files of metrics")
+    p.add_argument("--tile", type=int, default=256, help="LR tile in pixels, more than 64; 0: whole image")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    p.add_argument("--out-json", type=Path, help="write every image's scores, the means and what made them")
+    p.add_argument("--figure", type=Path, help="write a PNG: bicubic | each checkpoint | reference")
+    p.add_argument("--figure-images", type=int, default=4, help="rows of the picture")
+    if p.parse_known_args(argv)[0].demo:
+        p.set_defaults(**DEMO)
+    args = p.parse_args(argv)
+    if args.lq is None:
+        p.error("--lq DIR is needed: which images?")
+    if args.gt is None and "psnr" in args.metrics:
+        p.error("--metrics psnr needs --gt DIR")
+    return args
+
+
+ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import archs
+import data
+import iqa
+import runs
+
+
+def psnr(sr, gt, border=4):
+    """Peak signal-to-noise ratio in dB of (B, 3, H, W) RGB in [0, 1], over all channels, `border` pixels cropped (HGGT). -> (B,)"""
+    if sr.shape != gt.shape:
+        raise ValueError(f"output is {tuple(sr.shape[2:])} pixels, reference {tuple(gt.shape[2:])}: the reference must be x4 the input")
+    error = (sr - gt).double()[..., border:-border, border:-border].square().mean((1, 2, 3))
+    return -10 * error.clamp_min(1e-10).log10()
+
+
+def create_metric(name, device, files):
+    """-> (function (sr, gt) -> (B,) in native units, whether lower is better)."""
+    if name == "psnr":
+        return psnr, False
+    reward = iqa.create_reward([name], device, files.get(name))
+    sign = -1 if getattr(next(iter(reward.models.values())), "lower_better", False) else 1
+    return (lambda sr, gt: sign * reward(sr)), sign < 0
+
+
+def markdown(table, metrics, lower):
+    """{row: {metric: mean}} as a Markdown table, the best of each column in bold."""
+    best = {m: (min if lower[m] else max)(row[m] for row in table.values()) for m in metrics}
+    cell = lambda row, m: f"**{row[m]:.2f}**" if row[m] == best[m] else f"{row[m]:.2f}"
+    lines = ["| | " + " | ".join(f"{m} {'↓' if lower[m] else '↑'}" for m in metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(cell(row, m) for m in metrics) + " |" for name, row in table.items()])
+
+
+@torch.no_grad()
+def main(args):
+    world = runs.start_world(args.device, args.threads)
+    if world.size > 1:
+        raise ValueError("evaluate.py runs as one process: start it without torchrun")
+    for folder in filter(None, (args.lq, args.gt)):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder" + ("; train.py --demo makes the demo's" if args.demo else ""))
+    lqs = data.list_images(args.lq)
+    gts = data.list_images(args.gt) if args.gt else {}
+    missing = sorted(set(lqs) - set(gts)) if args.gt else []
+    if missing:
+        raise FileNotFoundError(f"{args.gt}: no reference for {len(missing)} of {len(lqs)} images, first {missing[0]}")
+    files = {}
+    for word in args.metric_weights:
+        name, _, file = word.rpartition("=")
+        if name not in args.metrics:
+            raise ValueError(f"--metric-weights {word}: write NAME=FILE with a NAME of --metrics ({', '.join(args.metrics)})")
+        files[name] = file
+    metrics = {name: create_metric(name, world.device, files) for name in args.metrics}
+    lower = {name: metrics[name][1] for name in metrics}
+
+    nets, sources = {"bicubic": lambda x: F.interpolate(x, scale_factor=4, mode="bicubic")}, {}
+    for path in args.weights:
+        file = runs.find_weights(path, "train.py makes runs; --weights names weight files or run folders")
+        net, info = archs.load_generator(file, args.weights_key)
+        net = net.to(world.device)
+        name = path.name if path.is_dir() else path.stem
+        if name in nets:
+            raise ValueError(f"--weights: two checkpoints are called {name}: rename one")
+        nets[name], sources[name] = (lambda x, net=net: archs.upscale_tiled(net, x, tile=args.tile, overlap=32)), {"file": str(file), **info}
+
+    scores = {row: {} for row in nets}                                            # row -> stem -> metric -> value
+    pictures = []
+    for stem, path in tqdm(lqs.items(), unit="img"):
+        lq = data.load_image(path)[None].to(world.device).float() / 255
+        gt = data.load_image(gts[stem])[None].to(world.device).float() / 255 if args.gt else None
+        cells = []
+        for row, upscale in nets.items():
+            sr = upscale(lq).clamp(0, 1).mul(255).round() / 255
+            scores[row][stem] = {name: metric(sr, gt).item() for name, (metric, _) in metrics.items()}
+            cells.append((sr[0].cpu(), " ".join([row] + [f"{k.partition(':')[0]} {v:.1f}" for k, v in scores[row][stem].items()])))
+        pictures.append(cells + ([(gt[0].cpu(), "reference")] if args.gt else []))
+    table = {row: {m: sum(s[m] for s in images.values()) / len(images) for m in metrics} for row, images in scores.items()}
+    print(markdown(table, list(metrics), lower))
+    print(f"mean of {len(lqs)} images; ↑ higher is better, ↓ lower is better")
+    if args.out_json:
+        runs.save_json(args.out_json, {"command": sys.argv, **runs.describe_machine(), "images": len(lqs), "lower_is_better": lower,
+                                       "weights": sources, "mean": table, "scores": scores})
+    if args.figure:
+        every = max(1, len(pictures) // max(1, args.figure_images))
+        data.save_grid(args.figure, pictures[::every][:args.figure_images])
+    for path in filter(None, (args.out_json, args.figure)):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    runs.cli(lambda: main(ARGS))

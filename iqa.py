@@ -1,0 +1,373 @@
+"""NR-IQA models: the reward Q of the paper, made in one place, with one sign, in native units.
+
+    create_reward(["musiq"])                     default of the paper; any pyiqa no-reference metric by its pyiqa name
+    create_reward(["ranker"])                    the small model embedded in this repository (train_iqa.py), no download
+    create_reward(["my_file:build"])             the user's own: my_file.build(device) -> callable (B, 3, H, W) -> (B,)
+    create_reward(["musiq=0.05", "nima=0.5"])    several, summed with weights
+
+pyiqa is imported late (it takes seconds), and nothing inside it is patched. Its metrics want RGB in [0, 1].
+"""
+import contextlib
+import difflib
+import hashlib
+import importlib
+import importlib.metadata
+import io
+import json
+import math
+import pickle
+import re
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+RANKER_WEIGHTS = Path(__file__).resolve().parent / "weights" / "ranker.pth"
+SET_LEVEL = ("fid", "sfid", "fid_dinov2", "inception_score")                     # pyiqa lists them as NR; they judge sets of images
+
+
+class Ranker(nn.Module):
+    """The embedded NR-IQA model: (B, 3, H, W) RGB in [0, 1], H and W >= 32 -> (B,) score, higher is better.
+
+    Clean photographs score about 80, strongly degraded ones about 20 (train_iqa.py fixes the scale); the score has no bounds, so its
+    gradient never vanishes. The luma is seen locally normalised (as in CNNIQA, Kang et al., CVPR 2014) and on a logarithmic scale,
+    both with constants of about one grey level: block edges in flat areas are no higher. Features of three resolutions are
+    pooled by mean and standard deviation; those of full resolution also per position modulo 8, where the lattice of JPEG and of upsampling
+    layers stands out wherever it begins. 49,185 parameters; 40 crops of 128 pixels take about 0.2 s on one CPU core.
+    Raises ValueError for another shape.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.luma, self.chroma = nn.Conv2d(2, 16, 7, padding=3), nn.Conv2d(2, 24, 3, padding=1)
+        self.middle, self.coarse = nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.Conv2d(24, 40, 3, stride=2, padding=1)
+        self.deep = nn.Conv2d(40, 40, 3, padding=1)
+        self.head = nn.Sequential(nn.Linear(2 * (16 + 24 + 40) + 3 * 16 + 4, 96), nn.SiLU(), nn.Linear(96, 1))
+        opponent = torch.tensor([[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])       # JPEG's chroma, averaged over 2x2
+        self.register_buffer("to_luma", torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1))
+        self.register_buffer("to_chroma", opponent.view(2, 3, 1, 1).expand(2, 3, 2, 2) / 4)
+        self.register_buffer("shift", torch.tensor(50.0))
+        self.register_buffer("stretch", torch.tensor(20.0))
+
+    def forward(self, x):
+        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 32:
+            raise ValueError(f"ranker wants (B, 3, H, W) RGB with sides of at least 32 pixels, got {tuple(x.shape)}")
+        return torch.cat([self._score(part) for part in x.split(8)])             # 8 at a time stay in a CPU's cache: 40 crops in half the time
+
+    def _score(self, x):
+        x = 255 * F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode="replicate")
+        luma = F.conv2d(x, self.to_luma)
+        luma = luma - self._mean(luma)                                           # (B, 1, H, W) grey levels
+        contrast = (self._mean(luma * luma) + 1).sqrt()
+        chroma = F.conv2d(x, self.to_chroma, stride=2)
+        chroma = torch.asinh(chroma - self._mean(chroma))                        # (B, 2, H/2, W/2)
+
+        full = F.silu(self.luma(torch.cat([luma / (contrast + 0.5), torch.asinh(luma / 2)], 1)))  # (B, 16, H, W)
+        half = F.silu(self.middle(full) + self.chroma(chroma))                   # (B, 24, H/2, W/2)
+        quarter = F.silu(self.deep(F.silu(self.coarse(half))))                   # (B, 40, H/4, W/4)
+
+        pooled = [4 * self._lattice(full), chroma.abs().mean((2, 3)).log1p()]
+        for maps in (full, half, quarter, contrast.log()):
+            mean = maps.mean((2, 3))
+            pooled += [mean, ((maps * maps).mean((2, 3)) - mean * mean).clamp_min(1e-4).sqrt()]
+        return self.shift + self.stretch * self.head(torch.cat(pooled, 1))[:, 0]
+
+    @staticmethod
+    def _mean(x):
+        """7x7 mean; sums of shifted images are several times faster on a CPU than pooling."""
+        h, w = x.shape[2:]
+        x = F.pad(x, (3, 3, 3, 3), mode="reflect")
+        x = sum(x[..., k:k + w] for k in range(7))
+        return sum(x[..., k:k + h, :] for k in range(7)) / 49
+
+    @staticmethod
+    def _lattice(maps):
+        """How far the means over positions modulo 8 differ: spread, highest and lowest row or column. (B, C, H, W) -> (B, 3 C)"""
+        b, c, h, w = maps.shape
+        cells = maps[..., :h // 8 * 8, :w // 8 * 8].reshape(b, c, h // 8, 8, w // 8, 8).mean((2, 4))  # (B, C, 8, 8)
+        cells = cells - cells.mean((2, 3), keepdim=True)
+        rows, columns = cells.mean(3), cells.mean(2)                             # (B, C, 8)
+        return torch.cat([((cells ** 2).mean((2, 3)) + 1e-6).sqrt(), torch.maximum(rows.amax(2), columns.amax(2)),
+                          torch.minimum(rows.amin(2), columns.amin(2))], 1)
+
+
+def load_ranker(path=RANKER_WEIGHTS):
+    """The embedded Ranker with the weights of train_iqa.py."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no weights of the ranker; make them with: python train_iqa.py")
+    net = Ranker()
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: not weights of the ranker ({' '.join(str(error).split())[:100]}); make them with: python train_iqa.py") from None
+    return net
+
+
+def parse_rewards(words):
+    """["musiq=0.05", "my_module:build"] -> [("musiq", 0.05), ("my_module:build", 1.0)]. ValueError for a bad or doubled one."""
+    parsed = []
+    for word in words:
+        name, _, weight = word.partition("=")
+        try:
+            parsed.append((name, float(weight) if weight else 1.0))
+        except ValueError:
+            raise ValueError(f"--reward {word}: {weight!r} is not a number; write NAME or NAME=WEIGHT") from None
+        if not name or not math.isfinite(parsed[-1][1]) or name in dict(parsed[:-1]):
+            raise ValueError(f"--reward {word}: names must differ and weights must be finite")
+    return parsed
+
+
+def reward_name(words):
+    """The name of a reward in folder names: metric or module names joined by '-'."""
+    return "-".join(name.partition(":")[0].split(".")[-1] for name, _ in parse_rewards(words))
+
+
+class Reward(nn.Module):
+    """Weighted sum of frozen NR-IQA models, paper's Q: (B, 3, H, W) RGB in [0, 1] -> (B,) float32, higher is better.
+
+    Each model keeps its own units (MUSIQ 0-100); the sign is flipped here, once, where lower is better. Stays in eval mode
+    whatever `.train()` says: MUSIQ skips its own preprocessing in train mode. The range of the first input is checked,
+    since pyiqa skips that when gradients are wanted.
+    """
+
+    def __init__(self, models, weights):
+        super().__init__()
+        self.models, self.weights, self._range_checked = nn.ModuleDict(models), weights, False
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def each(self, x):
+        """{name: (B,)} of every model, unweighted, higher is better."""
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"reward wants (B, 3, H, W) RGB, got {tuple(x.shape)}")
+        if not self._range_checked:
+            low, high = x.min().item(), x.max().item()                          # a device sync, once
+            if not (-1e-4 <= low and high <= 1 + 1e-4):
+                raise ValueError(f"reward wants RGB in [0, 1], got values in [{low:.3g}, {high:.3g}]")
+            self._range_checked = True
+        scores = {}
+        with torch.autocast(x.device.type, enabled=False):                      # scores stay fp32 whatever the networks use
+            for key, model in self.models.items():
+                score = model(x.float()).float()
+                if score.numel() != len(x):
+                    raise ValueError(f"reward {key} returned shape {tuple(score.shape)} for {len(x)} images, expected one score each")
+                scores[key] = -score.reshape(-1) if getattr(model, "lower_better", False) else score.reshape(-1)
+        return scores
+
+    def forward(self, x):
+        return sum(self.weights[name] * score for name, score in self.each(x).items())
+
+    def identity(self):
+        """What the scores depend on: per model its name, weight, and a hash over its tensors (and a user's own source file)."""
+        parts = {}
+        for name, model in self.models.items():
+            digest = hashlib.sha256(getattr(model, "reward_source", b""))
+            plain = {f"{path}.{key}".lstrip("."): value for path, module in model.named_modules()        # NIQE and BRISQUE keep
+                     for key, value in vars(module).items() if torch.is_tensor(value)}                   # theirs as attributes
+            for key, value in sorted((plain | model.state_dict()).items()):
+                digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+            parts[name] = {"weight": self.weights[name], "hash": digest.hexdigest()[:16]}
+        return parts
+
+
+def create_reward(words, device="cpu", weights_file=None, need_gradient=False):
+    """Build Q from `--reward` words: a pyiqa NR metric, `ranker`, or `module:function` of the user's own; several are summed.
+
+    module:function is called with the device and returns a callable (B, 3, H, W) in [0, 1] -> (B,); it may carry
+    `lower_better = True`. weights_file: a local weight file for the one pyiqa metric named. need_gradient: the models are
+    created differentiable and each is probed with a backward pass on a natural and on a random image.
+    ValueError for a full-reference, unknown, set-level or (if a gradient is needed) non-differentiable metric.
+    """
+    parsed = parse_rewards(words)
+    if weights_file and len(parsed) > 1:
+        raise ValueError("--reward-weights names the weights of one metric: give one --reward")
+    models, weights = {}, {}
+    for name, weight in parsed:
+        if name == "ranker":
+            model = load_ranker(weights_file or RANKER_WEIGHTS)
+        elif ":" in name:
+            model = _user_model(name, device)
+        else:
+            model = _pyiqa_model(name, device, weights_file, need_gradient)
+        key = name.replace(".", "_")                                            # ModuleDict keys may hold no dot
+        models[key], weights[key] = model.to(device), weight
+    reward = Reward(models, weights).to(device)
+    for name in models:
+        probe = Reward({name: models[name]}, {name: 1.0})
+        _probe(probe, name, device, need_gradient)
+    return reward
+
+
+def _user_model(name, device):
+    module, _, function = name.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--reward {name}: {error}; is the folder of {module.split('.')[0]}.py in PYTHONPATH?") from error
+    model = build(device)
+    model = model if isinstance(model, nn.Module) else _Callable(model)
+    model.reward_source = Path(sys.modules[module].__file__).read_bytes()       # edited code means other scores
+    return model
+
+
+class _Callable(nn.Module):
+    """A plain function as a module, so that Reward can hold it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.lower_better = function, getattr(function, "lower_better", False)
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def _pyiqa_model(name, device, weights_file, need_gradient):
+    """A pyiqa NR metric. Failing downloads end in one line: which file, where to put it, which flag names a local one."""
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS                     # importing pyiqa takes seconds
+    from pyiqa import create_metric
+    usable = [n for n, c in DEFAULT_CONFIGS.items() if c.get("metric_mode") == "NR" and n not in SET_LEVEL]
+    if name not in usable:
+        kind = "compares two sets of images" if name in SET_LEVEL else "is a full-reference metric" if name in DEFAULT_CONFIGS else "is unknown"
+        near = [] if name in DEFAULT_CONFIGS else difflib.get_close_matches(name, [*usable, "ranker"], n=3, cutoff=0.4)
+        raise ValueError(f"--reward {name}: this {kind}; a reward judges one image without reference, "
+                         f"for example {', '.join(near or ['musiq', 'ranker'])}")
+    options = {"as_loss": True, "loss_reduction": "none"} if need_gradient else {"check_input_range": False}
+    if weights_file:
+        _check_weights_file(weights_file)
+        options["pretrained_model_path"] = str(weights_file)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return create_metric(name, device=torch.device(device), **options)
+    except OSError as error:                                                    # URLError, requests and huggingface_hub errors
+        place = re.search(r'Downloading: "([^"]+)" to (.+)', said.getvalue())
+        where = f"download {place[1]} and save it as {place[2]}" if place else \
+            f"its files come from the Hugging Face hub ({' '.join(str(error).split())[:80]}); connect once or copy the hub's cache"
+        own = place and Path(place[2]).parent.name == "pyiqa"                   # else torchvision's or timm's backbone
+        flag = ", or name a local copy with --reward-weights FILE" if own else ""
+        raise OSError(f"--reward {name}: weights are not here and could not be fetched: {where}{flag}; "
+                      "--reward ranker needs no download") from None
+    except ImportError as error:
+        package = "'setuptools<81'" if error.name == "pkg_resources" else error.name
+        raise ValueError(f"--reward {name}: pyiqa needs a package that is not installed ({error}): pip install {package}") from None
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        loaded = re.search(r"Loading pretrained model \S+ from (.+)", said.getvalue())
+        if not (weights_file or loaded):
+            raise
+        file = f"--reward-weights {weights_file}" if weights_file else loaded[1]
+        remedy = "" if weights_file else ": remove it, to have it fetched again"
+        raise ValueError(f"{file}: does not fit metric {name} ({' '.join(str(error).split())[:120]}){remedy}") from None
+
+
+def _check_weights_file(path):
+    """Refuse what is missing, damaged, or would run code when loaded: pyiqa itself would unpickle anything."""
+    from scipy.io import loadmat, matlab
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--reward-weights {path}: no such file")
+    try:
+        loadmat(path) if Path(path).suffix == ".mat" else torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, TypeError, ValueError, KeyError, RuntimeError, EOFError, zlib.error, pickle.UnpicklingError,
+            matlab.MatReadError) as error:
+        raise ValueError(f"--reward-weights {path}: not a plain weight file ({' '.join(str(error).split())[:80]})") from None
+
+
+def _probe(reward, name, device, need_gradient):
+    """Score a natural and a random image, with a backward pass if a gradient is needed; refuse what is not usable."""
+    from skimage import data as photos
+    natural = torch.from_numpy(photos.astronaut()[:256, 128:384].copy()).permute(2, 0, 1)[None].float() / 255
+    random = torch.rand(natural.shape, generator=torch.Generator().manual_seed(0))
+    for kind, image in (("a photograph", natural), ("a random image", random)):
+        image = image.to(device).requires_grad_(need_gradient)
+        gradient = None
+        with torch.set_grad_enabled(need_gradient):
+            try:
+                score = reward(image)
+                if need_gradient and score.requires_grad:
+                    gradient = torch.autograd.grad(score.sum(), image, allow_unused=True)[0]
+            except RuntimeError as error:                                       # pyiqa's numpy metrics refuse tensors with a gradient
+                if not need_gradient:
+                    raise
+                raise ValueError(f"--reward {name}: no gradient ({' '.join(str(error).split())[:80]}): it can choose ground truths, "
+                                 "but not be optimised directly") from None
+        if not torch.isfinite(score).all():
+            raise ValueError(f"--reward {name}: its score on {kind} is not finite")
+        if need_gradient and (gradient is None or not torch.isfinite(gradient).all() or not gradient.any()):
+            raise ValueError(f"--reward {name}: no usable gradient on {kind} (zero, missing or not finite): it can choose ground "
+                             "truths, but not be optimised directly")
+
+
+# Static scores of whole images (samplers sma and smp)
+
+def score_images(paths, reward, cache, world, batch_size=8):
+    """Score every image whole, once: (len(paths),) float64 in the order given.
+
+    Scores are appended to JSON lines under `cache`, one file per process, keyed by the reward's identity and the image's
+    content, so an interrupted call continues and a changed image, weight file or library version is scored again. Ranks
+    share the work. The stat of a file stands in for its hash when size and modification time are as recorded.
+    """
+    identity = {"models": reward.identity(), "protocol": "whole image, 8-bit RGB", "versions": _versions(reward)}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    cache = Path(cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    by_stat, by_content = {}, {}
+    for file in sorted(cache.glob(f"{key}.*.jsonl")):
+        for line in file.read_text().splitlines():
+            if line.endswith("}"):                                              # the last line of a killed process may be cut off
+                row = json.loads(line)
+                by_stat[row["path"], row["size"], row["mtime"]] = by_content[row["sha256"]] = row["score"]
+    world.barrier()                                                             # all have read what there was before anyone appends
+    scores, todo = {}, []
+    for i, path in list(enumerate(map(Path, paths)))[world.rank::world.size]:
+        stat = path.stat()
+        known = by_stat.get((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+        sha = None
+        if known is None:
+            sha = hashlib.sha256(path.read_bytes()).hexdigest()
+            known = by_content.get(sha)
+        if known is None:
+            todo.append((i, path, stat, sha))
+        else:
+            scores[i] = known
+    with open(cache / f"{key}.{world.rank}.jsonl", "a") as out, torch.no_grad(), \
+            tqdm(total=len(todo), desc=f"static scores, {len(scores)} cached", unit="img", disable=not (world.is_main and todo)) as bar:
+        if out.tell() and not (cache / f"{key}.{world.rank}.jsonl").read_bytes().endswith(b"\n"):
+            out.write("\n")
+        while todo:
+            batch, todo = todo[:batch_size], todo[batch_size:]
+            images = [_read_rgb(path) for _, path, _, _ in batch]
+            same = 1 if len({i.shape for i in images}) > 1 else len(images)     # mixed sizes go one by one
+            values = torch.cat([reward(torch.stack(images[k:k + same]).to(world.device)) for k in range(0, len(images), same)]).tolist()
+            for (i, path, stat, sha), value in zip(batch, values):
+                if not math.isfinite(value):
+                    raise ValueError(f"{path}: its score is not finite ({value}); choose another --reward or repair the image")
+                scores[i] = value
+                out.write(json.dumps({"path": str(path.resolve()), "size": stat.st_size, "mtime": stat.st_mtime_ns,
+                                      "sha256": sha, "score": value}) + "\n")
+            out.flush()
+            bar.update(len(batch))
+    scores = {i: s for part in world.gather_objects(scores) for i, s in part.items()}
+    return torch.tensor([scores[i] for i in range(len(paths))], dtype=torch.float64)
+
+
+def _versions(reward):
+    names = {"torch": torch.__version__}
+    if "pyiqa" in sys.modules and any(type(m).__module__.startswith("pyiqa") for m in reward.models.values()):
+        names["pyiqa"] = importlib.metadata.version("pyiqa")
+    return names
+
+
+def _read_rgb(path):
+    from PIL import Image
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    except (OSError, SyntaxError, ValueError) as error:                         # Pillow's ways to say damaged
+        raise ValueError(f"{path}: damaged image ({error}): fetch or make it again") from None

@@ -1,0 +1,358 @@
+"""A run seen from the outside: processes, seeds, run folder, logs, exact save and resume.
+
+    runs/<name>/args.json  log.txt  metrics.jsonl  ckpt/last.pt  weights/*.pth  samples/*.png
+
+Nothing here knows what is trained. Every file is written under a temporary name and then renamed, so a run killed at any
+moment leaves either the old file or the new one. Checkpoints hold plain tensors, numbers, strings and lists only: they
+load with `weights_only=True`.
+"""
+import contextlib
+import json
+import os
+import pickle
+import platform
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+REPO = Path(__file__).resolve().parent
+
+
+def cli(main):
+    """Run a script's `main`: errors that our own code raises end in one line and exit code 2, anything else in a traceback.
+
+    A ValueError, OSError or ArithmeticError whose last frame is a `raise` of a file in this folder is a message to the user
+    (bad data, missing file, ...). The same type coming out of torch or numpy is a bug and keeps its traceback.
+    IQASR_TRACEBACK=1 shows the traceback of every error.
+    """
+    try:
+        main()
+    except (ValueError, OSError, ArithmeticError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        ours = Path(last.filename).resolve().parent == REPO and (last.line or "").lstrip().startswith("raise ")
+        if os.environ.get("IQASR_TRACEBACK") or not (ours or isinstance(error, OSError) and error.filename):
+            raise
+        sys.stdout.flush()
+        rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        text = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}{rank}: error: {text}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# Seeds
+
+def sample_seed(seed, step, lane, purpose):
+    """A 63-bit seed that is a pure function of (seed, step, lane, purpose): DESIGN of every random draw in a run.
+
+    step: optimisation step (1-based) or epoch; lane: position in the global batch, or a group's number; purpose: a word
+    that keeps streams apart ("crop", "flip", "degrade", ...). The process that happens to hold the lane plays no part.
+    """
+    words = np.random.SeedSequence([seed, step, lane, zlib.crc32(purpose.encode())]).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
+
+
+# Processes
+
+@dataclass
+class World:
+    """This process among all: rank 0..size-1 and its device."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def lanes(self, batch_size):
+        """The lanes of the global batch that this process trains on, a contiguous range. Raises if they do not divide."""
+        if batch_size % self.size:
+            raise ValueError(f"--batch-size {batch_size} does not divide by {self.size} processes: "
+                             f"use a multiple, for example {self.size * max(1, batch_size // self.size)}")
+        share = batch_size // self.size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def reduce(self, tensor, op=dist.ReduceOp.SUM):
+        """All-reduce in place over the processes; returns the tensor."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=op)
+        return tensor
+
+    def gather_lanes(self, tensor):
+        """(b, ...) of every process -> (B, ...) in lane order, on every process."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def gather_objects(self, value):
+        """[value of rank 0, value of rank 1, ...] on every process."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def start_world(device="auto", threads=0):
+    """Join torchrun's process group (NCCL on CUDA, gloo on CPU) or be alone; choose the device; set CPU threads (0: leave)."""
+    if threads > 0:
+        torch.set_num_threads(threads)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: this PyTorch sees no GPU; use --device cpu or install a CUDA build")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return World(rank, size, torch.device(device))
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 (what Slurm sends before the time limit) ask for a clean stop instead of killing the process."""
+
+    def __init__(self, world, every=10):
+        self.world, self.every, self.received = world, every, False
+        for name in ("SIGTERM", "SIGUSR1"):
+            signal.signal(getattr(signal, name), self._receive)
+
+    def _receive(self, number, frame):
+        self.received = True
+
+    def requested(self, step):
+        """Has any process been told to stop? With several processes they agree every `every` steps (one tiny all-reduce)."""
+        if self.world.size == 1:
+            return self.received
+        if step % self.every:
+            return False
+        flag = torch.tensor(float(self.received), device=self.world.device)
+        return bool(self.world.reduce(flag, dist.ReduceOp.MAX).item())
+
+
+# Files
+
+def write_atomic(path, write):
+    """Call write(temporary path), flush it to disk and rename it to `path`: readers see the old file or the new, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_json(path, value):
+    write_atomic(path, lambda t: t.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def save_weights(path, params, params_ema=None):
+    """The file that BasicSR, spandrel and chaiNNer read: {"params_ema": ..., "params": ...} of float32 CPU tensors."""
+    weights = {"params_ema": params_ema, "params": params} if params_ema is not None else {"params": params}
+    weights = {name: {k: v.detach().cpu().clone() for k, v in state.items()} for name, state in weights.items()}
+    write_atomic(path, lambda t: torch.save(weights, t))
+
+
+def find_weights(path, remedy):
+    """The weight file meant by `path`: itself, or the newest weights/ema_*.pth of a run folder. `remedy` ends the error."""
+    path = Path(path)
+    found = sorted(path.glob("weights/ema_*.pth")) if path.is_dir() else [path] if path.is_file() else []
+    if not found:
+        raise FileNotFoundError(f"{path}: no {'weights/ema_*.pth in it' if path.is_dir() else 'such file or run'}; {remedy}")
+    return found[-1]
+
+
+def load_checkpoint(path):
+    """A dict saved by `torch.save` through write_atomic, on the CPU. ValueError when it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such checkpoint; without --resume a new run starts") from None
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:      # torch: damaged
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error)[:80]})") from error
+
+
+def describe_machine():
+    """Commit, versions and hardware, as recorded beside every number."""
+    def git(*words):
+        try:
+            return subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    commit = git("rev-parse", "HEAD")
+    if commit and git("status", "--porcelain", "--untracked-files=no"):
+        commit += "+dirty"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}, {os.cpu_count()} cores"
+    return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device}
+
+
+# The run folder
+
+class Run:
+    """A run's folder: refuses to overwrite another run, writes args.json, log.txt, metrics.jsonl and ckpt/last.pt.
+
+    resume: "no" (the folder must be new), "must" (needs ckpt/last.pt) or "auto" (continues if there is one, else starts).
+    fixed: names of arguments that a resumed run must share with the checkpoint.
+    `self.checkpoint` is the loaded state or None. Nothing is written before `open()`; only rank 0 writes.
+    """
+
+    def __init__(self, out, args, world, resume="no", fixed=(), tensorboard=False):
+        self.out, self.world, self.last = Path(out), world, Path(out) / "ckpt" / "last.pt"
+        self.args = {k: (v if isinstance(v, (str, int, float, bool, list, type(None))) else str(v)) for k, v in args.items()}
+        used = self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
+        if used and resume == "no":
+            raise ValueError(f"{self.out} exists and is not empty: continue it with --resume, or choose another --out")
+        if resume == "must" and not self.last.exists():
+            raise FileNotFoundError(f"--resume: {self.last} does not exist; --resume auto starts a run where there is none")
+        if used and not self.last.exists() and not (self.out / "args.json").exists():
+            raise ValueError(f"{self.out} exists and is not a run folder: choose another --out")
+        self.checkpoint = load_checkpoint(self.last) if self.last.exists() else None
+        changed = []
+        if self.checkpoint:
+            before = self.checkpoint["args"]
+            changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in self.args.items() if before.get(k) != v and k != "resume"]
+            broken = [c for c in changed if c.split()[0] in fixed]
+            if broken:
+                raise ValueError(f"--resume {self.out}: this checkpoint was made with other settings ({'; '.join(broken)})")
+        self.start_step = self.checkpoint["step"] if self.checkpoint else 0
+        self.tensorboard, self.use_tensorboard, self.changed = None, tensorboard, changed
+
+    def open(self):
+        """Start writing: called when everything that can be refused has been looked at, so a refused run leaves no folder."""
+        self.world.barrier()                            # every rank has looked at the folder before rank 0 writes into it
+        if not self.world.is_main:
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            probe = self.out / ".write-test"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(f"--out {self.out} cannot be written ({error.strerror}): choose a folder you may write to") from None
+        if self.start_step == 0:
+            for name in ("log.txt", "metrics.jsonl"):
+                (self.out / name).unlink(missing_ok=True)
+            save_json(self.out / "args.json", {"args": self.args, "command": sys.argv, "processes": self.world.size,
+                                               **describe_machine()})
+        else:
+            self._drop_events_after(self.start_step)
+            self.say(f"resumed at step {self.start_step} from {self.last}"
+                     + (f"; changed: {'; '.join(self.changed)}" if self.changed else ""))
+        if self.use_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=self.start_step + 1)
+
+    def _drop_events_after(self, step):
+        """Events later than the checkpoint are about to happen again."""
+        path = self.out / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+            write_atomic(path, lambda t: t.write_text("".join(line + "\n" for line in lines)))
+
+    def say(self, text):
+        """Print and append to log.txt, on rank 0."""
+        if self.world.is_main:
+            print(text, flush=True)
+            with open(self.out / "log.txt", "a") as f:
+                f.write(text + "\n")
+
+    def event(self, step, split, **values):
+        """One object in metrics.jsonl: {"step": ..., "split": ..., **values}; scalars also go to TensorBoard if it is on."""
+        if self.world.is_main:
+            with open(self.out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            if self.tensorboard:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self.tensorboard.add_scalar(f"{split}/{name}", value, step)
+
+    def progress(self, step, total, meter, lr, picked):
+        """The line that grep and eyes read, and the same numbers as an event. picked: {version: times chosen so far}."""
+        terms, speed, waiting = meter.read()
+        losses = " ".join(f"{k} {v:.4g}" for k, v in terms.items())
+        seen = max(1.0, sum(picked.values()))
+        chosen = " ".join(f"{k} {v / seen:.0%}" for k, v in picked.items())
+        self.say(f"step {step:07d}/{total:07d} | {losses} | lr {lr:.1e} | {speed:.2f} it/s | wait {waiting:.0%} | "
+                 f"eta {(total - step) / speed / 3600:.2f}h | gt {chosen}")
+        self.event(step, "train", **terms, lr=lr, it_per_s=round(speed, 3), wait=round(waiting, 3), picked=picked)
+
+    def save(self, step, state):
+        """Replace ckpt/last.pt by {"step", "args", **state}; the other ranks wait until it is there."""
+        if self.world.is_main:
+            write_atomic(self.last, lambda t: torch.save({"step": step, "args": self.args, **state}, t))
+        self.world.barrier()
+
+
+class Meter:
+    """Window averages without a device sync: sums stay on the device until `read`.
+
+    Also remembers, for every term, the first step at which it was not finite, so that the check costs nothing per step.
+    """
+
+    def __init__(self, world, state=None):
+        self.world, self.sums, self.count, self.first_bad = world, {}, 0, {}
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        if state:
+            self.count = state["count"]
+            self.sums = {k: v.to(world.device) for k, v in state["sums"].items()}
+
+    def state_dict(self):
+        """Window sums averaged over processes, so that a resumed run logs the line an uninterrupted one would."""
+        return {"count": self.count, "sums": {k: self.world.reduce(v.clone()).cpu() / self.world.size for k, v in self.sums.items()}}
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Counts the time inside as waiting for data."""
+        started = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - started
+
+    def add(self, step, **terms):
+        """terms: 0-d tensors of this process's share of the batch."""
+        self.count += 1
+        self.steps += 1
+        for name, value in terms.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            never = torch.full((), 2 ** 31 - 1, dtype=torch.int64, device=value.device)
+            bad = torch.where(torch.isfinite(value), never, torch.full_like(never, step))
+            self.first_bad[name] = torch.minimum(self.first_bad[name], bad) if name in self.first_bad else bad
+
+    def check_finite(self, describe):
+        """Raise FloatingPointError naming the first non-finite term and its step; describe(step) names the samples."""
+        for name, first in self.first_bad.items():
+            step = int(self.world.reduce(first.clone(), dist.ReduceOp.MIN).item())          # a device sync
+            if step < 2 ** 31 - 1:
+                raise FloatingPointError(f"{name} is not finite at step {step}; the last checkpoint is older. Samples: {describe(step)}")
+
+    def read(self):
+        """(averages over window and processes, steps per second, share of time spent waiting for data); starts a new window."""
+        averages = {k: (self.world.reduce(v.clone()) / self.world.size).item() / self.count for k, v in self.sums.items()}
+        elapsed = time.perf_counter() - self.started
+        speed, waiting = self.steps / elapsed, self.waited / elapsed
+        self.sums, self.count, self.steps, self.waited, self.started = {}, 0, 0, 0.0, time.perf_counter()
+        return averages, speed, waiting

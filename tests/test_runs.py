@@ -1,0 +1,104 @@
+"""runs.py: seeds, atomic files, the run folder's rules, window averages."""
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import runs
+
+pytestmark = pytest.mark.fast
+ALONE = runs.World(0, 1, torch.device("cpu"))
+
+
+def test_seeds_differ_in_every_argument_and_are_the_same_everywhere():
+    seeds = [runs.sample_seed(*key) for key in [(0, 1, 2, "crop"), (1, 1, 2, "crop"), (0, 2, 2, "crop"), (0, 1, 3, "crop"), (0, 1, 2, "flip")]]
+    assert len(set(seeds)) == 5 and all(0 <= s < 2 ** 63 for s in seeds)
+    code = "import runs; print(runs.sample_seed(0, 1, 2, 'crop'))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=runs.REPO, env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert int(other.stdout) == seeds[0]
+
+
+def test_first_draws_of_neighbouring_seeds_are_uniform_and_uncorrelated():
+    u = np.array([[np.random.default_rng(runs.sample_seed(0, step, lane, "crop")).random() for lane in range(8)] for step in range(250)])
+    assert stats.kstest(u.ravel(), "uniform").pvalue > 0.01
+    assert stats.pearsonr(u[:, 0], u[:, 1]).pvalue > 0.01 and stats.pearsonr(u[:-1].ravel(), u[1:].ravel()).pvalue > 0.01
+
+
+def test_lanes_are_contiguous_disjoint_and_complete():
+    lanes = [lane for rank in range(4) for lane in runs.World(rank, 4, None).lanes(12)]
+    assert lanes == list(range(12))
+    with pytest.raises(ValueError, match="--batch-size 12 does not divide by 5 processes"):
+        runs.World(0, 5, None).lanes(12)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    runs.write_atomic(tmp_path / "a", lambda t: t.write_text("old"))
+
+    def fail(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space"):
+        runs.write_atomic(tmp_path / "a", fail)
+    assert (tmp_path / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_find_weights_takes_the_newest_of_a_run(tmp_path):
+    for step in (50, 100):
+        runs.save_weights(tmp_path / "weights" / f"ema_{step:07d}.pth", {"w": torch.zeros(1)}, {"w": torch.ones(1)})
+    assert runs.find_weights(tmp_path, "").name == "ema_0000100.pth"
+    saved = torch.load(runs.find_weights(tmp_path, ""), weights_only=True)
+    assert list(saved) == ["params_ema", "params"] and saved["params_ema"]["w"] == 1
+    with pytest.raises(FileNotFoundError, match="do this"):
+        runs.find_weights(tmp_path / "none", "do this")
+
+
+def test_events_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    run = runs.Run(tmp_path / "run", {"lr": 1}, ALONE)
+    run.open()
+    for step in (1, 2, 3):
+        run.event(step, "train", pix=step / 10)
+        if step == 2:
+            run.save(step, {})
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "spl')                                               # a process killed while writing
+    again = runs.Run(tmp_path / "run", {"lr": 2}, ALONE, resume="must")
+    again.open()
+    assert again.start_step == 2 and [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert "changed: lr 1 -> 2" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_args_json_says_what_made_the_run(tmp_path):
+    run = runs.Run(tmp_path / "run", {"data": tmp_path, "lr": 1e-4}, ALONE)
+    run.open()
+    told = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert told["args"] == {"data": str(tmp_path), "lr": 1e-4} and {"command", "commit", "torch", "device", "processes"} <= set(told)
+
+
+def test_meter_averages_a_window_and_survives_a_checkpoint():
+    meter = runs.Meter(ALONE)
+    meter.add(1, pix=torch.tensor(1.0))
+    restored = runs.Meter(ALONE, meter.state_dict())
+    for m in (meter, restored):
+        m.add(2, pix=torch.tensor(2.0))
+        assert m.read()[0] == {"pix": 1.5}
+
+
+def test_meter_names_the_first_non_finite_step_and_term():
+    meter = runs.Meter(ALONE)
+    for step, value in ((7, 1.0), (8, float("inf")), (9, float("nan"))):
+        meter.add(step, pix=torch.tensor(1.0), percep=torch.tensor(value))
+    with pytest.raises(FloatingPointError, match="percep is not finite at step 8; .*Samples: of 8"):
+        meter.check_finite(lambda step: f"of {step}")
+
+
+def test_own_errors_are_one_line_and_foreign_errors_keep_their_traceback(tmp_path):
+    code = "import sys; sys.argv = ['x.py']; import runs, archs, torch; runs.cli(lambda: {})"
+    own = subprocess.run([sys.executable, "-c", code.format("archs.ARCHS['swinir-small'](upsampler='no')")], capture_output=True, text=True, cwd=runs.REPO)
+    assert own.returncode == 2 and own.stderr.startswith("x.py: error: SwinIR") and own.stderr.count("\n") == 1
+    bug = subprocess.run([sys.executable, "-c", code.format("int('x')")], capture_output=True, text=True, cwd=runs.REPO)
+    assert bug.returncode == 1 and "Traceback" in bug.stderr

@@ -1,0 +1,363 @@
+"""train.py as a user runs it: exact resume, the same numbers on one process and two, every sampler, every refusal."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import archs
+import data
+import degradations
+import runs
+import train
+
+HERE = Path(__file__).resolve().parent
+TINY = ["--arch", "compact-small", "--batch-size", "4", "--group-size", "2", "--pool-size", "8", "--crop", "32", "--lambda-p", "0", "--d-features", "4",
+        "--workers", "0", "--device", "cpu", "--log-every", "1", "--sample-every", "0", "--init", "none"]
+
+
+@pytest.fixture(scope="session")
+def init(tmp_path_factory):
+    """{arch: random weight file} of the small nets."""
+    folder, files = tmp_path_factory.mktemp("init"), {}
+    for arch in ("compact-small", "swinir-small"):
+        torch.manual_seed(0)
+        files[arch] = folder / f"{arch}.pth"
+        runs.save_weights(files[arch], archs.ARCHS[arch]().state_dict())
+    return files
+
+
+def flags(quintuplets, init, out=None, arch="compact-small", **more):
+    words = TINY[:-1] + [str(init[arch]), "--data", str(quintuplets), "--reward", "test_rewards:brightness"]
+    words[1] = arch
+    if out is not None:
+        words += ["--out", str(out)]
+    for name, value in more.items():
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])])
+    return words
+
+
+def events(out, split="train"):
+    return [e for e in map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines()) if e["split"] == split]
+
+
+def losses(out):
+    return [{k: e[k] for k in ("step", "pix", "adv", "D_real", "D_fake")} for e in events(out)]
+
+
+def equal(a, b):
+    """Bitwise equality of nested checkpoints."""
+    if torch.is_tensor(a):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+# Settings
+
+@pytest.mark.fast
+def test_presets_are_hggts_settings():
+    swinir, rrdbnet = (train.parse_args(["--arch", arch]) for arch in ("swinir", "rrdbnet"))
+    assert (swinir.batch_size, swinir.group_size, swinir.pool_size, swinir.drop_path) == (4 * 8, 8, 4 * 160, 0.1)
+    assert (rrdbnet.batch_size, rrdbnet.group_size, rrdbnet.pool_size, rrdbnet.drop_path) == (4 * 12, 12, 4 * 180, 0)
+    assert swinir.milestones == [200_000, 250_000, 275_000, 287_500] and rrdbnet.milestones == [300_000]
+    assert (swinir.degradation, rrdbnet.degradation) == ("one-round", "two-round")
+    for args in (swinir, rrdbnet):
+        assert (args.lr, args.total_steps, args.crop, args.ema_decay, args.tau, args.seed) == (1e-4, 300_000, 256, 0.999, 10, 0)
+        assert (args.lambda_l1, args.lambda_p, args.lambda_a, args.usm, args.precision) == (1, 1, 0.1, False, "fp32")
+        assert (args.sampler, args.reward, args.data) == ("amo", ["musiq"], Path("datasets/HGGT"))
+    psnr = {arch: train.parse_args(["--arch", arch, "--stage", "psnr"]) for arch in ("swinir", "rrdbnet")}
+    assert psnr["swinir"].milestones == [150_000, 240_000, 270_000, 285_000] and not psnr["swinir"].usm and psnr["rrdbnet"].usm
+    assert all((a.lr, a.lambda_p, a.lambda_a, a.sampler, a.init) == (2e-4, 0, 0, "orig", None) for a in psnr.values())
+    assert swinir.init == Path("runs/swinir-psnr") and psnr["swinir"].out == swinir.init and swinir.out == Path("runs/swinir-amo")
+
+
+@pytest.mark.fast
+def test_every_preset_key_is_a_flag_and_every_choice_exists():
+    known = set(vars(train.parse_args([])))
+    for settings in [*train.PRESETS.values(), *train.PSNR.values(), *train.DEMO.values()]:
+        assert set(settings) <= known
+    assert set(train.PRESETS) == set(train.PSNR) == set(archs.ARCHS)
+    assert {args.degradation for args in map(train.parse_args, (["--arch", a] for a in train.PRESETS))} <= set(degradations.PRESETS)
+    assert set(train.FIXED) <= known
+
+
+@pytest.mark.fast
+def test_explicit_flags_win_over_presets():
+    args = train.parse_args(["--demo", "--arch", "rrdbnet-small", "--batch-size", "12", "--total-steps", "7"])
+    assert (args.arch, args.batch_size, args.total_steps, args.reward) == ("rrdbnet-small", 12, 7, ["ranker"])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", ["train.py", "make_quintuplets.py", "evaluate.py", "train_iqa.py"])
+def test_help_answers_at_once_with_defaults(script, name):
+    began = time.monotonic()
+    text = script(name, "--help").stdout
+    assert time.monotonic() - began < 2 and "default:" in text
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("words, said", [(["--stage", "psnr", "--sampler", "amo"], "only sampler"), (["--reward", "none"], "needs a --reward"),
+                                         (["--arch", "rrdbnet", "--drop-path", "0.1"], "SwinIR"), (["--crop", "30"], "multiple of 8"),
+                                         (["--batch", "8"], "unrecognized"), (["--load-size", "128"], "at least the crop")])
+def test_flags_that_contradict_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(words)
+    assert said in capsys.readouterr().err
+
+
+# Parts of a step
+
+@pytest.mark.fast
+def test_learning_rate_halves_one_step_after_each_milestone():
+    rates = [train.learning_rate(s, 1e-4, [200_000, 250_000]) for s in (1, 200_000, 200_001, 250_000, 250_001)]
+    assert rates == [1e-4, 1e-4, 5e-5, 5e-5, 2.5e-5]
+
+
+@pytest.mark.fast
+def test_adversarial_loss_is_the_hand_worked_cross_entropy():
+    logits = torch.tensor([[0.0, 1.0], [-2.0, 3.0]])
+    assert train.adversarial_loss(logits, True).item() == pytest.approx(torch.log1p(torch.exp(-logits)).mean().item(), rel=1e-6)
+    assert train.adversarial_loss(logits, False).item() == pytest.approx(torch.log1p(torch.exp(logits)).mean().item(), rel=1e-6)
+
+
+@pytest.mark.fast
+def test_ema_is_the_recursion_of_hggt():
+    net, ema = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    expected = [0.999 * e.detach() + 0.001 * n.detach() for e, n in zip(ema.parameters(), net.parameters())]
+    train.update_ema(ema, net, 0.999)
+    assert all(torch.allclose(e, x, atol=1e-7) for e, x in zip(ema.parameters(), expected))
+
+
+@pytest.mark.fast
+def test_lr_crop_covers_the_hr_crop():
+    hr = torch.arange(64.0)[:, None] * 64 + torch.arange(64)
+    lq = hr[::4, ::4].expand(1, 3, 16, 16)
+    assert torch.equal(train.crop_like(lq, torch.tensor([[8, 20]]), 32)[0, 0], hr[8:40, 20:52][::4, ::4])
+
+
+# Whole runs
+
+def test_amo_chooses_the_brightest_version_and_the_pool_gets_the_winner_only(quintuplets, init, rewards, tmp_path):
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=3)))
+    assert events(tmp_path / "run")[-1]["picked"] == {"original": 0, "01": 0, "02": 12, "03": 0, "04": 0}
+    pool = runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["pool"]
+    assert [tuple(t.shape) for t in pool] == [(4, 2, 3, 8, 8), (4, 2, 3, 32, 32)] and all(t.dtype == torch.uint8 for t in pool)
+    grey = pool[1].float().mean((2, 3, 4))
+    assert (grey > 145).all()                                                     # 02 is 30 grey levels brighter than the original
+
+
+@pytest.mark.parametrize("sampler, chosen", [("orig", {"original"}), ("rand", None), ("upos", {"01"}), ("sma", None), ("smp", {"01"})])
+def test_every_sampler_trains_on_the_versions_it_may(quintuplets, init, rewards, tmp_path, sampler, chosen):
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", sampler=sampler, total_steps=4, score_cache=tmp_path / "scores", tau=20)))
+    picked = events(tmp_path / "run")[-1]["picked"]
+    used = {v for v, n in picked.items() if n}
+    assert sum(picked.values()) == 16 and (used == chosen if chosen else len(used) >= 3)
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert ("5 sets of 5 versions (1 dropped)" if sampler in ("upos", "smp") else "6 sets of 5 versions (0 dropped)") in said
+
+
+def test_psnr_stage_leaves_what_the_gan_stage_starts_from(quintuplets, rewards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = quintuplets / "Train" / "images" / "0-6" / "original"
+    common = TINY[:-2] + ["--total-steps", "2"]
+    with pytest.raises(FileNotFoundError, match="train.py --stage psnr --arch compact-small"):
+        train.main(train.parse_args(common + ["--data", str(quintuplets), "--reward", "test_rewards:brightness"]))
+    assert not Path("runs/compact-small-amo").exists()
+    train.main(train.parse_args(common + ["--stage", "psnr", "--data", str(photos), "--load-size", "48", "--usm", "--val-photos", "1"]))
+    run = Path("runs/compact-small-psnr")
+    assert set(events(run)[-1]) >= {"pix"} and events(run)[-1].get("adv") is None and not list(run.glob("weights/net_d*"))
+    assert events(run, "val")[-1]["psnr"] > 5
+    train.main(train.parse_args(common + ["--data", str(quintuplets), "--reward", "test_rewards:brightness"]))
+    assert "runs/compact-small-psnr/weights/ema_0000002.pth" in Path("runs/compact-small-amo/log.txt").read_text()
+
+
+def test_the_weight_files_load_in_spandrel_and_hold_ema_and_raw(quintuplets, init, rewards, tmp_path):
+    spandrel = pytest.importorskip("spandrel")
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, sampler="rand")))
+    file = tmp_path / "run" / "weights" / "ema_0000002.pth"
+    state = runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")
+    saved = runs.load_checkpoint(file)
+    assert equal(saved["params_ema"], state["ema"]) and equal(saved["params"], state["net_g"]) and not equal(state["ema"], state["net_g"])
+    net, _ = archs.load_generator(file)
+    theirs = spandrel.ModelLoader().load_from_file(file)
+    x = torch.rand(1, 3, 37, 53)
+    with torch.no_grad():
+        assert torch.allclose(net(x), theirs.model(x), atol=1e-5)
+    d = archs.UNetDiscriminatorSN(4)
+    d.load_state_dict(runs.load_checkpoint(tmp_path / "run" / "weights" / "net_d_0000002.pth")["params"])
+
+
+def test_sample_grid_and_tensorboard_and_validation(quintuplets, init, rewards, tmp_path):
+    from PIL import Image
+    pytest.importorskip("tensorboard")
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, sample_every=2, val_photos=1, tensorboard=True)))
+    with Image.open(tmp_path / "run" / "samples" / "0000002.png") as grid:
+        assert grid.size[0] == 3 * 32 + 2 * 4 and grid.size[1] >= 2 * (32 + 16)
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert set(events(tmp_path / "run", "val")[-1]) == {"step", "split", "psnr", "score"}
+    assert "4 sets of 5 versions" in (tmp_path / "run" / "log.txt").read_text()   # a photo has two patches: both are held out
+
+
+def test_accumulation_gives_the_same_losses(quintuplets, init, rewards, tmp_path):
+    for n in (1, 2):
+        train.main(train.parse_args(flags(quintuplets, init, tmp_path / str(n), total_steps=3, accumulate=n, lambda_a=0)))
+    for a, b in zip(events(tmp_path / "1"), events(tmp_path / "2")):
+        assert a["pix"] == pytest.approx(b["pix"], rel=1e-5)
+
+
+@pytest.mark.parametrize("more", [dict(precision="bf16"), dict(clip_grad=0.01), dict(pool_size=0), dict(drop_without_positive=True),
+                                  dict(arch="swinir-small", pad_mode="swinir", workers=2)])
+def test_options_run_to_finite_losses(quintuplets, init, rewards, tmp_path, more):
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, **more)))
+    assert all(0 < e["pix"] < 10 for e in events(tmp_path / "run"))
+
+
+def test_perceptual_loss_enters_the_objective(quintuplets, init, rewards, tmp_path):
+    vgg = pytest.importorskip("torchvision").models.vgg19(weights=None).features
+    torch.save(vgg.state_dict(), tmp_path / "vgg.pth")
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=1, lambda_p=1, vgg_weights=tmp_path / "vgg.pth")))
+    assert events(tmp_path / "run")[-1]["percep"] > 0
+
+
+# One process and two
+
+def test_two_processes_give_the_losses_of_one(quintuplets, init, rewards, tmp_path, script):
+    """Global batch 4 with pool, AMO, discriminator and DropPath on, four steps: the pool hands out stored pairs from step 3."""
+    words = dict(arch="swinir-small", drop_path=0.5, total_steps=4)
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "one", **words)))
+    script("train.py", *flags(quintuplets, init, tmp_path / "two", **words), processes=2)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 4 and [e["step"] for e in two] == [1, 2, 3, 4]
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=2e-5)
+    a, b = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("one", "two"))
+    assert equal(a["pool"], b["pool"]) and a["picked"] == b["picked"]
+    assert all(torch.allclose(a["net_g"][k], b["net_g"][k], atol=1e-4) for k in a["net_g"])
+
+
+def test_a_run_continues_after_a_change_of_processes(quintuplets, init, rewards, tmp_path, script):
+    words = flags(quintuplets, init, tmp_path / "run", total_steps=4)
+    script("train.py", *flags(quintuplets, init, tmp_path / "run", total_steps=2), processes=2)
+    train.main(train.parse_args(words + ["--resume"]))
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "whole", total_steps=4)))
+    for a, b in zip(losses(tmp_path / "run"), losses(tmp_path / "whole")):
+        assert a == pytest.approx(b, rel=2e-5)
+
+
+# Interruption
+
+def test_ten_kills_leave_the_run_bitwise_as_if_undisturbed(quintuplets, init, rewards, tmp_path):
+    words = flags(quintuplets, init, total_steps=12, save_every=1, log_every=2)
+    result = subprocess.run([sys.executable, str(HERE / "kill_runs.py"), str(tmp_path), *words], capture_output=True, text=True,
+                            timeout=280, env={**os.environ, "PYTHONPATH": str(rewards)})
+    assert result.returncode == 0 and "killed 10 times" in result.stdout, result.stderr
+    whole, killed = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("whole", "killed"))
+    assert whole.pop("args") | {"out": ""} == killed.pop("args") | {"out": ""} and whole["step"] == 12
+    assert equal(whole, killed)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")              # averages of a window survive, none is missing or doubled
+    assert not list((tmp_path / "whole").rglob("*.tmp"))
+
+
+def test_sigterm_saves_and_resume_ends_as_undisturbed(quintuplets, init, rewards, tmp_path):
+    words = flags(quintuplets, init, tmp_path / "run", total_steps=400)
+    process = subprocess.Popen([sys.executable, str(runs.REPO / "train.py"), *words], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(rewards)})
+    for line in process.stdout:
+        if line.startswith("step 0000003"):
+            process.send_signal(signal.SIGTERM)
+            break
+    assert "stopped by a signal" in process.communicate(timeout=60)[0] and process.returncode == 0
+    stopped = runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["step"]
+    assert 3 <= stopped < 400
+    more = str(stopped + 2)
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=more) + ["--resume"]))
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "whole", total_steps=more)))
+    a, b = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("run", "whole"))
+    assert all(equal(a[k], b[k]) for k in a if k != "args")
+
+
+def test_a_non_finite_loss_names_term_step_and_samples_and_saves_nothing(quintuplets, init, rewards, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"(pix|adv|D_real|D_fake) is not finite at step [23]; .*Samples: photo\d-\d+-0, photo"):
+        train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=5, lr="1e30")))
+    assert not (tmp_path / "run" / "ckpt").exists()
+
+
+# Refusals
+
+def test_a_second_start_into_a_run_is_refused_and_resume_needs_a_checkpoint(quintuplets, init, rewards, tmp_path):
+    words = flags(quintuplets, init, tmp_path / "run", total_steps=1)
+    with pytest.raises(FileNotFoundError, match="--resume auto"):
+        train.main(train.parse_args(words + ["--resume"]))
+    assert not (tmp_path / "run").exists()
+    train.main(train.parse_args(words + ["--resume", "auto"]))
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        train.main(train.parse_args(words))
+    with pytest.raises(ValueError, match="other settings.*sampler"):
+        train.main(train.parse_args(words + ["--resume", "--sampler", "rand"]))
+    with pytest.raises(ValueError, match="not a run folder"):
+        train.main(train.parse_args(flags(quintuplets, init, quintuplets, total_steps=1) + ["--resume", "auto"]))
+    last = tmp_path / "run" / "ckpt" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        train.main(train.parse_args(words + ["--resume"]))
+
+
+@pytest.mark.parametrize("more, error, said", [
+    (dict(batch_size=6), ValueError, "--pool-size 8 must be a multiple of --batch-size 6"),
+    (dict(accumulate=3), ValueError, "--accumulate 3 does not divide"),
+    (dict(crop=72), ValueError, "64x64 pixels, smaller than the 72-pixel crop"),
+    (dict(reward="muzik"), ValueError, "unknown.*musiq"),
+    (dict(data="/nowhere"), FileNotFoundError, "/nowhere: no such"),
+    (dict(init="/nowhere.pth"), FileNotFoundError, "/nowhere.pth"),
+    (dict(init="SWINIR"), ValueError, "compact"),
+    (dict(val_photos=3), ValueError, "hold out between 1 and 2"),
+    (dict(device="cuda"), ValueError, "no GPU"),
+])
+def test_bad_settings_end_in_one_line_before_anything_is_written(quintuplets, init, rewards, tmp_path, more, error, said):
+    if more.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    if more.get("init") == "SWINIR":
+        more = dict(init=init["swinir-small"])
+    with pytest.raises(error, match=said) as caught:
+        train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=1) + flags_of(more)))
+    assert "\n" not in str(caught.value)
+    if "crop" not in more:                                                        # sizes are known when the first image is read
+        assert not (tmp_path / "run").exists()
+
+
+def flags_of(more):
+    return [w for name, value in more.items() for w in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_user_errors_leave_one_line_and_exit_code_2(quintuplets, init, tmp_path, script):
+    result = script("train.py", *flags(quintuplets, init, tmp_path / "run", total_steps=1, data="/nowhere"), check=False)
+    assert result.returncode == 2 and re.fullmatch(r"train\.py: error: /nowhere: no such [^\n]*\n", result.stderr) and not result.stdout
+    result = script("train.py", *flags(quintuplets, init, tmp_path / "run", total_steps=1, batch_size=9, pool_size=9), processes=2, check=False)
+    assert result.returncode and "--batch-size 9 does not divide by 2 processes" in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_output_is_refused(quintuplets, init, rewards, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((OSError, ValueError), match="cannot be written"):
+        train.main(train.parse_args(flags(quintuplets, init, tmp_path / "file" / "run", total_steps=1)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_run_resumes_and_stays_finite(quintuplets, init, rewards, tmp_path, precision):
+    words = dict(precision=precision, device="cuda")
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=3, **words)))
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=6, **words) + ["--resume"]))
+    assert len(losses(tmp_path / "run")) == 6

@@ -1,0 +1,400 @@
+"""Train x4 super-resolution on quintuplets with any ground-truth sampler (paper Sec. 4.1-4.2, Eq. 1-4; settings of HGGT).
+
+    python train.py --demo                                                     everything in small, on a CPU, no download
+    python train.py --stage psnr --arch swinir --data PHOTOS                   L1 pre-training, leaves runs/swinir-psnr
+    torchrun --nproc_per_node 4 train.py --arch swinir --sampler amo           the paper: datasets/HGGT, MUSIQ, 4 GPUs
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --arch rrdbnet --sampler sma
+    python train.py --demo --resume                                            continue after an interruption
+
+For every photo there are several candidate ground truths (an original, four enhanced versions). The sampler chooses the one
+that supervises each crop: orig, rand, upos (uniform over those people preferred), sma / smp (softmax of NR-IQA scores over
+all / positives), amo (the crop that the NR-IQA model likes best). Everything else is HGGT's GAN training.
+"""
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+PRESETS = {  # what differs per backbone; HGGT options for 4 GPUs: batch and pool are summed over them, group is one GPU's batch
+    "swinir": dict(degradation="one-round", batch_size=32, group_size=8, pool_size=640, drop_path=0.1, channels_last=False,
+                   milestones=[200_000, 250_000, 275_000, 287_500]),
+    "rrdbnet": dict(degradation="two-round", batch_size=48, group_size=12, pool_size=720, drop_path=0.0, channels_last=True,
+                    milestones=[300_000]),
+    # CHOICE: neither paper trains this net; it gets RRDBNet's settings, being the convolutional one of the two
+    "compact": dict(degradation="two-round", batch_size=48, group_size=12, pool_size=720, drop_path=0.0, channels_last=True,
+                    milestones=[300_000]),
+}
+PSNR = {  # HGGT options of the L1 stage
+    "swinir": dict(lr=2e-4, milestones=[150_000, 240_000, 270_000, 285_000], usm=False),
+    "rrdbnet": dict(lr=2e-4, milestones=[300_000], usm=True),
+    "compact": dict(lr=2e-4, milestones=[300_000], usm=True),                     # CHOICE: as rrdbnet
+}
+SMALL = dict(batch_size=8, group_size=4, pool_size=32, milestones=[])             # CHOICE: nets for a CPU, demo and tests
+for name in ("swinir", "rrdbnet", "compact"):
+    PRESETS[f"{name}-small"] = PRESETS[name] | SMALL
+    PSNR[f"{name}-small"] = PSNR[name] | dict(lr=1e-3, milestones=[])
+DEMO = {  # CHOICE: what ends within the demo's five minutes on two cores
+    "gan": dict(data=Path("datasets/demo"), total_steps=100, crop=96, lr=2e-4, reward=["ranker"], lambda_p=0.0, d_features=12,
+                ema_decay=0.95, log_every=20, save_every=50, weights_every=0, val_every=0, sample_every=50, workers=0),
+    "psnr": dict(data=Path("datasets/demo"), total_steps=120, crop=96, lr=1e-3, reward=["none"], ema_decay=0.95, log_every=20,
+                 save_every=60, weights_every=0, val_every=0, sample_every=60, workers=0, load_size=128),
+}
+
+
+def parse_args(argv=None):
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre.add_argument("--demo", action="store_true", help="demo data set, small net, short schedule, embedded reward, no VGG; same code")
+    pre.add_argument("--arch", choices=list(PRESETS), help="backbone; fills the defaults marked [arch] (paper: swinir, rrdbnet)")
+    pre.add_argument("--stage", choices=["gan", "psnr"], default="gan", help="gan: Eq. 1; psnr: HGGT's L1-only pre-training")
+    first = pre.parse_known_args(argv)[0]
+    arch = first.arch or ("compact-small" if first.demo else "swinir")
+    p = argparse.ArgumentParser(description=__doc__, parents=[pre], allow_abbrev=False,
+                                formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
+    onoff = argparse.BooleanOptionalAction
+    g = p.add_argument_group("data")
+    g.add_argument("--data", type=Path, default=Path("datasets/HGGT"), help="quintuplets in HGGT's layout; for --stage psnr any photo folder")
+    g.add_argument("--val-photos", type=int, default=0, help="hold out this many photos where there is no Test split")
+    g.add_argument("--load-size", type=int, default=512 if first.stage == "psnr" else 0,
+                   help="window of the image that is degraded, in pixels; 0 = whole image (HGGT: 512 of 512; Real-ESRGAN: 400)")
+    g.add_argument("--crop", type=int, default=256, help="side of the HR training crop in pixels (HGGT)")
+    g.add_argument("--workers", type=int, default=8, help="data processes per GPU (HGGT)")
+    g = p.add_argument_group("degradation (Sec. 5)")
+    g.add_argument("--degradation", choices=["one-round", "two-round", "realesrgan"], help="[arch] preset of degradations.py")
+    g.add_argument("--jpeg-table", choices=["hggt", "libjpeg"], default="hggt", help="hggt keeps its transposed luma table")
+    g.add_argument("--usm", action=onoff, default=False, help="[arch] sharpen GT for LR synthesis and as L1/VGG target (HGGT: rrdbnet's psnr stage)")
+    g = p.add_argument_group("ground-truth sampling (Sec. 4.2)")
+    g.add_argument("--sampler", choices=["orig", "rand", "upos", "sma", "smp", "amo"], default="orig" if first.stage == "psnr" else "amo",
+                   help="which GT supervises (Eq. 2-4)")
+    g.add_argument("--reward", nargs="+", default=["none"] if first.stage == "psnr" else ["musiq"], metavar="NAME[=WEIGHT]",
+                   help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none where the sampler needs none")
+    g.add_argument("--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
+    g.add_argument("--tau", type=float, default=10.0, help="softmax temperature in score units; sma and smp only (Sec. 8.1)")
+    g.add_argument("--include-original", action=onoff, default=True, help="is the original in A_I? (Eq. 4: yes; Sec. 4.2 once: no)")
+    g.add_argument("--drop-without-positive", action=onoff, default=False,
+                   help="drop sets without a positive for every sampler; upos and smp always do (HGGT)")
+    g.add_argument("--score-cache", type=Path, default=Path("runs/scores"), help="static scores of whole images (sma, smp)")
+    g = p.add_argument_group("losses (Eq. 1)")
+    psnr = first.stage == "psnr"
+    g.add_argument("--lambda-l1", type=float, default=1.0, help="weight of L1 (HGGT)")
+    g.add_argument("--lambda-p", type=float, default=0.0 if psnr else 1.0, help="weight of the VGG19 perceptual loss (HGGT); 0: no VGG")
+    g.add_argument("--lambda-a", type=float, default=0.0 if psnr else 0.1, help="weight of the adversarial loss (HGGT); 0: no discriminator")
+    g.add_argument("--vgg-weights", type=Path, metavar="FILE", help="torchvision vgg19 or features-only file instead of a download")
+    g.add_argument("--d-features", type=int, default=64, help="width of the U-Net discriminator (HGGT)")
+    g = p.add_argument_group("optimisation (HGGT)")
+    g.add_argument("--total-steps", type=int, default=300_000, help="optimisation steps")
+    g.add_argument("--batch-size", type=int, help="[arch] crops per step, summed over processes")
+    g.add_argument("--group-size", type=int, help="[arch] lanes that share HGGT's once-per-GPU-batch draws (scale, mode, crop position)")
+    g.add_argument("--pool-size", type=int, help="[arch] pairs in the training-pair pool, summed over processes; 0: no pool")
+    g.add_argument("--lr", type=float, default=1e-4, help="learning rate of G and D (HGGT; psnr: 2e-4)")
+    g.add_argument("--milestones", type=int, nargs="*", help="[arch] steps after which the learning rate halves")
+    g.add_argument("--ema-decay", type=float, default=0.999, help="of the generator's weights, every step")
+    g.add_argument("--drop-path", type=float, help="[arch] stochastic depth of SwinIR; 0: off")
+    g.add_argument("--pad-mode", choices=["hggt", "swinir"], default="hggt", help="SwinIR only: hggt always adds a window")
+    g.add_argument("--accumulate", type=int, default=1, help="micro-batches per step and process (CHOICE: 1)")
+    g.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm of G and of D; 0: none (HGGT)")
+    g.add_argument("--seed", type=int, default=0, help="of every random draw (HGGT)")
+    g = p.add_argument_group("start and continue")
+    g.add_argument("--init", type=Path, metavar="FILE", help="generator weights, or a run folder; gan default runs/<arch>-psnr; psnr default: none, random")
+    g.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take from --init; default params_ema, else params, else bare")
+    g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],
+                   help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
+    g = p.add_argument_group("speed")
+    g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
+    g.add_argument("--threads", type=int, default=0, help="CPU threads per process; 0: PyTorch's choice")
+    g.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="bf16 keeps losses, reward and weights in fp32")
+    g.add_argument("--channels-last", action=onoff, help="[arch] memory format of the networks")
+    g.add_argument("--compile", action=onoff, default=False, help="torch.compile generator and discriminator")
+    g = p.add_argument_group("output")
+    g.add_argument("--out", type=Path, help="run folder (default: runs/<arch>-<sampler>, runs/<arch>-psnr)")
+    g.add_argument("--log-every", type=int, default=100, help="steps between progress lines")
+    g.add_argument("--save-every", type=int, default=5_000, help="steps between checkpoints (ckpt/last.pt); 0: only at the end")
+    g.add_argument("--weights-every", type=int, default=50_000, help="steps between weight files (HGGT); 0: only at the end")
+    g.add_argument("--val-every", type=int, default=50_000, help="steps between validations (HGGT); 0: only at the end")
+    g.add_argument("--sample-every", type=int, default=5_000, help="steps between sample grids; 0: none")
+    g.add_argument("--tile", type=int, default=128, help="LR tile of the validation in pixels, more than 64; 0: whole image")
+    g.add_argument("--tensorboard", action=onoff, default=False, help="also write TensorBoard events")
+    p.set_defaults(arch=arch, **PRESETS[arch])                                    # explicit flags still win
+    if psnr:
+        p.set_defaults(**PSNR[arch])
+    if first.demo:
+        p.set_defaults(**DEMO[first.stage])
+    args = p.parse_args(argv)
+    args.out = args.out or Path("runs") / (f"{args.arch}-psnr" if psnr else f"{args.arch}-{args.sampler}")
+    if args.init is None and not psnr:
+        args.init = Path("runs") / f"{args.arch}-psnr"
+    if psnr and args.sampler != "orig":
+        p.error("--stage psnr trains on plain photos: its only sampler is orig")
+    if args.reward == ["none"] and args.sampler in ("sma", "smp", "amo"):
+        p.error(f"--sampler {args.sampler} chooses by score: it needs a --reward")
+    if args.drop_path and not args.arch.startswith("swinir"):
+        p.error("--drop-path is SwinIR's: use 0 for convolutional nets")
+    if args.crop % 8 or args.load_size % 4 or 0 < args.load_size < args.crop:
+        p.error(f"--crop {args.crop} must be a multiple of 8, --load-size {args.load_size} one of 4 and 0 or at least the crop")
+    for flag in ("crop", "total_steps", "batch_size", "group_size", "accumulate", "log_every"):
+        if getattr(args, flag) < 1:
+            p.error(f"--{flag.replace('_', '-')} must be at least 1")
+    return args
+
+
+ARGS = parse_args() if __name__ == "__main__" else None                           # --help and flag errors need no torch: seconds
+
+import contextlib
+import copy
+from collections import Counter
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import archs
+import data
+import degradations
+import iqa
+import runs
+
+FIXED = ("arch", "stage", "sampler", "reward", "degradation", "jpeg_table", "usm", "tau", "include_original", "drop_without_positive",
+         "batch_size", "group_size", "pool_size", "crop", "load_size", "drop_path", "pad_mode", "d_features", "seed")
+
+
+def adversarial_loss(logits, real):
+    """Vanilla GAN loss, binary cross-entropy with logits against 1 (real) or 0, averaged over the logit map (HGGT)."""
+    return F.binary_cross_entropy_with_logits(logits.float(), torch.full_like(logits, float(real), dtype=torch.float32))
+
+
+@torch.no_grad()
+def update_ema(ema, net, decay):
+    """ema <- decay * ema + (1 - decay) * net, over the parameters."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def crop_like(lq, where, size, scale=4):
+    """The part of each whole LR image that belongs to its HR crop. lq (B, 3, h, w), where (B, 2) HR top and left, size in HR pixels."""
+    rows = [image[:, y // scale:(y + size) // scale, x // scale:(x + size) // scale] for image, (y, x) in zip(lq, where.tolist())]
+    return torch.stack(rows)
+
+
+def learning_rate(step, lr, milestones):
+    """HGGT's scheduler starts at step 2, so milestone m acts from step m + 1."""
+    return lr * 0.5 ** sum(step > m for m in milestones)
+
+
+def make_pair(batch, step, lanes, args, reward, seeds, device):
+    """One fresh training pair per lane -> lq (b, 3, p/4, p/4), gt (b, 3, p, p) in [0, 1], index of the chosen GT (b,), its score (b,) or None.
+
+    The LR image is always made from the whole original, then cropped; AMO scores the aligned crops of all versions at once.
+    """
+    original = batch["original"].to(device, non_blocking=True).float() / 255      # (b, 3, H, W)
+    crops = batch["crops"].to(device, non_blocking=True).float() / 255            # (b, V, 3, p, p)
+    lq = degradations.degrade(degradations.usm_sharpen(original) if args.usm else original, args.degradation,
+                              [seeds(step, lane, "degrade") for lane in lanes],
+                              [seeds(step, lane // args.group_size, "degrade-group") for lane in lanes], args.jpeg_table)
+    lq = crop_like(lq, batch["where"], args.crop)
+    versions = batch["version"].to(device, non_blocking=True)                     # (b, V)
+    if args.sampler != "amo":
+        return lq, crops[:, 0], versions[:, 0], None
+    with torch.no_grad():
+        scores = reward(crops.flatten(0, 1)).view(versions.shape)
+    index = data.pick_gt("amo", batch["candidates"].to(device, non_blocking=True), scores)[:, None]
+    return lq, torch.take_along_dim(crops, index[:, :, None, None, None], 1)[:, 0], versions.gather(1, index)[:, 0], scores.gather(1, index)[:, 0]
+
+
+@torch.no_grad()
+def validate(net, sets, args, reward, seeds, world):
+    """PSNR (RGB, 8-bit output, against the original) and reward over the validation images, shared over processes."""
+    totals = torch.zeros(3, dtype=torch.float64, device=world.device)             # count, PSNR, score
+    for i in range(world.rank, len(sets.stems), world.size):
+        gt = data.load_image(sets.path(sets.stems[i]))[None].to(world.device).float() / 255
+        gt = gt[..., :gt.shape[2] // 4 * 4, :gt.shape[3] // 4 * 4]
+        if sets.lq is not None:
+            lq = data.load_image(sets.lq / f"{sets.stems[i]}.png")[None].to(world.device).float() / 255
+            if lq.shape[2] * 4 != gt.shape[2] or lq.shape[3] * 4 != gt.shape[3]:
+                raise ValueError(f"{sets.lq / sets.stems[i]}.png: {lq.shape[3]}x{lq.shape[2]} pixels, expected a quarter of {gt.shape[3]}x{gt.shape[2]}")
+        else:                                                                     # the same degradation at every validation
+            lq = degradations.degrade(gt, args.degradation, [seeds(0, i, "val")], [seeds(0, i, "val-group")], args.jpeg_table)
+        sr = archs.upscale_tiled(net, lq, tile=args.tile, overlap=32).clamp(0, 1).mul(255).round() / 255
+        psnr = -10 * (sr.double() - gt.double()).square().mean().clamp_min(1e-10).log10()
+        totals += torch.stack([torch.ones_like(psnr), psnr, reward(sr)[0].double() if reward else torch.zeros_like(psnr)])
+    count, psnr, score = world.reduce(totals).tolist()
+    return {"psnr": psnr / count} | ({"score": score / count} if reward else {})
+
+
+@torch.no_grad()
+def sample_grid(net, dataset, args, reward, seeds, device, path, rows=4):
+    """PNG with lq | sr | chosen gt of the first few fixed samples, each with its score, by the code that training uses."""
+    lanes = range(min(rows, len(dataset), args.batch_size))
+    batch = data.collate([dataset.sample(1, lane) for lane in lanes])
+    lq, gt, version, _ = make_pair(batch, 1, lanes, args, reward, seeds, device)
+    columns = {"lq": F.interpolate(lq, scale_factor=4, mode="nearest"), "sr": archs.upscale_tiled(net, lq, tile=0).clamp(0, 1), "gt": gt}
+    scores = {k: [f"{s:.1f}" for s in reward(v).tolist()] if reward else [""] * len(lanes) for k, v in columns.items()}
+    names = [dataset.sets.versions[v] for v in version.tolist()]
+    data.save_grid(path, [[(columns[k][i], f"{k} {names[i] if k == 'gt' else ''} {scores[k][i]}") for k in columns] for i in range(len(lanes))])
+
+
+def main(args):
+    world = runs.start_world(args.device, args.threads)
+    device, lanes = world.device, world.lanes(args.batch_size)
+    if len(lanes) % args.accumulate:
+        raise ValueError(f"--accumulate {args.accumulate} does not divide the {len(lanes)} crops of one process")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    torch.backends.cudnn.benchmark = True
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    seeds = partial(runs.sample_seed, args.seed)
+
+    # data
+    if args.demo and world.is_main and not args.data.exists():
+        subprocess.run([sys.executable, str(runs.REPO / "make_quintuplets.py"), "--demo", "--out", str(args.data)], check=True)
+    world.barrier()
+    if args.stage == "gan":
+        sets, val_sets = data.find_sets(args.data, "Train"), data.find_sets(args.data, "Test")
+    else:
+        sets, val_sets = data.find_photos(args.data), None
+    if args.val_photos:
+        sets, val_sets = sets.hold_out(args.val_photos, seeds(0, 0, "val-photos"))
+    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights)
+
+    def training_set(sets):
+        labels = sets.labels() if args.sampler in data.NEEDS_LABELS or args.drop_without_positive else None
+        scores = None
+        if args.sampler in data.NEEDS_SCORES:
+            paths = [sets.path(stem, version) for stem in sets.stems for version in sets.versions]
+            scores = iqa.score_images(paths, reward, args.score_cache, world).view(len(sets.stems), -1)
+        return data.TrainingSet(sets, args.sampler, seeds, args.batch_size, args.group_size, args.crop, args.load_size, args.tau,
+                                labels, scores, args.include_original, args.drop_without_positive)
+
+    dataset = training_set(sets)
+    shown = dataset if val_sets is None else training_set(val_sets)               # what the sample grids show
+
+    # the run's folder, and networks: raw_* are the plain modules that are saved, net_* what the loop calls
+    run = runs.Run(args.out, vars(args) | {"samples": len(dataset)}, world, args.resume, FIXED + ("samples",), args.tensorboard)
+    start = "random start"
+    torch.manual_seed(args.seed)                                                  # initial weights; nothing else uses this state
+    options = {"drop_path": args.drop_path, "pad_mode": args.pad_mode} if args.arch.startswith("swinir") else {}
+    raw_g = archs.ARCHS[args.arch](**options)
+    raw_d = archs.UNetDiscriminatorSN(args.d_features) if args.lambda_a > 0 else None
+    vgg = archs.VGGFeatureLoss(args.vgg_weights).to(device) if args.lambda_p > 0 else None
+    if run.checkpoint is None and args.init is not None:
+        path = runs.find_weights(args.init, f"make it with: python train.py --stage psnr --arch {args.arch} --data PHOTOS, "
+                                            "or name weights with --init FILE")
+        start = f"start from {path}, key {archs.load_weights(raw_g, path, args.weights_key)}"
+    memory = torch.channels_last if args.channels_last else torch.contiguous_format
+    raw_g = raw_g.to(device, memory_format=memory)
+    ema = copy.deepcopy(raw_g).eval().requires_grad_(False)
+    opt_g = torch.optim.Adam(raw_g.parameters(), lr=args.lr, betas=(0.9, 0.99))   # HGGT
+    if raw_d is not None:
+        raw_d = raw_d.to(device, memory_format=memory)
+        opt_d = torch.optim.Adam(raw_d.parameters(), lr=args.lr, betas=(0.9, 0.99))
+    state = run.checkpoint or {"pool": None, "meter": None, "picked": None}
+    if run.checkpoint:
+        raw_g.load_state_dict(state["net_g"])
+        ema.load_state_dict(state["ema"])
+        opt_g.load_state_dict(state["opt_g"])
+        if raw_d is not None:
+            raw_d.load_state_dict(state["net_d"])
+            opt_d.load_state_dict(state["opt_d"])
+    pool = data.TrainingPool(args.pool_size, args.batch_size, lanes, seeds, state["pool"], device)
+    meter = runs.Meter(world, state["meter"])
+    picked = torch.zeros(len(sets.versions), device=device)                       # how often each version was chosen
+    if state["picked"] and world.is_main:
+        picked += torch.tensor(state["picked"], device=device)
+    run.open()
+    run.say(f"{args.arch}, sampler {args.sampler}: {len(dataset)} sets of {len(sets.versions)} versions ({dataset.dropped} dropped), "
+            f"{world.size} process(es) on {device}; {f'from step {run.start_step}' if run.checkpoint else start}")
+    if args.demo and args.stage == "gan" and args.lambda_p == 0:
+        run.say("demo: VGG19 would be a download, so lambda_p is 0")
+    state = run.checkpoint = None                                                 # the pool's copy alone may be 100 MB
+
+    def wrap(net):
+        net = torch.compile(net) if args.compile else net
+        return DistributedDataParallel(net, broadcast_buffers=False) if world.size > 1 else net   # buffers follow from weights alone
+    net_g, net_d = wrap(raw_g.train()), raw_d and wrap(raw_d.train())
+
+    def save(step, weights):
+        meter.check_finite(lambda s: ", ".join(dataset.names(s)))
+        state = {"net_g": raw_g.state_dict(), "ema": ema.state_dict(), "opt_g": opt_g.state_dict(), "pool": pool.state(world.gather_lanes),
+                 "meter": meter.state_dict(), "picked": world.reduce(picked.clone()).tolist()}
+        if raw_d is not None:
+            state |= {"net_d": raw_d.state_dict(), "opt_d": opt_d.state_dict()}
+        if weights and world.is_main:
+            runs.save_weights(args.out / "weights" / f"ema_{step:07d}.pth", raw_g.state_dict(), ema.state_dict())
+            if raw_d is not None:
+                runs.save_weights(args.out / "weights" / f"net_d_{step:07d}.pth", raw_d.state_dict())
+        run.save(step, state)
+
+    due = lambda step, every: step == args.total_steps or every and step % every == 0
+    no_sync = lambda net, last: net.no_sync() if world.size > 1 and not last else contextlib.nullcontext()
+    lambdas = {"pix": args.lambda_l1, "percep": args.lambda_p, "adv": args.lambda_a}
+    stop = runs.StopSignal(world)
+    batches = data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda")
+    for step in range(run.start_step + 1, args.total_steps + 1):
+        with meter.waiting():
+            batch = next(batches)
+        lr = learning_rate(step, args.lr, args.milestones)
+        for group in opt_g.param_groups + (opt_d.param_groups if raw_d is not None else []):
+            group["lr"] = lr
+
+        lq, gt, version, score = make_pair(batch, step, lanes, args, reward, seeds, device)
+        picked += torch.bincount(version, minlength=len(picked))
+        lq, gt = pool.swap((lq, gt), step)                                        # training-pair pool: the winner only
+        lq, gt = (t.contiguous(memory_format=memory) for t in (lq, gt))
+        target = degradations.usm_sharpen(gt) if args.usm else gt                 # L1 and VGG only; D always sees the plain GT
+        parts = [slice(i, i + len(lanes) // args.accumulate) for i in range(0, len(lanes), len(lanes) // args.accumulate)]
+        terms, fakes = Counter(), []
+
+        # generator, Eq. 1
+        if raw_d is not None:
+            raw_d.requires_grad_(False)
+        opt_g.zero_grad(set_to_none=True)
+        for part in parts:
+            drop = {"drop_path_seeds": [seeds(step, lane, "drop-path") for lane in lanes[part]]} if args.drop_path else {}
+            with no_sync(net_g, part is parts[-1]), autocast():
+                sr = net_g(lq[part], **drop)
+                losses = {"pix": F.l1_loss(sr.float(), target[part])}
+                if vgg is not None:
+                    losses["percep"] = vgg(sr, target[part])
+                if raw_d is not None:
+                    losses["adv"] = adversarial_loss(raw_d(sr), real=True)
+                loss_g = sum(lambdas[name] * loss for name, loss in losses.items())
+                (loss_g / len(parts)).backward()
+            fakes.append(sr.detach())
+            terms.update({name: loss.detach() / len(parts) for name, loss in losses.items()})
+        if args.clip_grad:
+            torch.nn.utils.clip_grad_norm_(raw_g.parameters(), args.clip_grad)
+        opt_g.step()
+        update_ema(ema, raw_g, args.ema_decay)
+
+        # discriminator: real = the chosen GT, fake = SR
+        if raw_d is not None:
+            raw_d.requires_grad_(True)
+            opt_d.zero_grad(set_to_none=True)
+            for part, fake in zip(parts, fakes):
+                for name, images, real in (("D_real", gt[part], True), ("D_fake", fake, False)):
+                    with no_sync(net_d, part is parts[-1] and not real), autocast():
+                        loss_d = adversarial_loss(net_d(images), real)
+                        (loss_d / len(parts)).backward()
+                    terms.update({name: loss_d.detach() / len(parts)})
+            if args.clip_grad:
+                torch.nn.utils.clip_grad_norm_(raw_d.parameters(), args.clip_grad)
+            opt_d.step()
+
+        if score is not None:
+            terms["score"] = score.mean()
+        meter.add(step, **terms)
+        if due(step, args.log_every):
+            meter.check_finite(lambda s: ", ".join(dataset.names(s)))
+            run.progress(step, args.total_steps, meter, lr, dict(zip(sets.versions, world.reduce(picked.clone()).tolist())))
+        if due(step, args.val_every) and val_sets is not None:
+            run.event(step, "val", **validate(ema, val_sets, args, reward, seeds, world))
+        if due(step, args.sample_every) and args.sample_every and world.is_main:
+            sample_grid(ema, shown, args, reward, seeds, device, args.out / "samples" / f"{step:07d}.png")
+        stopping = stop.requested(step)
+        if due(step, args.save_every) or due(step, args.weights_every) or stopping:
+            save(step, weights=due(step, args.weights_every))
+        if stopping:
+            run.say(f"stopped by a signal at step {step}; continue with --resume")
+            return
+    run.say(f"done: {args.out / 'weights' / f'ema_{args.total_steps:07d}.pth'}")
+
+
+if __name__ == "__main__":
+    runs.cli(partial(main, ARGS))
