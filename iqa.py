@@ -122,11 +122,6 @@ def parse_rewards(words):
     return parsed
 
 
-def reward_name(words):
-    """The name of a reward in folder names: metric or module names joined by '-'."""
-    return "-".join(name.partition(":")[0].split(".")[-1] for name, _ in parse_rewards(words))
-
-
 class Reward(nn.Module):
     """Weighted sum of frozen NR-IQA models, paper's Q: (B, 3, H, W) RGB in [0, 1] -> (B,) float32, higher is better.
 
@@ -327,30 +322,30 @@ def score_images(paths, reward, cache, world, batch_size=8):
     scores, todo = {}, []
     for i, path in list(enumerate(map(Path, paths)))[world.rank::world.size]:
         stat = path.stat()
-        known = by_stat.get((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
-        sha = None
-        if known is None:
-            sha = hashlib.sha256(path.read_bytes()).hexdigest()
-            known = by_content.get(sha)
-        if known is None:
-            todo.append((i, path, stat, sha))
-        else:
-            scores[i] = known
-    with open(cache / f"{key}.{world.rank}.jsonl", "a") as out, torch.no_grad(), \
-            tqdm(total=len(todo), desc=f"static scores, {len(scores)} cached", unit="img", disable=not (world.is_main and todo)) as bar:
-        if out.tell() and not (cache / f"{key}.{world.rank}.jsonl").read_bytes().endswith(b"\n"):
+        row = {"path": str(path.resolve()), "size": stat.st_size, "mtime": stat.st_mtime_ns}
+        scores[i] = by_stat.get(tuple(row.values()))
+        if scores[i] is None:
+            todo.append((i, path, row))
+    own = cache / f"{key}.{world.rank}.jsonl"
+    with open(own, "a") as out, torch.no_grad(), tqdm(total=len(todo), desc=f"static scores, {len(scores) - len(todo)} cached",
+                                                      unit="img", disable=not (world.is_main and todo)) as bar:
+        if out.tell() and not own.read_bytes().endswith(b"\n"):
             out.write("\n")
-        while todo:
-            batch, todo = todo[:batch_size], todo[batch_size:]
-            images = [_read_rgb(path) for _, path, _, _ in batch]
-            same = 1 if len({i.shape for i in images}) > 1 else len(images)     # mixed sizes go one by one
-            values = torch.cat([reward(torch.stack(images[k:k + same]).to(world.device)) for k in range(0, len(images), same)]).tolist()
-            for (i, path, stat, sha), value in zip(batch, values):
+        for k in range(0, len(todo), batch_size):
+            batch = todo[k:k + batch_size]
+            for i, path, row in batch:                                          # a copied or touched file is known by its content
+                row["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+                scores[i] = by_content.get(row["sha256"])
+            fresh = [(i, path) for i, path, _ in batch if scores[i] is None]
+            images = [_read_rgb(path) for _, path in fresh]
+            same = 1 if len({im.shape for im in images}) > 1 else batch_size    # mixed sizes go one by one
+            values = [v for j in range(0, len(images), same) for v in reward(torch.stack(images[j:j + same]).to(world.device)).tolist()]
+            for (i, path), value in zip(fresh, values):
                 if not math.isfinite(value):
                     raise ValueError(f"{path}: its score is not finite ({value}); choose another --reward or repair the image")
                 scores[i] = value
-                out.write(json.dumps({"path": str(path.resolve()), "size": stat.st_size, "mtime": stat.st_mtime_ns,
-                                      "sha256": sha, "score": value}) + "\n")
+            for i, _, row in batch:
+                out.write(json.dumps(row | {"score": scores[i]}) + "\n")
             out.flush()
             bar.update(len(batch))
     scores = {i: s for part in world.gather_objects(scores) for i, s in part.items()}
