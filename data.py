@@ -286,7 +286,8 @@ class TrainingSet(Dataset):
     def __init__(self, sets, sampler, seeds, batch_size, group_size, crop, load_size=0, tau=10.0, labels=None, scores=None,
                  include_original=True, drop_without_positive=False, scale=4):
         self.sets, self.sampler, self.seeds = sets, sampler, seeds
-        self.batch_size, self.group_size, self.crop, self.load_size, self.tau, self.scale = batch_size, group_size, crop, load_size, tau, scale
+        self.batch_size, self.group_size, self.crop, self.load_size = batch_size, group_size, crop, load_size
+        self.tau, self.scale = tau, scale
         codes = torch.full((len(sets.stems), len(sets.versions)), ORIGINAL) if labels is None else labels
         candidates = candidates_for(sampler, codes, include_original)
         keep = candidates.any(1)

@@ -110,7 +110,8 @@ def main(args):
         name = path.name if path.is_dir() else path.stem
         if name in nets:
             raise ValueError(f"--weights: two checkpoints are called {name}: rename one")
-        nets[name], sources[name] = (lambda x, net=net: archs.upscale_tiled(net, x, tile=args.tile, overlap=32)), {"file": str(file), **info}
+        nets[name] = lambda x, net=net: archs.upscale_tiled(net, x, tile=args.tile, overlap=32)
+        sources[name] = {"file": str(file), **info}
 
     scores = {row: {} for row in nets}                                            # row -> stem -> metric -> value
     pictures = []

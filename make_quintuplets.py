@@ -20,8 +20,8 @@ from pathlib import Path
 
 TRAIN_PHOTOS = ("astronaut", "motorcycle_left", "motorcycle_right", "rocket")     # the stereo pair shows one scene: same split
 TEST_PHOTOS = ("chelsea", "coffee")
-PATCH, TRAIN_STEP, TEST_STEP = 192, 128, 192                                      # CHOICE: pixels; training patches overlap, test patches do not
-BLUR, NOISE = (0.2, 2.0), (0.5, 6.0)                                              # CHOICE: sigma in pixels and in grey levels, varying over a photo
+PATCH, TRAIN_STEP, TEST_STEP = 192, 128, 192                                      # CHOICE: pixels; training patches overlap
+BLUR, NOISE = (0.2, 2.0), (0.5, 6.0)                                              # CHOICE: pixels, grey levels; from place to place
 MEAN_BLUR, MEAN_NOISE = 1.2, 3.5                                                  # what the restorations assume everywhere
 MIN_STD, MIN_LAPLACIAN = 12.0, 30.0                                               # HGGT drops flat patches; its 30 is for 512-pixel patches
 SEED = 0
@@ -78,7 +78,8 @@ def soften(photo, rng):
 def restore(original):
     """{version: restored image}. Every version has one fixed strength, as an enhancement network has, whatever the place needs."""
     image = original.permute(1, 2, 0).numpy()
-    clean = restoration.denoise_nl_means(image, patch_size=5, patch_distance=5, h=0.7 * MEAN_NOISE / 255, sigma=MEAN_NOISE / 255, channel_axis=2)
+    sigma = MEAN_NOISE / 255
+    clean = restoration.denoise_nl_means(image, patch_size=5, patch_distance=5, h=0.7 * sigma, sigma=sigma, channel_axis=2)
     luma = color.rgb2ycbcr(clean)                                                 # Y 16-235
     padded = np.pad(luma[..., 0], 16, mode="reflect") / 255
     luma[..., 0] = restoration.wiener(padded, degradations.gaussian_kernel(15, MEAN_BLUR), balance=0.02, clip=False)[16:-16, 16:-16] * 255
@@ -138,7 +139,8 @@ def build_demo(out):
 def main(args):
     record = build_demo(args.out)
     counts = {split: sum(p["patches"] for p in record["photos"].values() if p["split"] == split) for split in ("Train", "Test")}
-    print(f"{args.out}: {counts['Train']} training and {counts['Test']} test quintuplets of {PATCH} px from {len(record['photos'])} photographs")
+    print(f"{args.out}: {counts['Train']} training and {counts['Test']} test quintuplets of {PATCH} px "
+          f"from {len(record['photos'])} photographs")
 
 
 if __name__ == "__main__":

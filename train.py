@@ -52,7 +52,8 @@ def parse_args(argv=None):
                                 formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
     onoff = argparse.BooleanOptionalAction
     g = p.add_argument_group("data")
-    g.add_argument("--data", type=Path, default=Path("datasets/HGGT"), help="quintuplets in HGGT's layout; for --stage psnr any photo folder")
+    g.add_argument("--data", type=Path, default=Path("datasets/HGGT"),
+                   help="quintuplets in HGGT's layout; for --stage psnr any photo folder")
     g.add_argument("--val-photos", type=int, default=0, help="hold out this many photos where there is no Test split")
     g.add_argument("--load-size", type=int, default=512 if first.stage == "psnr" else 0,
                    help="window of the image that is degraded, in pixels; 0 = whole image (HGGT: 512 of 512; Real-ESRGAN: 400)")
@@ -61,7 +62,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("degradation (Sec. 5)")
     g.add_argument("--degradation", choices=["one-round", "two-round", "realesrgan"], help="[arch] preset of degradations.py")
     g.add_argument("--jpeg-table", choices=["hggt", "libjpeg"], default="hggt", help="hggt keeps its transposed luma table")
-    g.add_argument("--usm", action=onoff, default=False, help="[arch] sharpen GT for LR synthesis and as L1/VGG target (HGGT: rrdbnet's psnr stage)")
+    g.add_argument("--usm", action=onoff, default=False,
+                   help="[arch] sharpen GT for LR synthesis and as L1/VGG target (HGGT: rrdbnet's psnr stage)")
     g = p.add_argument_group("ground-truth sampling (Sec. 4.2)")
     g.add_argument("--sampler", choices=["orig", "rand", "upos", "sma", "smp", "amo"], default="orig" if first.stage == "psnr" else "amo",
                    help="which GT supervises (Eq. 2-4)")
@@ -77,7 +79,8 @@ def parse_args(argv=None):
     psnr = first.stage == "psnr"
     g.add_argument("--lambda-l1", type=float, default=1.0, help="weight of L1 (HGGT)")
     g.add_argument("--lambda-p", type=float, default=0.0 if psnr else 1.0, help="weight of the VGG19 perceptual loss (HGGT); 0: no VGG")
-    g.add_argument("--lambda-a", type=float, default=0.0 if psnr else 0.1, help="weight of the adversarial loss (HGGT); 0: no discriminator")
+    g.add_argument("--lambda-a", type=float, default=0.0 if psnr else 0.1,
+                   help="weight of the adversarial loss (HGGT); 0: no discriminator")
     g.add_argument("--vgg-weights", type=Path, metavar="FILE", help="torchvision vgg19 or features-only file instead of a download")
     g.add_argument("--d-features", type=int, default=64, help="width of the U-Net discriminator (HGGT)")
     g = p.add_argument_group("optimisation (HGGT)")
@@ -94,8 +97,10 @@ def parse_args(argv=None):
     g.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm of G and of D; 0: none (HGGT)")
     g.add_argument("--seed", type=int, default=0, help="of every random draw (HGGT)")
     g = p.add_argument_group("start and continue")
-    g.add_argument("--init", type=Path, metavar="FILE", help="generator weights, or a run folder; gan default runs/<arch>-psnr; psnr default: none, random")
-    g.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take from --init; default params_ema, else params, else bare")
+    g.add_argument("--init", type=Path, metavar="FILE",
+                   help="generator weights, or a run folder; gan default runs/<arch>-psnr; psnr default: none, random")
+    g.add_argument("--weights-key", choices=["params_ema", "params"],
+                   help="key to take from --init; default params_ema, else params, else bare")
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
     g = p.add_argument_group("speed")
@@ -180,7 +185,8 @@ def learning_rate(step, lr, milestones):
 
 
 def make_pair(batch, step, lanes, args, reward, seeds, device):
-    """One fresh training pair per lane -> lq (b, 3, p/4, p/4), gt (b, 3, p, p) in [0, 1], index of the chosen GT (b,), its score (b,) or None.
+    """One fresh training pair per lane: lq (b, 3, p/4, p/4) and gt (b, 3, p, p) in [0, 1], which version was chosen (b,), and
+    its score (b,), None unless the sampler is amo.
 
     The LR image is always made from the whole original, then cropped; AMO scores the aligned crops of all versions at once.
     """
@@ -196,7 +202,8 @@ def make_pair(batch, step, lanes, args, reward, seeds, device):
     with torch.no_grad():
         scores = reward(crops.flatten(0, 1)).view(versions.shape)
     index = data.pick_gt("amo", batch["candidates"].to(device, non_blocking=True), scores)[:, None]
-    return lq, torch.take_along_dim(crops, index[:, :, None, None, None], 1)[:, 0], versions.gather(1, index)[:, 0], scores.gather(1, index)[:, 0]
+    gt = torch.take_along_dim(crops, index[:, :, None, None, None], 1)[:, 0]
+    return lq, gt, versions.gather(1, index)[:, 0], scores.gather(1, index)[:, 0]
 
 
 @torch.no_grad()
@@ -209,7 +216,8 @@ def validate(net, sets, args, reward, seeds, world):
         if sets.lq is not None:
             lq = data.load_image(sets.lq / f"{sets.stems[i]}.png")[None].to(world.device).float() / 255
             if lq.shape[2] * 4 != gt.shape[2] or lq.shape[3] * 4 != gt.shape[3]:
-                raise ValueError(f"{sets.lq / sets.stems[i]}.png: {lq.shape[3]}x{lq.shape[2]} pixels, expected a quarter of {gt.shape[3]}x{gt.shape[2]}")
+                raise ValueError(f"{sets.lq / sets.stems[i]}.png: {lq.shape[3]}x{lq.shape[2]} pixels, expected a quarter of "
+                                 f"{gt.shape[3]}x{gt.shape[2]}")
         else:                                                                     # the same degradation at every validation
             lq = degradations.degrade(gt, args.degradation, [seeds(0, i, "val")], [seeds(0, i, "val-group")], args.jpeg_table)
         sr = archs.upscale_tiled(net, lq, tile=args.tile, overlap=32).clamp(0, 1).mul(255).round() / 255
@@ -227,8 +235,9 @@ def sample_grid(net, dataset, args, reward, seeds, device, path, rows=4):
     lq, gt, version, _ = make_pair(batch, 1, lanes, args, reward, seeds, device)
     columns = {"lq": F.interpolate(lq, scale_factor=4, mode="nearest"), "sr": archs.upscale_tiled(net, lq, tile=0).clamp(0, 1), "gt": gt}
     scores = {k: [f"{s:.1f}" for s in reward(v).tolist()] if reward else [""] * len(lanes) for k, v in columns.items()}
-    names = [dataset.sets.versions[v] for v in version.tolist()]
-    data.save_grid(path, [[(columns[k][i], f"{k} {names[i] if k == 'gt' else ''} {scores[k][i]}") for k in columns] for i in range(len(lanes))])
+    names = {"gt": [dataset.sets.versions[v] for v in version.tolist()]}
+    data.save_grid(path, [[(images[i], " ".join([k, *names.get(k, [])[i:i + 1], scores[k][i]])) for k, images in columns.items()]
+                          for i in range(len(lanes))])
 
 
 def main(args):
@@ -334,7 +343,7 @@ def main(args):
             group["lr"] = lr
 
         lq, gt, version, score = make_pair(batch, step, lanes, args, reward, seeds, device)
-        picked += torch.bincount(version, minlength=len(picked))
+        picked.scatter_add_(0, version, torch.ones_like(version, dtype=picked.dtype))
         lq, gt = pool.swap((lq, gt), step)                                        # training-pair pool: the winner only
         lq, gt = (t.contiguous(memory_format=memory) for t in (lq, gt))
         target = degradations.usm_sharpen(gt) if args.usm else gt                 # L1 and VGG only; D always sees the plain GT
@@ -384,7 +393,9 @@ def main(args):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))
             run.progress(step, args.total_steps, meter, lr, dict(zip(sets.versions, world.reduce(picked.clone()).tolist())))
         if due(step, args.val_every) and val_sets is not None:
-            run.event(step, "val", **validate(ema, val_sets, args, reward, seeds, world))
+            values = validate(ema, val_sets, args, reward, seeds, world)
+            run.say(f"step {step:07d} validation, {len(val_sets.stems)} images: " + " ".join(f"{k} {v:.3f}" for k, v in values.items()))
+            run.event(step, "val", **values)
         if due(step, args.sample_every) and args.sample_every and world.is_main:
             sample_grid(ema, shown, args, reward, seeds, device, args.out / "samples" / f"{step:07d}.png")
         stopping = stop.requested(step)
