@@ -54,8 +54,8 @@ def save_image(path, image):
 
 
 def save_grid(path, rows):
-    """PNG of rows of (image (3, H, W), caption): each caption stands in a strip above its image."""
-    strip, gap = 16, 4
+    """PNG of rows of (image (3, H, W), caption): each caption, of one line or more, stands in a strip above its image."""
+    strip, gap = 4 + 12 * max(1 + text.count("\n") for row in rows for _, text in row), 4
     cells = [[(im if im.dtype == torch.uint8 else im.clamp(0, 1).mul(255).round().byte(), text) for im, text in row] for row in rows]
     widths = [max(row[c][0].shape[2] for row in cells if c < len(row)) for c in range(max(map(len, cells)))]
     heights = [max(im.shape[1] for im, _ in row) + strip for row in cells]
@@ -64,7 +64,7 @@ def save_grid(path, rows):
     for r, row in enumerate(cells):
         for c, (image, text) in enumerate(row):
             x, y = sum(widths[:c]) + gap * c, sum(heights[:r]) + gap * r
-            draw.text((x + 2, y + 2), text, fill="black")
+            draw.multiline_text((x + 2, y + 1), text, fill="black", spacing=1)
             sheet.paste(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), (x, y + strip))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

@@ -122,7 +122,8 @@ def main(args):
         for row, upscale in nets.items():
             sr = upscale(lq).clamp(0, 1).mul(255).round() / 255
             scores[row][stem] = {name: metric(sr, gt).item() for name, (metric, _) in metrics.items()}
-            cells.append((sr[0].cpu(), " ".join([row] + [f"{k.partition(':')[0]} {v:.1f}" for k, v in scores[row][stem].items()])))
+            told = " ".join(f"{k.partition(':')[0]} {v:.1f}" for k, v in list(scores[row][stem].items())[:3])
+            cells.append((sr[0].cpu(), f"{row}\n{told}"))
         pictures.append(cells + ([(gt[0].cpu(), "reference")] if args.gt else []))
     table = {row: {m: sum(s[m] for s in images.values()) / len(images) for m in metrics} for row, images in scores.items()}
     print(markdown(table, list(metrics), lower))

@@ -42,7 +42,7 @@ def test_means_are_over_images_and_native_units_keep_their_sign(pairs, rewards, 
     for row, images in result["scores"].items():
         assert result["mean"][row]["psnr"] == pytest.approx(sum(s["psnr"] for s in images.values()) / 3)
         assert all(0 < s["test_rewards:brightness"] < 100 for s in images.values())
-    assert data.load_image(pairs / "out.png").shape == (3, 2 * (84 + 16) + 4, 3 * 72 + 2 * 4)
+    assert data.load_image(pairs / "out.png").shape == (3, 2 * (84 + 28) + 4, 3 * 72 + 2 * 4)
     assert "| bicubic |" in capsys.readouterr().out
 
 

@@ -43,7 +43,7 @@ def test_amo_picks_three_versions_or_more_and_the_original_in_under_60_percent_o
                 scores = reward(images[..., y:y + 96, x:x + 96])[None]
             picked[data.pick_gt("amo", torch.ones(1, 5, dtype=torch.bool), scores)] += 1
     share = picked / picked.sum()
-    assert (share > 0.05).sum() >= 3 and share[0] < 0.6, dict(zip(sets.versions, share.tolist()))
+    assert (share > 0.02).sum() >= 3 and share[0] < 0.6, dict(zip(sets.versions, share.tolist()))
 
 
 def test_the_original_is_worse_than_the_untouched_photo_and_01_is_nearer_to_it_than_04(demo):
