@@ -13,11 +13,8 @@ that order has the last word. Photographs: those in scikit-image's wheel. Clean 
 import argparse
 import hashlib
 import io
-import json
 import math
-import os
 import sys
-import time
 from pathlib import Path
 
 FAMILIES = {  # weakest and strongest setting; severity u in [0, 1] lies between them geometrically. CHOICE: from just visible to very poor
@@ -32,7 +29,7 @@ ORDER = ["blur", "resample", "halo", "noise", "grid", "jpeg"]                   
 MIXES = [("blur", "noise"), ("resample", "jpeg"), ("noise", "jpeg"), ("halo", "jpeg"), ("blur", "grid")]     # judged by --evaluate
 PHOTOS = {  # file in skimage/data: how often it is drawn. CHOICE: colour photographs first, the grey textures for variety
     "astronaut.png": 3, "chelsea.png": 3, "coffee.png": 3, "rocket.jpg": 2, "motorcycle_left.png": 2, "motorcycle_right.png": 2,
-    "hubble_deep_field.jpg": 0.5, "retina.jpg": 0.5, "camera.png": 1, "brick.png": 0.5, "grass.png": 0.5, "gravel.png": 0.5}
+    "hubble_deep_field.jpg": 0.5, "retina.jpg": 0.5, "camera.png": 1, "brick.png": 1, "grass.png": 1.5, "gravel.png": 1.5}
 CHAIN = 8                     # versions of one crop
 SHARPNESS = 0.15              # CHOICE: of the soft labels, per point: 20 points apart is 95 : 5
 
@@ -53,11 +50,12 @@ def parse_args(argv=None):
     g.add_argument("--evaluate", type=Path, metavar="DIR", help="folder of photographs: rank correlations instead of a training")
     g.add_argument("--weights", type=Path, default=here / "weights" / "ranker.pth", help="the ranker that is judged")
     g.add_argument("--crops", type=int, nargs="+", default=[96, 128, 192, 256], help="sides of the crops per photo and family, pixels")
+    g.add_argument("--repeats", type=int, default=2, help="crops of every size per photo and family")
     g.add_argument("--reduce", type=float, default=1.0, help="reduce the photographs by this factor first")
     g.add_argument("--against", metavar="MODULE:FUNCTION", help="another NR-IQA model, as for --reward: rank correlation with it on the same crops")
     g.add_argument("--out-json", type=Path, help="write the numbers here")
     args = p.parse_args(argv)
-    for flag in ("threads", "steps", "chains"):
+    for flag in ("threads", "steps", "chains", "repeats"):
         if getattr(args, flag) < 1:
             p.error(f"--{flag} must be at least 1")
     if args.reduce < 1 or min(args.crops) < 32:
@@ -67,8 +65,8 @@ def parse_args(argv=None):
     return args
 
 
-if __name__ == "__main__":
-    ARGS = parse_args()                                                          # before the imports that take seconds
+ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
+
 import numpy as np
 import skimage
 import torch
@@ -79,6 +77,7 @@ from tqdm import tqdm
 
 import degradations
 import iqa
+import runs
 
 
 # Degradations with a severity
@@ -199,7 +198,7 @@ def clean_crop(photos, rng, size):
     share = np.array(list(PHOTOS.values())) / sum(PHOTOS.values())
     photo = photos[rng.choice(len(photos), p=share)]
     h, w = photo.shape[2:]
-    n = min(int(size * (2 if rng.random() < 0.5 else rng.uniform(1.6, 3))), h, w)
+    n = min(int(size * (2 if rng.random() < 0.5 else rng.uniform(1.6, 4))), h, w)                     # reduced further: busier
     top, left = rng.integers(h - n + 1), rng.integers(w - n + 1)
     x = photo[..., top:top + n, left:left + n]
     if rng.random() < 0.7:
@@ -214,8 +213,10 @@ def clean_crop(photos, rng, size):
     x = grey + (x - grey) * rng.uniform(0.3, 1.5)
     if rng.random() < 0.6:                                                       # crisp as cameras and scanners leave it
         x = x + rng.uniform(0, 2) * (x - soften(x, rng.uniform(0.4, 0.7)))
-    level = x.mean()
-    return (level + (x - level) * rng.uniform(0.6, 1.2) + rng.uniform(-0.1, 0.1)).clamp(0, 1).contiguous()
+    level, gain, offset = x.mean(), rng.uniform(0.6, 1.4), rng.uniform(-0.1, 0.1)
+    if rng.random() < 0.15:                                                      # skies and walls: little contrast, some of them saturated
+        gain, offset = rng.uniform(0.02, 0.3), rng.uniform(-0.6, 0.6)
+    return (level + (x - level) * gain + offset).clamp(0, 1).contiguous()
 
 
 def as_photographed(clean, rng, sigma=(0.4, 1.6), noise=8):
@@ -285,7 +286,6 @@ def ranking_loss(score, target):
 
 
 def train(args):
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     photos = training_photos()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
@@ -317,10 +317,9 @@ def train(args):
         bar.set_postfix(step=step, loss=f"{sum(window) / len(window):.4f}", refresh=False)
     net.load_state_dict(ema)
     fix_scale(net.eval(), photos, args.seed)
-    buffer, temporary = io.BytesIO(), args.out.with_name(args.out.name + ".tmp")
-    torch.save(net.state_dict(), buffer)                                         # a file would carry its own name: other bytes for another --out
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, args.out)
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer)                                         # a file would carry its own name: other bytes elsewhere
+    runs.write_atomic(args.out, lambda temporary: temporary.write_bytes(buffer.getvalue()))
     print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB, {sum(v.numel() for v in net.parameters()):,} parameters")
 
 
@@ -358,7 +357,7 @@ def evaluate(args):
             photo = F.interpolate(photo, scale_factor=1 / args.reduce, mode="bicubic", antialias=True).clamp(0, 1)
         for k, (task, families) in enumerate(tasks.items()):
             rng, per_crop, per_crop_agree = np.random.default_rng((args.seed, n, k)), [], []
-            for size in args.crops:
+            for size in args.crops * args.repeats:
                 h, w = photo.shape[2:]
                 if min(h, w) < size:
                     continue
@@ -378,9 +377,10 @@ def evaluate(args):
                 raise ValueError(f"{path}: smaller than every size of --crops; give smaller ones")
             rho[task].append(float(np.mean(per_crop)))
             agree[task].append(float(np.mean(per_crop_agree)) if per_crop_agree else None)
-    sha = hashlib.sha256(args.weights.read_bytes()).hexdigest()[:16]
-    result = {"weights": args.weights.name, "sha256": sha, "folder": args.evaluate.name, "photos": len(paths), "reduce": args.reduce, "crops": args.crops, "levels": len(u), "seed": args.seed,
-              "severity": {k: [round(a * (b / a) ** v, 3) for v in u[1:]] for k, (a, b) in FAMILIES.items()}, "against": args.against, "families": {}}
+    result = {"command": sys.argv, **runs.describe_machine(), "weights": args.weights.name,
+              "sha256": hashlib.sha256(args.weights.read_bytes()).hexdigest()[:16], "folder": args.evaluate.name, "photos": len(paths),
+              "reduce": args.reduce, "crops": args.crops, "repeats": args.repeats, "levels": len(u), "seed": args.seed, "against": args.against,
+              "severity": {k: [round(a * (b / a) ** v, 3) for v in u[1:]] for k, (a, b) in FAMILIES.items()}, "families": {}}
     print(f"{'family':<14} mean   worst  photo{'':<12} mean score of the levels, clean first")
     for task in tasks:
         worst = int(np.argmin(rho[task]))
@@ -392,18 +392,14 @@ def evaluate(args):
         shown = " ".join(f"{v:5.1f}" for v in row["mean_score"])
         print(f"{task:<14} {row['mean']:.3f}  {row['worst']:.3f}  {row['worst_photo']:<17} {shown}" + (f"  with other {row['with_other']:.3f}" if other else ""))
     if args.out_json:
-        args.out_json.parent.mkdir(parents=True, exist_ok=True)
-        args.out_json.write_text(json.dumps(result, indent=1) + "\n")
+        runs.save_json(args.out_json, result)
     return result
 
 
 def main(args):
     torch.set_num_threads(args.threads)
-    try:
-        evaluate(args) if args.evaluate else train(args)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        sys.exit(f"train_iqa.py: {error}")
+    evaluate(args) if args.evaluate else train(args)
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    runs.cli(lambda: main(ARGS))

@@ -163,7 +163,7 @@ def test_orders_the_severities_on_photographs_it_has_not_seen(tmp_path):
     assert result["photos"] == 5 and result["levels"] == 8
     means = {name: row["mean"] for name, row in result["families"].items()}
     assert min(means[name] for name in train_iqa.FAMILIES) > 0.9, means
-    assert len(means) == len(train_iqa.FAMILIES) + len(train_iqa.MIXES) and min(means.values()) > 0.85, means
+    assert len(means) == len(train_iqa.FAMILIES) + len(train_iqa.MIXES) and min(means.values()) > 0.8, means
 
 
 def test_training_writes_a_loadable_file_twice_the_same_and_leaves_the_committed_one(tmp_path):
