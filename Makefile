@@ -20,7 +20,8 @@ demo-seeds: $(VENV)/installed
 	  $(PY) train.py --demo --sampler orig --seed $$s --init $(SEEDS)/psnr-$$s --out $(SEEDS)/orig-$$s --resume auto && \
 	  $(PY) train.py --demo --sampler amo --seed $$s --init $(SEEDS)/psnr-$$s --out $(SEEDS)/amo-$$s --resume auto || exit 1; done
 	$(PY) evaluate.py --demo --weights $(foreach s,0 1 2,$(SEEDS)/orig-$(s) $(SEEDS)/amo-$(s)) \
-	  --out-json results/demo.json --figure results/demo.png $(MORE)
+	  --out-json results/demo.json --figure runs/demo-seeds.png $(MORE)
+	$(PY) evaluate.py --demo --weights $(SEEDS)/orig-0 $(SEEDS)/amo-0 --figure results/demo.png
 
 test: $(VENV)/installed-test
 	$(PY) -m pytest -q tests
