@@ -50,7 +50,7 @@ def parse_args(argv=None):
     g.add_argument("--evaluate", type=Path, metavar="DIR", help="folder of photographs: rank correlations instead of a training")
     g.add_argument("--weights", type=Path, default=here / "weights" / "ranker.pth", help="the ranker that is judged")
     g.add_argument("--crops", type=int, nargs="+", default=[96, 128, 192, 256], help="sides of the crops per photo and family, pixels")
-    g.add_argument("--repeats", type=int, default=2, help="crops of every size per photo and family")
+    g.add_argument("--repeats", type=int, default=1, help="crops of every size per photo and family")
     g.add_argument("--reduce", type=float, default=1.0, help="reduce the photographs by this factor first")
     g.add_argument("--against", metavar="MODULE:FUNCTION", help="another NR-IQA model, as for --reward: rank correlation with it on the same crops")
     g.add_argument("--out-json", type=Path, help="write the numbers here")
