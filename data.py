@@ -9,6 +9,7 @@ Images are (3, H, W) uint8 RGB until they reach the device. Any number of enhanc
 """
 import json
 import re
+import signal
 from functools import lru_cache
 from pathlib import Path
 
@@ -388,10 +389,16 @@ def collate(samples):
     return {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
 
 
+def _ignore_signals(worker):
+    """torchrun and Slurm signal the whole process group: the training process saves, its data workers must live until then."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def batches(dataset, first, last, lanes, workers, pin_memory):
     """Iterator of collated samples for steps first..last; an error met in a worker is raised here with its own one-line text."""
     loader = DataLoader(dataset, batch_sampler=_Steps(first, last, lanes), num_workers=workers, collate_fn=collate,
-                        pin_memory=pin_memory, prefetch_factor=4 if workers else None)
+                        pin_memory=pin_memory, prefetch_factor=4 if workers else None, worker_init_fn=_ignore_signals)
     for batch in loader:
         if isinstance(batch, Exception):
             raise type(batch)(*batch.args)

@@ -54,7 +54,7 @@ def cli(main):
 # Seeds
 
 def sample_seed(seed, step, lane, purpose):
-    """A 63-bit seed that is a pure function of (seed, step, lane, purpose): DESIGN of every random draw in a run.
+    """A 63-bit seed that is a pure function of (seed, step, lane, purpose): the root of every random draw in a run.
 
     step: optimisation step (1-based) or epoch; lane: position in the global batch, or a group's number; purpose: a word
     that keeps streams apart ("crop", "flip", "degrade", ...). The process that happens to hold the lane plays no part.
@@ -270,8 +270,8 @@ class Run:
         """Events later than the checkpoint are about to happen again."""
         path = self.out / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-            write_atomic(path, lambda t: t.write_text("".join(line + "\n" for line in lines)))
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]   # the last may be cut off
+            write_atomic(path, lambda t: t.write_text("".join(line for line in whole if json.loads(line)["step"] <= step)))
 
     def say(self, text):
         """Print and append to log.txt, on rank 0."""

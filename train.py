@@ -135,6 +135,8 @@ def parse_args(argv=None):
         p.error("--drop-path is SwinIR's: use 0 for convolutional nets")
     if args.crop % 8 or args.load_size % 4 or 0 < args.load_size < args.crop:
         p.error(f"--crop {args.crop} must be a multiple of 8, --load-size {args.load_size} one of 4 and 0 or at least the crop")
+    if 0 < args.tile <= 64:
+        p.error(f"--tile {args.tile} must be 0 or more than 64: tiles overlap by 32")
     for flag in ("crop", "total_steps", "batch_size", "group_size", "accumulate", "log_every"):
         if getattr(args, flag) < 1:
             p.error(f"--{flag.replace('_', '-')} must be at least 1")
@@ -145,6 +147,7 @@ ARGS = parse_args() if __name__ == "__main__" else None                         
 
 import contextlib
 import copy
+import itertools
 from collections import Counter
 from functools import partial
 
@@ -209,14 +212,15 @@ def make_pair(batch, step, lanes, args, reward, seeds, device):
 @torch.no_grad()
 def validate(net, sets, args, reward, seeds, world):
     """PSNR (RGB, 8-bit output, against the original) and reward over the validation images, shared over processes."""
+    ready = data.list_images(sets.lq) if sets.lq is not None else {}              # LR images that came with the set
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)             # count, PSNR, score
     for i in range(world.rank, len(sets.stems), world.size):
         gt = data.load_image(sets.path(sets.stems[i]))[None].to(world.device).float() / 255
         gt = gt[..., :gt.shape[2] // 4 * 4, :gt.shape[3] // 4 * 4]
-        if sets.lq is not None:
-            lq = data.load_image(sets.lq / f"{sets.stems[i]}.png")[None].to(world.device).float() / 255
+        if ready:
+            lq = data.load_image(ready[sets.stems[i]])[None].to(world.device).float() / 255
             if lq.shape[2] * 4 != gt.shape[2] or lq.shape[3] * 4 != gt.shape[3]:
-                raise ValueError(f"{sets.lq / sets.stems[i]}.png: {lq.shape[3]}x{lq.shape[2]} pixels, expected a quarter of "
+                raise ValueError(f"{ready[sets.stems[i]]}: {lq.shape[3]}x{lq.shape[2]} pixels, expected a quarter of "
                                  f"{gt.shape[3]}x{gt.shape[2]}")
         else:                                                                     # the same degradation at every validation
             lq = degradations.degrade(gt, args.degradation, [seeds(0, i, "val")], [seeds(0, i, "val-group")], args.jpeg_table)
@@ -231,8 +235,8 @@ def validate(net, sets, args, reward, seeds, world):
 def sample_grid(net, dataset, args, reward, seeds, device, path, rows=4):
     """PNG with lq | sr | chosen gt of the first few fixed samples, each with its score, by the code that training uses."""
     lanes = range(min(rows, len(dataset), args.batch_size))
-    batch = data.collate([dataset.sample(1, lane) for lane in lanes])
-    lq, gt, version, _ = make_pair(batch, 1, lanes, args, reward, seeds, device)
+    pairs = [make_pair(data.collate([dataset.sample(1, lane)]), 1, [lane], args, reward, seeds, device)[:3] for lane in lanes]
+    lq, gt, version = map(torch.cat, zip(*pairs))                                 # one by one: whole images may differ in size
     columns = {"lq": F.interpolate(lq, scale_factor=4, mode="nearest"), "sr": archs.upscale_tiled(net, lq, tile=0).clamp(0, 1), "gt": gt}
     scores = {k: [f"{s:.1f}" for s in reward(v).tolist()] if reward else [""] * len(lanes) for k, v in columns.items()}
     names = {"gt": [dataset.sets.versions[v] for v in version.tolist()]}
@@ -245,7 +249,7 @@ def main(args):
     device, lanes = world.device, world.lanes(args.batch_size)
     if len(lanes) % args.accumulate:
         raise ValueError(f"--accumulate {args.accumulate} does not divide the {len(lanes)} crops of one process")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.backends.cudnn.benchmark = True
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
     seeds = partial(runs.sample_seed, args.seed)
@@ -272,10 +276,16 @@ def main(args):
                                 labels, scores, args.include_original, args.drop_without_positive)
 
     dataset = training_set(sets)
-    shown = dataset if val_sets is None else training_set(val_sets)               # what the sample grids show
+    unlabelled = val_sets is not None and val_sets.label_folder is None and (args.sampler in data.NEEDS_LABELS or args.drop_without_positive)
+    shown = dataset if val_sets is None or unlabelled else training_set(val_sets) # what the sample grids show
+    for lane in range(min(4, len(shown))):
+        shown.sample(1, lane)                                                     # unsuitable test images are refused now, not hours later
 
     # the run's folder, and networks: raw_* are the plain modules that are saved, net_* what the loop calls
-    run = runs.Run(args.out, vars(args) | {"samples": len(dataset)}, world, args.resume, FIXED + ("samples",), args.tensorboard)
+    run = runs.Run(args.out, vars(args) | {"samples": len(dataset), "discriminator": args.lambda_a > 0}, world, args.resume,
+                   FIXED + ("samples", "discriminator"), args.tensorboard)
+    if run.start_step > args.total_steps:
+        raise ValueError(f"--total-steps {args.total_steps}: {args.out} is already at step {run.start_step}")
     start = "random start"
     torch.manual_seed(args.seed)                                                  # initial weights; nothing else uses this state
     options = {"drop_path": args.drop_path, "pad_mode": args.pad_mode} if args.arch.startswith("swinir") else {}
@@ -306,6 +316,9 @@ def main(args):
     picked = torch.zeros(len(sets.versions), device=device)                       # how often each version was chosen
     if state["picked"] and world.is_main:
         picked += torch.tensor(state["picked"], device=device)
+    batches = data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda")
+    if run.start_step < args.total_steps:
+        batches = itertools.chain([next(batches)], batches)                       # a first batch that cannot be read leaves no folder
     run.open()
     run.say(f"{args.arch}, sampler {args.sampler}: {len(dataset)} sets of {len(sets.versions)} versions ({dataset.dropped} dropped), "
             f"{world.size} process(es) on {device}; {f'from step {run.start_step}' if run.checkpoint else start}")
@@ -334,7 +347,6 @@ def main(args):
     no_sync = lambda net, last: net.no_sync() if world.size > 1 and not last else contextlib.nullcontext()
     lambdas = {"pix": args.lambda_l1, "percep": args.lambda_p, "adv": args.lambda_a}
     stop = runs.StopSignal(world)
-    batches = data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda")
     for step in range(run.start_step + 1, args.total_steps + 1):
         with meter.waiting():
             batch = next(batches)
@@ -392,15 +404,15 @@ def main(args):
         if due(step, args.log_every):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))
             run.progress(step, args.total_steps, meter, lr, dict(zip(sets.versions, world.reduce(picked.clone()).tolist())))
+        stopping = stop.requested(step)
+        if due(step, args.save_every) or due(step, args.weights_every) or stopping:
+            save(step, weights=due(step, args.weights_every))
         if due(step, args.val_every) and val_sets is not None:
             values = validate(ema, val_sets, args, reward, seeds, world)
             run.say(f"step {step:07d} validation, {len(val_sets.stems)} images: " + " ".join(f"{k} {v:.3f}" for k, v in values.items()))
             run.event(step, "val", **values)
         if due(step, args.sample_every) and args.sample_every and world.is_main:
             sample_grid(ema, shown, args, reward, seeds, device, args.out / "samples" / f"{step:07d}.png")
-        stopping = stop.requested(step)
-        if due(step, args.save_every) or due(step, args.weights_every) or stopping:
-            save(step, weights=due(step, args.weights_every))
         if stopping:
             run.say(f"stopped by a signal at step {step}; continue with --resume")
             return
