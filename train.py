@@ -266,8 +266,10 @@ def main(args):
         sets, val_sets = sets.hold_out(args.val_photos, seeds(0, 0, "val-photos"))
     reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights)
 
+    needs_labels = args.sampler in data.NEEDS_LABELS or args.drop_without_positive
+
     def training_set(sets):
-        labels = sets.labels() if args.sampler in data.NEEDS_LABELS or args.drop_without_positive else None
+        labels = sets.labels() if needs_labels else None
         scores = None
         if args.sampler in data.NEEDS_SCORES:
             paths = [sets.path(stem, version) for stem in sets.stems for version in sets.versions]
@@ -276,7 +278,7 @@ def main(args):
                                 labels, scores, args.include_original, args.drop_without_positive)
 
     dataset = training_set(sets)
-    unlabelled = val_sets is not None and val_sets.label_folder is None and (args.sampler in data.NEEDS_LABELS or args.drop_without_positive)
+    unlabelled = val_sets is not None and val_sets.label_folder is None and needs_labels
     shown = dataset if val_sets is None or unlabelled else training_set(val_sets) # what the sample grids show
     for lane in range(min(4, len(shown))):
         shown.sample(1, lane)                                                     # unsuitable test images are refused now, not hours later
