@@ -7,6 +7,7 @@ Layout (HGGT as released, and what make_quintuplets.py writes):
     ROOT/Test/Blind_Degradation_Benchmark_LQ/<any>/Blind_LR/<stem>.png
 Images are (3, H, W) uint8 RGB until they reach the device. Any number of enhanced folders (two digits) works; HGGT has four.
 """
+import contextlib
 import json
 import re
 import signal
@@ -28,22 +29,31 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 # Images
 
+@contextlib.contextmanager
+def open_image(path):
+    """Pillow's image of a file; what is read from it inside the `with` may be damaged too. ValueError for a damaged file."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:       # Pillow's ways to say damaged
+        if getattr(error, "errno", None):                                       # not the image's fault: permission, disk
+            raise
+        raise ValueError(f"{path}: damaged image ({error}): fetch or make it again") from None
+
+
 def load_image(path):
     """An 8-bit RGB file as (3, H, W) uint8. ValueError for a damaged file and for grey, alpha or palette images.
 
     Pillow reads a 16-bit colour PNG as the upper bytes of its values.
     """
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            pixels = np.asarray(image) if mode == "RGB" else None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:       # Pillow's ways to say damaged
-        raise ValueError(f"{path}: damaged image ({error}): fetch or make it again") from None
+    with open_image(path) as image:
+        mode = image.mode
+        pixels = np.array(image) if mode == "RGB" else None
     if pixels is None:
         raise ValueError(f"{path}: image mode {mode}, expected 8-bit RGB: convert it (Pillow: image.convert('RGB')) or remove it")
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def save_image(path, image):
@@ -80,7 +90,7 @@ def list_images(folder):
                 raise ValueError(f"{path} and {found[path.stem].name}: two images of one name in {folder}: rename one")
             found[path.stem] = path
     if not found:
-        raise ValueError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it")
+        raise ValueError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) directly in it (folders inside it are not searched)")
     return found
 
 
@@ -137,7 +147,7 @@ class Sets:
     """Images that belong together by stem: `stems` (sorted), `versions` (original first), where their files are.
 
     files: {version: {file stem: path}}. Plain photos have the one version "original". label_folder holds A, B and C; lq is
-    the folder of ready-made LR images, if any.
+    {stem: path} of ready-made LR images, if any.
     """
 
     def __init__(self, files, label_folder=None, lq=None, stems=None):
@@ -206,12 +216,23 @@ def find_sets(root, split):
             if names:
                 raise ValueError(f"{images / version}: {len(names)} files {problem} (of {len(expected)} expected), "
                                  f"first {min(names)}.png: fetch or make the data set again")
-    labels = sorted({p.parent for p in base.glob("**/labels/**/[ABC]") if p.is_dir()}) or [None]
+    labels = sorted({p.parent for p in base.glob("**/labels/**/[ABC]") if p.is_dir()})
     lq = sorted((root / "Test").glob("**/Blind_LR")) if split == "Test" else []
-    missing = set(files["original"]) - set(list_images(lq[0])) if lq else None
+    for several in (labels, lq):
+        if len(several) > 1:
+            raise ValueError(f"{base}: one set of images but {len(several)} folders {', '.join(map(str, several))}: keep one")
+    ready = list_images(lq[0]) if lq else None
+    missing = set(files["original"]) - set(ready or files["original"])
     if missing:
         raise ValueError(f"{lq[0]}: no LR image for {len(missing)} of the test set's originals, first {min(missing)}.png")
-    return Sets(files, labels[0], lq[0] if lq else None)
+    for stem in sorted(files["original"]) if ready else []:
+        with open_image(files["original"][stem]) as image:                       # headers only
+            width, height = image.size
+        with open_image(ready[stem]) as image:
+            size = image.size
+        if size != (width // 4, height // 4):
+            raise ValueError(f"{ready[stem]}: {size[0]}x{size[1]} pixels, expected a quarter of its original's {width}x{height}")
+    return Sets(files, labels[0] if labels else None, ready)
 
 
 # Ground-truth samplers, paper Sec. 4.2

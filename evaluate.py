@@ -10,14 +10,15 @@ knows (a pyiqa no-reference metric, ranker, module:function); no-reference metri
 import argparse
 from pathlib import Path
 
+import flags
+
 DEMO = dict(weights=[Path("runs/compact-small-orig"), Path("runs/compact-small-amo")],
             lq=Path("datasets/demo/Test/Blind_Degradation_Benchmark_LQ/demo/Blind_LR"), gt=Path("datasets/demo/Test/GT/demo/untouched"),
             metrics=["ranker", "piqe", "psnr"], out_json=Path("runs/demo.json"), figure=Path("runs/demo.png"))
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
     p.add_argument("--demo", action="store_true", help="the runs and test images of `make demo`")
     p.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH", help="checkpoints: weight files or run folders")
     p.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take; default params_ema, else params, else bare")
@@ -25,15 +26,17 @@ def parse_args(argv=None):
     p.add_argument("--gt", type=Path, help="folder of references of the same names; needed by psnr")
     p.add_argument("--metrics", nargs="+", default=["psnr"], metavar="NAME", help="psnr, or a no-reference metric (see above)")
     p.add_argument("--metric-weights", nargs="*", default=[], metavar="NAME=FILE", help="local weight files of metrics")
-    p.add_argument("--tile", type=int, default=256, help="LR tile in pixels, more than 64; 0: whole image")
+    p.add_argument("--tile", type=flags.COUNT, default=256, help="LR tile in pixels, more than 64; 0: whole image")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    p.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
     p.add_argument("--out-json", type=Path, help="write every image's scores, the means and what made them")
     p.add_argument("--figure", type=Path, help="write a PNG: bicubic | each checkpoint | reference")
-    p.add_argument("--figure-images", type=int, default=4, help="rows of the picture")
+    p.add_argument("--figure-images", type=flags.SIZE, default=4, help="rows of the picture")
     if p.parse_known_args(argv)[0].demo:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
+    if 0 < args.tile <= 64:
+        p.error(f"--tile {args.tile} must be 0 or more than 64: tiles overlap by 32")
     if args.lq is None:
         p.error("--lq DIR is needed: which images?")
     if args.gt is None and "psnr" in args.metrics:
@@ -55,18 +58,10 @@ import iqa
 import runs
 
 
-def psnr(sr, gt, border=4):
-    """Peak signal-to-noise ratio in dB of (B, 3, H, W) RGB in [0, 1], over all channels, `border` pixels cropped (HGGT). -> (B,)"""
-    if sr.shape != gt.shape:
-        raise ValueError(f"output is {tuple(sr.shape[2:])} pixels, reference {tuple(gt.shape[2:])}: the reference must be x4 the input")
-    error = (sr - gt).double()[..., border:-border, border:-border].square().mean((1, 2, 3))
-    return -10 * error.clamp_min(1e-10).log10()
-
-
 def create_metric(name, device, files):
     """-> (function (sr, gt) -> (B,) in native units, whether lower is better)."""
     if name == "psnr":
-        return psnr, False
+        return iqa.psnr, False
     reward = iqa.create_reward([name], device, files.get(name))
     sign = -1 if getattr(next(iter(reward.models.values())), "lower_better", False) else 1
     return (lambda sr, gt: sign * reward(sr)), sign < 0
@@ -88,6 +83,9 @@ def main(args):
     for folder in filter(None, (args.lq, args.gt)):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder" + ("; train.py --demo makes the demo's" if args.demo else ""))
+    for flag, path in (("--out-json", args.out_json), ("--figure", args.figure)):
+        if path is not None:
+            runs.check_writable(path.parent, flag)
     lqs = data.list_images(args.lq)
     gts = data.list_images(args.gt) if args.gt else {}
     missing = sorted(set(lqs) - set(gts)) if args.gt else []
@@ -114,6 +112,7 @@ def main(args):
         sources[name] = {"file": str(file), **info}
 
     scores = {row: {} for row in nets}                                            # row -> stem -> metric -> value
+    shown = list(lqs)[::max(1, len(lqs) // max(1, args.figure_images))][:args.figure_images]
     pictures = []
     for stem, path in tqdm(lqs.items(), unit="img"):
         lq = data.load_image(path)[None].to(world.device).float() / 255
@@ -122,9 +121,12 @@ def main(args):
         for row, upscale in nets.items():
             sr = upscale(lq).clamp(0, 1).mul(255).round() / 255
             scores[row][stem] = {name: metric(sr, gt).item() for name, (metric, _) in metrics.items()}
+            if stem not in shown:
+                continue
             told = " ".join(f"{k.partition(':')[0]} {v:.1f}" for k, v in list(scores[row][stem].items())[:3])
             cells.append((sr[0].cpu(), f"{row}\n{told}"))
-        pictures.append(cells + ([(gt[0].cpu(), "reference")] if args.gt else []))
+        if stem in shown:
+            pictures.append(cells + ([(gt[0].cpu(), "reference")] if args.gt else []))
     table = {row: {m: sum(s[m] for s in images.values()) / len(images) for m in metrics} for row, images in scores.items()}
     print(markdown(table, list(metrics), lower))
     print(f"mean of {len(lqs)} images; ↑ higher is better, ↓ lower is better")
@@ -132,8 +134,7 @@ def main(args):
         runs.save_json(args.out_json, {"command": sys.argv, **runs.describe_machine(), "images": len(lqs), "lower_is_better": lower,
                                        "weights": sources, "mean": table, "scores": scores})
     if args.figure:
-        every = max(1, len(pictures) // max(1, args.figure_images))
-        data.save_grid(args.figure, pictures[::every][:args.figure_images])
+        data.save_grid(args.figure, pictures)
     for path in filter(None, (args.out_json, args.figure)):
         print(f"wrote {path}")
 

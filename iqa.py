@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import data
+
 RANKER_WEIGHTS = Path(__file__).resolve().parent / "weights" / "ranker.pth"
 SET_LEVEL = ("fid", "sfid", "fid_dinov2", "inception_score")                     # pyiqa lists them as NR; they judge sets of images
 
@@ -57,7 +59,7 @@ class Ranker(nn.Module):
     def forward(self, x):
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 32:
             raise ValueError(f"ranker wants (B, 3, H, W) RGB with sides of at least 32 pixels, got {tuple(x.shape)}")
-        return torch.cat([self._score(part) for part in x.split(8)])             # 8 at a time stay in a CPU's cache: 40 crops in half the time
+        return torch.cat([self._score(part) for part in x.split(8)])             # 8 at a time fit a CPU's cache: half the time
 
     def _score(self, x):
         x = 255 * F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode="replicate")
@@ -104,8 +106,21 @@ def load_ranker(path=RANKER_WEIGHTS):
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not weights of the ranker ({' '.join(str(error).split())[:100]}); make them with: python train_iqa.py") from None
+        raise ValueError(f"{path}: not weights of the ranker ({' '.join(str(error).split())[:100]}); "
+                         "make them with: python train_iqa.py") from None
     return net
+
+
+def psnr(sr, gt, border=4):
+    """Peak signal-to-noise ratio in dB of (B, 3, H, W) RGB in [0, 1], over all channels, `border` pixels cropped (HGGT). -> (B,)
+
+    Identical images give 100. ValueError for another shape, or one that the border leaves nothing of.
+    """
+    if sr.shape != gt.shape or min(sr.shape[2:]) <= 2 * border:
+        raise ValueError(f"PSNR of an output of {tuple(sr.shape[2:])} pixels against a reference of {tuple(gt.shape[2:])}: the reference "
+                         f"must be x4 the input, and more than {2 * border} pixels")
+    error = (sr - gt).double()[..., border:sr.shape[2] - border, border:sr.shape[3] - border].square().mean((1, 2, 3))
+    return -10 * error.clamp_min(1e-10).log10()
 
 
 def parse_rewards(words):
@@ -230,7 +245,8 @@ def _pyiqa_model(name, device, weights_file, need_gradient):
     from pyiqa import create_metric
     usable = [n for n, c in DEFAULT_CONFIGS.items() if c.get("metric_mode") == "NR" and n not in SET_LEVEL]
     if name not in usable:
-        kind = "compares two sets of images" if name in SET_LEVEL else "is a full-reference metric" if name in DEFAULT_CONFIGS else "is unknown"
+        kind = ("compares two sets of images" if name in SET_LEVEL else
+                "is a full-reference metric" if name in DEFAULT_CONFIGS else "is unknown")
         near = [] if name in DEFAULT_CONFIGS else difflib.get_close_matches(name, [*usable, "ranker"], n=3, cutoff=0.4)
         raise ValueError(f"--reward {name}: this {kind}; a reward judges one image without reference, "
                          f"for example {', '.join(near or ['musiq', 'ranker'])}")
@@ -337,7 +353,7 @@ def score_images(paths, reward, cache, world, batch_size=8):
                 row["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
                 scores[i] = by_content.get(row["sha256"])
             fresh = [(i, path) for i, path, _ in batch if scores[i] is None]
-            images = [_read_rgb(path) for _, path in fresh]
+            images = [data.load_image(path).float() / 255 for _, path in fresh]
             same = 1 if len({im.shape for im in images}) > 1 else batch_size    # mixed sizes go one by one
             values = [v for j in range(0, len(images), same) for v in reward(torch.stack(images[j:j + same]).to(world.device)).tolist()]
             for (i, path), value in zip(fresh, values):
@@ -357,12 +373,3 @@ def _versions(reward):
     if "pyiqa" in sys.modules and any(type(m).__module__.startswith("pyiqa") for m in reward.models.values()):
         names["pyiqa"] = importlib.metadata.version("pyiqa")
     return names
-
-
-def _read_rgb(path):
-    from PIL import Image
-    try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-    except (OSError, SyntaxError, ValueError) as error:                         # Pillow's ways to say damaged
-        raise ValueError(f"{path}: damaged image ({error}): fetch or make it again") from None

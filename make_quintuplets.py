@@ -18,6 +18,8 @@ import os
 import shutil
 from pathlib import Path
 
+import flags
+
 TRAIN_PHOTOS = ("astronaut", "motorcycle_left", "motorcycle_right", "rocket")     # the stereo pair shows one scene: same split
 TEST_PHOTOS = ("chelsea", "coffee")
 PATCH, TRAIN_STEP, TEST_STEP = 192, 128, 192                                      # CHOICE: pixels; training patches overlap
@@ -28,8 +30,7 @@ SEED = 0
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
     p.add_argument("--demo", action="store_true", required=True, help="build the demo set (the only source so far)")
     p.add_argument("--out", type=Path, default=Path("datasets/demo"), help="folder to make; must not exist")
     return p.parse_args(argv)
@@ -102,7 +103,22 @@ def build_demo(out):
     """Write the demo set under `out`; deterministic. The folder appears under its name only when it is complete."""
     if out.exists():
         raise ValueError(f"{out} exists: remove it to build the demo set again")
+    runs.check_writable(out.parent, "--out")
     work = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        record = write_demo(work)
+        try:
+            work.rename(out)
+        except OSError:
+            if not out.is_dir():                                                  # else another process was faster, with the same files
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def write_demo(work):
+    """Patches of the demo's photographs and their restorations, in HGGT's layout under `work`. -> what quintuplets.json records."""
     record = {"seed": SEED, "patch": PATCH, "blur_sigma_pixels": BLUR, "noise_sigma_grey_levels": NOISE, "photos": {}}
     for split, names, step in (("Train", TRAIN_PHOTOS, TRAIN_STEP), ("Test", TEST_PHOTOS, TEST_STEP)):
         base = work / "Train" if split == "Train" else work / "Test" / "GT" / "demo"
@@ -129,10 +145,6 @@ def build_demo(out):
                     kept += 1
             record["photos"][name] = {"split": split, "source": f"skimage.data.{name}", "patches": kept}
     runs.save_json(work / "quintuplets.json", record)
-    try:
-        work.rename(out)
-    except OSError:                                                               # another process was faster
-        shutil.rmtree(work)
     return record
 
 

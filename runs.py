@@ -14,6 +14,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import zlib
@@ -166,6 +167,18 @@ def write_atomic(path, write):
         raise
 
 
+def check_writable(folder, flag):
+    """Raise OSError unless `folder` can be written, or made, as `flag` asks. Leaves nothing behind."""
+    nearest = Path(folder).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise OSError(f"{flag} {folder} cannot be written ({error.strerror}): choose a place you may write to") from None
+
+
 def save_json(path, value):
     write_atomic(path, lambda t: t.write_text(json.dumps(value, indent=1) + "\n"))
 
@@ -216,8 +229,8 @@ class Run:
     """A run's folder: refuses to overwrite another run, writes args.json, log.txt, metrics.jsonl and ckpt/last.pt.
 
     resume: "no" (the folder must be new), "must" (needs ckpt/last.pt) or "auto" (continues if there is one, else starts).
-    fixed: names of arguments that a resumed run must share with the checkpoint.
-    `self.checkpoint` is the loaded state or None. Nothing is written before `open()`; only rank 0 writes.
+    fixed: names of arguments, and of facts given to `pin`, that a resumed run must share with the checkpoint.
+    `self.checkpoint` is the loaded state or None. Nothing is left on disk before `open()`; only rank 0 writes.
     """
 
     def __init__(self, out, args, world, resume="no", fixed=(), tensorboard=False):
@@ -231,28 +244,29 @@ class Run:
         if used and not self.last.exists() and not (self.out / "args.json").exists():
             raise ValueError(f"{self.out} exists and is not a run folder: choose another --out")
         self.checkpoint = load_checkpoint(self.last) if self.last.exists() else None
-        changed = []
-        if self.checkpoint:
-            before = self.checkpoint["args"]
-            changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in self.args.items() if before.get(k) != v and k != "resume"]
-            broken = [c for c in changed if c.split()[0] in fixed]
-            if broken:
-                raise ValueError(f"--resume {self.out}: this checkpoint was made with other settings ({'; '.join(broken)})")
+        self.fixed, self.changed = fixed, []
+        self.pin(**{k: v for k, v in self.args.items() if k != "resume"})
+        if world.is_main:
+            check_writable(self.out, "--out")
         self.start_step = self.checkpoint["step"] if self.checkpoint else 0
-        self.tensorboard, self.use_tensorboard, self.changed = None, tensorboard, changed
+        self.tensorboard, self.use_tensorboard = None, tensorboard
+
+    def pin(self, **facts):
+        """Record facts beside the arguments (for example how many samples there are) and compare them with the checkpoint's."""
+        self.args |= facts
+        before = self.checkpoint["args"] if self.checkpoint else facts
+        changed = {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in facts.items() if before.get(k) != v}
+        broken = [text for k, text in changed.items() if k in self.fixed]
+        if broken:
+            raise ValueError(f"--resume {self.out}: this checkpoint was made with other settings ({'; '.join(broken)})")
+        self.changed += changed.values()
 
     def open(self):
         """Start writing: called when everything that can be refused has been looked at, so a refused run leaves no folder."""
         self.world.barrier()                            # every rank has looked at the folder before rank 0 writes into it
         if not self.world.is_main:
             return
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / ".write-test"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise OSError(f"--out {self.out} cannot be written ({error.strerror}): choose a folder you may write to") from None
+        self.out.mkdir(parents=True, exist_ok=True)
         if self.start_step == 0:
             for name in ("log.txt", "metrics.jsonl"):
                 (self.out / name).unlink(missing_ok=True)

@@ -11,17 +11,17 @@ that supervises each crop: orig, rand, upos (uniform over those people preferred
 all / positives), amo (the crop that the NR-IQA model likes best). Everything else is HGGT's GAN training.
 """
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
+import flags
+
 PRESETS = {  # what differs per backbone; HGGT options for 4 GPUs: batch and pool are summed over them, group is one GPU's batch
-    "swinir": dict(degradation="one-round", batch_size=32, group_size=8, pool_size=640, drop_path=0.1, channels_last=False,
+    "swinir": dict(degradation="one-round", batch_size=32, group_size=8, pool_size=640, drop_path=0.1,
                    milestones=[200_000, 250_000, 275_000, 287_500]),
-    "rrdbnet": dict(degradation="two-round", batch_size=48, group_size=12, pool_size=720, drop_path=0.0, channels_last=True,
+    "rrdbnet": dict(degradation="two-round", batch_size=48, group_size=12, pool_size=720, drop_path=0.0,
                     milestones=[300_000]),
     # CHOICE: neither paper trains this net; it gets RRDBNet's settings, being the convolutional one of the two
-    "compact": dict(degradation="two-round", batch_size=48, group_size=12, pool_size=720, drop_path=0.0, channels_last=True,
+    "compact": dict(degradation="two-round", batch_size=48, group_size=12, pool_size=720, drop_path=0.0,
                     milestones=[300_000]),
 }
 PSNR = {  # HGGT options of the L1 stage
@@ -35,7 +35,8 @@ for name in ("swinir", "rrdbnet", "compact"):
     PSNR[f"{name}-small"] = PSNR[name] | dict(lr=1e-3, milestones=[])
 DEMO = {  # CHOICE: what ends within the demo's five minutes on two cores
     "gan": dict(data=Path("datasets/demo"), total_steps=250, milestones=[150, 200], crop=96, load_size=128, lr=1e-3, reward=["ranker"],
-                lambda_p=0.0, d_features=4, ema_decay=0.95, log_every=50, save_every=100, weights_every=0, val_every=0, sample_every=125, workers=0),
+                lambda_p=0.0, d_features=4, ema_decay=0.95, log_every=50, save_every=100, weights_every=0, val_every=0, sample_every=125,
+                workers=0),
     "psnr": dict(data=Path("datasets/demo"), total_steps=400, crop=48, load_size=64, lr=2e-3, reward=["none"], ema_decay=0.98,
                  log_every=100, save_every=200, weights_every=0, val_every=0, sample_every=200, workers=0),
 }
@@ -48,17 +49,16 @@ def parse_args(argv=None):
     pre.add_argument("--stage", choices=["gan", "psnr"], default="gan", help="gan: Eq. 1; psnr: HGGT's L1-only pre-training")
     first = pre.parse_known_args(argv)[0]
     arch = first.arch or ("compact-small" if first.demo else "swinir")
-    p = argparse.ArgumentParser(description=__doc__, parents=[pre], allow_abbrev=False,
-                                formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
+    p = argparse.ArgumentParser(description=__doc__, parents=[pre], allow_abbrev=False, formatter_class=flags.Help)
     onoff = argparse.BooleanOptionalAction
     g = p.add_argument_group("data")
     g.add_argument("--data", type=Path, default=Path("datasets/HGGT"),
                    help="quintuplets in HGGT's layout; for --stage psnr any photo folder")
-    g.add_argument("--val-photos", type=int, default=0, help="hold out this many photos where there is no Test split")
-    g.add_argument("--load-size", type=int, default=512 if first.stage == "psnr" else 0,
+    g.add_argument("--val-photos", type=flags.COUNT, default=0, help="hold out this many photos where there is no Test split")
+    g.add_argument("--load-size", type=flags.COUNT, default=512 if first.stage == "psnr" else 0,
                    help="window of the image that is degraded, in pixels; 0 = whole image (HGGT: 512 of 512; Real-ESRGAN: 400)")
-    g.add_argument("--crop", type=int, default=256, help="side of the HR training crop in pixels (HGGT)")
-    g.add_argument("--workers", type=int, default=8, help="data processes per GPU (HGGT)")
+    g.add_argument("--crop", type=flags.SIZE, default=256, help="side of the HR training crop in pixels (HGGT)")
+    g.add_argument("--workers", type=flags.COUNT, default=8, help="data processes per GPU (HGGT)")
     g = p.add_argument_group("degradation (Sec. 5)")
     g.add_argument("--degradation", choices=["one-round", "two-round", "realesrgan"], help="[arch] preset of degradations.py")
     g.add_argument("--jpeg-table", choices=["hggt", "libjpeg"], default="hggt", help="hggt keeps its transposed luma table")
@@ -70,32 +70,34 @@ def parse_args(argv=None):
     g.add_argument("--reward", nargs="+", default=["none"] if first.stage == "psnr" else ["musiq"], metavar="NAME[=WEIGHT]",
                    help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none where the sampler needs none")
     g.add_argument("--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
-    g.add_argument("--tau", type=float, default=10.0, help="softmax temperature in score units; sma and smp only (Sec. 8.1)")
+    g.add_argument("--tau", type=flags.RATE, default=10.0, help="softmax temperature in score units; sma and smp only (Sec. 8.1)")
     g.add_argument("--include-original", action=onoff, default=True, help="is the original in A_I? (Eq. 4: yes; Sec. 4.2 once: no)")
     g.add_argument("--drop-without-positive", action=onoff, default=False,
                    help="drop sets without a positive for every sampler; upos and smp always do (HGGT)")
     g.add_argument("--score-cache", type=Path, default=Path("runs/scores"), help="static scores of whole images (sma, smp)")
     g = p.add_argument_group("losses (Eq. 1)")
     psnr = first.stage == "psnr"
-    g.add_argument("--lambda-l1", type=float, default=1.0, help="weight of L1 (HGGT)")
-    g.add_argument("--lambda-p", type=float, default=0.0 if psnr else 1.0, help="weight of the VGG19 perceptual loss (HGGT); 0: no VGG")
-    g.add_argument("--lambda-a", type=float, default=0.0 if psnr else 0.1,
+    g.add_argument("--lambda-l1", type=flags.WEIGHT, default=1.0, help="weight of L1 (HGGT)")
+    g.add_argument("--lambda-p", type=flags.WEIGHT, default=0.0 if psnr else 1.0,
+                   help="weight of the VGG19 perceptual loss (HGGT); 0: no VGG")
+    g.add_argument("--lambda-a", type=flags.WEIGHT, default=0.0 if psnr else 0.1,
                    help="weight of the adversarial loss (HGGT); 0: no discriminator")
     g.add_argument("--vgg-weights", type=Path, metavar="FILE", help="torchvision vgg19 or features-only file instead of a download")
-    g.add_argument("--d-features", type=int, default=64, help="width of the U-Net discriminator (HGGT)")
+    g.add_argument("--d-features", type=flags.SIZE, default=64, help="width of the U-Net discriminator (HGGT)")
     g = p.add_argument_group("optimisation (HGGT)")
-    g.add_argument("--total-steps", type=int, default=300_000, help="optimisation steps")
-    g.add_argument("--batch-size", type=int, help="[arch] crops per step, summed over processes")
-    g.add_argument("--group-size", type=int, help="[arch] lanes that share HGGT's once-per-GPU-batch draws (scale, mode, crop position)")
-    g.add_argument("--pool-size", type=int, help="[arch] pairs in the training-pair pool, summed over processes; 0: no pool")
-    g.add_argument("--lr", type=float, default=1e-4, help="learning rate of G and D (HGGT; psnr: 2e-4)")
-    g.add_argument("--milestones", type=int, nargs="*", help="[arch] steps after which the learning rate halves")
-    g.add_argument("--ema-decay", type=float, default=0.999, help="of the generator's weights, every step")
-    g.add_argument("--drop-path", type=float, help="[arch] stochastic depth of SwinIR; 0: off")
+    g.add_argument("--total-steps", type=flags.SIZE, default=300_000, help="optimisation steps")
+    g.add_argument("--batch-size", type=flags.SIZE, help="[arch] crops per step, summed over processes")
+    g.add_argument("--group-size", type=flags.SIZE,
+                   help="[arch] lanes that share HGGT's once-per-GPU-batch draws (scale, mode, crop position)")
+    g.add_argument("--pool-size", type=flags.COUNT, help="[arch] pairs in the training-pair pool, summed over processes; 0: no pool")
+    g.add_argument("--lr", type=flags.RATE, default=1e-4, help="learning rate of G and D (HGGT; psnr: 2e-4)")
+    g.add_argument("--milestones", type=flags.COUNT, nargs="*", help="[arch] steps after which the learning rate halves")
+    g.add_argument("--ema-decay", type=flags.SHARE, default=0.999, help="of the generator's weights, every step")
+    g.add_argument("--drop-path", type=flags.SHARE, help="[arch] stochastic depth of SwinIR; 0: off")
     g.add_argument("--pad-mode", choices=["hggt", "swinir"], default="hggt", help="SwinIR only: hggt always adds a window")
-    g.add_argument("--accumulate", type=int, default=1, help="micro-batches per step and process (CHOICE: 1)")
-    g.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm of G and of D; 0: none (HGGT)")
-    g.add_argument("--seed", type=int, default=0, help="of every random draw (HGGT)")
+    g.add_argument("--accumulate", type=flags.SIZE, default=1, help="micro-batches per step and process (CHOICE: 1)")
+    g.add_argument("--clip-grad", type=flags.WEIGHT, default=0.0, help="largest gradient norm of G and of D; 0: none (HGGT)")
+    g.add_argument("--seed", type=flags.COUNT, default=0, help="of every random draw (HGGT)")
     g = p.add_argument_group("start and continue")
     g.add_argument("--init", type=Path, metavar="FILE",
                    help="generator weights, or a run folder; gan default runs/<arch>-psnr; psnr default: none, random")
@@ -105,18 +107,18 @@ def parse_args(argv=None):
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
     g = p.add_argument_group("speed")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
-    g.add_argument("--threads", type=int, default=0, help="CPU threads per process; 0: PyTorch's choice")
+    g.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads per process; 0: PyTorch's choice")
     g.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="bf16 keeps losses, reward and weights in fp32")
-    g.add_argument("--channels-last", action=onoff, help="[arch] memory format of the networks")
+    g.add_argument("--channels-last", action=onoff, default=True, help="memory format of the convolutional networks, so not of SwinIR")
     g.add_argument("--compile", action=onoff, default=False, help="torch.compile generator and discriminator")
     g = p.add_argument_group("output")
     g.add_argument("--out", type=Path, help="run folder (default: runs/<arch>-<sampler>, runs/<arch>-psnr)")
-    g.add_argument("--log-every", type=int, default=100, help="steps between progress lines")
-    g.add_argument("--save-every", type=int, default=5_000, help="steps between checkpoints (ckpt/last.pt); 0: only at the end")
-    g.add_argument("--weights-every", type=int, default=50_000, help="steps between weight files (HGGT); 0: only at the end")
-    g.add_argument("--val-every", type=int, default=50_000, help="steps between validations (HGGT); 0: only at the end")
-    g.add_argument("--sample-every", type=int, default=5_000, help="steps between sample grids; 0: none")
-    g.add_argument("--tile", type=int, default=128, help="LR tile of the validation in pixels, more than 64; 0: whole image")
+    g.add_argument("--log-every", type=flags.SIZE, default=100, help="steps between progress lines")
+    g.add_argument("--save-every", type=flags.COUNT, default=5_000, help="steps between checkpoints (ckpt/last.pt); 0: only at the end")
+    g.add_argument("--weights-every", type=flags.COUNT, default=50_000, help="steps between weight files (HGGT); 0: only at the end")
+    g.add_argument("--val-every", type=flags.COUNT, default=50_000, help="steps between validations (HGGT); 0: only at the end")
+    g.add_argument("--sample-every", type=flags.COUNT, default=5_000, help="steps between sample grids; 0: none")
+    g.add_argument("--tile", type=flags.COUNT, default=128, help="LR tile of the validation in pixels, more than 64; 0: whole image")
     g.add_argument("--tensorboard", action=onoff, default=False, help="also write TensorBoard events")
     p.set_defaults(arch=arch, **PRESETS[arch])                                    # explicit flags still win
     if psnr:
@@ -137,9 +139,6 @@ def parse_args(argv=None):
         p.error(f"--crop {args.crop} must be a multiple of 8, --load-size {args.load_size} one of 4 and 0 or at least the crop")
     if 0 < args.tile <= 64:
         p.error(f"--tile {args.tile} must be 0 or more than 64: tiles overlap by 32")
-    for flag in ("crop", "total_steps", "batch_size", "group_size", "accumulate", "log_every"):
-        if getattr(args, flag) < 1:
-            p.error(f"--{flag.replace('_', '-')} must be at least 1")
     return args
 
 
@@ -162,7 +161,8 @@ import iqa
 import runs
 
 FIXED = ("arch", "stage", "sampler", "reward", "degradation", "jpeg_table", "usm", "tau", "include_original", "drop_without_positive",
-         "batch_size", "group_size", "pool_size", "crop", "load_size", "drop_path", "pad_mode", "d_features", "seed")
+         "batch_size", "group_size", "pool_size", "crop", "load_size", "drop_path", "pad_mode", "d_features",
+         "seed", "discriminator", "samples")
 
 
 def adversarial_loss(logits, real):
@@ -211,21 +211,17 @@ def make_pair(batch, step, lanes, args, reward, seeds, device):
 
 @torch.no_grad()
 def validate(net, sets, args, reward, seeds, world):
-    """PSNR (RGB, 8-bit output, against the original) and reward over the validation images, shared over processes."""
-    ready = data.list_images(sets.lq) if sets.lq is not None else {}              # LR images that came with the set
+    """Mean PSNR (8-bit output against the original, as evaluate.py) and mean reward over the validation images, shared over processes."""
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)             # count, PSNR, score
     for i in range(world.rank, len(sets.stems), world.size):
         gt = data.load_image(sets.path(sets.stems[i]))[None].to(world.device).float() / 255
         gt = gt[..., :gt.shape[2] // 4 * 4, :gt.shape[3] // 4 * 4]
-        if ready:
-            lq = data.load_image(ready[sets.stems[i]])[None].to(world.device).float() / 255
-            if lq.shape[2] * 4 != gt.shape[2] or lq.shape[3] * 4 != gt.shape[3]:
-                raise ValueError(f"{ready[sets.stems[i]]}: {lq.shape[3]}x{lq.shape[2]} pixels, expected a quarter of "
-                                 f"{gt.shape[3]}x{gt.shape[2]}")
+        if sets.lq is not None:                                                    # LR images that came with the set
+            lq = data.load_image(sets.lq[sets.stems[i]])[None].to(world.device).float() / 255
         else:                                                                     # the same degradation at every validation
             lq = degradations.degrade(gt, args.degradation, [seeds(0, i, "val")], [seeds(0, i, "val-group")], args.jpeg_table)
         sr = archs.upscale_tiled(net, lq, tile=args.tile, overlap=32).clamp(0, 1).mul(255).round() / 255
-        psnr = -10 * (sr.double() - gt.double()).square().mean().clamp_min(1e-10).log10()
+        psnr = iqa.psnr(sr, gt)[0]
         totals += torch.stack([torch.ones_like(psnr), psnr, reward(sr)[0].double() if reward else torch.zeros_like(psnr)])
     count, psnr, score = world.reduce(totals).tolist()
     return {"psnr": psnr / count} | ({"score": score / count} if reward else {})
@@ -244,19 +240,11 @@ def sample_grid(net, dataset, args, reward, seeds, device, path, rows=4):
                           for i in range(len(lanes))])
 
 
-def main(args):
-    world = runs.start_world(args.device, args.threads)
-    device, lanes = world.device, world.lanes(args.batch_size)
-    if len(lanes) % args.accumulate:
-        raise ValueError(f"--accumulate {args.accumulate} does not divide the {len(lanes)} crops of one process")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    torch.backends.cudnn.benchmark = True
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    seeds = partial(runs.sample_seed, args.seed)
-
-    # data
-    if args.demo and world.is_main and not args.data.exists():
-        subprocess.run([sys.executable, str(runs.REPO / "make_quintuplets.py"), "--demo", "--out", str(args.data)], check=True)
+def open_data(args, world, reward, seeds):
+    """-> (training Sets, TrainingSet, validation Sets or None, the TrainingSet that sample grids show); ranks share static scoring."""
+    if args.demo and world.is_main and args.data == DEMO["gan"]["data"] and not args.data.exists():
+        from make_quintuplets import build_demo
+        build_demo(args.data)
     world.barrier()
     if args.stage == "gan":
         sets, val_sets = data.find_sets(args.data, "Train"), data.find_sets(args.data, "Test")
@@ -264,8 +252,6 @@ def main(args):
         sets, val_sets = data.find_photos(args.data), None
     if args.val_photos:
         sets, val_sets = sets.hold_out(args.val_photos, seeds(0, 0, "val-photos"))
-    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights)
-
     needs_labels = args.sampler in data.NEEDS_LABELS or args.drop_without_positive
 
     def training_set(sets):
@@ -279,29 +265,48 @@ def main(args):
 
     dataset = training_set(sets)
     unlabelled = val_sets is not None and val_sets.label_folder is None and needs_labels
-    shown = dataset if val_sets is None or unlabelled else training_set(val_sets) # what the sample grids show
+    shown = dataset if val_sets is None or unlabelled else training_set(val_sets)
     for lane in range(min(4, len(shown))):
         shown.sample(1, lane)                                                     # unsuitable test images are refused now, not hours later
+    return sets, dataset, val_sets, shown
 
-    # the run's folder, and networks: raw_* are the plain modules that are saved, net_* what the loop calls
-    run = runs.Run(args.out, vars(args) | {"samples": len(dataset), "discriminator": args.lambda_a > 0}, world, args.resume,
-                   FIXED + ("samples", "discriminator"), args.tensorboard)
+
+def main(args):
+    world = runs.start_world(args.device, args.threads)
+    device, lanes = world.device, world.lanes(args.batch_size)
+    if len(lanes) % args.accumulate:
+        raise ValueError(f"--accumulate {args.accumulate} does not divide the {len(lanes)} crops of one process")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.benchmark = True
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    seeds = partial(runs.sample_seed, args.seed)
+
+    # what costs nothing to refuse comes first
+    run = runs.Run(args.out, vars(args) | {"discriminator": args.lambda_a > 0}, world, args.resume, FIXED, args.tensorboard)
     if run.start_step > args.total_steps:
         raise ValueError(f"--total-steps {args.total_steps}: {args.out} is already at step {run.start_step}")
+    init = None if run.checkpoint or args.init is None else runs.find_weights(
+        args.init, f"make it with: python train.py --stage psnr --arch {args.arch} --data PHOTOS, or name weights with --init FILE")
+    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights)
+    sets, dataset, val_sets, shown = open_data(args, world, reward, seeds)
+    run.pin(samples=len(dataset))
+
+    # networks: raw_* are the plain modules that are saved, net_* what the loop calls
     start = "random start"
     torch.manual_seed(args.seed)                                                  # initial weights; nothing else uses this state
     options = {"drop_path": args.drop_path, "pad_mode": args.pad_mode} if args.arch.startswith("swinir") else {}
     raw_g = archs.ARCHS[args.arch](**options)
     raw_d = archs.UNetDiscriminatorSN(args.d_features) if args.lambda_a > 0 else None
-    vgg = archs.VGGFeatureLoss(args.vgg_weights).to(device) if args.lambda_p > 0 else None
-    if run.checkpoint is None and args.init is not None:
-        path = runs.find_weights(args.init, f"make it with: python train.py --stage psnr --arch {args.arch} --data PHOTOS, "
-                                            "or name weights with --init FILE")
-        start = f"start from {path}, key {archs.load_weights(raw_g, path, args.weights_key)}"
+    vgg = archs.VGGFeatureLoss(args.vgg_weights) if args.lambda_p > 0 else None
+    if init is not None:
+        start = f"start from {init}, key {archs.load_weights(raw_g, init, args.weights_key)}"
     memory = torch.channels_last if args.channels_last else torch.contiguous_format
-    raw_g = raw_g.to(device, memory_format=memory)
+    memory_g = torch.contiguous_format if args.arch.startswith("swinir") else memory
+    raw_g = raw_g.to(device, memory_format=memory_g)
     ema = copy.deepcopy(raw_g).eval().requires_grad_(False)
     opt_g = torch.optim.Adam(raw_g.parameters(), lr=args.lr, betas=(0.9, 0.99))   # HGGT
+    if vgg is not None:
+        vgg = vgg.to(device, memory_format=memory)
     if raw_d is not None:
         raw_d = raw_d.to(device, memory_format=memory)
         opt_d = torch.optim.Adam(raw_d.parameters(), lr=args.lr, betas=(0.9, 0.99))
@@ -328,10 +333,10 @@ def main(args):
         run.say("demo: VGG19 would be a download, so lambda_p is 0")
     state = run.checkpoint = None                                                 # the pool's copy alone may be 100 MB
 
-    def wrap(net):
-        net = torch.compile(net) if args.compile else net
-        return DistributedDataParallel(net, broadcast_buffers=False) if world.size > 1 else net   # buffers follow from weights alone
-    net_g, net_d = wrap(raw_g.train()), raw_d and wrap(raw_d.train())
+    compiled = lambda net: torch.compile(net) if args.compile else net
+    parallel = lambda net: DistributedDataParallel(net) if world.size > 1 else net
+    net_g, judge = parallel(compiled(raw_g.train())), raw_d and compiled(raw_d.train())
+    net_d = judge and parallel(judge)                                             # judge: the same D without DDP, for the generator's loss
 
     def save(step, weights):
         meter.check_finite(lambda s: ", ".join(dataset.names(s)))
@@ -359,7 +364,7 @@ def main(args):
         lq, gt, version, score = make_pair(batch, step, lanes, args, reward, seeds, device)
         picked.scatter_add_(0, version, torch.ones_like(version, dtype=picked.dtype))
         lq, gt = pool.swap((lq, gt), step)                                        # training-pair pool: the winner only
-        lq, gt = (t.contiguous(memory_format=memory) for t in (lq, gt))
+        lq, gt = lq.contiguous(memory_format=memory_g), gt.contiguous(memory_format=memory)
         target = degradations.usm_sharpen(gt) if args.usm else gt                 # L1 and VGG only; D always sees the plain GT
         parts = [slice(i, i + len(lanes) // args.accumulate) for i in range(0, len(lanes), len(lanes) // args.accumulate)]
         terms, fakes = Counter(), []
@@ -370,13 +375,14 @@ def main(args):
         opt_g.zero_grad(set_to_none=True)
         for part in parts:
             drop = {"drop_path_seeds": [seeds(step, lane, "drop-path") for lane in lanes[part]]} if args.drop_path else {}
-            with no_sync(net_g, part is parts[-1]), autocast():
-                sr = net_g(lq[part], **drop)
-                losses = {"pix": F.l1_loss(sr.float(), target[part])}
-                if vgg is not None:
-                    losses["percep"] = vgg(sr, target[part])
-                if raw_d is not None:
-                    losses["adv"] = adversarial_loss(raw_d(sr), real=True)
+            with no_sync(net_g, part is parts[-1]):
+                with autocast():
+                    sr = net_g(lq[part], **drop)
+                    losses = {"pix": F.l1_loss(sr.float(), target[part])}
+                    if vgg is not None:
+                        losses["percep"] = vgg(sr, target[part])
+                    if raw_d is not None:
+                        losses["adv"] = adversarial_loss(judge(sr), real=True)
                 loss_g = sum(lambdas[name] * loss for name, loss in losses.items())
                 (loss_g / len(parts)).backward()
             fakes.append(sr.detach())
@@ -392,8 +398,9 @@ def main(args):
             opt_d.zero_grad(set_to_none=True)
             for part, fake in zip(parts, fakes):
                 for name, images, real in (("D_real", gt[part], True), ("D_fake", fake, False)):
-                    with no_sync(net_d, part is parts[-1] and not real), autocast():
-                        loss_d = adversarial_loss(net_d(images), real)
+                    with no_sync(net_d, part is parts[-1] and not real):
+                        with autocast():
+                            loss_d = adversarial_loss(net_d(images), real)
                         (loss_d / len(parts)).backward()
                     terms.update({name: loss_d.detach() / len(parts)})
             if args.clip_grad:

@@ -17,6 +17,8 @@ import math
 import sys
 from pathlib import Path
 
+import flags
+
 FAMILIES = {  # weakest and strongest setting; severity u in [0, 1] lies between them geometrically. CHOICE: from just visible to very poor
     "blur": (0.4, 3.0),       # sigma of a Gaussian, pixels
     "noise": (2.0, 40.0),     # standard deviation, grey levels
@@ -35,31 +37,25 @@ SHARPNESS = 0.15              # CHOICE: of the soft labels, per point: 20 points
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
     here = Path(__file__).resolve().parent
-    p.add_argument("--threads", type=int, default=2, help="CPU threads; the same number gives the same bytes")
-    p.add_argument("--seed", type=int, default=0, help="of everything drawn, in training and in --evaluate")
+    p.add_argument("--threads", type=flags.SIZE, default=2, help="CPU threads; the same number gives the same bytes")
+    p.add_argument("--seed", type=flags.COUNT, default=0, help="of everything drawn, in training and in --evaluate")
     g = p.add_argument_group("training")
     g.add_argument("--out", type=Path, default=here / "weights" / "ranker.pth", help="file to write, replaced when the training is over")
-    g.add_argument("--steps", type=int, default=800, help="optimisation steps")
-    g.add_argument("--chains", type=int, default=5, help=f"chains of {CHAIN} images per step")
-    g.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW; one cycle")
-    g.add_argument("--across", type=float, default=0.3, help="weight of pairs from different photographs, against 1 for pairs of one crop")
+    g.add_argument("--steps", type=flags.SIZE, default=800, help="optimisation steps")
+    g.add_argument("--chains", type=flags.SIZE, default=5, help=f"chains of {CHAIN} images per step")
+    g.add_argument("--lr", type=flags.RATE, default=3e-3, help="peak learning rate of AdamW; one cycle")
+    g.add_argument("--across", type=flags.WEIGHT, default=0.3, help="weight of pairs from different photographs, against 1 for pairs of one crop")
     g = p.add_argument_group("judging on held-out photographs")
     g.add_argument("--evaluate", type=Path, metavar="DIR", help="folder of photographs: rank correlations instead of a training")
     g.add_argument("--weights", type=Path, default=here / "weights" / "ranker.pth", help="the ranker that is judged")
-    g.add_argument("--crops", type=int, nargs="+", default=[96, 128, 192, 256], help="sides of the crops per photo and family, pixels")
-    g.add_argument("--repeats", type=int, default=1, help="crops of every size per photo and family")
-    g.add_argument("--reduce", type=float, default=1.0, help="reduce the photographs by this factor first")
+    g.add_argument("--crops", type=flags.number(int, 32), nargs="+", default=[96, 128, 192, 256], help="sides of the crops per photo and family, pixels")
+    g.add_argument("--repeats", type=flags.SIZE, default=1, help="crops of every size per photo and family")
+    g.add_argument("--reduce", type=flags.number(float, 1), default=1.0, help="reduce the photographs by this factor first")
     g.add_argument("--against", metavar="MODULE:FUNCTION", help="another NR-IQA model, as for --reward: rank correlation with it on the same crops")
     g.add_argument("--out-json", type=Path, help="write the numbers here")
     args = p.parse_args(argv)
-    for flag in ("threads", "steps", "chains", "repeats"):
-        if getattr(args, flag) < 1:
-            p.error(f"--{flag} must be at least 1")
-    if args.reduce < 1 or min(args.crops) < 32:
-        p.error("--reduce must be at least 1 and --crops at least 32")
     if args.evaluate and not args.evaluate.is_dir():
         p.error(f"--evaluate {args.evaluate}: no such folder of photographs")
     return args

@@ -483,9 +483,26 @@ def test_test_split_is_found_in_both_spellings_with_its_lr_images(tmp_path):
         with pytest.raises(ValueError, match="Blind_LR: no LR image for 1 of .* first u-0-0.png"):
             data.find_sets(root, "Test")
         data.save_image(lr / "u-0-0.png", coordinates(16, 24, 0))
+        data.save_image(lr / "u-0-0.png", coordinates(16, 23, 0))
+        with pytest.raises(ValueError, match="u-0-0.png: 23x16 pixels, expected a quarter of its original's 96x64"):
+            data.find_sets(root, "Test")
+        data.save_image(lr / "u-0-0.png", coordinates(16, 24, 0))
         sets = data.find_sets(root, "Test")
-        assert sets.lq == lr and sets.stems == ["t-0-0", "u-0-0"] and sets.path("t-0-0").parent.name == spelling
+        assert sets.lq == data.list_images(lr) and sets.stems == ["t-0-0", "u-0-0"] and sets.path("t-0-0").parent.name == spelling
         assert sets.path("u-0-0", "03").name == "u-0-0_03.png" and data.find_sets(root, "Train").stems == ["a-0-0"]
+
+
+def test_two_folders_of_labels_or_of_lr_images_are_refused(tmp_path):
+    write_sets(tmp_path, ["t-0-0"], train="Test/GT/Test-100/images")
+    for n in "12":
+        (tmp_path / f"Test/GT/Test-100/labels/{n}/A").mkdir(parents=True)
+    with pytest.raises(ValueError, match="2 folders .*labels.1, .*labels.2: keep one"):
+        data.find_sets(tmp_path, "Test")
+    (tmp_path / "Test/GT/Test-100/labels/2/A").rmdir()
+    for n in "12":
+        (tmp_path / f"Test/LQ/{n}/Blind_LR").mkdir(parents=True)
+    with pytest.raises(ValueError, match="2 folders .*Blind_LR"):
+        data.find_sets(tmp_path, "Test")
 
 
 def test_photos_are_a_folder_or_the_originals_of_a_data_set(tmp_path, root):

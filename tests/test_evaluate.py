@@ -7,6 +7,7 @@ import torch
 import archs
 import data
 import evaluate
+import iqa
 import runs
 
 
@@ -31,7 +32,7 @@ def call(pairs, *more):
 def test_psnr_is_scikit_images_after_hggts_crop():
     from skimage.metrics import peak_signal_noise_ratio
     a, b = torch.rand(2, 3, 40, 36), torch.rand(2, 3, 40, 36)
-    for value, x, y in zip(evaluate.psnr(a, b).tolist(), a.numpy(), b.numpy()):
+    for value, x, y in zip(iqa.psnr(a, b).tolist(), a.numpy(), b.numpy()):
         assert value == pytest.approx(peak_signal_noise_ratio(y[:, 4:-4, 4:-4].astype("float64"), x[:, 4:-4, 4:-4].astype("float64"), data_range=1), rel=1e-9)
 
 
@@ -53,7 +54,7 @@ def test_a_row_is_what_the_net_gives_in_8_bit(pairs):
     with torch.no_grad():
         sr = net(data.load_image(pairs / "lq" / "1.png")[None].float() / 255).clamp(0, 1).mul(255).round() / 255
     gt = data.load_image(pairs / "gt" / "1.png")[None].float() / 255
-    assert result["scores"]["net"]["1"]["psnr"] == pytest.approx(evaluate.psnr(sr, gt).item(), abs=1e-6)
+    assert result["scores"]["net"]["1"]["psnr"] == pytest.approx(iqa.psnr(sr, gt).item(), abs=1e-6)
 
 
 @pytest.mark.fast
@@ -70,6 +71,7 @@ def test_lower_is_better_metrics_are_reported_in_native_units(pairs, monkeypatch
 @pytest.mark.parametrize("more, error, said", [(["--lq", "/nowhere"], FileNotFoundError, "no such folder"),
                                                (["--weights", "/nowhere"], FileNotFoundError, "no such file or run"),
                                                (["--metrics", "mosaic"], ValueError, "unknown"),
+                                               (["--figure", "/proc/x.png"], OSError, "--figure /proc cannot be written"),
                                                (["--metric-weights", "niqe=x"], ValueError, "NAME of --metrics")])
 def test_refusals(pairs, more, error, said):
     with pytest.raises(error, match=said):

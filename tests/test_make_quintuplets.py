@@ -22,8 +22,8 @@ def test_the_demo_set_has_hggts_layout_without_labels(demo):
     assert train.versions == test.versions == ["original", "01", "02", "03", "04"]
     with pytest.raises(ValueError, match="no labels"):
         train.labels()
-    assert set(list(data.list_images(test.lq))) == set(test.stems) == set(data.list_images(demo / "Test" / "GT" / "demo" / "untouched"))
-    gt, lq = data.load_image(test.path(test.stems[0])), data.load_image(test.lq / f"{test.stems[0]}.png")
+    assert set(test.lq) == set(test.stems) == set(data.list_images(demo / "Test" / "GT" / "demo" / "untouched"))
+    gt, lq = data.load_image(test.path(test.stems[0])), data.load_image(test.lq[test.stems[0]])
     assert gt.shape == (3, 192, 192) and lq.shape == (3, 48, 48)
     record = json.loads((demo / "quintuplets.json").read_text())
     assert sum(p["patches"] for p in record["photos"].values()) == len(train.stems) + len(test.stems)
@@ -66,3 +66,12 @@ def test_building_is_deterministic_and_never_overwrites(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="exists: remove it"):
         make_quintuplets.build_demo(tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_quintuplets, "restore", lambda original: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_quintuplets.build_demo(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="cannot be written"):
+        make_quintuplets.build_demo(Path("/proc/demo"))

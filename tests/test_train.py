@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def test_every_preset_key_is_a_flag_and_every_choice_exists():
         assert set(settings) <= known
     assert set(train.PRESETS) == set(train.PSNR) == set(archs.ARCHS)
     assert {args.degradation for args in map(train.parse_args, (["--arch", a] for a in train.PRESETS))} <= set(degradations.PRESETS)
-    assert set(train.FIXED) <= known
+    assert set(train.FIXED) - known == {"discriminator", "samples"}               # facts, not flags
 
 
 @pytest.mark.fast
@@ -109,7 +110,9 @@ def test_help_answers_at_once_with_defaults(script, name):
 @pytest.mark.fast
 @pytest.mark.parametrize("words, said", [(["--stage", "psnr", "--sampler", "amo"], "only sampler"), (["--reward", "none"], "needs a --reward"),
                                          (["--arch", "rrdbnet", "--drop-path", "0.1"], "SwinIR"), (["--crop", "30"], "multiple of 8"),
-                                         (["--batch", "8"], "unrecognized"), (["--load-size", "128"], "at least the crop")])
+                                         (["--lr", "-1"], "--lr: -1: must be more than 0"), (["--workers", "-1"], "at least 0"),
+                                         (["--ema-decay", "2"], "at least 0 and less than 1"), (["--pool-size", "x"], "invalid whole number"),
+                                         (["--tau", "nan"], "--tau: nan: must be"), (["--batch", "8"], "unrecognized"), (["--load-size", "128"], "at least the crop")])
 def test_flags_that_contradict_are_refused(words, said, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(words)
@@ -209,6 +212,21 @@ def test_sample_grid_and_tensorboard_and_validation(quintuplets, init, rewards, 
     assert "4 sets of 5 versions" in (tmp_path / "run" / "log.txt").read_text()   # a photo has two patches: both are held out
 
 
+def test_test_images_of_other_sizes_are_shown_and_validated_and_small_ones_refused(quintuplets, init, rewards, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(quintuplets, root)
+    base = torch.randint(0, 200, (3, 90, 70), dtype=torch.uint8)
+    for n, (h, w) in enumerate([(64, 70), (90, 48), (47, 41)]):
+        for version in ("original", "01", "02", "03", "04"):
+            name = f"t{n}-0-0" + ("" if version == "original" else f"_{version}")
+            data.save_image(root / "Test" / "GT" / "t" / "images" / version / f"{name}.png", base[:, :h, :w] + int(version == "02"))
+    train.main(train.parse_args(flags(root, init, tmp_path / "run", total_steps=1, sample_every=1)))
+    assert (tmp_path / "run" / "samples" / "0000001.png").exists() and 0 < events(tmp_path / "run", "val")[-1]["psnr"] < 60
+    with pytest.raises(ValueError, match="41x47 pixels, smaller than the 48-pixel crop"):
+        train.main(train.parse_args(flags(root, init, tmp_path / "other", total_steps=1) + ["--crop", "48"]))
+    assert not (tmp_path / "other").exists()
+
+
 def test_accumulation_gives_the_same_losses(quintuplets, init, rewards, tmp_path):
     for n in (1, 2):
         train.main(train.parse_args(flags(quintuplets, init, tmp_path / str(n), total_steps=3, accumulate=n, lambda_a=0)))
@@ -269,14 +287,14 @@ def test_ten_kills_leave_the_run_bitwise_as_if_undisturbed(quintuplets, init, re
     assert not list((tmp_path / "whole").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigterm_to_the_process_group_saves_and_resume_ends_as_undisturbed(quintuplets, init, rewards, tmp_path, workers):
+@pytest.mark.parametrize("workers, word", [(0, "SIGUSR1"), (2, "SIGTERM")])
+def test_a_signal_to_the_process_group_saves_and_resume_ends_as_undisturbed(quintuplets, init, rewards, tmp_path, workers, word):
     words = flags(quintuplets, init, tmp_path / "run", total_steps=2000, workers=workers)
     process = subprocess.Popen([sys.executable, str(runs.REPO / "train.py"), *words], stdout=subprocess.PIPE, text=True, start_new_session=True,
                                env={**os.environ, "PYTHONPATH": str(rewards)})
     for line in process.stdout:
         if line.startswith("step 0000003"):
-            os.killpg(process.pid, signal.SIGTERM)                                # as torchrun and Slurm do: the data workers get it too
+            os.killpg(process.pid, getattr(signal, word))                            # as torchrun and Slurm do: the data workers get it too
             break
     assert "stopped by a signal" in process.communicate(timeout=60)[0] and process.returncode == 0
     stopped = runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["step"]
@@ -312,6 +330,24 @@ def test_a_second_start_into_a_run_is_refused_and_resume_needs_a_checkpoint(quin
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         train.main(train.parse_args(words + ["--resume"]))
+
+
+def test_what_is_cheap_to_refuse_is_refused_before_any_score(quintuplets, init, rewards, tmp_path):
+    words = dict(total_steps=1, sampler="sma", score_cache=tmp_path / "scores")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+    for more, said in ((dict(out=tmp_path / "taken"), "exists and is not empty"), (dict(out="/proc/run"), "--out /proc/run cannot be written")):
+        with pytest.raises((ValueError, OSError), match=said):
+            train.main(train.parse_args(flags(quintuplets, init, **words, **more)))
+    with pytest.raises(FileNotFoundError, match="/nowhere: no such file or run"):
+        train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", **words) + ["--init", "/nowhere"]))
+    assert not (tmp_path / "scores").exists() and not (tmp_path / "run").exists()
+
+
+def test_the_demo_is_not_built_where_a_mistyped_data_set_points(init, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such data set"):
+        train.main(train.parse_args(["--demo", "--data", str(tmp_path / "typo"), "--init", str(init["compact-small"]), "--out", str(tmp_path / "run")]))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("more, error, said", [

@@ -1,0 +1,25 @@
+"""What every script's argparse shares: help with defaults, and numbers that are checked where they are given. Imports no torch."""
+import argparse
+import math
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The module's docstring as it stands, and every flag with its default."""
+
+
+def number(kind, low=-math.inf, high=math.inf, above=False, below=False):
+    """An argparse type: a finite `kind` (int or float) in [low, high]; above / below exclude low / high."""
+    def convert(text):
+        value = kind(text)
+        if not math.isfinite(value) or value < low or above and value == low or value > high or below and value == high:
+            bounds = [f"{'more than' if above else 'at least'} {low}"] * (low > -math.inf) + \
+                     [f"{'less than' if below else 'at most'} {high}"] * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(bounds) or 'finite'}")
+        return value
+    convert.__name__ = "whole number" if kind is int else "number"                # argparse says: invalid number value: 'x'
+    return convert
+
+
+COUNT, SIZE = number(int, 0), number(int, 1)                                      # 0 often means off
+WEIGHT, RATE = number(float, 0), number(float, 0, above=True)
+SHARE = number(float, 0, 1, below=True)                                           # in [0, 1): EMA decay, drop rate
