@@ -276,7 +276,7 @@ def test_a_run_continues_after_a_change_of_processes(quintuplets, init, rewards,
 # Interruption
 
 def test_ten_kills_leave_the_run_bitwise_as_if_undisturbed(quintuplets, init, rewards, tmp_path):
-    words = flags(quintuplets, init, total_steps=12, save_every=1, log_every=2)
+    words = flags(quintuplets, init, total_steps=12, save_every=1, log_every=2, workers=1)
     result = subprocess.run([sys.executable, str(HERE / "kill_runs.py"), str(tmp_path), *words], capture_output=True, text=True,
                             timeout=280, env={**os.environ, "PYTHONPATH": str(rewards)})
     assert result.returncode == 0 and "killed 10 times" in result.stdout, result.stderr
