@@ -4,13 +4,19 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 export OMP_WAIT_POLICY = PASSIVE
 
+# two further judges that no training saw, where their files lie beside this repository
+SHARED = ../shared
+JUDGES = $(if $(wildcard $(SHARED)/tools/cnniqa_live.py),--metrics ranker piqe psnr cnniqa_live:build niqe \
+  --metric-weights niqe=$(SHARED)/data/weights/iqa/niqe_modelparameters.mat)
+EVALUATE = PYTHONPATH=$(SHARED)/tools $(PY) evaluate.py --demo $(JUDGES)
+
 .PHONY: demo demo-seeds test fast clean
 
 demo: $(VENV)/installed
 	$(PY) train.py --demo --stage psnr --resume auto
 	$(PY) train.py --demo --sampler orig --resume auto
 	$(PY) train.py --demo --sampler amo --resume auto
-	$(PY) evaluate.py --demo
+	$(EVALUATE)
 
 # the demo with three seeds, in one table: results/demo.json, results/demo.png
 SEEDS = runs/demo-seeds
@@ -19,9 +25,9 @@ demo-seeds: $(VENV)/installed
 	  $(PY) train.py --demo --stage psnr --seed $$s --out $(SEEDS)/psnr-$$s --resume auto && \
 	  $(PY) train.py --demo --sampler orig --seed $$s --init $(SEEDS)/psnr-$$s --out $(SEEDS)/orig-$$s --resume auto && \
 	  $(PY) train.py --demo --sampler amo --seed $$s --init $(SEEDS)/psnr-$$s --out $(SEEDS)/amo-$$s --resume auto || exit 1; done
-	$(PY) evaluate.py --demo --weights $(foreach s,0 1 2,$(SEEDS)/orig-$(s) $(SEEDS)/amo-$(s)) \
-	  --out-json results/demo.json --figure runs/demo-seeds.png $(MORE)
-	$(PY) evaluate.py --demo --weights $(SEEDS)/orig-0 $(SEEDS)/amo-0 --figure results/demo.png
+	$(EVALUATE) --weights $(foreach s,0 1 2,$(SEEDS)/orig-$(s) $(SEEDS)/amo-$(s)) \
+	  --out-json results/demo.json --figure runs/demo-seeds.png
+	$(EVALUATE) --weights $(SEEDS)/orig-0 $(SEEDS)/amo-0 --figure results/demo.png
 
 test: $(VENV)/installed-test
 	$(PY) -m pytest -q tests

@@ -46,6 +46,7 @@ def parse_args(argv=None):
 
 ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
 
+import json
 import sys
 
 import torch
@@ -109,7 +110,8 @@ def main(args):
         if name in nets:
             raise ValueError(f"--weights: two checkpoints are called {name}: rename one")
         nets[name] = lambda x, net=net: archs.upscale_tiled(net, x, tile=args.tile, overlap=32)
-        sources[name] = {"file": str(file), **info}
+        made_by = json.loads((path / "args.json").read_text()) if (path / "args.json").exists() else {}
+        sources[name] = {"file": str(file), **info, "trained_at": made_by.get("commit")}
 
     scores = {row: {} for row in nets}                                            # row -> stem -> metric -> value
     shown = list(lqs)[::max(1, len(lqs) // max(1, args.figure_images))][:args.figure_images]
