@@ -162,9 +162,8 @@ def test_orders_the_severities_on_photographs_it_has_not_seen(tmp_path):
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["photos"] == 5 and result["levels"] == 8
     means = {name: row["mean"] for name, row in result["families"].items()}
-    # a regression guard on a quarter of the photographs: these measure .896 to 1.0; all 20 are in results/ranker.json (.926 and more)
-    assert min(means[name] for name in train_iqa.FAMILIES) > 0.87, means
-    assert len(means) == len(train_iqa.FAMILIES) + len(train_iqa.MIXES) and min(means.values()) > 0.8, means
+    # a regression guard on a quarter of the photographs; all of them are in results/ranker.json
+    assert len(means) == len(train_iqa.FAMILIES) + len(train_iqa.MIXES) and min(means.values()) > 0.9, means
 
 
 def test_training_writes_a_loadable_file_twice_the_same_and_leaves_the_committed_one(tmp_path):
@@ -183,7 +182,7 @@ def test_training_writes_a_loadable_file_twice_the_same_and_leaves_the_committed
 def test_help_answers_at_once():
     start = time.perf_counter()
     done = subprocess.run([sys.executable, REPO / "train_iqa.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--evaluate" in done.stdout and "(default: 800)" in done.stdout
+    assert done.returncode == 0 and "--evaluate" in done.stdout and "(default: 2000)" in done.stdout
     assert time.perf_counter() - start < 2
 
 
