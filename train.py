@@ -335,8 +335,10 @@ def main(args):
 
     compiled = lambda net: torch.compile(net) if args.compile else net
     parallel = lambda net: DistributedDataParallel(net) if world.size > 1 else net
-    net_g, judge = parallel(compiled(raw_g.train())), raw_d and compiled(raw_d.train())
-    net_d = judge and parallel(judge)                                             # judge: the same D without DDP, for the generator's loss
+    net_g = parallel(compiled(raw_g.train()))
+    if raw_d is not None:
+        judge = compiled(raw_d.train())                                           # D of the generator's loss: without DDP
+        net_d = parallel(judge)
 
     def save(step, weights):
         meter.check_finite(lambda s: ", ".join(dataset.names(s)))

@@ -234,6 +234,16 @@ def test_accumulation_gives_the_same_losses(quintuplets, init, rewards, tmp_path
         assert a["pix"] == pytest.approx(b["pix"], rel=1e-5)
 
 
+def test_compiled_networks_give_the_same_losses(quintuplets, init, rewards, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda net, compile=torch.compile: compiled.append(net) or compile(net, backend="eager"))
+    for on in (True, False):
+        train.main(train.parse_args(flags(quintuplets, init, tmp_path / str(on), total_steps=3) + ["--compile"] * on))
+    assert [type(net).__name__ for net in compiled] == ["SRVGGNetCompact", "UNetDiscriminatorSN"]
+    for a, b in zip(losses(tmp_path / "True"), losses(tmp_path / "False")):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
 @pytest.mark.parametrize("more", [dict(precision="bf16"), dict(clip_grad=0.01), dict(pool_size=0), dict(drop_without_positive=True),
                                   dict(arch="swinir-small", pad_mode="swinir", workers=2)])
 def test_options_run_to_finite_losses(quintuplets, init, rewards, tmp_path, more):
