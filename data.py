@@ -43,6 +43,12 @@ def open_image(path):
         raise ValueError(f"{path}: damaged image ({error}): fetch or make it again") from None
 
 
+def image_size(path):
+    """(width, height) from the file's header."""
+    with open_image(path) as image:
+        return image.size
+
+
 def load_image(path):
     """An 8-bit RGB file as (3, H, W) uint8. ValueError for a damaged file and for grey, alpha or palette images.
 
@@ -191,8 +197,11 @@ def find_photos(folder):
     return Sets({"original": list_images(folder)})
 
 
-def find_sets(root, split):
-    """The Sets of split "Train" or "Test" under `root`, in the layout above; None for a Test split that is not there."""
+def find_folders(root, split):
+    """Where split "Train" or "Test" lies under `root`: {"images": {version: folder}, "labels": folder or None, "lq": folder or None}.
+
+    None for a Test split that is not there; FileNotFoundError or ValueError when the layout above is not met.
+    """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such data set; README says how to get HGGT (--data DIR), --demo needs no download")
@@ -205,34 +214,44 @@ def find_sets(root, split):
     if len(originals) > 1:
         raise ValueError(f"{base}: several sets ({', '.join(str(o.parent) for o in originals)}): keep one")
     images = originals[0].parent
-    enhanced = sorted(f.name for f in images.iterdir() if f.is_dir() and re.fullmatch(r"\d\d", f.name))
+    enhanced = sorted(f for f in images.iterdir() if f.is_dir() and re.fullmatch(r"\d\d", f.name))
     if not enhanced:
         raise ValueError(f"{images}: no folders of enhanced versions (01, 02, ...) beside {originals[0].name}/")
-    files = {"original": list_images(originals[0])}
-    for version in enhanced:
-        files[version] = list_images(images / version)
-        expected = {f"{s}_{version}" for s in files["original"]}
-        for problem, names in (("missing", expected - set(files[version])), ("without an original", set(files[version]) - expected)):
-            if names:
-                raise ValueError(f"{images / version}: {len(names)} files {problem} (of {len(expected)} expected), "
-                                 f"first {min(names)}.png: fetch or make the data set again")
     labels = sorted({p.parent for p in base.glob("**/labels/**/[ABC]") if p.is_dir()})
     lq = sorted((root / "Test").glob("**/Blind_LR")) if split == "Test" else []
     for several in (labels, lq):
         if len(several) > 1:
             raise ValueError(f"{base}: one set of images but {len(several)} folders {', '.join(map(str, several))}: keep one")
-    ready = list_images(lq[0]) if lq else None
+    return {"images": {"original": originals[0]} | {f.name: f for f in enhanced},
+            "labels": labels[0] if labels else None, "lq": lq[0] if lq else None}
+
+
+def find_sets(root, split):
+    """The Sets of split "Train" or "Test" under `root`, in the layout above; None for a Test split that is not there."""
+    folders = find_folders(root, split)
+    if folders is None:
+        return None
+    files = {version: list_images(folder) for version, folder in folders["images"].items()}
+    for version, folder in list(folders["images"].items())[1:]:
+        expected = {f"{s}_{version}" for s in files["original"]}
+        for problem, names in (("missing", expected - set(files[version])), ("without an original", set(files[version]) - expected)):
+            if names:
+                raise ValueError(f"{folder}: {len(names)} files {problem} (of {len(expected)} expected), first {min(names)}.png: "
+                                 "fetch or make the data set again; python prepare.py verify DIR lists everything")
+    lq = folders["lq"]
+    ready = list_images(lq) if lq else None
     missing = set(files["original"]) - set(ready or files["original"])
     if missing:
-        raise ValueError(f"{lq[0]}: no LR image for {len(missing)} of the test set's originals, first {min(missing)}.png")
+        raise ValueError(f"{lq}: no LR image for {len(missing)} of the test set's originals, first {min(missing)}.png")
     for stem in sorted(files["original"]) if ready else []:
-        with open_image(files["original"][stem]) as image:                       # headers only
-            width, height = image.size
-        with open_image(ready[stem]) as image:
-            size = image.size
-        if size != (width // 4, height // 4):
-            raise ValueError(f"{ready[stem]}: {size[0]}x{size[1]} pixels, expected a quarter of its original's {width}x{height}")
-    return Sets(files, labels[0] if labels else None, ready)
+        check_lr_size(ready[stem], image_size(ready[stem]), image_size(files["original"][stem]))
+    return Sets(files, folders["labels"], ready)
+
+
+def check_lr_size(path, size, hr_size):
+    """ValueError unless an LR image of `size` (width, height) is a quarter of its original."""
+    if size != (hr_size[0] // 4, hr_size[1] // 4):
+        raise ValueError(f"{path}: {size[0]}x{size[1]} pixels, expected a quarter of its original's {hr_size[0]}x{hr_size[1]}")
 
 
 # Ground-truth samplers, paper Sec. 4.2

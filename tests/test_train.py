@@ -100,10 +100,10 @@ def test_explicit_flags_win_over_presets():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", ["train.py", "make_quintuplets.py", "evaluate.py", "train_iqa.py"])
+@pytest.mark.parametrize("name", ["train.py", "make_quintuplets.py", "evaluate.py", "train_iqa.py", "prepare.py verify"])
 def test_help_answers_at_once_with_defaults(script, name):
     began = time.monotonic()
-    text = script(name, "--help").stdout
+    text = script(*name.split(), "--help").stdout
     assert time.monotonic() - began < 2 and "default:" in text
 
 

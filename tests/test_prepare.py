@@ -1,0 +1,115 @@
+"""prepare.py verify: planted defects are found, each once and by name; a sound data set has none."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import prepare
+
+pytestmark = pytest.mark.fast
+VERSIONS = ("original", "01", "02", "03", "04")
+
+
+def photo(seed, size=64):
+    """A random smooth picture with detail, (3, size, size) uint8."""
+    rng = np.random.default_rng(seed)
+    coarse = torch.nn.functional.interpolate(torch.from_numpy(rng.random((1, 3, 9, 9))), (size, size), mode="bicubic")[0]
+    return (coarse * 200 + torch.from_numpy(rng.random((3, size, size))) * 30).clamp(0, 255).byte()
+
+
+def add_set(images, stem, picture):
+    for version in VERSIONS:
+        data.save_image(images / version / (f"{stem}.png" if version == "original" else f"{stem}_{version}.png"), picture)
+
+
+def add_label(folder, stem, labels=("Positive", "Similar", "Negative", "Positive")):
+    entries = {f"Picture_{i + 1}": {"Name": f"{stem}.png" if v == "original" else f"{stem}_{v}.png", "File": v,
+                                    "Label": None if i == 0 else labels[i - 1]} for i, v in enumerate(VERSIONS)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.json").write_text(json.dumps(entries))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A sound data set: Train of six sets with labels, Test of two with LR images."""
+    root = tmp_path / "set"
+    for n in range(6):
+        add_set(root / "Train" / "images" / "x", f"photo{n // 2}-{n % 2}-0", photo(n))
+        for annotator in "ABC":
+            labels = ("Similar",) * 4 if n == 5 else ("Positive", "Similar", "Negative", "Positive")
+            add_label(root / "Train" / "labels" / "x" / annotator, f"photo{n // 2}-{n % 2}-0", labels)
+    for n in range(2):
+        add_set(root / "Test" / "GT" / "t" / "images", f"test{n}-0-0", photo(100 + n))
+        data.save_image(root / "Test" / "LQ" / "t" / "Blind_LR" / f"test{n}-0-0.png", photo(n, 16))
+    return root
+
+
+def found(root, **options):
+    return {(d["kind"], d["file"].rsplit("set/")[-1]) for d in prepare.verify(root, **options).defects}
+
+
+def test_a_sound_set_has_no_defect_and_its_labels_are_counted(root):
+    report = prepare.verify(root)
+    assert report.defects == []
+    assert report.counts["Train"] == {"sets": 6, "photos": 3, "versions": 5, "positive": 10, "similar": 9, "negative": 5, "without_positive": 1}
+    assert report.counts["Test"] == {"sets": 2, "photos": 2, "versions": 5}
+
+
+def test_ten_planted_defects_are_found_each_once(root):
+    train, labels, test = root / "Train" / "images" / "x", root / "Train" / "labels" / "x", root / "Test" / "GT" / "t" / "images"
+    (train / "01" / "photo0-0-0_01.png").unlink()                                 # 1 missing
+    cut = train / "02" / "photo0-0-0_02.png"
+    cut.write_bytes(cut.read_bytes()[:900])                                       # 2 truncated
+    data.save_image(train / "03" / "photo0-0-0_03.png", photo(0, 60))             # 3 mis-sized
+    (train / "04" / "photo0-0-0_04.png").rename(train / "04" / "photo0-0-0_4.png")            # 4 mis-named: and so missing
+    Image.fromarray(photo(1)[0].numpy()).save(train / "original" / "photo0-1-0.png")          # 5 grey
+    add_label(labels / "A", "photo1-0-0", ("Positive", "Similar", "Bad", "Positive"))         # 6 unknown word
+    (labels / "B" / "photo1-0-0.json").unlink()                                   # 7 a missing vote
+    data.save_image(root / "Test" / "LQ" / "t" / "Blind_LR" / "test0-0-0.png", photo(0, 17))  # 8 LR of a wrong size
+    shifted = photo(2).float().mul(0.9).add(4).round().byte()                     # 9 a near-duplicate: darker
+    add_set(test, "test1-0-0", shifted)
+    add_set(test, "photo2-9-9", photo(300))                                       # 10 another patch of a training photo, without LR
+    assert found(root) == {
+        ("missing", "Train/images/x/01/photo0-0-0_01.png"), ("unreadable", "Train/images/x/02/photo0-0-0_02.png"),
+        ("size", "Train/images/x/03/photo0-0-0_03.png"), ("misnamed", "Train/images/x/04/photo0-0-0_4.png"),
+        ("missing", "Train/images/x/04/photo0-0-0_04.png"), ("unreadable", "Train/images/x/original/photo0-1-0.png"),
+        ("label", "Train/labels/x/A/photo1-0-0.json"), ("label", "Train/labels/x/B/photo1-0-0.json"),
+        ("size", "Test/LQ/t/Blind_LR/test0-0-0.png"), ("near-duplicate", "Test/GT/t/images/original/test1-0-0.png"),
+        ("leak", "Test/GT/t/images/original/photo2-9-9.png"), ("missing", "Test/LQ/t/Blind_LR/photo2-9-9.png")}
+
+
+def test_foreign_doubled_and_stray_files_and_a_missing_annotator(root):
+    train, labels = root / "Train" / "images" / "x", root / "Train" / "labels" / "x"
+    (train / "original" / "notes.txt").write_text("")
+    Image.fromarray(photo(0).permute(1, 2, 0).numpy()).save(train / "01" / "photo0-0-0_01.jpg")
+    shutil.copy(labels / "A" / "photo0-0-0.json", labels / "A" / "other.json")
+    assert found(root) == {("foreign", "Train/images/x/original/notes.txt"), ("doubled", "Train/images/x/01/photo0-0-0_01.png"),
+                           ("misnamed", "Train/labels/x/A/other.json")}
+    shutil.rmtree(labels / "C")
+    assert ("label", "Train/labels/x/C") in found(root)
+
+
+def test_a_jpeg_of_a_training_patch_is_a_near_duplicate_and_another_sky_is_not(root, tmp_path):
+    test = root / "Test" / "GT" / "t" / "images"
+    Image.fromarray(photo(4).permute(1, 2, 0).numpy()).save(tmp_path / "p.jpg", quality=60)
+    add_set(test, "test0-0-0", data.load_image(tmp_path / "p.jpg"))
+    ramp = torch.linspace(80, 200, 64).view(1, 64, 1).expand(3, 64, 64)
+    add_set(root / "Train" / "images" / "x", "sky-0-0", (ramp + 2 * torch.randn(3, 64, 64)).byte())
+    add_set(test, "test1-0-0", (ramp * 0.9 + 2 * torch.randn(3, 64, 64)).byte())
+    shutil.rmtree(root / "Train" / "labels")
+    assert found(root) == {("near-duplicate", "Test/GT/t/images/original/test0-0-0.png")}
+
+
+def test_the_script_exits_with_1_for_defects_and_2_without_a_data_set(root, script, tmp_path):
+    sound = script("prepare.py", "verify", root, "--out-json", tmp_path / "out.json")
+    assert "defects: 0" in sound.stdout and "upos and smp leave out 1 of 6 sets" in sound.stdout
+    assert json.loads((tmp_path / "out.json").read_text())["counts"]["Train"]["positive"] == 10
+    (root / "Train" / "images" / "x" / "01" / "photo0-0-0_01.png").unlink()
+    bad = script("prepare.py", "verify", root, check=False)
+    assert bad.returncode == 1 and "photo0-0-0_01.png: missing" in bad.stdout and "defects: 1 (1 missing)" in bad.stdout
+    none = script("prepare.py", "verify", tmp_path / "nowhere", check=False)
+    assert none.returncode == 2 and none.stderr.count("\n") == 1 and "no such data set" in none.stderr
