@@ -631,12 +631,13 @@ def tile_weights(size, tile, overlap, scale):
 
 
 @torch.no_grad()
-def upscale_tiled(net, lq, scale=4, tile=256, overlap=16):
+def upscale_tiled(net, lq, scale=4, tile=256, overlap=16, batch=1):
     """Run a generator over images of any size, in overlapping tiles blended with linear ramps.
 
     lq: (B, 3, h, w) -> (B, 3, scale * h, scale * w) float32, not clamped. tile and overlap are LR pixels; tile 0 is the whole
-    image, and an image no larger than a tile is not cut. Seams shrink as the overlap grows towards twice the net's field of view.
-    When a GPU's memory does not suffice the tile is halved, down to MIN_TILE.
+    image, and an image no larger than a tile is not cut. batch: tiles of one size that go through the net at a time. Seams
+    shrink as the overlap grows towards twice the net's field of view. When a GPU's memory does not suffice the tile is halved,
+    down to MIN_TILE.
     Raises ValueError if tile <= 2 * overlap, torch.OutOfMemoryError when the smallest tile does not fit either.
     """
     if overlap < 0 or 0 < tile <= 2 * overlap:
@@ -644,7 +645,7 @@ def upscale_tiled(net, lq, scale=4, tile=256, overlap=16):
     tile = tile or max(lq.shape[2:])
     while True:
         try:
-            return upscale_with(net, lq, scale, tile, overlap)
+            return upscale_with(net, lq, scale, tile, overlap, batch)
         except torch.OutOfMemoryError:
             tile = min(tile, max(lq.shape[2:])) // 2
             if tile < max(MIN_TILE, 2 * overlap + 1):
@@ -652,14 +653,19 @@ def upscale_tiled(net, lq, scale=4, tile=256, overlap=16):
         torch.cuda.empty_cache()                              # here, where the exception no longer holds the failed attempt
 
 
-def upscale_with(net, lq, scale, tile, overlap):
+def upscale_with(net, lq, scale, tile, overlap, batch):
     b, _, h, w = lq.shape
     if max(h, w) <= tile:
         return net(lq).float()
-    sr = torch.zeros(b, 3, h * scale, w * scale, device=lq.device)
+    sr, tiles = torch.zeros(b, 3, h * scale, w * scale, device=lq.device), {}     # size -> tiles of that size
     for top, bottom, weight_y in tile_weights(h, tile, overlap, scale):
         for left, right, weight_x in tile_weights(w, tile, overlap, scale):
-            weight = (weight_y[:, None] * weight_x).to(lq.device)
-            part = net(lq[:, :, top:bottom, left:right]).float()
-            sr[:, :, top * scale:bottom * scale, left * scale:right * scale] += part * weight
+            place = slice(top * scale, bottom * scale), slice(left * scale, right * scale)
+            tile = lq[:, :, top:bottom, left:right], place, weight_y[:, None] * weight_x
+            tiles.setdefault((bottom - top, right - left), []).append(tile)
+    for same in tiles.values():
+        for k in range(0, len(same), batch):
+            parts = net(torch.cat([part for part, _, _ in same[k:k + batch]])).float().split(b)
+            for part, (_, (rows, columns), weight) in zip(parts, same[k:k + batch]):
+                sr[:, :, rows, columns] += part * weight.to(lq.device)
     return sr

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
@@ -67,7 +68,7 @@ def save_image(path, image):
     if image.dtype != torch.uint8:
         image = image.clamp(0, 1).mul(255).round().byte()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path, compress_level=1)
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path, format="PNG", compress_level=1)
 
 
 def save_grid(path, rows):
@@ -84,7 +85,7 @@ def save_grid(path, rows):
             draw.multiline_text((x + 2, y + 1), text, fill="black", spacing=1)
             sheet.paste(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), (x, y + strip))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    sheet.save(path, format="PNG")
 
 
 def list_images(folder):
@@ -98,6 +99,24 @@ def list_images(folder):
     if not found:
         raise ValueError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) directly in it (folders inside it are not searched)")
     return found
+
+
+def thumbnail(image):
+    """(3, H, W) uint8 -> (2, 1024): the patch in 32x32 grey values and their fine detail, each of zero mean and unit norm."""
+    grey = image.float().mean(0)[None, None]
+    small = F.interpolate(grey, size=(32, 32), mode="area")
+    detail = small - F.avg_pool2d(F.pad(small, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+    both = torch.cat([small, detail]).flatten(1)
+    both = both - both.mean(1, keepdim=True)
+    return (both / both.norm(dim=1, keepdim=True).clamp_min(1e-6)).numpy()
+
+
+def look_alike(one, many, similar=0.98):
+    """Which of the thumbnails `many` (N, 2, 1024) show what `one` (2, 1024) shows, though darker, rescaled or compressed. (N,) bool
+
+    Skies resemble each other, so the fine detail must agree too.
+    """
+    return (many[:, 0] @ one[0] >= similar) & (many[:, 1] @ one[1] >= similar - 0.1)
 
 
 def photo_of(stem):

@@ -1,6 +1,14 @@
-"""Build quintuplets: photographs, each with four enhanced versions that compete as ground truths.
+"""Build quintuplets: photographs, each with enhanced versions that compete as ground truths.
 
+    python make_quintuplets.py --photos PHOTOS --enhancers W1.pth W2.pth W3.pth W4.pth --out datasets/mine
     python make_quintuplets.py --demo [--out datasets/demo]     from photographs that ship with scikit-image, no download
+
+Photographs of one's own are shrunk, super-resolved by any x4 checkpoint that this repository can load, and brought back to their
+size: that is version 01 for the first checkpoint, 02 for the second, ... Patches are cut as HGGT cut them. A photo is recorded
+when all its patches are written, so a killed build continues where it was, and processes share the photos (torchrun).
+
+    OUT/Train/images/<name of OUT>/{original,01,02,...}/        OUT/records/ one file per photo, OUT/quintuplets.json all of them
+    OUT/contact.png     a few sets, with scores                 no labels: upos and smp need them, the other samplers do not
 
 The demo set stands in for HGGT on a machine that has neither data nor networks. Real photographs are a little soft and noisy,
 and that is why enhanced versions can be better ground truths than the original; so here the original is a photograph that
@@ -25,29 +33,73 @@ TEST_PHOTOS = ("chelsea", "coffee")
 PATCH, TRAIN_STEP, TEST_STEP = 192, 128, 192                                      # CHOICE: pixels; training patches overlap
 BLUR, NOISE = (0.2, 2.0), (0.5, 6.0)                                              # CHOICE: pixels, grey levels; from place to place
 MEAN_BLUR, MEAN_NOISE = 1.2, 3.5                                                  # what the restorations assume everywhere
-MIN_STD, MIN_LAPLACIAN = 12.0, 30.0                                               # HGGT drops flat patches; its 30 is for 512-pixel patches
+MIN_STD, MIN_LAPLACIAN = 12.0, 30.0                                               # of the demo's patches; HGGT's 30 is for 512 pixels
 SEED = 0
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
-    p.add_argument("--demo", action="store_true", required=True, help="build the demo set (the only source so far)")
-    p.add_argument("--out", type=Path, default=Path("datasets/demo"), help="folder to make; must not exist")
-    return p.parse_args(argv)
+    p.add_argument("--demo", action="store_true", help="build the demo set")
+    p.add_argument("--out", type=Path, default=Path("datasets/demo"), help="folder to make, or to continue; for --demo it must not exist")
+    g = p.add_argument_group("photographs of one's own")
+    g.add_argument("--photos", type=Path, metavar="DIR", help="folder of photographs")
+    g.add_argument("--enhancers", type=Path, nargs="+", metavar="FILE", help="x4 checkpoints, one per enhanced version (HGGT has four)")
+    g.add_argument("--shrink", type=flags.number(float, 0, 1, above=True), default=0.375,
+                   help="the enhancers see the photo reduced to this share of its sides (CHOICE; .25: as large as they return it)")
+    g.add_argument("--soften", type=flags.number(float, 1, 4), default=1.0,
+                   help="enlarge the photos by this factor first, for photos so sharp that nothing can be enhanced; 1: off")
+    g.add_argument("--patch", type=flags.number(int, 32), default=512, help="side of a patch in pixels (HGGT)")
+    g.add_argument("--step", type=flags.SIZE, help="pixels between neighbouring patches; default 9/16 of a patch, HGGT's 288 of 512")
+    g.add_argument("--jitter", type=flags.COUNT, default=16, help="each patch is moved by up to so many pixels (HGGT)")
+    g.add_argument("--min-std", type=flags.WEIGHT, default=30.0,
+                   help="of the grey values; patches where no version has it are dropped (HGGT)")
+    g.add_argument("--min-laplacian", type=flags.WEIGHT, default=30.0, help="variance of the Laplacian, likewise (HGGT)")
+    g.add_argument("--min-change", type=flags.WEIGHT, default=1.0,
+                   help="grey levels; sets where no version differs so much from the original, on average, are dropped (CHOICE)")
+    g.add_argument("--similar", type=flags.number(float, 0, 1), default=0.98,
+                   help="correlation of 32x32 thumbnails from which the second of two photos is dropped as a near-duplicate (CHOICE)")
+    g.add_argument("--reward", default="ranker", help="quality model of the contact sheet's scores")
+    g.add_argument("--seed", type=flags.COUNT, default=0, help="of the patches' jitter")
+    g.add_argument("--tile", type=flags.COUNT, default=256, help="LR tile of the enhancers in pixels, more than 64; 0: whole photo")
+    g.add_argument("--tile-batch", type=flags.SIZE, default=1, help="tiles enhanced at a time")
+    g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
+    g.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads per process; 0: PyTorch's choice")
+    args = p.parse_args(argv)
+    args.step = args.step or args.patch * 9 // 16
+    if args.demo == (args.photos is not None):
+        p.error("give either --demo or --photos DIR")
+    if args.photos and not args.enhancers:
+        p.error("--photos needs --enhancers: x4 checkpoints, one per enhanced version")
+    if args.photos and args.out == p.get_default("out"):
+        p.error("--photos needs --out DIR: where shall the set lie?")
+    if 0 < args.tile <= 64:
+        p.error(f"--tile {args.tile} must be 0 or more than 64: tiles overlap by 32")
+    return args
 
 
 ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
 
+import hashlib
+import json
+from collections import Counter
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
+from scipy import ndimage
 from skimage import color, filters, restoration
 from skimage import data as photos
-from scipy import ndimage
+from tqdm import tqdm
 
+import archs
 import data
 import degradations
+import iqa
 import runs
+
+
+# The demo set
 
 
 def load_photo(name):
@@ -93,10 +145,10 @@ def restore(original):
     return result
 
 
-def has_texture(patch):
+def has_texture(patch, min_std=MIN_STD, min_laplacian=MIN_LAPLACIAN):
     """Is there something to learn in it? Standard deviation of grey and variance of its Laplacian, in grey levels (HGGT)."""
     grey = color.rgb2gray(patch.permute(1, 2, 0).numpy()) * 255
-    return grey.std() >= MIN_STD and ndimage.laplace(grey).var() >= MIN_LAPLACIAN
+    return grey.std() >= min_std and ndimage.laplace(grey).var() >= min_laplacian
 
 
 def build_demo(out):
@@ -148,11 +200,192 @@ def write_demo(work):
     return record
 
 
+# Photographs of one's own
+
+def read_photo(path, args):
+    """-> ((3, H, W) float in [0, 1], "") or (None, why it is no use: "grey", "alpha or palette", "too small").
+
+    ValueError for a damaged file. The camera's orientation is applied.
+    """
+    with data.open_image(path) as image:
+        if image.mode in ("L", "1", "I", "F", "LA") or image.mode.startswith("I;"):
+            return None, "grey"
+        if image.mode != "RGB":
+            return None, "alpha, palette or CMYK"
+        pixels = np.array(ImageOps.exif_transpose(image))
+    if (np.ptp(pixels.astype(np.int16), axis=2) <= 2).all():
+        return None, "grey"
+    photo = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    if args.soften > 1:
+        size = [round(n * args.soften) for n in photo.shape[1:]]
+        photo = degradations.to_8bit(F.interpolate(photo[None], size, mode="bicubic", align_corners=False).clamp(0, 1))[0]
+    if min(photo.shape[1:]) < args.patch:
+        return None, "too small"
+    return photo, ""
+
+
+def corners(height, width, patch, step, jitter, seed):
+    """HGGT's cropper: (row, column) of every patch, on a grid of `step` and moved by up to `jitter` pixels each, inside the photo."""
+    rng, found = np.random.default_rng(seed), []
+    for row in range(0, height - patch + 1, step):
+        for column in range(0, width - patch + 1, step):
+            moved = rng.integers(-jitter, jitter + 1, size=2) + (row, column)
+            found.append(tuple(int(v) for v in moved.clip(0, (height - patch, width - patch))))
+    return found
+
+
+def enhance(photo, net, args):
+    """(3, H, W) -> the same size: shrunk to args.shrink of its sides, super-resolved x4, brought back; 8-bit values."""
+    size = photo.shape[1:]
+    reduced = [max(1, round(n * args.shrink)) for n in size]
+    small = F.interpolate(photo[None], reduced, mode="bicubic", align_corners=False, antialias=True)
+    sr = archs.upscale_tiled(net, small.clamp(0, 1), tile=args.tile, overlap=32, batch=args.tile_batch).clamp(0, 1)
+    if sr.shape[2:] != size:
+        sr = F.interpolate(sr, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+    return degradations.to_8bit(sr)[0]
+
+
+def load_enhancers(paths, device):
+    """-> ({version: net}, {version: {"file", "sha256", ...}}). ValueError for another scale and for a checkpoint given twice."""
+    nets, sources = {}, {}
+    for k, path in enumerate(paths, 1):
+        net, info = archs.load_generator(runs.find_weights(path, "--enhancers names x4 checkpoints"))
+        if info["scale"] != 4:
+            raise ValueError(f"--enhancers {path}: a x{info['scale']} checkpoint; enhancers must be x4")
+        digest = hashlib.sha256(Path(path).read_bytes() if Path(path).is_file() else str(path).encode()).hexdigest()
+        for version, other in sources.items():
+            if other["sha256"] == digest:
+                raise ValueError(f"--enhancers: {path} is the same file as {other['file']}: every version needs an enhancer of its own")
+        nets[f"{k:02d}"], sources[f"{k:02d}"] = net.to(device), {"file": str(path), "sha256": digest, "arch": info["arch"]}
+    return nets, sources
+
+
+def survey(args, world):
+    """Read every photo once. -> (names of the photos to use, Counter of what was dropped). ValueError names the damaged ones."""
+    files = sorted(p for p in args.photos.iterdir() if p.is_file())
+    listed = data.list_images(args.photos)
+    mine, damaged = {}, []
+    names = list(listed)
+    for name in tqdm(names[world.rank::world.size], desc="reading photos", unit="photo", disable=not world.is_main):
+        try:
+            photo, problem = read_photo(listed[name], args)
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        mine[name] = problem or data.thumbnail((photo * 255).byte())
+    damaged = sorted(sum(world.gather_objects(damaged), []))
+    if damaged:
+        raise ValueError(f"{len(damaged)} damaged photos, first {damaged[0]}")
+    found = {name: value for part in world.gather_objects(mine) for name, value in part.items()}
+    dropped, kept = Counter({"not an image": len(files) - len(listed)}), {}
+    for name in names:
+        if isinstance(found[name], str):
+            dropped[found[name]] += 1
+        elif kept and data.look_alike(found[name], np.stack(list(kept.values())), args.similar).any():
+            dropped["near-duplicate"] += 1
+        else:
+            kept[name] = found[name]
+    if not kept:
+        raise ValueError(f"{args.photos}: no photo is left ({', '.join(f'{n} {why}' for why, n in dropped.items() if n)})")
+    return {name: listed[name] for name in kept}, +dropped
+
+
+@torch.no_grad()
+def build_photo(name, path, nets, args, device):
+    """Write the patches of one photo and their enhanced versions. -> its record."""
+    photo = read_photo(path, args)[0]
+    versions = {"original": photo} | {v: enhance(photo.to(device), net, args).cpu() for v, net in nets.items()}
+    record = {"photo": name, "source": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "sets": [],
+              "dropped": {"flat": 0, "not enhanced": 0}}
+    folder = args.out / "Train" / "images" / args.out.name
+    for a in nets:
+        for b in nets:
+            if a < b and torch.equal(versions[a], versions[b]):
+                raise ValueError(f"{path}: enhancers {a} and {b} give the same picture: every version needs an enhancer of its own")
+    for row, column in corners(*photo.shape[1:], args.patch, args.step, args.jitter, runs.sample_seed(args.seed, 0, 0, name)):
+        patches = {v: image[:, row:row + args.patch, column:column + args.patch] for v, image in versions.items()}
+        if not any(has_texture(patch, args.min_std, args.min_laplacian) for patch in patches.values()):
+            record["dropped"]["flat"] += 1
+        elif max(255 * (patches[v] - patches["original"]).abs().mean() for v in nets) < args.min_change:
+            record["dropped"]["not enhanced"] += 1
+        else:
+            stem = f"{name}-{row}-{column}"
+            record["sets"].append(stem)
+            for version, patch in patches.items():
+                file = folder / version / f"{stem}{'' if version == 'original' else f'_{version}'}.png"
+                runs.write_atomic(file, lambda temporary: data.save_image(temporary, patch))
+    return record
+
+
+def build(args, world):
+    """Make or continue the set args.out. -> what quintuplets.json holds, on rank 0."""
+    if not args.photos.is_dir():
+        raise FileNotFoundError(f"--photos {args.photos}: no such folder")
+    nets, sources = load_enhancers(args.enhancers, world.device)
+    keys = ("shrink", "soften", "patch", "step", "jitter", "min_std", "min_laplacian", "min_change", "similar", "seed")
+    settings = {k: getattr(args, k) for k in keys} | {"enhancers": {v: source["sha256"] for v, source in sources.items()}}
+    records, started = args.out / "records", args.out / "records" / "settings.json"
+    if started.exists():
+        before = json.loads(started.read_text())
+        changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
+        if changed:
+            raise ValueError(f"{args.out} was begun with other settings ({'; '.join(changed)}): choose another --out")
+    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"{args.out} exists and was not made by this script: choose another --out")
+    if world.is_main:
+        runs.check_writable(args.out, "--out")
+    photos, dropped = survey(args, world)
+    world.barrier()
+    if world.is_main:
+        runs.save_json(started, settings)
+    world.barrier()
+    todo = [name for name in photos if not (records / f"photo-{name}.json").exists()]
+    for name in tqdm(todo[world.rank::world.size], desc="enhancing", unit="photo", disable=not world.is_main):
+        try:
+            runs.save_json(records / f"photo-{name}.json", build_photo(name, photos[name], nets, args, world.device))
+        except OSError as error:
+            raise OSError(f"{args.out}: {error.strerror or error}; what is there is whole, the same command continues") from None
+    world.barrier()
+    if not world.is_main:
+        return None
+    done = [json.loads((records / f"photo-{name}.json").read_text()) for name in photos]
+    for record in done:
+        dropped.update({f"{why} patches": n for why, n in record["dropped"].items()})
+    result = {"settings": settings, "enhancers": sources, "dropped": +dropped, "sets": sum(len(r["sets"]) for r in done),
+              "photos": {r["photo"]: r for r in done}, **runs.describe_machine()}
+    if not result["sets"]:
+        raise ValueError(f"{args.out}: no set is left ({', '.join(f'{n} {why}' for why, n in dropped.items() if n)}): "
+                         "see --min-std, --min-laplacian, --min-change and --soften")
+    runs.save_json(args.out / "quintuplets.json", result)
+    contact_sheet(args, world.device)
+    return result
+
+
+@torch.no_grad()
+def contact_sheet(args, device, rows=6):
+    """OUT/contact.png: a few sets, every version with its score."""
+    sets, reward = data.find_sets(args.out, "Train"), iqa.create_reward([args.reward], device)
+    cells = []
+    for stem in sets.stems[::max(1, len(sets.stems) // rows)][:rows]:
+        images = torch.stack([data.load_image(sets.path(stem, v)) for v in sets.versions])
+        scores = [reward(image[None].to(device).float() / 255).item() for image in images]
+        cells.append([(image, f"{v}:  {s:.1f}{' *' if s == max(scores) else ''}") for image, v, s in zip(images, sets.versions, scores)])
+    runs.write_atomic(args.out / "contact.png", lambda temporary: data.save_grid(temporary, cells))
+
+
 def main(args):
-    record = build_demo(args.out)
-    counts = {split: sum(p["patches"] for p in record["photos"].values() if p["split"] == split) for split in ("Train", "Test")}
-    print(f"{args.out}: {counts['Train']} training and {counts['Test']} test quintuplets of {PATCH} px "
-          f"from {len(record['photos'])} photographs")
+    if args.demo:
+        record = build_demo(args.out)
+        counts = {split: sum(p["patches"] for p in record["photos"].values() if p["split"] == split) for split in ("Train", "Test")}
+        print(f"{args.out}: {counts['Train']} training and {counts['Test']} test quintuplets of {PATCH} px "
+              f"from {len(record['photos'])} photographs")
+        return
+    world = runs.start_world(args.device, args.threads)
+    result = build(args, world)
+    if result:
+        print(f"{args.out}: {result['sets']} sets of {1 + len(args.enhancers)} versions, {args.patch} px, from {len(result['photos'])} photos")
+        print("dropped: " + (", ".join(f"{n} {why}" for why, n in result["dropped"].items()) or "nothing"))
+        print(f"look at {args.out / 'contact.png'}, then: python train.py --data {args.out} --sampler amo")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -73,23 +71,13 @@ def compare_names(folder, found, expected, report):
         report.add("misnamed", found[stem], "no original has this name: rename or remove it")
 
 
-def thumbnail(image):
-    """(3, H, W) uint8 -> (2, 1024): the patch in 32x32 grey values and their fine detail, each of zero mean and unit norm."""
-    grey = image.float().mean(0)[None, None]
-    small = F.interpolate(grey, size=(32, 32), mode="area")
-    detail = small - F.avg_pool2d(F.pad(small, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
-    both = torch.cat([small, detail]).flatten(1)
-    both = both - both.mean(1, keepdim=True)
-    return (both / both.norm(dim=1, keepdim=True).clamp_min(1e-6)).numpy()
-
-
 def decode(path):
     """-> ((width, height), thumbnail, None) or (None, None, what is wrong)."""
     try:
         image = data.load_image(path)
     except (ValueError, OSError) as error:
         return None, None, " ".join(str(error).split()).removeprefix(f"{path}: ")
-    return (image.shape[2], image.shape[1]), thumbnail(image), None
+    return (image.shape[2], image.shape[1]), data.thumbnail(image), None
 
 
 def verify_images(split, folders, workers, report):
@@ -159,10 +147,9 @@ def verify_splits(train, test, folder, similar, report):
         return
     names, vectors = list(train), np.stack(list(train.values()))                 # (N, 2, 1024)
     for stem, small in sorted(test.items()):
-        grey, detail = vectors[:, 0] @ small[0], vectors[:, 1] @ small[1]         # skies resemble each other: detail must agree too
-        for i in np.flatnonzero((grey >= similar) & (detail >= similar - 0.1)):
+        for i in np.flatnonzero(data.look_alike(small, vectors, similar)):
             if data.photo_of(names[i]) != data.photo_of(stem):
-                report.add("near-duplicate", folder / f"{stem}.png", f"looks like {names[i]} of Train (correlation {grey[i]:.3f})")
+                report.add("near-duplicate", folder / f"{stem}.png", f"looks like {names[i]} of Train")
 
 
 def verify(root, workers=8, similar=0.98):

@@ -1,13 +1,20 @@
-"""The demo set: HGGT's layout, deterministic, and a real choice for AMO."""
+"""Photographs of one's own: layout, resume, refusals. The demo set: HGGT's layout, deterministic, and a real choice for AMO."""
+import errno
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import archs
 import data
 import iqa
 import make_quintuplets
+import prepare
+import runs
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +82,137 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     with pytest.raises(OSError, match="cannot be written"):
         make_quintuplets.build_demo(Path("/proc/demo"))
+
+
+# Photographs of one's own
+
+@pytest.fixture(scope="module")
+def enhancers(tmp_path_factory):
+    """Three small x4 nets and one x2 net, random."""
+    folder = tmp_path_factory.mktemp("enhancers")
+    for k in range(3):
+        torch.manual_seed(k)
+        runs.save_weights(folder / f"net{k}.pth", archs.ARCHS["compact-small"]().state_dict())
+    runs.save_weights(folder / "x2.pth", archs.ARCHS["rrdbnet-small"](scale=2).state_dict())
+    return [folder / f"net{k}.pth" for k in range(3)] + [folder / "x2.pth"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three photographs of 150x200, one of them twice (darker), a grey one, a small one and a text file."""
+    from skimage import data as pictures
+    folder = tmp_path / "photos"
+    for name in ("astronaut", "chelsea", "coffee"):
+        data.save_image(folder / f"{name}.png", torch.from_numpy(getattr(pictures, name)()[:150, 100:300].copy()).permute(2, 0, 1))
+    data.save_image(folder / "zdark.png", (data.load_image(folder / "coffee.png").float() * 0.9).byte())
+    data.save_image(folder / "grey.png", data.load_image(folder / "coffee.png")[:1].expand(3, -1, -1))
+    data.save_image(folder / "small.png", data.load_image(folder / "coffee.png")[:, :60, :60])
+    (folder / "notes.txt").write_text("")
+    return folder
+
+
+def build(photos, enhancers, out, *more):
+    words = ["--photos", photos, "--enhancers", *enhancers, "--out", out, "--patch", 64, "--min-std", 10, "--device", "cpu", *more]
+    make_quintuplets.main(make_quintuplets.parse_args(list(map(str, words))))
+
+
+def contents(out):
+    return {p.relative_to(out): p.read_bytes() for p in out.rglob("*.png")} | {p.name: p.read_bytes() for p in out.glob("records/*")}
+
+
+@pytest.mark.fast
+def test_patches_lie_on_hggts_grid_inside_the_photo():
+    found = make_quintuplets.corners(1100, 1400, 512, 288, 16, seed=3)
+    assert len(found) == 3 * 4
+    grid = [(y, x) for y in (0, 288, 576) for x in (0, 288, 576, 864)]
+    assert all(abs(a - y) <= 16 and abs(b - x) <= 16 and 0 <= a <= 1100 - 512 and 0 <= b <= 1400 - 512 for (a, b), (y, x) in zip(found, grid))
+    assert len({a - y for (a, _), (y, _) in zip(found, grid)}) > 3
+
+
+def test_own_photos_become_a_set_that_verify_accepts_and_train_reads(photos, enhancers, tmp_path, capsys):
+    build(photos, enhancers[:2], tmp_path / "mine")
+    said = capsys.readouterr().out
+    for text in ("1 not an image", "1 near-duplicate", "1 grey", "1 too small"):
+        assert text in said
+    assert prepare.verify(tmp_path / "mine").defects == []
+    sets = data.find_sets(tmp_path / "mine", "Train")
+    record = json.loads((tmp_path / "mine" / "quintuplets.json").read_text())
+    assert sets.versions == ["original", "01", "02"] and set(record["photos"]) == {"astronaut", "chelsea", "coffee"}
+    assert sorted(s for p in record["photos"].values() for s in p["sets"]) == sets.stems and record["sets"] == len(sets.stems) >= 6
+    name, row, column = re.fullmatch(r"(.+)-(\d+)-(\d+)", sets.stems[-1]).groups()
+    photo = data.load_image(photos / f"{name}.png")[:, int(row):int(row) + 64, int(column):int(column) + 64]
+    assert torch.equal(data.load_image(sets.path(sets.stems[-1])), photo)
+    assert data.load_image(tmp_path / "mine" / "contact.png").shape[2] == 3 * 64 + 2 * 4
+
+
+def test_an_enhanced_version_is_shrunk_super_resolved_and_brought_back(photos, enhancers, tmp_path):
+    build(photos, enhancers[:1], tmp_path / "mine", "--shrink", 0.25, "--tile", 0)
+    sets = data.find_sets(tmp_path / "mine", "Train")
+    stem = sets.stems[0]
+    name, row, column = re.fullmatch(r"(.+)-(\d+)-(\d+)", stem).groups()
+    pixels = data.load_image(photos / f"{name}.png").permute(1, 2, 0).numpy()
+    small = Image.fromarray(pixels).resize((50, 38), Image.Resampling.BICUBIC)                # Pillow's antialiased bicubic, 8 bit
+    net, _ = archs.load_generator(enhancers[0])
+    with torch.no_grad():
+        sr = net(torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float() / 255).clamp(0, 1)
+    back = np.asarray(Image.fromarray((sr[0].permute(1, 2, 0) * 255).round().byte().numpy()).resize((200, 150), Image.Resampling.BICUBIC))
+    expected = torch.from_numpy(back.copy()).permute(2, 0, 1)[:, int(row):int(row) + 64, int(column):int(column) + 64]
+    assert (data.load_image(sets.path(stem, "01")).float() - expected.float()).abs().mean() < 1
+
+
+def test_a_killed_build_continues_to_the_same_files_and_ranks_share_it(photos, enhancers, tmp_path, script):
+    build(photos, enhancers[:2], tmp_path / "a" / "mine")
+    whole, build_photo, calls = contents(tmp_path / "a" / "mine"), make_quintuplets.build_photo, []
+
+    def die(*args):
+        calls.append(args[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return build_photo(*args)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(make_quintuplets, "build_photo", die)
+        with pytest.raises(KeyboardInterrupt):
+            build(photos, enhancers[:2], tmp_path / "b" / "mine")
+    assert not (tmp_path / "b" / "mine" / "quintuplets.json").exists()
+    build(photos, enhancers[:2], tmp_path / "b" / "mine")
+    assert contents(tmp_path / "b" / "mine") == whole and len(whole) > 20
+    script("make_quintuplets.py", "--photos", photos, "--enhancers", *enhancers[:2], "--out", tmp_path / "c" / "mine", "--patch", 64,
+           "--min-std", 10, "--device", "cpu", processes=2)
+    assert contents(tmp_path / "c" / "mine") == whole
+
+
+def test_what_cannot_become_a_set_is_refused_in_one_line(photos, enhancers, tmp_path, monkeypatch):
+    def refused(said, *more, enhancers=enhancers[:2], out=tmp_path / "mine"):
+        with pytest.raises((ValueError, OSError), match=said) as caught:
+            build(photos, enhancers, out, *more)
+        assert "\n" not in str(caught.value)
+    refused("x2.pth: a x2 checkpoint", enhancers=enhancers[2:])
+    refused("is the same file as", enhancers=enhancers[:1] * 2)
+    refused("was not made by this script", out=tmp_path)
+    refused("no photo is left .*too small", "--patch", 512)
+    refused("no set is left .*flat", "--min-std", 200)
+    refused("begun with other settings .*shrink 0.375 -> 0.5", "--shrink", 0.5, "--min-std", 200)
+    monkeypatch.setattr(data, "save_image", lambda path, image: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    refused("No space left on device; what is there is whole", out=tmp_path / "full")
+    monkeypatch.undo()
+    build(photos, enhancers[:2], tmp_path / "full")
+    broken = photos / "coffee.png"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    refused("1 damaged photos, first .*coffee.png", out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_two_enhancers_of_one_output_are_refused(photos, enhancers, tmp_path):
+    state = torch.load(enhancers[0], weights_only=True)
+    torch.save(state | {"params_ema": state["params"]}, tmp_path / "copy.pth")
+    with pytest.raises(ValueError, match="enhancers 01 and 02 give the same picture"):
+        build(photos, [enhancers[0], tmp_path / "copy.pth"], tmp_path / "mine")
+
+
+def test_softening_enlarges_and_nothing_enhanced_is_dropped(photos, enhancers, tmp_path):
+    build(photos, enhancers[:1], tmp_path / "mine", "--soften", 1.5, "--jitter", 0)
+    assert json.loads((tmp_path / "mine" / "quintuplets.json").read_text())["settings"]["soften"] == 1.5
+    sets = data.find_sets(tmp_path / "mine", "Train")
+    assert max(int(s.split("-")[2]) for s in sets.stems) == 216                   # 300 pixels wide: 0, 36, ... in steps of 36
+    with pytest.raises(ValueError, match="no set is left .*not enhanced"):
+        build(photos, enhancers[:1], tmp_path / "same", "--min-change", 255)
