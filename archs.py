@@ -653,7 +653,7 @@ def upscale_tiled(net, lq, scale=4, tile=256, overlap=16, batch=1):
         torch.cuda.empty_cache()                              # here, where the exception no longer holds the failed attempt
 
 
-def upscale_with(net, lq, scale, tile, overlap, batch):
+def upscale_with(net, lq, scale, tile, overlap, batch=1):
     b, _, h, w = lq.shape
     if max(h, w) <= tile:
         return net(lq).float()
@@ -661,8 +661,8 @@ def upscale_with(net, lq, scale, tile, overlap, batch):
     for top, bottom, weight_y in tile_weights(h, tile, overlap, scale):
         for left, right, weight_x in tile_weights(w, tile, overlap, scale):
             place = slice(top * scale, bottom * scale), slice(left * scale, right * scale)
-            tile = lq[:, :, top:bottom, left:right], place, weight_y[:, None] * weight_x
-            tiles.setdefault((bottom - top, right - left), []).append(tile)
+            cut = lq[:, :, top:bottom, left:right], place, weight_y[:, None] * weight_x
+            tiles.setdefault((bottom - top, right - left), []).append(cut)
     for same in tiles.values():
         for k in range(0, len(same), batch):
             parts = net(torch.cat([part for part, _, _ in same[k:k + batch]])).float().split(b)
