@@ -1,4 +1,5 @@
 """train.py as a user runs it: exact resume, the same numbers on one process and two, every sampler, every refusal."""
+import functools
 import json
 import os
 import re
@@ -258,6 +259,68 @@ def test_perceptual_loss_enters_the_objective(quintuplets, init, rewards, tmp_pa
     assert events(tmp_path / "run")[-1]["percep"] > 0
 
 
+def test_two_steps_written_out_by_hand(quintuplets, init, rewards, tmp_path, monkeypatch):
+    """Eq. 1 with its weights, USM targets for L1 and VGG only, clipping, the halved rate, D's labels, EMA: plain torch gives the same nets."""
+    vgg_file = tmp_path / "vgg.pth"
+    torch.manual_seed(1)
+    torch.save(pytest.importorskip("torchvision").models.vgg19(weights=None).features.state_dict(), vgg_file)
+    pairs, make_pair = [], train.make_pair
+    monkeypatch.setattr(train, "make_pair", lambda *a: pairs.append(make_pair(*a)) or pairs[-1])
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, sampler="orig", usm=True, lambda_l1=2, lambda_p=0.5,
+                                      lambda_a=0.3, vgg_weights=vgg_file, milestones=1, clip_grad=0.05, pool_size=0, ema_decay=0.9, lr=1e-3)))
+    torch.manual_seed(0)
+    g = archs.ARCHS["compact-small"]()
+    d = archs.UNetDiscriminatorSN(4)
+    g.load_state_dict(torch.load(init["compact-small"], weights_only=True)["params"])
+    vgg, ema = archs.VGGFeatureLoss(vgg_file), [p.detach().clone() for p in g.parameters()]
+    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=1, betas=(0.9, 0.99)) for net in (g, d))
+    bce = torch.nn.BCEWithLogitsLoss()
+    for lr, (lq, gt, _, _) in zip((1e-3, 5e-4), pairs, strict=True):
+        sharp = degradations.usm_sharpen(gt)
+        sr = g(lq)
+        fooled = d(sr)
+        terms = {"pix": (sr - sharp).abs().mean(), "percep": vgg(sr, sharp), "adv": bce(fooled, torch.ones_like(fooled))}
+        loss = 2 * terms["pix"] + 0.5 * terms["percep"] + 0.3 * terms["adv"]
+        grads = torch.autograd.grad(loss, list(g.parameters()))
+        norm = torch.cat([v.flatten() for v in grads]).norm()
+        assert norm > 0.05                                                        # clipping has something to do
+        for p, v in zip(g.parameters(), grads):
+            p.grad = v * 0.05 / (norm + 1e-6)
+        opt_g.param_groups[0]["lr"] = opt_d.param_groups[0]["lr"] = lr
+        opt_g.step()
+        ema = [0.9 * e + 0.1 * p.detach() for e, p in zip(ema, g.parameters())]
+        real = d(gt)
+        terms["D_real"] = bce(real, torch.ones_like(real))
+        grads = torch.autograd.grad(terms["D_real"], list(d.parameters()))        # before the second pass moves the spectral norm
+        fake = d(sr.detach())
+        terms["D_fake"] = bce(fake, torch.zeros_like(fake))
+        grads = [a + b for a, b in zip(grads, torch.autograd.grad(terms["D_fake"], list(d.parameters())))]
+        norm = torch.cat([v.flatten() for v in grads]).norm()
+        for p, v in zip(d.parameters(), grads):
+            p.grad = v * min(1, 0.05 / (norm.item() + 1e-6))
+        opt_d.step()
+        event = events(tmp_path / "run")[int(lr == 5e-4)]
+        assert {k: event[k] for k in terms} == pytest.approx({k: v.item() for k, v in terms.items()}, rel=1e-4) and event["lr"] == lr
+    saved = runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")
+    for net, key in ((g, "net_g"), (d, "net_d")):
+        assert all(torch.allclose(v, saved[key][k], rtol=1e-4, atol=2e-6) for k, v in net.state_dict().items())
+    assert all(torch.allclose(e, saved["ema"][k], rtol=1e-4, atol=2e-6) for e, (k, _) in zip(ema, g.named_parameters()))
+    assert not any(torch.equal(saved["ema"][k], saved["net_g"][k]) for k, _ in g.named_parameters())
+
+
+def test_validation_is_of_the_ema(quintuplets, init, rewards, tmp_path):
+    args = train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, val_photos=1, lr=1e-2))
+    train.main(args)
+    state, net = runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt"), archs.ARCHS["compact-small"]().eval()
+    seeds = functools.partial(runs.sample_seed, args.seed)
+    held = data.find_sets(quintuplets, "Train").hold_out(1, seeds(0, 0, "val-photos"))[1]
+    values = {}
+    for key in ("ema", "net_g"):
+        net.load_state_dict(state[key])
+        values[key] = train.validate(net, held, args, None, seeds, runs.World(0, 1, torch.device("cpu")))["psnr"]
+    assert events(tmp_path / "run", "val")[-1]["psnr"] == pytest.approx(values["ema"], abs=1e-4) and abs(values["ema"] - values["net_g"]) > 1e-2
+
+
 # One process and two
 
 def test_two_processes_give_the_losses_of_one(quintuplets, init, rewards, tmp_path, script):
@@ -268,7 +331,7 @@ def test_two_processes_give_the_losses_of_one(quintuplets, init, rewards, tmp_pa
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 4 and [e["step"] for e in two] == [1, 2, 3, 4]
     for a, b in zip(one, two):
-        assert a == pytest.approx(b, rel=2e-5)
+        assert a == pytest.approx(b, rel=1e-4)
     a, b = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("one", "two"))
     assert equal(a["pool"], b["pool"]) and a["picked"] == b["picked"]
     assert all(torch.allclose(a["net_g"][k], b["net_g"][k], atol=1e-4) for k in a["net_g"])
@@ -280,7 +343,7 @@ def test_a_run_continues_after_a_change_of_processes(quintuplets, init, rewards,
     train.main(train.parse_args(words + ["--resume"]))
     train.main(train.parse_args(flags(quintuplets, init, tmp_path / "whole", total_steps=4)))
     for a, b in zip(losses(tmp_path / "run"), losses(tmp_path / "whole")):
-        assert a == pytest.approx(b, rel=2e-5)
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 # Interruption
