@@ -11,6 +11,7 @@ import contextlib
 import json
 import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -58,9 +59,13 @@ def load_image(path):
     with open_image(path) as image:
         mode = image.mode
         pixels = np.array(image) if mode == "RGB" else None
-    if pixels is None:
-        raise ValueError(f"{path}: image mode {mode}, expected 8-bit RGB: convert it (Pillow: image.convert('RGB')) or remove it")
+    check_mode(path, mode)
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def check_mode(path, mode):
+    if mode != "RGB":
+        raise ValueError(f"{path}: image mode {mode}, expected 8-bit RGB: convert it (Pillow: image.convert('RGB')) or remove it")
 
 
 def save_image(path, image):
@@ -425,6 +430,36 @@ class TrainingSet(Dataset):
         return images
 
 
+def check_headers(dataset, world):
+    """Refuse training images of a wrong size or mode before the first step, from their headers; processes share the work.
+
+    ValueError names the first one of the process. What only decoding finds (truncated files) is found when it is drawn, or by
+    `prepare.py verify`.
+    """
+    sets, need = dataset.sets, max(dataset.crop, dataset.load_size)
+    used = [v for k, v in enumerate(sets.versions) if k == 0 or dataset.candidates[:, k].any()]
+
+    def check(stem):
+        size = image_size(sets.path(stem))
+        for version in used:
+            check_header(sets.path(stem, version), size, need)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(check, dataset.stems[world.rank::world.size]):
+            pass
+
+
+def check_header(path, size, need):
+    """ValueError unless the image is 8-bit RGB, of `size` (width, height) and at least `need` pixels in both."""
+    with open_image(path) as image:
+        check_mode(path, image.mode)
+        found = image.size
+    if found != size:
+        raise ValueError(f"{path}: {found[0]}x{found[1]} pixels but its original has {size[0]}x{size[1]}: make this quintuplet again")
+    if min(size) < need:
+        raise ValueError(f"{path}: {size[0]}x{size[1]} pixels, smaller than the {need}-pixel crop: "
+                         f"use --crop/--load-size of at most {min(size) // 4 * 4}")
+
+
 class _Steps:
     """Batch sampler: for each step the keys (step, lane) of this process's lanes."""
 
@@ -450,7 +485,7 @@ def collate(samples):
 
 def _ignore_signals(worker):
     """torchrun and Slurm signal the whole process group: the training process saves, its data workers must live until then."""
-    for name in ("SIGTERM", "SIGUSR1"):
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 

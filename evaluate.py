@@ -22,6 +22,8 @@ def parse_args(argv=None):
     p.add_argument("--demo", action="store_true", help="the runs and test images of `make demo`")
     p.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH", help="checkpoints: weight files or run folders")
     p.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take; default params_ema, else params, else bare")
+    p.add_argument("--pad-mode", choices=["hggt", "swinir"], help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle "
+                                                                   "files and swinir for nearest+conv files")
     p.add_argument("--lq", type=Path, help="folder of low-resolution images")
     p.add_argument("--gt", type=Path, help="folder of references of the same names; needed by psnr")
     p.add_argument("--metrics", nargs="+", default=["psnr"], metavar="NAME", help="psnr, or a no-reference metric (see above)")
@@ -61,6 +63,8 @@ import runs
 
 def create_metric(name, device, files):
     """-> (function (sr, gt) -> (B,) in native units, whether lower is better)."""
+    if "=" in name:
+        raise ValueError(f"--metrics {name}: a metric has no weight here; write {name.partition('=')[0]}")
     if name == "psnr":
         return iqa.psnr, False
     reward = iqa.create_reward([name], device, files.get(name))
@@ -104,13 +108,15 @@ def main(args):
     nets, sources = {"bicubic": lambda x: F.interpolate(x, scale_factor=4, mode="bicubic")}, {}
     for path in args.weights:
         file = runs.find_weights(path, "train.py makes runs; --weights names weight files or run folders")
-        net, info = archs.load_generator(file, args.weights_key)
+        made_by = json.loads((path / "args.json").read_text()) if (path / "args.json").exists() else {"args": {}}
+        net, info = archs.load_generator(file, args.weights_key, args.pad_mode or made_by["args"].get("pad_mode"))
+        if info["scale"] != 4:
+            raise ValueError(f"--weights {path}: a x{info['scale']} checkpoint; evaluate.py compares x4 ones")
         net = net.to(world.device)
         name = path.name if path.is_dir() else path.stem
         if name in nets:
             raise ValueError(f"--weights: two checkpoints are called {name}: rename one")
         nets[name] = lambda x, net=net: archs.upscale_tiled(net, x, tile=args.tile, overlap=32)
-        made_by = json.loads((path / "args.json").read_text()) if (path / "args.json").exists() else {}
         sources[name] = {"file": str(file), **info, "trained_at": made_by.get("commit")}
 
     scores = {row: {} for row in nets}                                            # row -> stem -> metric -> value

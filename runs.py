@@ -37,6 +37,9 @@ def cli(main):
     """
     try:
         main()
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, ArithmeticError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(last.filename).resolve().parent == REPO and (last.line or "").lstrip().startswith("raise ")
@@ -130,14 +133,16 @@ def start_world(device="auto", threads=0):
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR1 (what Slurm sends before the time limit) ask for a clean stop instead of killing the process."""
+    """SIGTERM, SIGUSR1 (what Slurm sends before the time limit) and Ctrl-C ask for a clean stop; a second Ctrl-C stops at once."""
 
     def __init__(self, world, every=10):
         self.world, self.every, self.received = world, every, False
-        for name in ("SIGTERM", "SIGUSR1"):
+        for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
             signal.signal(getattr(signal, name), self._receive)
 
     def _receive(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = True
 
     def requested(self, step):
@@ -238,7 +243,9 @@ class Run:
         self.args = {k: (v if isinstance(v, (str, int, float, bool, list, type(None))) else str(v)) for k, v in args.items()}
         used = self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
         if used and resume == "no":
-            raise ValueError(f"{self.out} exists and is not empty: continue it with --resume, or choose another --out")
+            begun = not self.last.exists() and (self.out / "args.json").exists()
+            way = "it ended before its first checkpoint, --resume auto starts it again" if begun else "continue it with --resume"
+            raise ValueError(f"{self.out} exists and is not empty: {way}, or choose another --out")
         if resume == "must" and not self.last.exists():
             raise FileNotFoundError(f"--resume: {self.last} does not exist; --resume auto starts a run where there is none")
         if used and not self.last.exists() and not (self.out / "args.json").exists():

@@ -57,7 +57,7 @@ def parse_args(argv=None):
     g.add_argument("--val-photos", type=flags.COUNT, default=0, help="hold out this many photos where there is no Test split")
     g.add_argument("--load-size", type=flags.COUNT, default=512 if first.stage == "psnr" else 0,
                    help="window of the image that is degraded, in pixels; 0 = whole image (HGGT: 512 of 512; Real-ESRGAN: 400)")
-    g.add_argument("--crop", type=flags.SIZE, default=256, help="side of the HR training crop in pixels (HGGT)")
+    g.add_argument("--crop", type=flags.number(int, 32), default=256, help="side of the HR training crop in pixels (HGGT)")
     g.add_argument("--workers", type=flags.COUNT, default=8, help="data processes per GPU (HGGT)")
     g = p.add_argument_group("degradation (Sec. 5)")
     g.add_argument("--degradation", choices=["one-round", "two-round", "realesrgan"], help="[arch] preset of degradations.py")
@@ -266,7 +266,8 @@ def open_data(args, world, reward, seeds):
     dataset = training_set(sets)
     unlabelled = val_sets is not None and val_sets.label_folder is None and needs_labels
     shown = dataset if val_sets is None or unlabelled else training_set(val_sets)
-    for lane in range(min(4, len(shown))):
+    data.check_headers(dataset, world)
+    for lane in range(min(4, len(shown), args.batch_size)):
         shown.sample(1, lane)                                                     # unsuitable test images are refused now, not hours later
     return sets, dataset, val_sets, shown
 
@@ -356,9 +357,16 @@ def main(args):
     no_sync = lambda net, last: net.no_sync() if world.size > 1 and not last else contextlib.nullcontext()
     lambdas = {"pix": args.lambda_l1, "percep": args.lambda_p, "adv": args.lambda_a}
     stop = runs.StopSignal(world)
+    if run.start_step == args.total_steps:
+        run.say(f"nothing to do: {args.out} is finished; remove it to train again")
     for step in range(run.start_step + 1, args.total_steps + 1):
         with meter.waiting():
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except (ValueError, OSError) as error:                                # an image that cannot be read
+                if world.size == 1 and step > run.start_step + 1:                 # with more processes the others wait elsewhere
+                    save(step - 1, weights=False)
+                raise error
         lr = learning_rate(step, args.lr, args.milestones)
         for group in opt_g.param_groups + (opt_d.param_groups if raw_d is not None else []):
             group["lr"] = lr

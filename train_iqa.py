@@ -71,10 +71,10 @@ import numpy as np
 import skimage
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
+import data
 import degradations
 import iqa
 import runs
@@ -180,7 +180,7 @@ def quality(clean, x):
 def read_photos(paths):
     photos = []
     for path in paths:
-        with Image.open(path) as image:
+        with data.open_image(path) as image:
             photos.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255)
     return photos
 
@@ -399,6 +399,11 @@ def evaluate(args):
 
 def main(args):
     torch.set_num_threads(args.threads)
+    for flag, path in (("--out", None if args.evaluate else args.out), ("--out-json", args.out_json)):
+        if path is not None:
+            runs.check_writable(path.parent, flag)
+            if path.is_dir():
+                raise ValueError(f"{flag} {path}: a folder; name a file")
     evaluate(args) if args.evaluate else train(args)
 
 

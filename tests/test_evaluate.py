@@ -71,6 +71,7 @@ def test_lower_is_better_metrics_are_reported_in_native_units(pairs, monkeypatch
 @pytest.mark.parametrize("more, error, said", [(["--lq", "/nowhere"], FileNotFoundError, "no such folder"),
                                                (["--weights", "/nowhere"], FileNotFoundError, "no such file or run"),
                                                (["--metrics", "mosaic"], ValueError, "unknown"),
+                                               (["--metrics", "ranker=2"], ValueError, "no weight here; write ranker"),
                                                (["--figure", "/proc/x.png"], OSError, "--figure /proc cannot be written"),
                                                (["--metric-weights", "niqe=x"], ValueError, "NAME of --metrics")])
 def test_refusals(pairs, more, error, said):
@@ -87,3 +88,24 @@ def test_missing_and_misfitting_references_are_named(pairs):
     (pairs / "gt" / "2.png").unlink()
     with pytest.raises(FileNotFoundError, match="no reference for 1 of 3 images, first 2"):
         call(pairs)
+
+
+def test_swinirs_padding_is_the_runs_own_and_other_scales_are_refused(pairs):
+    torch.manual_seed(1)
+    net = archs.ARCHS["swinir-small"](pad_mode="swinir").eval()
+    runs.save_weights(pairs / "run" / "weights" / "ema_0000001.pth", net.state_dict())
+    runs.save_json(pairs / "run" / "args.json", {"args": {"pad_mode": "swinir"}, "commit": "abc"})
+    for folder, k in (("lq", 1), ("gt", 4)):                                      # sides of whole windows: only hggt pads them
+        data.save_image(pairs / folder / "0.png", torch.rand(3, 24 * k, 16 * k))
+    lq, gt = (data.load_image(pairs / folder / "0.png")[None].float() / 255 for folder in ("lq", "gt"))
+    psnr = {}
+    for mode in ("swinir", "hggt"):
+        net.pad_mode = mode
+        with torch.no_grad():
+            psnr[mode] = iqa.psnr(net(lq).clamp(0, 1).mul(255).round() / 255, gt).item()
+    assert abs(psnr["swinir"] - psnr["hggt"]) > 1e-4
+    assert call(pairs, "--weights", pairs / "run")["scores"]["run"]["0"]["psnr"] == pytest.approx(psnr["swinir"], abs=1e-5)
+    assert call(pairs, "--weights", pairs / "run", "--pad-mode", "hggt")["scores"]["run"]["0"]["psnr"] == pytest.approx(psnr["hggt"], abs=1e-5)
+    runs.save_weights(pairs / "x2.pth", archs.ARCHS["rrdbnet-small"](scale=2).state_dict())
+    with pytest.raises(ValueError, match="x2.pth: a x2 checkpoint"):
+        call(pairs, "--weights", pairs / "x2.pth")

@@ -187,7 +187,12 @@ def test_help_answers_at_once():
 
 
 @pytest.mark.parametrize("flags, message", [(["--evaluate", "nowhere"], "no such folder"), (["--evaluate", "."], "no photographs"),
-                                            (["--crops", "16"], "at least 32"), (["--steps", "0"], "at least 1")])
+                                            (["--out", "/proc/x.pth"], "--out /proc cannot be written"), (["--out", "."], "name a file"),
+                                            (["--evaluate", "CUT"], "cut.png: damaged image"), (["--crops", "16"], "at least 32"), (["--steps", "0"], "at least 1")])
 def test_bad_input_is_one_line_and_non_zero(tmp_path, flags, message):
+    if flags[-1] == "CUT":
+        flags = [flags[0], "cut"]
+        (tmp_path / "cut").mkdir()
+        (tmp_path / "cut" / "cut.png").write_bytes(RANKER_WEIGHTS.parent.parent.joinpath("results", "demo.png").read_bytes()[:9000])
     done = subprocess.run([sys.executable, REPO / "train_iqa.py", *flags], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr

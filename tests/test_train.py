@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import archs
 import data
@@ -110,7 +111,7 @@ def test_help_answers_at_once_with_defaults(script, name):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("words, said", [(["--stage", "psnr", "--sampler", "amo"], "only sampler"), (["--reward", "none"], "needs a --reward"),
-                                         (["--arch", "rrdbnet", "--drop-path", "0.1"], "SwinIR"), (["--crop", "30"], "multiple of 8"),
+                                         (["--arch", "rrdbnet", "--drop-path", "0.1"], "SwinIR"), (["--crop", "36"], "multiple of 8"), (["--crop", "24"], "at least 32"),
                                          (["--lr", "-1"], "--lr: -1: must be more than 0"), (["--workers", "-1"], "at least 0"),
                                          (["--ema-decay", "2"], "at least 0 and less than 1"), (["--pool-size", "x"], "invalid whole number"),
                                          (["--tau", "nan"], "--tau: nan: must be"), (["--batch", "8"], "unrecognized"), (["--load-size", "128"], "at least the crop")])
@@ -203,7 +204,6 @@ def test_the_weight_files_load_in_spandrel_and_hold_ema_and_raw(quintuplets, ini
 
 
 def test_sample_grid_and_tensorboard_and_validation(quintuplets, init, rewards, tmp_path):
-    from PIL import Image
     pytest.importorskip("tensorboard")
     train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, sample_every=2, val_photos=1, tensorboard=True)))
     with Image.open(tmp_path / "run" / "samples" / "0000002.png") as grid:
@@ -360,7 +360,7 @@ def test_ten_kills_leave_the_run_bitwise_as_if_undisturbed(quintuplets, init, re
     assert not list((tmp_path / "whole").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("workers, word", [(0, "SIGUSR1"), (2, "SIGTERM")])
+@pytest.mark.parametrize("workers, word", [(0, "SIGUSR1"), (2, "SIGTERM"), (1, "SIGINT")])
 def test_a_signal_to_the_process_group_saves_and_resume_ends_as_undisturbed(quintuplets, init, rewards, tmp_path, workers, word):
     words = flags(quintuplets, init, tmp_path / "run", total_steps=2000, workers=workers)
     process = subprocess.Popen([sys.executable, str(runs.REPO / "train.py"), *words], stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -385,7 +385,39 @@ def test_a_non_finite_loss_names_term_step_and_samples_and_saves_nothing(quintup
     assert not (tmp_path / "run" / "ckpt").exists()
 
 
+def test_an_unreadable_image_met_later_keeps_the_steps_before_it(quintuplets, init, rewards, tmp_path):
+    shutil.copytree(quintuplets, tmp_path / "set")
+    words = flags(tmp_path / "set", init, tmp_path / "run", total_steps=4, batch_size=1, group_size=1, pool_size=2, log_every=4)
+    sets = data.find_sets(tmp_path / "set", "Train")
+    args = train.parse_args(words)
+    dataset = data.TrainingSet(sets, "amo", functools.partial(runs.sample_seed, 0), 1, 1, 32)
+    broken = sets.path(dataset.names(3)[0], "04")
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="_04.png: damaged image"):
+        train.main(args)
+    assert runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["step"] == 2
+    broken.write_bytes(whole)
+    train.main(train.parse_args(words + ["--resume"]))
+    train.main(train.parse_args(flags(tmp_path / "set", init, tmp_path / "whole", total_steps=4, batch_size=1, group_size=1, pool_size=2, log_every=4)))
+    a, b = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("run", "whole"))
+    assert all(equal(a[k], b[k]) for k in a if k != "args")
+
+
 # Refusals
+
+@pytest.mark.fast
+@pytest.mark.parametrize("size, mode, said", [((64, 60), "RGB", "64x60 pixels but its original has 64x64"), ((64, 64), "L", "image mode L")])
+def test_a_wrong_size_or_mode_anywhere_is_refused_before_the_first_step(quintuplets, init, rewards, tmp_path, size, mode, said):
+    shutil.copytree(quintuplets, tmp_path / "set")
+    sets = data.find_sets(tmp_path / "set", "Train")
+    dataset = data.TrainingSet(sets, "amo", functools.partial(runs.sample_seed, 0), 4, 2, 32)
+    last = ({*sets.stems} - {*dataset.names(1)}).pop()                            # not in the first batch
+    Image.new(mode, size).save(sets.path(last, "03"))
+    with pytest.raises(ValueError, match=f"{last}_03.png: {said}"):
+        train.main(train.parse_args(flags(tmp_path / "set", init, tmp_path / "run", total_steps=1)))
+    assert not (tmp_path / "run").exists()
+
 
 def test_a_second_start_into_a_run_is_refused_and_resume_needs_a_checkpoint(quintuplets, init, rewards, tmp_path):
     words = flags(quintuplets, init, tmp_path / "run", total_steps=1)
@@ -395,6 +427,10 @@ def test_a_second_start_into_a_run_is_refused_and_resume_needs_a_checkpoint(quin
     train.main(train.parse_args(words + ["--resume", "auto"]))
     with pytest.raises(ValueError, match="exists and is not empty"):
         train.main(train.parse_args(words))
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "args.json").write_text("{}")
+    with pytest.raises(ValueError, match="before its first checkpoint, --resume auto starts it again"):
+        train.main(train.parse_args(flags(quintuplets, init, tmp_path / "begun", total_steps=1)))
     with pytest.raises(ValueError, match="other settings.*sampler"):
         train.main(train.parse_args(words + ["--resume", "--sampler", "rand"]))
     with pytest.raises(ValueError, match="not a run folder"):
