@@ -137,6 +137,8 @@ def parse_args(argv=None):
         p.error("--drop-path is SwinIR's: use 0 for convolutional nets")
     if args.crop % 8 or args.load_size % 4 or 0 < args.load_size < args.crop:
         p.error(f"--crop {args.crop} must be a multiple of 8, --load-size {args.load_size} one of 4 and 0 or at least the crop")
+    if args.degradation == "realesrgan" and max(args.crop, args.load_size) < 80:
+        p.error("--degradation realesrgan shrinks to 15 % before it blurs: --load-size or --crop must be at least 80")
     if 0 < args.tile <= 64:
         p.error(f"--tile {args.tile} must be 0 or more than 64: tiles overlap by 32")
     return args

@@ -112,6 +112,7 @@ def test_help_answers_at_once_with_defaults(script, name):
 @pytest.mark.fast
 @pytest.mark.parametrize("words, said", [(["--stage", "psnr", "--sampler", "amo"], "only sampler"), (["--reward", "none"], "needs a --reward"),
                                          (["--arch", "rrdbnet", "--drop-path", "0.1"], "SwinIR"), (["--crop", "36"], "multiple of 8"), (["--crop", "24"], "at least 32"),
+                                         (["--degradation", "realesrgan", "--crop", "72"], "at least 80"),
                                          (["--lr", "-1"], "--lr: -1: must be more than 0"), (["--workers", "-1"], "at least 0"),
                                          (["--ema-decay", "2"], "at least 0 and less than 1"), (["--pool-size", "x"], "invalid whole number"),
                                          (["--tau", "nan"], "--tau: nan: must be"), (["--batch", "8"], "unrecognized"), (["--load-size", "128"], "at least the crop")])
@@ -306,6 +307,7 @@ def test_two_steps_written_out_by_hand(quintuplets, init, rewards, tmp_path, mon
         assert all(torch.allclose(v, saved[key][k], rtol=1e-4, atol=2e-6) for k, v in net.state_dict().items())
     assert all(torch.allclose(e, saved["ema"][k], rtol=1e-4, atol=2e-6) for e, (k, _) in zip(ema, g.named_parameters()))
     assert not any(torch.equal(saved["ema"][k], saved["net_g"][k]) for k, _ in g.named_parameters())
+    assert all(saved[opt]["param_groups"][0]["betas"] == (0.9, 0.99) for opt in ("opt_g", "opt_d"))      # too small an effect to see above
 
 
 def test_validation_is_of_the_ema(quintuplets, init, rewards, tmp_path):
