@@ -2,6 +2,9 @@
 import errno
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -160,25 +163,35 @@ def test_an_enhanced_version_is_shrunk_super_resolved_and_brought_back(photos, e
     assert (data.load_image(sets.path(stem, "01")).float() - expected.float()).abs().mean() < 1
 
 
-def test_a_killed_build_continues_to_the_same_files_and_ranks_share_it(photos, enhancers, tmp_path, script):
-    build(photos, enhancers[:2], tmp_path / "a" / "mine")
-    whole, build_photo, calls = contents(tmp_path / "a" / "mine"), make_quintuplets.build_photo, []
+KILLED = """
+import os, signal, sys
+import make_quintuplets
+replace, left = os.replace, [int(sys.argv[1])]
+def replace_or_die(*paths):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*paths)
+os.replace = replace_or_die
+make_quintuplets.main(make_quintuplets.parse_args(sys.argv[2:]))
+"""
 
-    def die(*args):
-        calls.append(args[0])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return build_photo(*args)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(make_quintuplets, "build_photo", die)
-        with pytest.raises(KeyboardInterrupt):
-            build(photos, enhancers[:2], tmp_path / "b" / "mine")
-    assert not (tmp_path / "b" / "mine" / "quintuplets.json").exists()
-    build(photos, enhancers[:2], tmp_path / "b" / "mine")
-    assert contents(tmp_path / "b" / "mine") == whole and len(whole) > 20
-    script("make_quintuplets.py", "--photos", photos, "--enhancers", *enhancers[:2], "--out", tmp_path / "c" / "mine", "--patch", 64,
-           "--min-std", 10, "--device", "cpu", processes=2)
-    assert contents(tmp_path / "c" / "mine") == whole
+
+def test_a_killed_build_continues_to_the_same_files_and_ranks_share_it(photos, enhancers, tmp_path, script):
+    def words(out):
+        return [str(w) for w in ("--photos", photos, "--enhancers", *enhancers[:2], "--out", tmp_path / out / "mine", "--patch", 64, "--min-std", 10,
+                                 "--device", "cpu")]
+    make_quintuplets.main(make_quintuplets.parse_args(words("whole")))
+    whole = contents(tmp_path / "whole" / "mine")
+    for nth in (20, 35):                                                          # kill -9 between temporary file and rename
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(nth), *words("killed")], cwd=runs.REPO, capture_output=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not (tmp_path / "killed" / "mine" / "quintuplets.json").exists()
+    make_quintuplets.main(make_quintuplets.parse_args(words("killed")))
+    assert contents(tmp_path / "killed" / "mine") == whole and len(whole) > 20
+    assert not list((tmp_path / "killed").rglob("*.tmp"))
+    script("make_quintuplets.py", *words("shared"), processes=2)
+    assert contents(tmp_path / "shared" / "mine") == whole
 
 
 def test_what_cannot_become_a_set_is_refused_in_one_line(photos, enhancers, tmp_path, monkeypatch):
