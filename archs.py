@@ -8,6 +8,7 @@ Images are (B, 3, H, W) float RGB in [0, 1], outputs are not clamped. Key names,
 public checkpoints (specs/hggt-training.md, section 4), so that weights load strictly in both directions. Nothing here knows
 how a network is trained. In shape comments N is the 64 tokens of a window, nW the number of windows, C the embedding.
 """
+import json
 import math
 import pickle
 import struct
@@ -20,6 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import spectral_norm   # the legacy one: torch.nn.utils.parametrizations gives other key names
+
+import runs
 
 lrelu = partial(F.leaky_relu, negative_slope=0.2, inplace=True)   # in place: used on fresh convolution outputs only
 
@@ -602,6 +605,21 @@ def load_generator(path, key=None, pad_mode=None):
     load_strict(net, state, path)
     scale = sizes["scale"] if arch == "rrdbnet" else sizes["upscale"]
     return net.eval(), dict(arch=arch, key=used, scale=scale, parameters=sum(p.numel() for p in net.parameters()), sizes=sizes)
+
+
+def load_x4(path, flag, key=None, pad_mode=None):
+    """load_generator of a x4 weight file, or of a run folder: its newest EMA weights, padded as it was trained. -> (net, info).
+
+    pad_mode wins over the run's own. info has also file, and trained_at: the commit of the run, None for a file. flag: named in
+    errors. Raises as load_generator does, FileNotFoundError where nothing is, and ValueError for another scale.
+    """
+    file = runs.find_weights(path, f"{flag} names weight files, or run folders that train.py made")
+    record = Path(path) / "args.json"
+    made_by = json.loads(record.read_text()) if record.exists() else {"args": {}}
+    net, info = load_generator(file, key, pad_mode or made_by["args"].get("pad_mode"))
+    if info["scale"] != 4:
+        raise ValueError(f"{flag} {path}: a x{info['scale']} checkpoint, expected a x4 one")
+    return net, {"file": str(file), **info, "trained_at": made_by.get("commit")}
 
 
 # whole images

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
+import runs
+
 ORIGINAL, POSITIVE, SIMILAR, NEGATIVE = 0, 1, 2, 3                               # HGGT's integer codes
 LABELS = {"Positive": POSITIVE, "Similar": SIMILAR, "Negative": NEGATIVE}
 SAMPLERS = ("orig", "rand", "upos", "sma", "smp", "amo")
@@ -124,6 +126,11 @@ def look_alike(one, many, similar=0.98):
     return (many[:, 0] @ one[0] >= similar) & (many[:, 1] @ one[1] >= similar - 0.1)
 
 
+def file_stem(stem, version):
+    """Name, without suffix, of a version's file: `<stem>` for the original, `<stem>_01`, ... for the enhanced ones."""
+    return stem if version == "original" else f"{stem}_{version}"
+
+
 def photo_of(stem):
     """`<photo>-<row>-<column>` -> `<photo>`; a name without offsets is its own photo. Patches of one photo overlap (HGGT)."""
     return re.sub(r"-\d+-\d+$", "", stem)
@@ -160,7 +167,7 @@ def read_label(path, stem, versions):
         version, label, name = entry.get("File"), entry.get("Label"), entry.get("Name")
         if version not in versions or version in codes:
             raise ValueError(f"{path}: {key} has File {version!r}; expected each of {versions} once")
-        if Path(str(name)).stem != (stem if version == "original" else f"{stem}_{version}"):
+        if Path(str(name)).stem != file_stem(stem, version):
             raise ValueError(f"{path}: {key} names {name!r}, which is not version {version!r} of {stem}")
         if version != "original" and label not in LABELS:
             raise ValueError(f"{path}: {key} has Label {label!r}; expected one of {list(LABELS)}")
@@ -186,7 +193,7 @@ class Sets:
         self.stems = sorted(files["original"]) if stems is None else stems
 
     def path(self, stem, version="original"):
-        return self.files[version][stem if version == "original" else f"{stem}_{version}"]
+        return self.files[version][file_stem(stem, version)]
 
     def hold_out(self, photos, seed):
         """-> (Sets without, Sets with only) `photos` photos drawn by seed. All patches of a photo stay on one side."""
@@ -420,13 +427,7 @@ class TrainingSet(Dataset):
         for v in sorted({0, *chosen}):
             path = self.sets.path(stem, self.sets.versions[v])
             images[v] = load_image(path)
-            if images[v].shape != images[0].shape:
-                raise ValueError(f"{path}: {images[v].shape[2]}x{images[v].shape[1]} pixels but its original has "
-                                 f"{images[0].shape[2]}x{images[0].shape[1]}: make this quintuplet again")
-            need = max(self.crop, self.load_size)
-            if min(images[v].shape[1:]) < need:
-                raise ValueError(f"{path}: {images[v].shape[2]}x{images[v].shape[1]} pixels, smaller than the "
-                                 f"{need}-pixel crop: use --crop/--load-size of at most {min(images[v].shape[1:]) // 4 * 4}")
+            check_size(path, images[v].shape[:0:-1], images[0].shape[:0:-1], max(self.crop, self.load_size))
         return images
 
 
@@ -440,21 +441,22 @@ def check_headers(dataset, world):
     used = [v for k, v in enumerate(sets.versions) if k == 0 or dataset.candidates[:, k].any()]
 
     def check(stem):
-        size = image_size(sets.path(stem))
-        for version in used:
-            check_header(sets.path(stem, version), size, need)
+        for version in used:                                                     # the original comes first
+            path = sets.path(stem, version)
+            with open_image(path) as image:
+                mode, size = image.mode, image.size
+            check_mode(path, mode)
+            original = size if version == "original" else original
+            check_size(path, size, original, need)
     with ThreadPoolExecutor(8) as pool:
         for _ in pool.map(check, dataset.stems[world.rank::world.size]):
             pass
 
 
-def check_header(path, size, need):
-    """ValueError unless the image is 8-bit RGB, of `size` (width, height) and at least `need` pixels in both."""
-    with open_image(path) as image:
-        check_mode(path, image.mode)
-        found = image.size
-    if found != size:
-        raise ValueError(f"{path}: {found[0]}x{found[1]} pixels but its original has {size[0]}x{size[1]}: make this quintuplet again")
+def check_size(path, size, original, need=0):
+    """ValueError unless an image of `size` (width, height) is as large as its original, and at least `need` pixels in both."""
+    if tuple(size) != tuple(original):
+        raise ValueError(f"{path}: {size[0]}x{size[1]} pixels but its original has {original[0]}x{original[1]}: make this quintuplet again")
     if min(size) < need:
         raise ValueError(f"{path}: {size[0]}x{size[1]} pixels, smaller than the {need}-pixel crop: "
                          f"use --crop/--load-size of at most {min(size) // 4 * 4}")
@@ -485,8 +487,8 @@ def collate(samples):
 
 def _ignore_signals(worker):
     """torchrun and Slurm signal the whole process group: the training process saves, its data workers must live until then."""
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in runs.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(dataset, first, last, lanes, workers, pin_memory):

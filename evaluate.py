@@ -22,13 +22,13 @@ def parse_args(argv=None):
     p.add_argument("--demo", action="store_true", help="the runs and test images of `make demo`")
     p.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH", help="checkpoints: weight files or run folders")
     p.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take; default params_ema, else params, else bare")
-    p.add_argument("--pad-mode", choices=["hggt", "swinir"], help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle "
-                                                                   "files and swinir for nearest+conv files")
+    p.add_argument("--pad-mode", choices=["hggt", "swinir"],
+                   help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for nearest+conv files")
     p.add_argument("--lq", type=Path, help="folder of low-resolution images")
     p.add_argument("--gt", type=Path, help="folder of references of the same names; needed by psnr")
     p.add_argument("--metrics", nargs="+", default=["psnr"], metavar="NAME", help="psnr, or a no-reference metric (see above)")
     p.add_argument("--metric-weights", nargs="*", default=[], metavar="NAME=FILE", help="local weight files of metrics")
-    p.add_argument("--tile", type=flags.COUNT, default=256, help="LR tile in pixels, more than 64; 0: whole image")
+    p.add_argument("--tile", type=flags.TILE, default=256, help="LR tile in pixels, more than 64; 0: whole image")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     p.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
     p.add_argument("--out-json", type=Path, help="write every image's scores, the means and what made them")
@@ -37,8 +37,6 @@ def parse_args(argv=None):
     if p.parse_known_args(argv)[0].demo:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
-    if 0 < args.tile <= 64:
-        p.error(f"--tile {args.tile} must be 0 or more than 64: tiles overlap by 32")
     if args.lq is None:
         p.error("--lq DIR is needed: which images?")
     if args.gt is None and "psnr" in args.metrics:
@@ -48,7 +46,6 @@ def parse_args(argv=None):
 
 ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
 
-import json
 import sys
 
 import torch
@@ -88,9 +85,8 @@ def main(args):
     for folder in filter(None, (args.lq, args.gt)):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder" + ("; train.py --demo makes the demo's" if args.demo else ""))
-    for flag, path in (("--out-json", args.out_json), ("--figure", args.figure)):
-        if path is not None:
-            runs.check_writable(path.parent, flag)
+    runs.check_output(args.out_json, "--out-json")
+    runs.check_output(args.figure, "--figure")
     lqs = data.list_images(args.lq)
     gts = data.list_images(args.gt) if args.gt else {}
     missing = sorted(set(lqs) - set(gts)) if args.gt else []
@@ -107,17 +103,13 @@ def main(args):
 
     nets, sources = {"bicubic": lambda x: F.interpolate(x, scale_factor=4, mode="bicubic")}, {}
     for path in args.weights:
-        file = runs.find_weights(path, "train.py makes runs; --weights names weight files or run folders")
-        made_by = json.loads((path / "args.json").read_text()) if (path / "args.json").exists() else {"args": {}}
-        net, info = archs.load_generator(file, args.weights_key, args.pad_mode or made_by["args"].get("pad_mode"))
-        if info["scale"] != 4:
-            raise ValueError(f"--weights {path}: a x{info['scale']} checkpoint; evaluate.py compares x4 ones")
+        net, info = archs.load_x4(path, "--weights", args.weights_key, args.pad_mode)
         net = net.to(world.device)
         name = path.name if path.is_dir() else path.stem
         if name in nets:
             raise ValueError(f"--weights: two checkpoints are called {name}: rename one")
         nets[name] = lambda x, net=net: archs.upscale_tiled(net, x, tile=args.tile, overlap=32)
-        sources[name] = {"file": str(file), **info, "trained_at": made_by.get("commit")}
+        sources[name] = info
 
     scores = {row: {} for row in nets}                                            # row -> stem -> metric -> value
     shown = list(lqs)[::max(1, len(lqs) // max(1, args.figure_images))][:args.figure_images]
@@ -129,10 +121,9 @@ def main(args):
         for row, upscale in nets.items():
             sr = upscale(lq).clamp(0, 1).mul(255).round() / 255
             scores[row][stem] = {name: metric(sr, gt).item() for name, (metric, _) in metrics.items()}
-            if stem not in shown:
-                continue
-            told = " ".join(f"{k.partition(':')[0]} {v:.1f}" for k, v in list(scores[row][stem].items())[:3])
-            cells.append((sr[0].cpu(), f"{row}\n{told}"))
+            if stem in shown:
+                told = " ".join(f"{k.partition(':')[0]} {v:.1f}" for k, v in list(scores[row][stem].items())[:3])
+                cells.append((sr[0].cpu(), f"{row}\n{told}"))
         if stem in shown:
             pictures.append(cells + ([(gt[0].cpu(), "reference")] if args.gt else []))
     table = {row: {m: sum(s[m] for s in images.values()) / len(images) for m in metrics} for row, images in scores.items()}

@@ -20,6 +20,15 @@ def number(kind, low=-math.inf, high=math.inf, above=False, below=False):
     return convert
 
 
+def TILE(text):
+    """An argparse type: side of an LR tile in pixels, 0 for the whole image."""
+    value = COUNT(text)
+    if 0 < value <= 64:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more than 64: tiles overlap by 32")
+    return value
+
+
+TILE.__name__ = "whole number"
 COUNT, SIZE = number(int, 0), number(int, 1)                                      # 0 often means off
 WEIGHT, RATE = number(float, 0), number(float, 0, above=True)
 SHARE = number(float, 0, 1, below=True)                                           # in [0, 1): EMA decay, drop rate

@@ -60,7 +60,7 @@ def parse_args(argv=None):
                    help="correlation of 32x32 thumbnails from which the second of two photos is dropped as a near-duplicate (CHOICE)")
     g.add_argument("--reward", default="ranker", help="quality model of the contact sheet's scores")
     g.add_argument("--seed", type=flags.COUNT, default=0, help="of the patches' jitter")
-    g.add_argument("--tile", type=flags.COUNT, default=256, help="LR tile of the enhancers in pixels, more than 64; 0: whole photo")
+    g.add_argument("--tile", type=flags.TILE, default=256, help="LR tile of the enhancers in pixels, more than 64; 0: whole photo")
     g.add_argument("--tile-batch", type=flags.SIZE, default=1, help="tiles enhanced at a time")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     g.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads per process; 0: PyTorch's choice")
@@ -72,8 +72,6 @@ def parse_args(argv=None):
         p.error("--photos needs --enhancers: x4 checkpoints, one per enhanced version")
     if args.photos and args.out == p.get_default("out"):
         p.error("--photos needs --out DIR: where shall the set lie?")
-    if 0 < args.tile <= 64:
-        p.error(f"--tile {args.tile} must be 0 or more than 64: tiles overlap by 32")
     return args
 
 
@@ -82,11 +80,12 @@ ARGS = parse_args() if __name__ == "__main__" else None                         
 import hashlib
 import json
 from collections import Counter
+from itertools import combinations
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from scipy import ndimage
 from skimage import color, filters, restoration
 from skimage import data as photos
@@ -188,7 +187,7 @@ def write_demo(work):
                         continue
                     stem = f"{name}-{row}-{column}"
                     for version, image in images.items():
-                        data.save_image(folder / version / f"{stem}{'' if version == 'original' else f'_{version}'}.png", image[patch])
+                        data.save_image(folder / version / f"{data.file_stem(stem, version)}.png", image[patch])
                     if split == "Test":
                         data.save_image(base / "untouched" / f"{stem}.png", photo[patch])
                         lq = degradations.degrade(original[patch][None], "two-round", [runs.sample_seed(SEED, 0, kept, name)],
@@ -249,10 +248,8 @@ def load_enhancers(paths, device):
     """-> ({version: net}, {version: {"file", "sha256", ...}}). ValueError for another scale and for a checkpoint given twice."""
     nets, sources = {}, {}
     for k, path in enumerate(paths, 1):
-        net, info = archs.load_generator(runs.find_weights(path, "--enhancers names x4 checkpoints"))
-        if info["scale"] != 4:
-            raise ValueError(f"--enhancers {path}: a x{info['scale']} checkpoint; enhancers must be x4")
-        digest = hashlib.sha256(Path(path).read_bytes() if Path(path).is_file() else str(path).encode()).hexdigest()
+        net, info = archs.load_x4(path, "--enhancers")
+        digest = hashlib.sha256(Path(info["file"]).read_bytes()).hexdigest()
         for version, other in sources.items():
             if other["sha256"] == digest:
                 raise ValueError(f"--enhancers: {path} is the same file as {other['file']}: every version needs an enhancer of its own")
@@ -298,10 +295,9 @@ def build_photo(name, path, nets, args, device):
     record = {"photo": name, "source": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "sets": [],
               "dropped": {"flat": 0, "not enhanced": 0}}
     folder = args.out / "Train" / "images" / args.out.name
-    for a in nets:
-        for b in nets:
-            if a < b and torch.equal(versions[a], versions[b]):
-                raise ValueError(f"{path}: enhancers {a} and {b} give the same picture: every version needs an enhancer of its own")
+    for a, b in combinations(nets, 2):
+        if torch.equal(versions[a], versions[b]):
+            raise ValueError(f"{path}: enhancers {a} and {b} give the same picture: every version needs an enhancer of its own")
     for row, column in corners(*photo.shape[1:], args.patch, args.step, args.jitter, runs.sample_seed(args.seed, 0, 0, name)):
         patches = {v: image[:, row:row + args.patch, column:column + args.patch] for v, image in versions.items()}
         if not any(has_texture(patch, args.min_std, args.min_laplacian) for patch in patches.values()):
@@ -312,7 +308,7 @@ def build_photo(name, path, nets, args, device):
             stem = f"{name}-{row}-{column}"
             record["sets"].append(stem)
             for version, patch in patches.items():
-                file = folder / version / f"{stem}{'' if version == 'original' else f'_{version}'}.png"
+                file = folder / version / f"{data.file_stem(stem, version)}.png"
                 runs.write_atomic(file, lambda temporary: data.save_image(temporary, patch))
     return record
 
@@ -327,9 +323,9 @@ def build(args, world):
     records, started = args.out / "records", args.out / "records" / "settings.json"
     if started.exists():
         before = json.loads(started.read_text())
-        changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
+        changed = runs.changes(before, settings)
         if changed:
-            raise ValueError(f"{args.out} was begun with other settings ({'; '.join(changed)}): choose another --out")
+            raise ValueError(f"{args.out} was begun with other settings ({'; '.join(changed.values())}): choose another --out")
     elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"{args.out} exists and was not made by this script: choose another --out")
     if world.is_main:
@@ -383,7 +379,8 @@ def main(args):
     world = runs.start_world(args.device, args.threads)
     result = build(args, world)
     if result:
-        print(f"{args.out}: {result['sets']} sets of {1 + len(args.enhancers)} versions, {args.patch} px, from {len(result['photos'])} photos")
+        print(f"{args.out}: {result['sets']} sets of {1 + len(args.enhancers)} versions, {args.patch} px, "
+              f"from {len(result['photos'])} photos")
         print("dropped: " + (", ".join(f"{n} {why}" for why, n in result["dropped"].items()) or "nothing"))
         print(f"look at {args.out / 'contact.png'}, then: python train.py --data {args.out} --sampler amo")
 

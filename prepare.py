@@ -101,11 +101,9 @@ def verify_images(split, folders, workers, report):
                 continue
             if version == "original":
                 sizes[stem], thumbnails[stem] = size, small
-            elif version != "LR" and size != sizes.get(stem, size):              # originals come first
-                report.add("size", path, f"{size[0]}x{size[1]} pixels but its original has {sizes[stem][0]}x{sizes[stem][1]}")
-            elif version == "LR" and stem in sizes:
+            elif stem in sizes:                                                  # originals come first
                 try:
-                    data.check_lr_size(path, size, sizes[stem])
+                    (data.check_lr_size if version == "LR" else data.check_size)(path, size, sizes[stem])
                 except ValueError as error:
                     report.add("size", path, str(error).removeprefix(f"{path}: "))
     report.counts[split] = {"sets": len(stems), "photos": len({data.photo_of(s) for s in stems}), "versions": len(files)}
@@ -114,12 +112,13 @@ def verify_images(split, folders, workers, report):
 
 def verify_labels(split, folder, stems, versions, report):
     """Read every vote, and count the merged labels of the sets whose three votes are readable."""
+    known = set(stems)
     for annotator in "ABC":
         if not (folder / annotator).is_dir():
             report.add("label", folder / annotator, "missing: HGGT's vote needs three annotators A, B and C")
             return
         for path in sorted((folder / annotator).iterdir()):
-            if path.suffix != ".json" or path.stem not in set(stems):
+            if path.suffix != ".json" or path.stem not in known:
                 report.add("misnamed", path, "no original has this name: rename or remove it")
     counts = dict.fromkeys(["positive", "similar", "negative", "without_positive"], 0)
     for stem in stems:
@@ -170,8 +169,7 @@ def verify(root, workers=8, similar=0.98):
 
 
 def main(args):
-    if args.out_json:
-        runs.check_writable(args.out_json.parent, "--out-json")
+    runs.check_output(args.out_json, "--out-json")
     report = verify(args.data, args.workers, args.similar)
     for defect in report.defects:
         print(f"{defect['kind']:<14} {defect['file']}: {defect['text']}")

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 REPO = Path(__file__).resolve().parent
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)                   # see StopSignal
 
 
 def cli(main):
@@ -137,8 +138,8 @@ class StopSignal:
 
     def __init__(self, world, every=10):
         self.world, self.every, self.received = world, every, False
-        for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-            signal.signal(getattr(signal, name), self._receive)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
         if self.received and number == signal.SIGINT:
@@ -182,6 +183,14 @@ def check_writable(folder, flag):
             pass
     except OSError as error:
         raise OSError(f"{flag} {folder} cannot be written ({error.strerror}): choose a place you may write to") from None
+
+
+def check_output(path, flag):
+    """Raise unless the file `path` (None: not asked for) can be written, as `flag` asks: before the work, not after it."""
+    if path is not None:
+        check_writable(path.parent, flag)
+        if path.is_dir():
+            raise ValueError(f"{flag} {path}: a folder; name a file")
 
 
 def save_json(path, value):
@@ -230,6 +239,11 @@ def describe_machine():
 
 # The run folder
 
+def changes(before, now):
+    """{name: "name old -> new"} of the values in `now` that `before` has otherwise."""
+    return {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v}
+
+
 class Run:
     """A run's folder: refuses to overwrite another run, writes args.json, log.txt, metrics.jsonl and ckpt/last.pt.
 
@@ -262,7 +276,7 @@ class Run:
         """Record facts beside the arguments (for example how many samples there are) and compare them with the checkpoint's."""
         self.args |= facts
         before = self.checkpoint["args"] if self.checkpoint else facts
-        changed = {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in facts.items() if before.get(k) != v}
+        changed = changes(before, facts)
         broken = [text for k, text in changed.items() if k in self.fixed]
         if broken:
             raise ValueError(f"--resume {self.out}: this checkpoint was made with other settings ({'; '.join(broken)})")

@@ -399,11 +399,8 @@ def evaluate(args):
 
 def main(args):
     torch.set_num_threads(args.threads)
-    for flag, path in (("--out", None if args.evaluate else args.out), ("--out-json", args.out_json)):
-        if path is not None:
-            runs.check_writable(path.parent, flag)
-            if path.is_dir():
-                raise ValueError(f"{flag} {path}: a folder; name a file")
+    runs.check_output(None if args.evaluate else args.out, "--out")
+    runs.check_output(args.out_json, "--out-json")
     evaluate(args) if args.evaluate else train(args)
 
 

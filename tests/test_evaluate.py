@@ -73,6 +73,7 @@ def test_lower_is_better_metrics_are_reported_in_native_units(pairs, monkeypatch
                                                (["--metrics", "mosaic"], ValueError, "unknown"),
                                                (["--metrics", "ranker=2"], ValueError, "no weight here; write ranker"),
                                                (["--figure", "/proc/x.png"], OSError, "--figure /proc cannot be written"),
+                                               (["--figure", "/tmp"], ValueError, "--figure /tmp: a folder; name a file"),
                                                (["--metric-weights", "niqe=x"], ValueError, "NAME of --metrics")])
 def test_refusals(pairs, more, error, said):
     with pytest.raises(error, match=said):
