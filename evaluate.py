@@ -3,9 +3,10 @@
     python evaluate.py --demo                                                              what `make demo` ends with
     python evaluate.py --weights runs/a runs/b --lq LR --gt HR --metrics ranker piqe psnr --out-json ab.json --figure ab.png
 
-Rows are bicubic interpolation and one per checkpoint (a file, or a run folder: its newest EMA weights). Outputs are rounded
-to 8 bit before they are scored. Metrics: psnr (RGB, borders of 4 pixels cropped, as HGGT does), any reward that train.py
-knows (a pyiqa no-reference metric, ranker, module:function); no-reference metrics see the whole image, in native units.
+Rows are bicubic interpolation (--baselines) and one per checkpoint (a file, or a run folder: its newest EMA weights). Outputs are rounded
+to 8 bit before they are scored. Metrics: psnr and ssim (RGB, borders of 4 pixels cropped, as HGGT does), vgg (the perceptual loss as
+a distance), flat_hf (high-frequency share of the reference's flat places: sees grids and noise), any reward that train.py knows (a pyiqa
+no-reference metric, ranker, module:function); no-reference metrics see the whole image, in native units.
 """
 import argparse
 from pathlib import Path
@@ -22,11 +23,13 @@ def parse_args(argv=None):
     p.add_argument("--demo", action="store_true", help="the runs and test images of `make demo`")
     p.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH", help="checkpoints: weight files or run folders")
     p.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take; default params_ema, else params, else bare")
+    p.add_argument("--baselines", nargs="*", choices=["bicubic", "reference"], default=["bicubic"],
+                   help="rows without a checkpoint: bicubic interpolation, and the references judged as if they were outputs")
     p.add_argument("--pad-mode", choices=["hggt", "swinir"],
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for nearest+conv files")
     p.add_argument("--lq", type=Path, help="folder of low-resolution images")
-    p.add_argument("--gt", type=Path, help="folder of references of the same names; needed by psnr")
-    p.add_argument("--metrics", nargs="+", default=["psnr"], metavar="NAME", help="psnr, or a no-reference metric (see above)")
+    p.add_argument("--gt", type=Path, help="folder of references of the same names; needed by psnr, ssim, vgg, flat_hf")
+    p.add_argument("--metrics", nargs="+", default=["psnr"], metavar="NAME", help="psnr, ssim, vgg, flat_hf, or a no-reference metric (see above)")
     p.add_argument("--metric-weights", nargs="*", default=[], metavar="NAME=FILE", help="local weight files of metrics")
     p.add_argument("--tile", type=flags.TILE, default=256, help="LR tile in pixels, more than 64; 0: whole image")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
@@ -39,8 +42,13 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.lq is None:
         p.error("--lq DIR is needed: which images?")
-    if args.gt is None and "psnr" in args.metrics:
-        p.error("--metrics psnr needs --gt DIR")
+    needy = [m for m in args.metrics if m in flags.WITH_REFERENCE]
+    if args.gt is None and needy:
+        p.error(f"--metrics {' '.join(needy)}: compared with references: --gt DIR is needed")
+    if args.gt is None and "reference" in args.baselines:
+        p.error("--baselines reference: needs --gt DIR")
+    if not args.weights and not args.baselines:
+        p.error("nothing to score: give --weights or --baselines")
     return args
 
 
@@ -58,21 +66,12 @@ import iqa
 import runs
 
 
-def create_metric(name, device, files):
-    """-> (function (sr, gt) -> (B,) in native units, whether lower is better)."""
-    if "=" in name:
-        raise ValueError(f"--metrics {name}: a metric has no weight here; write {name.partition('=')[0]}")
-    if name == "psnr":
-        return iqa.psnr, False
-    reward = iqa.create_reward([name], device, files.get(name))
-    sign = -1 if getattr(next(iter(reward.models.values())), "lower_better", False) else 1
-    return (lambda sr, gt: sign * reward(sr)), sign < 0
-
-
 def markdown(table, metrics, lower):
     """{row: {metric: mean}} as a Markdown table, the best of each column in bold."""
-    best = {m: (min if lower[m] else max)(row[m] for row in table.values()) for m in metrics}
-    cell = lambda row, m: f"**{row[m]:.2f}**" if row[m] == best[m] else f"{row[m]:.2f}"
+    rivals = [row for name, row in table.items() if name != "reference"] or list(table.values())
+    best = {m: (min if lower[m] else max)(row[m] for row in rivals) for m in metrics}
+    digits = {m: 3 if all(abs(row[m]) < 2 for row in table.values()) else 2 for m in metrics}
+    cell = lambda row, m: "**" * (row[m] == best[m]) + f"{row[m]:.{digits[m]}f}" + "**" * (row[m] == best[m])
     lines = ["| | " + " | ".join(f"{m} {'↓' if lower[m] else '↑'}" for m in metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     return "\n".join(lines + [f"| {name} | " + " | ".join(cell(row, m) for m in metrics) + " |" for name, row in table.items()])
 
@@ -98,17 +97,18 @@ def main(args):
         if name not in args.metrics:
             raise ValueError(f"--metric-weights {word}: write NAME=FILE with a NAME of --metrics ({', '.join(args.metrics)})")
         files[name] = file
-    metrics = {name: create_metric(name, world.device, files) for name in args.metrics}
+    metrics = {name: iqa.create_metric(name, world.device, files.get(name)) for name in args.metrics}
     lower = {name: metrics[name][1] for name in metrics}
 
-    nets, sources = {"bicubic": lambda x: F.interpolate(x, scale_factor=4, mode="bicubic")}, {}
+    baselines = {"bicubic": lambda lq, gt: F.interpolate(lq, scale_factor=4, mode="bicubic"), "reference": lambda lq, gt: gt}
+    nets, sources = {row: baselines[row] for row in args.baselines}, {}
     for path in args.weights:
         net, info = archs.load_x4(path, "--weights", args.weights_key, args.pad_mode)
         net = net.to(world.device)
         name = path.name if path.is_dir() else path.stem
         if name in nets:
             raise ValueError(f"--weights: two checkpoints are called {name}: rename one")
-        nets[name] = lambda x, net=net: archs.upscale_tiled(net, x, tile=args.tile, overlap=32)
+        nets[name] = lambda lq, gt, net=net: archs.upscale_tiled(net, lq, tile=args.tile, overlap=32)
         sources[name] = info
 
     scores = {row: {} for row in nets}                                            # row -> stem -> metric -> value
@@ -119,13 +119,13 @@ def main(args):
         gt = data.load_image(gts[stem])[None].to(world.device).float() / 255 if args.gt else None
         cells = []
         for row, upscale in nets.items():
-            sr = upscale(lq).clamp(0, 1).mul(255).round() / 255
+            sr = upscale(lq, gt).clamp(0, 1).mul(255).round() / 255
             scores[row][stem] = {name: metric(sr, gt).item() for name, (metric, _) in metrics.items()}
             if stem in shown:
                 told = " ".join(f"{k.partition(':')[0]} {v:.1f}" for k, v in list(scores[row][stem].items())[:3])
                 cells.append((sr[0].cpu(), f"{row}\n{told}"))
         if stem in shown:
-            pictures.append(cells + ([(gt[0].cpu(), "reference")] if args.gt else []))
+            pictures.append(cells + ([(gt[0].cpu(), "reference")] if args.gt and "reference" not in args.baselines else []))
     table = {row: {m: sum(s[m] for s in images.values()) / len(images) for m in metrics} for row, images in scores.items()}
     print(markdown(table, list(metrics), lower))
     print(f"mean of {len(lqs)} images; ↑ higher is better, ↓ lower is better")

@@ -32,3 +32,4 @@ TILE.__name__ = "whole number"
 COUNT, SIZE = number(int, 0), number(int, 1)                                      # 0 often means off
 WEIGHT, RATE = number(float, 0), number(float, 0, above=True)
 SHARE = number(float, 0, 1, below=True)                                           # in [0, 1): EMA decay, drop rate
+WITH_REFERENCE = ("psnr", "ssim", "vgg", "flat_hf")                               # evaluation metrics that compare with a reference

@@ -1,0 +1,378 @@
+"""What do the ground-truth samplers bring on photographs that nobody labelled? The first experiment, on two CPU cores.
+
+    PYTHONPATH=../shared/tools python experiment.py [shrink] [data] [runs] [report]      all four without a word; continues where it stopped
+
+shrink   enhanced versions of the photos at several shrink factors, judged by what no training here optimises: make_quintuplets.py's default
+data     quintuplets of the photos, low-resolution test images, and how often each reward picks each version before any training
+runs     orig, rand, sma, amo with the first reward, sma and amo with the others, every seed: train.py, then evaluate.py, one JSON file each
+report   RESULTS.json, RESULTS.png and the tables of README
+
+The analysis was fixed before the runs. All runs start from the same weights and see the same crops and degradations in the same order;
+only the ground truth differs. A difference between two samplers is the mean over test images of (mean over seeds of A - the same of B), with a 95 %
+bootstrap interval (BCa, 9999 resamples) over the images. It `holds` in its direction when the interval excludes zero and every seed has that sign; all else
+is `no evidence`. The paper's ordering is the hypothesis: no-reference quality orig < rand < sma < amo, PSNR the reverse.
+The shrink factor: per photo and metric (NIQE, BRISQUE, PIQE), does some version beat the original? The factors whose mean share is within .05 of
+the best are as good; of these the one with the highest PSNR of the versions to the original is the default.
+"""
+import argparse
+from pathlib import Path
+
+import flags
+
+SHARED = Path("../shared/data")
+SR = SHARED / "weights" / "sr"
+STAGES = ("shrink", "data", "runs", "report")
+SHRINKS, SOFTENED = (0.25, 0.375, 0.5, 0.75), ((1, 3, 320), (2, 6, 512))          # (--soften, every n-th photo, patch)
+QUINTUPLETS = "--soften 2 --patch 192 --step 192".split()
+TRAIN = """--arch compact --total-steps 200 --batch-size 8 --group-size 4 --pool-size 32 --crop 96 --load-size 128 --lr 2e-4 --milestones 140 170
+           --lambda-p 0.03 --lambda-a 0.01 --d-features 8 --ema-decay 0.98 --workers 0 --log-every 40 --save-every 40 --weights-every 0
+           --val-every 0 --sample-every 0""".split()
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
+    p.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default all")
+    p.add_argument("--photos", type=Path, nargs="+", metavar="DIR", default=[SHARED / "images" / d for d in ("hr_kodak24", "hr_bsd100", "hr_urban100")],
+                   help="training photographs")
+    p.add_argument("--test-photos", type=Path, nargs="+", metavar="DIR", default=[SHARED / "images" / d for d in ("test_set5", "test_set14")],
+                   help="test photographs, never trained on")
+    p.add_argument("--enhancers", type=Path, nargs="+", metavar="FILE", help="x4 checkpoints of versions 01, 02, ...",
+                   default=[SR / f"{name}_fp16.pth" for name in ("4xLSDIRCompactC3", "realesr-general-wdn-x4v3", "realesr-general-x4v3",
+                                                                 "realesr-animevideov3-x4")])
+    p.add_argument("--init", type=Path, default=SR / "realesr-general-x4v3_fp16.pth", help="weights that all runs start from")
+    p.add_argument("--rewards", nargs="+", default=["cnniqa_live:build", "ranker"], metavar="NAME",
+                   help="quality models; the first is compared with orig and rand")
+    p.add_argument("--unseen", nargs="+", default=["niqe", "brisque", "piqe"], metavar="NAME", help="no-reference metrics that nobody optimises")
+    p.add_argument("--slow", nargs="*", default=["ilniqe"], metavar="NAME", help="likewise, in a call of their own after all runs")
+    p.add_argument("--metric-weights", nargs="*", metavar="NAME=FILE", help="local weight files of the metrics",
+                   default=[f"{n}={SHARED / 'weights' / 'iqa' / f}" for n, f in (("niqe", "niqe_modelparameters.mat"),
+                            ("brisque", "brisque_svm_weights.pth"), ("ilniqe", "ILNIQE_templateModel.mat"))])
+    p.add_argument("--vgg-weights", type=Path, metavar="FILE", default=Path("runs/vgg19.pth"),
+                   help="VGG19, for the loss and the distance (../shared/tools/vgg19_for_torchvision.py makes it)")
+    p.add_argument("--seeds", type=flags.COUNT, nargs="+", default=[0, 1, 2])
+    p.add_argument("--jobs", type=flags.SIZE, default=2, help="processes at a time, each with one thread")
+    p.add_argument("--work", type=Path, default=Path("runs/experiment"), help="photos, quintuplets, runs and logs")
+    p.add_argument("--results", type=Path, default=Path("results/experiment"), help="one JSON file per run; tables beside it")
+    args = p.parse_args(argv)
+    args.stages = args.stages or list(STAGES)
+    if set(args.stages) - set(STAGES):
+        p.error(f"stages are {', '.join(STAGES)}; got {' '.join(args.stages)}")
+    return args
+
+
+ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import stats
+from tqdm import tqdm
+
+import archs
+import data
+import degradations
+import iqa
+import runs
+
+SHOWN = {"cnniqa_live:build": "CNNIQA-LIVE", "niqe": "NIQE", "brisque": "BRISQUE", "piqe": "PIQE", "ilniqe": "IL-NIQE", "psnr": "PSNR", "ssim": "SSIM",
+         "vgg": "VGG distance", "flat_hf": "flat HF share"}
+
+
+def call(log, script, *words):
+    """One of this repository's scripts, in a process of its own with one thread; its output goes to the file `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as out:
+        done = subprocess.run([sys.executable, str(runs.REPO / script), *map(str, words), "--threads", "1"], stdout=out, stderr=out,
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+    if done.returncode:
+        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+        raise RuntimeError(f"{script} ended with {done.returncode}: {last} (all of it in {log})")
+
+
+def parallel(jobs, tasks):
+    """Run [(name, function)] `jobs` at a time; the first error stops what has not begun."""
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), unit="job") as bar:
+        futures = [pool.submit(task) for _, task in tasks]
+        try:
+            for future in futures:
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def link_photos(folders, every, target):
+    """Links to every n-th photo of all folders, named <folder>_<file>, in one folder."""
+    target.mkdir(parents=True, exist_ok=True)
+    for folder in folders:
+        for path in list(data.list_images(folder).values())[::every]:
+            link = target / f"{folder.name}_{path.name}"
+            if not link.exists():
+                link.symlink_to(path.resolve())
+    return target
+
+
+def metric_files(args, metrics):
+    """The words of --metric-weights that belong to these metrics, and VGG's."""
+    return [w for w in args.metric_weights if w.partition("=")[0] in metrics] + [f"vgg={args.vgg_weights}"] * ("vgg" in metrics)
+
+
+# Stage 1: the shrink factor
+
+def shrink(args):
+    """Builds small sets at every factor and judges them -> RESULTS-shrink.json."""
+    file = args.results.with_name(args.results.name + "-shrink.json")
+    if file.exists():
+        return
+    folder = lambda soften, f: args.work / "shrink" / f"soften{soften}-{f}"
+    tasks = []
+    for soften, every, patch in SOFTENED:
+        photos = link_photos(args.photos, every, args.work / "shrink" / f"photos-{every}")
+        for f in SHRINKS:
+            words = ["--photos", photos, "--enhancers", *args.enhancers, "--out", folder(soften, f), "--shrink", f, "--soften", soften,
+                     "--patch", patch, "--step", patch, "--jitter", 0, "--min-std", 0, "--min-laplacian", 0, "--min-change", 0]
+            tasks.append((f, partial(call, folder(soften, f).with_suffix(".log"), "make_quintuplets.py", *words)))
+    parallel(args.jobs, tasks[::-1])                                              # the longest first
+    words = dict(w.split("=", 1) for w in args.metric_weights)
+    judges = {m: iqa.create_metric(m, "cpu", words.get(m)) for m in [*args.unseen, args.rewards[0]]}
+    rows = []
+    for soften, every, patch in SOFTENED:
+        for f in SHRINKS:
+            sets = data.find_sets(folder(soften, f), "Train")
+            scores = {stem: judge_set(sets, stem, judges) for stem in tqdm(sets.stems, desc=f"soften {soften}, shrink {f}", unit="set")}
+            rows.append({"soften": soften, "shrink": f, "patch": patch, "sets": len(sets.stems), **summarise(scores, sets.versions[1:], judges, args.unseen)})
+    runs.save_json(file, {"command": sys.argv, **runs.describe_machine(), "enhancers": [p.name for p in args.enhancers], "rows": rows})
+
+
+@torch.no_grad()
+def judge_set(sets, stem, judges):
+    """-> {version: {metric: score, higher is better, "psnr": to the original}}"""
+    images = {v: data.load_image(sets.path(stem, v))[None].float() / 255 for v in sets.versions}
+    score = {v: {m: (-1 if lower else 1) * judge(image, None).item() for m, (judge, lower) in judges.items()} for v, image in images.items()}
+    for v, image in images.items():
+        score[v]["psnr"] = iqa.psnr(image, images["original"]).item()
+    return score
+
+
+def summarise(scores, versions, judges, unseen):
+    """Shares of patches, averaged per photo and then over photos, in which each version, or any of them, beats the original."""
+    photos = {}
+    for stem, s in scores.items():
+        photos.setdefault(data.photo_of(stem), []).append(s)
+    mean = lambda value: float(np.mean([np.mean([value(s) for s in sets]) for sets in photos.values()]))
+    beats = {m: {v: mean(lambda s: s[v][m] > s["original"][m]) for v in versions} for m in judges}
+    any_beats = {m: mean(lambda s: max(s[v][m] for v in versions) > s["original"][m]) for m in judges}
+    return {"photos": len(photos), "any": any_beats, "any_unseen": float(np.mean([any_beats[m] for m in unseen])), "version": beats,
+            "psnr": {v: mean(lambda s: s[v]["psnr"]) for v in versions}, "psnr_mean": mean(lambda s: np.mean([s[v]["psnr"] for v in versions]))}
+
+
+def best_shrink(rows):
+    """The rule fixed in the docstring. -> factor"""
+    share = {f: np.mean([r["any_unseen"] for r in rows if r["shrink"] == f]) for f in SHRINKS}
+    psnr = {f: np.mean([r["psnr_mean"] for r in rows if r["shrink"] == f]) for f in SHRINKS}
+    return max((f for f in SHRINKS if share[f] >= max(share.values()) - 0.05), key=psnr.get)
+
+
+# Stage 2: quintuplets, test images, and what the rewards would choose
+
+def prepare(args):
+    photos = link_photos(args.photos, 1, args.work / "photos")
+    call(args.work / "quintuplets.log", "make_quintuplets.py", "--photos", photos, "--enhancers", *args.enhancers, "--out", args.work / "set", *QUINTUPLETS)
+    make_test(args)
+    file = args.results.with_name(args.results.name + "-picks.json")
+    if file.exists():
+        return
+    sets = data.find_sets(args.work / "set", "Train")
+    world, seeds = runs.start_world("cpu", args.jobs), partial(runs.sample_seed, args.seeds[0])
+    word = lambda flag: int(TRAIN[TRAIN.index(flag) + 1])
+    crops = data.TrainingSet(sets, "amo", seeds, word("--batch-size"), word("--group-size"), word("--crop"), word("--load-size"))
+    record = json.loads((args.work / "set" / "quintuplets.json").read_text())
+    result = {"command": sys.argv, **runs.describe_machine(), "sets": len(sets.stems), "photos": len(record["photos"]), "dropped": record["dropped"],
+              "settings": record["settings"], "crops": 400, "rewards": {}}
+    for name in args.rewards:
+        reward, online = iqa.create_reward([name]), Counter()
+        whole = iqa.score_images([sets.path(stem, v) for stem in sets.stems for v in sets.versions], reward, args.work / "scores", world)
+        whole = whole.view(len(sets.stems), -1)
+        with torch.no_grad():
+            for k in tqdm(range(400), desc=f"{name}: crops", unit="crop"):        # the very crops that seed 0 trains on
+                sample = crops.sample(1 + k // crops.batch_size, k % crops.batch_size)
+                online[int(reward(sample["crops"].float() / 255).argmax())] += 1
+        soft = data.sampling_probs(whole, torch.ones_like(whole, dtype=torch.bool), 10.0)
+        result["rewards"][name] = {
+            "best crop (amo)": {v: online[i] / 400 for i, v in enumerate(sets.versions)},
+            "best whole patch": {v: (whole.argmax(1) == i).double().mean().item() for i, v in enumerate(sets.versions)},
+            "probability (sma)": dict(zip(sets.versions, soft.mean(0).tolist()))}
+    runs.save_json(file, result)
+
+
+def make_test(args):
+    """WORK/test/{gt,lq}: the test photos, cut to a multiple of 4, and each once degraded by two rounds with a seed of its own."""
+    for folder in args.test_photos:
+        for i, (stem, path) in enumerate(data.list_images(folder).items()):
+            name = f"{folder.name}_{stem}.png"
+            gt = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+            gt = gt[..., :gt.shape[2] // 4 * 4, :gt.shape[3] // 4 * 4]
+            if not (args.work / "test" / "lq" / name).exists():
+                data.save_image(args.work / "test" / "gt" / name, gt[0])
+                seeds = [[runs.sample_seed(0, k, i, folder.name)] for k in (0, 1)]
+                data.save_image(args.work / "test" / "lq" / name, degradations.degrade(gt, "two-round", *seeds)[0])
+
+
+# Stage 3: the queue
+
+def plan(args):
+    """-> {name of the run: flags of train.py}, seed by seed."""
+    queue = {}
+    for seed in args.seeds:
+        for sampler in ("orig", "rand"):
+            queue[f"{sampler}-{seed}"] = ["--sampler", sampler, "--reward", "none", "--seed", seed]
+        for reward in args.rewards:
+            for sampler in ("sma", "amo"):
+                queue[f"{sampler}-{reward.partition(':')[0]}-{seed}"] = ["--sampler", sampler, "--reward", reward, "--seed", seed]
+    return queue
+
+
+def evaluate(args, weights, out, metrics, baselines=()):
+    call(out.with_suffix(".log"), "evaluate.py", *(["--weights", weights] if weights else []), "--lq", args.work / "test" / "lq", "--gt",
+         args.work / "test" / "gt", "--baselines", *baselines, "--metrics", *metrics, "--metric-weights", *metric_files(args, metrics), "--out-json", out)
+    return json.loads(out.read_text())
+
+
+def one_run(args, name, words):
+    """Train, evaluate, write RESULTS/<name>.json; continues an interrupted training."""
+    run = args.work / "runs" / name
+    call(run.with_suffix(".log"), "train.py", "--data", args.work / "set", "--init", args.init, "--vgg-weights", args.vgg_weights, *TRAIN, *words,
+         "--score-cache", args.work / "scores", "--device", "cpu", "--out", run, "--resume", "auto")
+    judged = evaluate(args, run, run.with_suffix(".json"), [*args.rewards, *args.unseen, *flags.WITH_REFERENCE])
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    runs.save_json(args.results / f"{name}.json", {
+        "train": TRAIN + list(map(str, words)), **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")},
+        "picked": [e["picked"] for e in events if "picked" in e][-1], "scores": judged["scores"][name]})
+
+
+def queue(args):
+    before = args.results / "before.json"
+    if not before.exists():                                                       # the rows without a run: references, bicubic, start
+        metrics = [*args.rewards, *args.unseen, *flags.WITH_REFERENCE]
+        judged = evaluate(args, args.init, args.work / "before.json", metrics, ["bicubic", "reference"])
+        runs.save_json(before, judged | {"scores": {k.replace(args.init.stem, "start"): v for k, v in judged["scores"].items()}})
+    todo = [(name, partial(one_run, args, name, words)) for name, words in plan(args).items() if not (args.results / f"{name}.json").exists()]
+    parallel(args.jobs, todo)
+    parallel(args.jobs, [(name, partial(slow, args, name)) for name in ["before", *plan(args)]])
+
+
+def slow(args, name):
+    """Add the slow metrics to RESULTS/<name>.json."""
+    file = args.results / f"{name}.json"
+    record = json.loads(file.read_text())
+    rows = record["scores"] if name == "before" else {name: record["scores"]}
+    if not args.slow or all(m in s for images in rows.values() for s in images.values() for m in args.slow):
+        return
+    weights, baselines = (args.init, ["bicubic", "reference"]) if name == "before" else (args.work / "runs" / name, [])
+    judged = evaluate(args, weights, args.work / "runs" / f"{name}-slow.json", args.slow, baselines)
+    for row, images in rows.items():
+        for stem, scores in images.items():
+            scores |= judged["scores"][args.init.stem if row == "start" else row][stem]
+    runs.save_json(file, record | {"lower_is_better": record["lower_is_better"] | judged["lower_is_better"]})
+
+
+# Stage 4: tables and picture
+
+def report(args):
+    results = {name: json.loads((args.results / f"{name}.json").read_text()) for name in ["before", *plan(args)]}
+    lower = results["before"]["lower_is_better"]
+    metrics = [m for m in [*args.rewards, *args.unseen, *args.slow, *flags.WITH_REFERENCE] if m in lower]
+    stems = sorted(results["before"]["scores"]["start"])
+    samplers = list(dict.fromkeys(name.rpartition("-")[0] for name in plan(args)))
+    value = lambda scores: np.array([[scores[stem][m] for m in metrics] for stem in stems])                # (images, metrics)
+    before = {row: value(scores) for row, scores in results["before"]["scores"].items()}
+    after = {s: np.stack([value(results[f"{s}-{seed}"]["scores"]) for seed in args.seeds]) for s in samplers}   # (seeds, images, metrics)
+    summary = {"command": sys.argv, **runs.describe_machine(), "images": len(stems), "seeds": args.seeds, "metrics": metrics, "lower_is_better": lower,
+               "mean": {row: v.mean(0).tolist() for row, v in before.items()} | {s: v.mean((0, 1)).tolist() for s, v in after.items()},
+               "seed_means": {s: v.mean(1).tolist() for s, v in after.items()}, "differences": {},
+               "picked": {s: shares(results[f"{s}-{seed}"]["picked"] for seed in args.seeds) for s in samplers}}
+    first = args.rewards[0].partition(":")[0]
+    chain = ["orig", "rand", f"sma-{first}", f"amo-{first}"]
+    pairs = [*zip(chain[1:], chain), (chain[3], "orig")]
+    pairs += [(f"{s}-{r.partition(':')[0]}", "orig") for r in args.rewards[1:] for s in ("sma", "amo")]
+    for a, b in pairs:
+        summary["differences"][f"{a} - {b}"] = {m: difference(after[a][..., k], after[b][..., k]) for k, m in enumerate(metrics)}
+    runs.save_json(args.results.with_suffix(".json"), summary)
+    print(tables(summary, args))
+    picture(args, stems, [f"{s}-{args.seeds[0]}" for s in (chain[0], chain[1], chain[3])])
+
+
+def shares(counts):
+    """[{version: times chosen}] of several runs -> {version: share}"""
+    total = sum(map(Counter, counts), Counter())
+    return {version: n / sum(total.values()) for version, n in total.items()}
+
+
+def difference(a, b):
+    """a, b (seeds, images) -> mean of a - b, its 95 % interval over images, the seeds' means, and the verdict."""
+    delta = a - b
+    interval = stats.bootstrap((delta.mean(0),), np.mean, method="BCa", n_resamples=9999, rng=np.random.default_rng(0)).confidence_interval
+    seeds = delta.mean(1)
+    sign = np.sign(delta.mean())
+    clear = interval.low * interval.high > 0 and (np.sign(seeds) == sign).all()
+    return {"mean": delta.mean(), "low": interval.low, "high": interval.high, "seeds": seeds.tolist(),
+            "verdict": ("higher" if sign > 0 else "lower") if clear else "no evidence"}
+
+
+def tables(summary, args):
+    """The Markdown that README shows."""
+    metrics, lower = summary["metrics"], summary["lower_is_better"]
+    digits = [3 if all(abs(v[k]) < 2 for v in summary["mean"].values()) else 2 for k in range(len(metrics))]
+    head = "| " + " | ".join(["", *(f"{SHOWN.get(m, m)} {'↓' if lower[m] else '↑'}" for m in metrics)]) + " |\n" + "|---" * (len(metrics) + 1) + "|"
+    lines = [head]
+    for row, mean in summary["mean"].items():
+        spread = np.std(summary["seed_means"][row], axis=0, ddof=1) if row in summary["seed_means"] and len(args.seeds) > 1 else None
+        cells = [f"{v:.{d}f}" + (f" ± {spread[k]:.{d}f}" if spread is not None else "") for k, (v, d) in enumerate(zip(mean, digits))]
+        lines.append("| " + " | ".join([row, *cells]) + " |")
+    lines += ["", head]
+    for pair, values in summary["differences"].items():
+        cells = [f"{'**' * (v['verdict'] != 'no evidence')}{v['mean']:+.{d}f}{'**' * (v['verdict'] != 'no evidence')} "
+                 f"[{v['low']:+.{d}f}, {v['high']:+.{d}f}]" for v, d in zip((values[m] for m in metrics), digits)]
+        lines.append("| " + " | ".join([pair, *cells]) + " |")
+    versions = list(next(iter(summary["picked"].values())))
+    lines += ["", "| | " + " | ".join(versions) + " |", "|---" * (len(versions) + 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join([s, *(f"{picked.get(v, 0):.0%}" for v in versions)]) + " |" for s, picked in summary["picked"].items()])
+
+
+@torch.no_grad()
+def picture(args, stems, names, rows=4, side=128):
+    """RESULTS.png: the middle of every fourth test image: LR, the named runs, reference, enlarged twice."""
+    nets = {name: archs.load_x4(args.work / "runs" / name, "--work")[0] for name in names}
+    cells = []
+    for stem in stems[::max(1, len(stems) // rows)][:rows]:
+        gt, lq = (data.load_image(args.work / "test" / kind / f"{stem}.png")[None].float() / 255 for kind in ("gt", "lq"))
+        images = {"LR": lq.repeat_interleave(4, 2).repeat_interleave(4, 3)}
+        images |= {name.rpartition("-")[0]: archs.upscale_tiled(net, lq).clamp(0, 1) for name, net in nets.items()} | {"reference": gt}
+        y, x = ((n - side) // 2 for n in gt.shape[2:])
+        cells.append([(image[0, :, y:y + side, x:x + side].repeat_interleave(2, 1).repeat_interleave(2, 2), name) for name, image in images.items()])
+    data.save_grid(args.results.with_suffix(".png"), cells)
+
+
+def main(args):
+    if not args.vgg_weights.is_file():
+        raise FileNotFoundError(f"--vgg-weights {args.vgg_weights}: no such file; here: python ../shared/tools/vgg19_for_torchvision.py {args.vgg_weights}")
+    for path in [*args.photos, *args.test_photos, *args.enhancers, args.init]:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: not there; see --help for the flag that names another")
+    for stage in STAGES:
+        if stage in args.stages:
+            print(f"== {stage}", flush=True)
+            {"shrink": shrink, "data": prepare, "runs": queue, "report": report}[stage](args)
+
+
+if __name__ == "__main__":
+    runs.cli(lambda: main(ARGS))
