@@ -133,14 +133,14 @@ def shrink(args):
     file = args.results.with_name(args.results.name + "-shrink.json")
     if file.exists():
         return
-    folder = lambda soften, f: args.work / "shrink" / f"soften{soften}-{f}"
+    folder = lambda soften, f: args.work / "shrink" / f"soften{soften}-shrink{f}"
     tasks = []
     for soften, every, patch in SOFTENED:
         photos = link_photos(args.photos, every, args.work / "shrink" / f"photos-{every}")
         for f in SHRINKS:
             words = ["--photos", photos, "--enhancers", *args.enhancers, "--out", folder(soften, f), "--shrink", f, "--soften", soften,
                      "--patch", patch, "--step", patch, "--jitter", 0, "--min-std", 0, "--min-laplacian", 0, "--min-change", 0]
-            tasks.append((f, partial(call, folder(soften, f).with_suffix(".log"), "make_quintuplets.py", *words)))
+            tasks.append((f, partial(call, folder(soften, f).with_name(folder(soften, f).name + ".log"), "make_quintuplets.py", *words)))
     parallel(args.jobs, tasks[::-1])                                              # the longest first
     words = dict(w.split("=", 1) for w in args.metric_weights)
     judges = {m: iqa.create_metric(m, "cpu", words.get(m)) for m in [*args.unseen, args.rewards[0]]}
@@ -320,11 +320,12 @@ def shares(counts):
 def difference(a, b):
     """a, b (seeds, images) -> mean of a - b, its 95 % interval over images, the seeds' means, and the verdict."""
     delta = a - b
-    interval = stats.bootstrap((delta.mean(0),), np.mean, method="BCa", n_resamples=9999, rng=np.random.default_rng(0)).confidence_interval
-    seeds = delta.mean(1)
+    images, seeds, low, high = delta.mean(0), delta.mean(1), delta.mean(), delta.mean()
+    if np.ptp(images) > 1e-9:                                                      # else the bootstrap is degenerate
+        low, high = stats.bootstrap((images,), np.mean, method="BCa", n_resamples=9999, rng=np.random.default_rng(0)).confidence_interval
     sign = np.sign(delta.mean())
-    clear = interval.low * interval.high > 0 and (np.sign(seeds) == sign).all()
-    return {"mean": delta.mean(), "low": interval.low, "high": interval.high, "seeds": seeds.tolist(),
+    clear = low * high > 0 and (np.sign(seeds) == sign).all()
+    return {"mean": float(delta.mean()), "low": float(low), "high": float(high), "seeds": seeds.tolist(),
             "verdict": ("higher" if sign > 0 else "lower") if clear else "no evidence"}
 
 

@@ -66,6 +66,16 @@ def quintuplets(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def vgg_file(tmp_path_factory):
+    """The features of torchvision's vgg19 with random weights, as --vgg-weights takes them."""
+    from torchvision.models import vgg19
+    file = tmp_path_factory.mktemp("vgg19") / "vgg19.pth"
+    torch.manual_seed(1)
+    torch.save(vgg19(weights=None).features.state_dict(), file)
+    return file
+
+
 @pytest.fixture
 def script(rewards):
     """Run one of the repository's scripts as a user would: script("train.py", "--demo", ...) -> CompletedProcess."""

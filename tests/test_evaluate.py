@@ -1,6 +1,7 @@
 """evaluate.py: PSNR against scikit-image, the table's arithmetic, the files it leaves, and its refusals."""
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,72 @@ def test_psnr_is_scikit_images_after_hggts_crop():
     a, b = torch.rand(2, 3, 40, 36), torch.rand(2, 3, 40, 36)
     for value, x, y in zip(iqa.psnr(a, b).tolist(), a.numpy(), b.numpy()):
         assert value == pytest.approx(peak_signal_noise_ratio(y[:, 4:-4, 4:-4].astype("float64"), x[:, 4:-4, 4:-4].astype("float64"), data_range=1), rel=1e-9)
+
+
+@pytest.mark.fast
+def test_ssim_is_the_colour_ssim_of_pyiqa_after_hggts_crop():
+    from pyiqa import create_metric
+    a, b = torch.rand(2, 3, 48, 40), torch.rand(2, 3, 48, 40)
+    b = (a + 0.2 * b) / 1.2
+    theirs = create_metric("ssimc", device=torch.device("cpu"))(a[..., 4:-4, 4:-4], b[..., 4:-4, 4:-4])
+    assert iqa.ssim(a, b).tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
+    assert iqa.ssim(a, a).tolist() == [1, 1]
+    with pytest.raises(ValueError, match="SSIM of an output"):
+        iqa.ssim(torch.rand(1, 3, 18, 18), torch.rand(1, 3, 18, 18))
+
+
+@pytest.mark.fast
+def test_flat_hf_sees_a_grid_in_flat_places_and_only_there():
+    y, x = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
+    ramp = (0.3 + 0.2 * x / 128 + 0.1 * y / 128).expand(1, 3, -1, -1)             # flat on the left, busy on the right
+    gt = ramp + (x >= 64) * 0.2 * torch.sin(2 * torch.pi * x / 32)
+    grid = 0.02 * torch.cos(2 * torch.pi * x / 4) * torch.cos(2 * torch.pi * y / 4)      # what an x4 pixel shuffle leaves
+    clean, gridded = iqa.flat_hf(gt, gt).item(), iqa.flat_hf(gt + grid, gt).item()
+    assert clean < 0.01 and gridded > 0.5
+    assert iqa.flat_hf(gt + (x >= 96) * grid, gt).item() == pytest.approx(clean, abs=1e-6)
+    smooth = gt + 0.05 * torch.cos(2 * torch.pi * x / 16)                         # one cycle per block: not high
+    assert iqa.flat_hf(smooth, gt).item() < 0.02
+    with pytest.raises(ValueError, match="more than 64 pixels"):
+        iqa.flat_hf(gt[..., :64], gt[..., :64])
+
+
+@pytest.mark.fast
+def test_flat_hf_by_hand():
+    sr, gt = torch.rand(1, 3, 96, 80), torch.rand(1, 3, 96, 80)
+    gt[..., 32:48, 48:64] = 0.5                                                   # 4 x 3 blocks, of which the 3 flattest count
+    grey = lambda image: (255 * image[0].double() * torch.tensor([.299, .587, .114], dtype=torch.float64).view(3, 1, 1)).sum(0).numpy()
+    blocks = [(grey(gt)[r:r + 16, c:c + 16].std(), grey(sr)[r:r + 16, c:c + 16]) for r in range(16, 80, 16) for c in range(16, 64, 16)]
+    high = total = 0.0
+    for _, block in sorted(blocks, key=lambda b: b[0])[:3]:
+        window = np.outer(np.hanning(16), np.hanning(16))
+        power = np.abs(np.fft.fft2((block - block.mean()) * window)) ** 2
+        total += power.sum()
+        high += sum(power[i, j] for i in range(16) for j in range(16) if max(min(i, 16 - i), min(j, 16 - j)) >= 4)
+    assert iqa.flat_hf(sr, gt).item() == pytest.approx(high / total, rel=1e-6)
+
+
+@pytest.mark.fast
+def test_baselines_are_rows_of_their_own_and_the_reference_is_no_rival(pairs, capsys):
+    result = call(pairs, "--metrics", "psnr", "ssim", "--baselines", "reference")
+    assert list(result["mean"]) == ["reference", "net"]
+    assert result["mean"]["reference"]["psnr"] == 100 and result["mean"]["reference"]["ssim"] == pytest.approx(1)
+    table = capsys.readouterr().out.splitlines()
+    assert "**" not in table[2] and table[3].count("**") == 4
+    assert list(call(pairs, "--baselines")["mean"]) == ["net"]
+    for flags, said in ((["--lq", "x", "--metrics", "ranker", "--baselines"], "nothing to score"), (["--lq", "x", "--baselines", "reference", "--metrics", "ranker"], "needs --gt"),
+                        (["--lq", "x", "--metrics", "ranker", "flat_hf"], "flat_hf: compared with references")):
+        with pytest.raises(SystemExit):
+            evaluate.parse_args(flags)
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.fast
+def test_vgg_is_the_loss_of_training_as_a_distance(pairs, vgg_file):
+    result = call(pairs, "--metrics", "vgg", "--metric-weights", f"vgg={vgg_file}")
+    loss, (sr, gt) = archs.VGGFeatureLoss(vgg_file), (data.load_image(pairs / d / "0.png")[None].float() / 255 for d in ("lq", "gt"))
+    sr = torch.nn.functional.interpolate(sr, scale_factor=4, mode="bicubic").clamp(0, 1).mul(255).round() / 255
+    assert result["scores"]["bicubic"]["0"]["vgg"] == pytest.approx(loss(sr, gt).item(), rel=1e-5)
+    assert result["lower_is_better"] == {"vgg": True}
 
 
 @pytest.mark.fast

@@ -18,6 +18,7 @@ import iqa
 import make_quintuplets
 import prepare
 import runs
+import train
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_patches_lie_on_hggts_grid_inside_the_photo():
     assert len({a - y for (a, _), (y, _) in zip(found, grid)}) > 3
 
 
-def test_own_photos_become_a_set_that_verify_accepts_and_train_reads(photos, enhancers, tmp_path, capsys):
+def test_own_photos_become_a_set_that_verify_accepts(photos, enhancers, tmp_path, capsys):
     build(photos, enhancers[:2], tmp_path / "mine")
     said = capsys.readouterr().out
     for text in ("1 not an image", "1 near-duplicate", "1 grey", "1 too small"):
@@ -146,6 +147,23 @@ def test_own_photos_become_a_set_that_verify_accepts_and_train_reads(photos, enh
     photo = data.load_image(photos / f"{name}.png")[:, int(row):int(row) + 64, int(column):int(column) + 64]
     assert torch.equal(data.load_image(sets.path(sets.stems[-1])), photo)
     assert data.load_image(tmp_path / "mine" / "contact.png").shape[2] == 3 * 64 + 2 * 4
+
+
+@pytest.mark.parametrize("versions, sampler", [(1, "amo"), (6, "amo"), (6, "sma"), (6, "rand")])
+def test_one_or_six_enhanced_versions_are_trained_on(photos, enhancers, tmp_path, versions, sampler):
+    """The first enhancer, and mixtures of the first two: from photographs to a step of the generator, every version within reach."""
+    first, second = (archs.load_generator(path)[0].state_dict() for path in enhancers[:2])
+    files = [tmp_path / f"mix{k}.pth" for k in range(versions)]
+    for k, file in enumerate(files):
+        runs.save_weights(file, {name: torch.lerp(first[name], second[name], k / 5) for name in first})
+    build(photos, files, tmp_path / "mine")
+    train.main(train.parse_args(list(map(str, [
+        "--data", tmp_path / "mine", "--arch", "compact-small", "--init", enhancers[0], "--sampler", sampler, "--reward", "ranker", "--lambda-p", 0,
+        "--crop", 32, "--d-features", 4, "--batch-size", 14, "--group-size", 7, "--pool-size", 0, "--total-steps", 2, "--log-every", 1, "--workers", 0, "--device", "cpu",
+        "--score-cache", tmp_path / "scores", "--out", tmp_path / "run"]))))
+    picked = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "picked" in line][-1]["picked"]
+    assert list(picked) == ["original", *(f"{k:02d}" for k in range(1, versions + 1))] and sum(picked.values()) == 28
+    assert sampler != "rand" or sum(count > 0 for count in picked.values()) >= 5
 
 
 def test_an_enhanced_version_is_shrunk_super_resolved_and_brought_back(photos, enhancers, tmp_path):

@@ -253,18 +253,13 @@ def test_options_run_to_finite_losses(quintuplets, init, rewards, tmp_path, more
     assert all(0 < e["pix"] < 10 for e in events(tmp_path / "run"))
 
 
-def test_perceptual_loss_enters_the_objective(quintuplets, init, rewards, tmp_path):
-    vgg = pytest.importorskip("torchvision").models.vgg19(weights=None).features
-    torch.save(vgg.state_dict(), tmp_path / "vgg.pth")
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=1, lambda_p=1, vgg_weights=tmp_path / "vgg.pth")))
+def test_perceptual_loss_enters_the_objective(quintuplets, init, rewards, vgg_file, tmp_path):
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=1, lambda_p=1, vgg_weights=vgg_file)))
     assert events(tmp_path / "run")[-1]["percep"] > 0
 
 
-def test_two_steps_written_out_by_hand(quintuplets, init, rewards, tmp_path, monkeypatch):
+def test_two_steps_written_out_by_hand(quintuplets, init, rewards, vgg_file, tmp_path, monkeypatch):
     """Eq. 1 with its weights, USM targets for L1 and VGG only, clipping, the halved rate, D's labels, EMA: plain torch gives the same nets."""
-    vgg_file = tmp_path / "vgg.pth"
-    torch.manual_seed(1)
-    torch.save(pytest.importorskip("torchvision").models.vgg19(weights=None).features.state_dict(), vgg_file)
     pairs, make_pair = [], train.make_pair
     monkeypatch.setattr(train, "make_pair", lambda *a: pairs.append(make_pair(*a)) or pairs[-1])
     train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, sampler="orig", usm=True, lambda_l1=2, lambda_p=0.5,
