@@ -1,4 +1,4 @@
-"""What do the ground-truth samplers bring on photographs that nobody labelled? The first experiment, on two CPU cores.
+"""What do the ground-truth samplers bring on photographs that nobody labelled? The first experiment, in one resumable queue.
 
     PYTHONPATH=../shared/tools python experiment.py [shrink] [data] [runs] [report]      all four without a word; continues where it stopped
 
@@ -11,10 +11,12 @@ The analysis was fixed before the runs. All runs start from the same weights and
 only the ground truth differs. A difference between two samplers is the mean over test images of (mean over seeds of A - the same of B), with a 95 %
 bootstrap interval (BCa, 9999 resamples) over the images. It `holds` in its direction when the interval excludes zero and every seed has that sign; all else
 is `no evidence`. The paper's ordering is the hypothesis: no-reference quality orig < rand < sma < amo, PSNR the reverse.
-The shrink factor: per photo and metric (NIQE, BRISQUE, PIQE), does some version beat the original? The factors whose mean share is within .05 of
-the best are as good; of these the one with the highest PSNR of the versions to the original is the default.
+The shrink factor's rule, fixed likewise: per photo and metric (NIQE, BRISQUE, PIQE), does some version beat the original? The factors whose mean
+share is within .05 of the best are as good; of these the one with the highest PSNR of the versions to the original wins. That is .25, and it was overruled
+after looking: see README. The default is .75.
 """
 import argparse
+import shlex
 from pathlib import Path
 
 import flags
@@ -50,11 +52,15 @@ def parse_args(argv=None):
     p.add_argument("--vgg-weights", type=Path, metavar="FILE", default=Path("runs/vgg19.pth"),
                    help="VGG19, for the loss and the distance (../shared/tools/vgg19_for_torchvision.py makes it)")
     p.add_argument("--seeds", type=flags.COUNT, nargs="+", default=[0, 1, 2])
+    p.add_argument("--train", default="", metavar="'FLAGS'", help="further flags of train.py, for example a GPU's: '--crop 256 --batch-size 48 "
+                   "--group-size 12 --d-features 64 --total-steps 20000 --milestones 15000'")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of training and evaluation")
     p.add_argument("--jobs", type=flags.SIZE, default=2, help="processes at a time, each with one thread")
     p.add_argument("--work", type=Path, default=Path("runs/experiment"), help="photos, quintuplets, runs and logs")
     p.add_argument("--results", type=Path, default=Path("results/experiment"), help="one JSON file per run; tables beside it")
     args = p.parse_args(argv)
     args.stages = args.stages or list(STAGES)
+    args.train = TRAIN + shlex.split(args.train)
     if set(args.stages) - set(STAGES):
         p.error(f"stages are {', '.join(STAGES)}; got {' '.join(args.stages)}")
     return args
@@ -67,7 +73,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 
 import numpy as np
@@ -86,11 +92,12 @@ SHOWN = {"cnniqa_live:build": "CNNIQA-LIVE", "niqe": "NIQE", "brisque": "BRISQUE
          "vgg": "VGG distance", "flat_hf": "flat HF share"}
 
 
-def call(log, script, *words):
-    """One of this repository's scripts, in a process of its own with one thread; its output goes to the file `log`."""
+def call(log, script, *words, processes=1):
+    """One of this repository's scripts, in one or more processes with one thread each; its output goes to the file `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     with open(log, "a") as out:
-        done = subprocess.run([sys.executable, str(runs.REPO / script), *map(str, words), "--threads", "1"], stdout=out, stderr=out,
+        done = subprocess.run([sys.executable, *launch, str(runs.REPO / script), *map(str, words), "--threads", "1"], stdout=out, stderr=out,
                               env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
     if done.returncode:
         last = (log.read_text().strip().splitlines() or ["no output"])[-1]
@@ -102,7 +109,7 @@ def parallel(jobs, tasks):
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), unit="job") as bar:
         futures = [pool.submit(task) for _, task in tasks]
         try:
-            for future in futures:
+            for future in as_completed(futures):
                 future.result()
                 bar.update()
         except BaseException:
@@ -186,14 +193,15 @@ def best_shrink(rows):
 
 def prepare(args):
     photos = link_photos(args.photos, 1, args.work / "photos")
-    call(args.work / "quintuplets.log", "make_quintuplets.py", "--photos", photos, "--enhancers", *args.enhancers, "--out", args.work / "set", *QUINTUPLETS)
+    call(args.work / "quintuplets.log", "make_quintuplets.py", "--photos", photos, "--enhancers", *args.enhancers, "--out", args.work / "set", *QUINTUPLETS,
+         processes=args.jobs)
     make_test(args)
     file = args.results.with_name(args.results.name + "-picks.json")
     if file.exists():
         return
     sets = data.find_sets(args.work / "set", "Train")
     world, seeds = runs.start_world("cpu", args.jobs), partial(runs.sample_seed, args.seeds[0])
-    word = lambda flag: int(TRAIN[TRAIN.index(flag) + 1])
+    word = lambda flag: int(args.train[len(args.train) - args.train[::-1].index(flag)])                  # the last one counts
     crops = data.TrainingSet(sets, "amo", seeds, word("--batch-size"), word("--group-size"), word("--crop"), word("--load-size"))
     record = json.loads((args.work / "set" / "quintuplets.json").read_text())
     result = {"command": sys.argv, **runs.describe_machine(), "sets": len(sets.stems), "photos": len(record["photos"]), "dropped": record["dropped"],
@@ -243,19 +251,20 @@ def plan(args):
 
 def evaluate(args, weights, out, metrics, baselines=()):
     call(out.with_suffix(".log"), "evaluate.py", *(["--weights", weights] if weights else []), "--lq", args.work / "test" / "lq", "--gt",
-         args.work / "test" / "gt", "--baselines", *baselines, "--metrics", *metrics, "--metric-weights", *metric_files(args, metrics), "--out-json", out)
+         args.work / "test" / "gt", "--baselines", *baselines, "--metrics", *metrics, "--metric-weights", *metric_files(args, metrics), "--out-json", out,
+         "--device", args.device)
     return json.loads(out.read_text())
 
 
 def one_run(args, name, words):
     """Train, evaluate, write RESULTS/<name>.json; continues an interrupted training."""
     run = args.work / "runs" / name
-    call(run.with_suffix(".log"), "train.py", "--data", args.work / "set", "--init", args.init, "--vgg-weights", args.vgg_weights, *TRAIN, *words,
-         "--score-cache", args.work / "scores", "--device", "cpu", "--out", run, "--resume", "auto")
+    call(run.with_suffix(".log"), "train.py", "--data", args.work / "set", "--init", args.init, "--vgg-weights", args.vgg_weights, *args.train, *words,
+         "--score-cache", args.work / "scores", "--device", args.device, "--out", run, "--resume", "auto")
     judged = evaluate(args, run, run.with_suffix(".json"), [*args.rewards, *args.unseen, *flags.WITH_REFERENCE])
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     runs.save_json(args.results / f"{name}.json", {
-        "train": TRAIN + list(map(str, words)), **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")},
+        "train": args.train + list(map(str, words)), **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")},
         "picked": [e["picked"] for e in events if "picked" in e][-1], "scores": judged["scores"][name]})
 
 

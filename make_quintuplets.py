@@ -44,8 +44,9 @@ def parse_args(argv=None):
     g = p.add_argument_group("photographs of one's own")
     g.add_argument("--photos", type=Path, metavar="DIR", help="folder of photographs")
     g.add_argument("--enhancers", type=Path, nargs="+", metavar="FILE", help="x4 checkpoints, one per enhanced version (HGGT has four)")
-    g.add_argument("--shrink", type=flags.number(float, 0, 1, above=True), default=0.375,
-                   help="the enhancers see the photo reduced to this share of its sides (CHOICE; .25: as large as they return it)")
+    g.add_argument("--shrink", type=flags.number(float, 0, 1, above=True), default=0.75,
+                   help="the enhancers see the photo reduced to this share of its sides (CHOICE, measured by experiment.py; .25: nine times "
+                        "faster, but what they invent is then no longer what the photo shows)")
     g.add_argument("--soften", type=flags.number(float, 1, 4), default=1.0,
                    help="enlarge the photos by this factor first, for photos so sharp that nothing can be enhanced; 1: off")
     g.add_argument("--patch", type=flags.number(int, 32), default=512, help="side of a patch in pixels (HGGT)")

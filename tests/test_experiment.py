@@ -112,6 +112,6 @@ def test_a_whole_experiment_in_small(tmp_path, vgg_file, monkeypatch):
     assert all(sum(shares.values()) == pytest.approx(1) for shares in picks.values())
     assert [row["shrink"] for row in json.loads((out / "exp-shrink.json").read_text())["rows"]] == [0.25, 0.5]
     assert data.load_image(out / "exp.png").shape[2] == 5 * 256 + 4 * 4
-    monkeypatch.setattr(experiment, "call", lambda log, script, *words: script == "make_quintuplets.py" or pytest.fail(f"{script} again"))
+    monkeypatch.setattr(experiment, "call", lambda log, script, *words, **more: script == "make_quintuplets.py" or pytest.fail(f"{script} again"))
     experiment.main(args)
     assert json.loads((out / "exp.json").read_text())["mean"] == summary["mean"]
