@@ -222,7 +222,7 @@ def test_what_cannot_become_a_set_is_refused_in_one_line(photos, enhancers, tmp_
     refused("was not made by this script", out=tmp_path)
     refused("no photo is left .*too small", "--patch", 512)
     refused("no set is left .*flat", "--min-std", 200)
-    refused("begun with other settings .*shrink 0.375 -> 0.5", "--shrink", 0.5, "--min-std", 200)
+    refused("begun with other settings .*shrink 0.75 -> 0.5", "--shrink", 0.5, "--min-std", 200)
     monkeypatch.setattr(data, "save_image", lambda path, image: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
     refused("No space left on device; what is there is whole", out=tmp_path / "full")
     monkeypatch.undo()
