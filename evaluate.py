@@ -72,8 +72,8 @@ def markdown(table, metrics, lower):
     best = {m: (min if lower[m] else max)(row[m] for row in rivals) for m in metrics}
     digits = {m: 3 if all(abs(row[m]) < 2 for row in table.values()) else 2 for m in metrics}
     cell = lambda row, m: "**" * (row[m] == best[m]) + f"{row[m]:.{digits[m]}f}" + "**" * (row[m] == best[m])
-    lines = ["| | " + " | ".join(f"{m} {'↓' if lower[m] else '↑'}" for m in metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(cell(row, m) for m in metrics) + " |" for name, row in table.items()])
+    return runs.markdown(["", *(f"{m} {'↓' if lower[m] else '↑'}" for m in metrics)],
+                         [[name, *(cell(row, m) for m in metrics)] for name, row in table.items()])
 
 
 @torch.no_grad()

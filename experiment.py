@@ -5,7 +5,7 @@
 shrink   enhanced versions of the photos at several shrink factors, judged by what no training here optimises: make_quintuplets.py's default
 data     quintuplets of the photos, low-resolution test images, and how often each reward picks each version before any training
 runs     orig, rand, sma, amo with the first reward, sma and amo with the others, every seed: train.py, then evaluate.py, one JSON file each
-report   RESULTS.json, RESULTS.png and the tables of README
+report   RESULTS.json, RESULTS.png, RESULTS-sets.png and the tables of README
 
 The analysis was fixed before the runs. All runs start from the same weights and see the same crops and degradations in the same order;
 only the ground truth differs. A difference between two samplers is the mean over test images of (mean over seeds of A - the same of B), with a 95 %
@@ -87,6 +87,7 @@ import data
 import degradations
 import iqa
 import runs
+from make_quintuplets import contact_sheet
 
 SHOWN = {"cnniqa_live:build": "CNNIQA-LIVE", "niqe": "NIQE", "brisque": "BRISQUE", "piqe": "PIQE", "ilniqe": "IL-NIQE", "psnr": "PSNR", "ssim": "SSIM",
          "vgg": "VGG distance", "flat_hf": "flat HF share"}
@@ -317,6 +318,9 @@ def report(args):
         summary["differences"][f"{a} - {b}"] = {m: difference(after[a][..., k], after[b][..., k]) for k, m in enumerate(metrics)}
     runs.save_json(args.results.with_suffix(".json"), summary)
     print(tables(summary, args))
+    sets = data.find_sets(args.work / "set", "Train")
+    shown = [stem for stem in sets.stems if stem.startswith(args.photos[0].name)]  # Kodak's photographs may be shown freely
+    contact_sheet(args.results.with_name(args.results.name + "-sets.png"), sets, shown, args.rewards, "cpu", rows=4)
     picture(args, stems, [f"{s}-{args.seeds[0]}" for s in (chain[0], chain[1], chain[3])])
 
 
@@ -339,23 +343,29 @@ def difference(a, b):
 
 
 def tables(summary, args):
-    """The Markdown that README shows."""
+    """The Markdown that README shows: shrink factors, what the rewards pick, metrics, differences, what the samplers picked."""
+    load = lambda what: json.loads(args.results.with_name(f"{args.results.name}-{what}.json").read_text())
+    percent = lambda counts: [f"{n:.0%}" for n in counts.values()]
+    parts = []
+    rows = load("shrink")["rows"]
+    judges = list(rows[0]["any"])
+    parts.append(runs.markdown(["soften", "shrink", *(SHOWN.get(m, m) for m in judges), "mean of unseen", "PSNR"],
+                               [[r["soften"], r["shrink"], *percent(r["any"]), f"{r['any_unseen']:.3f}", f"{r['psnr_mean']:.1f}"] for r in rows]))
+    picks = load("picks")["rewards"]
+    versions = list(picks[args.rewards[0]]["best crop (amo)"])
+    parts.append(runs.markdown(["", *versions], [[f"{SHOWN.get(reward, reward)}: {how}", *percent(p)] for reward, hows in picks.items() for how, p in hows.items()]))
+
     metrics, lower = summary["metrics"], summary["lower_is_better"]
     digits = [3 if all(abs(v[k]) < 2 for v in summary["mean"].values()) else 2 for k in range(len(metrics))]
-    head = "| " + " | ".join(["", *(f"{SHOWN.get(m, m)} {'↓' if lower[m] else '↑'}" for m in metrics)]) + " |\n" + "|---" * (len(metrics) + 1) + "|"
-    lines = [head]
-    for row, mean in summary["mean"].items():
-        spread = np.std(summary["seed_means"][row], axis=0, ddof=1) if row in summary["seed_means"] and len(args.seeds) > 1 else None
-        cells = [f"{v:.{d}f}" + (f" ± {spread[k]:.{d}f}" if spread is not None else "") for k, (v, d) in enumerate(zip(mean, digits))]
-        lines.append("| " + " | ".join([row, *cells]) + " |")
-    lines += ["", head]
-    for pair, values in summary["differences"].items():
-        cells = [f"{'**' * (v['verdict'] != 'no evidence')}{v['mean']:+.{d}f}{'**' * (v['verdict'] != 'no evidence')} "
-                 f"[{v['low']:+.{d}f}, {v['high']:+.{d}f}]" for v, d in zip((values[m] for m in metrics), digits)]
-        lines.append("| " + " | ".join([pair, *cells]) + " |")
-    versions = list(next(iter(summary["picked"].values())))
-    lines += ["", "| | " + " | ".join(versions) + " |", "|---" * (len(versions) + 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join([s, *(f"{picked.get(v, 0):.0%}" for v in versions)]) + " |" for s, picked in summary["picked"].items()])
+    head = ["", *(f"{SHOWN.get(m, m)} {'↓' if lower[m] else '↑'}" for m in metrics)]
+    spread = {row: np.std(v, axis=0, ddof=1) for row, v in summary["seed_means"].items() if len(v) > 1}
+    parts.append(runs.markdown(head, [[row, *(f"{v:.{d}f}" + (f" ± {spread[row][k]:.{d}f}" if row in spread else "")
+                                              for k, (v, d) in enumerate(zip(mean, digits)))] for row, mean in summary["mean"].items()]))
+    bold = lambda v: "**" * (v["verdict"] != "no evidence")
+    parts.append(runs.markdown(head, [[pair, *(f"{bold(v)}{v['mean']:+.{d}f}{bold(v)} [{v['low']:+.{d}f}, {v['high']:+.{d}f}]"
+                                               for v, d in zip((values[m] for m in metrics), digits))] for pair, values in summary["differences"].items()]))
+    parts.append(runs.markdown(["", *versions], [[s, *percent({v: picked.get(v, 0) for v in versions})] for s, picked in summary["picked"].items()]))
+    return "\n\n".join(parts)
 
 
 @torch.no_grad()

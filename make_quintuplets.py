@@ -354,20 +354,21 @@ def build(args, world):
         raise ValueError(f"{args.out}: no set is left ({', '.join(f'{n} {why}' for why, n in dropped.items() if n)}): "
                          "see --min-std, --min-laplacian, --min-change and --soften")
     runs.save_json(args.out / "quintuplets.json", result)
-    contact_sheet(args, world.device)
+    sets = data.find_sets(args.out, "Train")
+    contact_sheet(args.out / "contact.png", sets, sets.stems, [args.reward], world.device)
     return result
 
 
 @torch.no_grad()
-def contact_sheet(args, device, rows=6):
-    """OUT/contact.png: a few sets, every version with its score."""
-    sets, reward = data.find_sets(args.out, "Train"), iqa.create_reward([args.reward], device)
-    cells = []
-    for stem in sets.stems[::max(1, len(sets.stems) // rows)][:rows]:
+def contact_sheet(path, sets, stems, rewards, device, rows=6):
+    """PNG of a few of the sets `stems`, every version with its scores; * marks the best of each reward."""
+    rewards, cells = [iqa.create_reward([name], device) for name in rewards], []
+    for stem in stems[::max(1, len(stems) // rows)][:rows]:
         images = torch.stack([data.load_image(sets.path(stem, v)) for v in sets.versions])
-        scores = [reward(image[None].to(device).float() / 255).item() for image in images]
-        cells.append([(image, f"{v}:  {s:.1f}{' *' if s == max(scores) else ''}") for image, v, s in zip(images, sets.versions, scores)])
-    runs.write_atomic(args.out / "contact.png", lambda temporary: data.save_grid(temporary, cells))
+        scores = [[reward(image[None].to(device).float() / 255).item() for image in images] for reward in rewards]
+        told = ["  ".join(f"{s[i]:.1f}{' *' if s[i] == max(s) else ''}" for s in scores) for i in range(len(images))]
+        cells.append([(image, f"{v}:  {t}") for image, v, t in zip(images, sets.versions, told)])
+    runs.write_atomic(path, lambda temporary: data.save_grid(temporary, cells))
 
 
 def main(args):

@@ -237,6 +237,11 @@ def describe_machine():
     return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device}
 
 
+def markdown(head, rows):
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
 # The run folder
 
 def changes(before, now):

@@ -131,7 +131,7 @@ def test_lower_is_better_metrics_are_reported_in_native_units(pairs, monkeypatch
     result = call(pairs, "--metrics", "darkness:build")
     assert result["lower_is_better"] == {"darkness:build": True} and result["mean"]["net"]["darkness:build"] > 0
     lines = evaluate.markdown({"a": {"m": 1.0}, "b": {"m": 2.0}}, ["m"], {"m": True}).splitlines()
-    assert lines[0] == "| | m ↓ |" and "**1.00**" in lines[2] and "**" not in lines[3]
+    assert lines[0] == "|  | m ↓ |" and "**1.00**" in lines[2] and "**" not in lines[3]
 
 
 @pytest.mark.fast
