@@ -465,12 +465,10 @@ ARCHS = {  # name -> constructor of a generator; takes the keywords of its class
 
 # checkpoints
 
-def read_weights(path, key=None):
-    """State dict of a .pth, .pt or .safetensors file -> (state_dict on the CPU, key used).
+def read_file(path):
+    """What a .pth, .pt or .safetensors file holds, on the CPU, read without running code in it.
 
-    key: None takes "params_ema", else "params", else the file itself ("none"); naming one forces it. Floating-point tensors
-    become float32, a "module." prefix is dropped. Raises FileNotFoundError, and ValueError for a file that is damaged, lacks the
-    key or holds no state dict.
+    Raises FileNotFoundError, and ValueError for a file that is damaged or not made by torch.save.
     """
     path = Path(path)
     if not path.is_file():
@@ -485,10 +483,19 @@ def read_weights(path, key=None):
     else:
         damage, load = TORCH_DAMAGE, partial(torch.load, map_location="cpu", weights_only=True)
     try:
-        content = load(path)
+        return load(path)
     except damage as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise ValueError(f"{path}: not a readable weights file ({reason}); damaged, or not made by torch.save") from None
+
+
+def read_weights(path, key=None):
+    """State dict of a .pth, .pt or .safetensors file -> (state_dict on the CPU, key used).
+
+    key: None takes "params_ema", else "params", else the file itself ("none"); naming one forces it. Floating-point tensors
+    become float32, a "module." prefix is dropped. Raises as read_file, and ValueError for a file that lacks the key or holds no state dict.
+    """
+    content = read_file(path)
     content = content if isinstance(content, dict) else {}
     names = ", ".join(map(str, list(content)[:5])) or "nothing"
     key = key or next((k for k in ("params_ema", "params") if k in content), "none")

@@ -1,0 +1,140 @@
+"""Low-rank adapters on Linear and Conv2d layers (LoRA, Hu et al., ICLR 2022; paper Sec. 4.3 and 8.3), written out.
+
+    W' = W + scale * (alpha / rank) * B A         A (rank, columns), B (rows, rank), B = 0 at the start
+
+A layer's weight is seen as a matrix of `rows` = outputs and `columns` = everything else: a convolution's kernel (out, in / groups, k, k) is
+flattened to (out, in / groups * k * k), so `rank` bounds the rank of that matrix. minLoRA and peft do the same; loralib instead makes a
+(out * k) x (in * k) matrix of rank k * rank. The adapter is a parametrization of `weight` (torch.nn.utils.parametrize): layers need no
+change, stride, padding and groups no care, and the adapted network computes with the very weight that merging leaves behind.
+
+    names = add_lora(net, default_targets(net), rank=48)      freezes net, adapts the layers whose names match
+    save_lora("adapter.pth", net)                             A, B, rank, alpha, names and the base's hash; nothing else
+    load_lora(net, "adapter.pth", scale=0.7); merge_lora(net)
+"""
+import hashlib
+import math
+import re
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import archs
+import runs
+
+
+class LoRA(nn.Module):
+    """The parametrization of one weight: forward(weight) -> weight + scale * (alpha / rank) * (lora_B @ lora_A), in weight's shape."""
+
+    def __init__(self, weight, rank, alpha):
+        super().__init__()
+        self.lora_A = nn.Parameter(weight.new_empty(rank, weight[0].numel()))
+        self.lora_B = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))                    # CHOICE, as loralib: the paper does not say
+        self.factor, self.scale = alpha / rank, 1.0
+
+    def forward(self, weight):
+        return weight + (self.scale * self.factor) * (self.lora_B @ self.lora_A).view_as(weight)
+
+
+def add_lora(net, targets, rank, alpha=None):
+    """Freeze `net` and adapt every Linear and Conv2d whose dotted name matches the regular expression `targets`. -> their names
+
+    alpha: None is `rank`, so that the update is B A itself (CHOICE: the paper gives none). A is drawn from torch's global generator.
+    ValueError if rank < 1, nothing matches, a match is another kind of layer, or the net is adapted already.
+    """
+    if rank < 1:
+        raise ValueError(f"LoRA rank {rank}: must be at least 1")
+    if adapted(net):
+        raise ValueError("this network has LoRA adapters already: merge or remove them first")
+    found = {name: layer for name, layer in net.named_modules() if re.search(targets, name)}
+    other = [f"{name} ({type(layer).__name__})" for name, layer in found.items() if not isinstance(layer, (nn.Linear, nn.Conv2d))]
+    if not found or other:
+        raise ValueError(f"LoRA targets {targets!r} match " + (f"{other[0]}, which is neither Linear nor Conv2d" if other else
+                         f"no layer of {type(net).__name__}; its layers are called {', '.join(n for n, _ in named_layers(net))[:120]} ..."))
+    net.requires_grad_(False)
+    for layer in found.values():
+        parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank, alpha or rank))
+    return list(found)
+
+
+def default_targets(net):
+    """The layers that the paper adapts (Sec. 8.3), as a pattern of names: SwinIR's MLPs (72 layers), every convolution of RRDBNet's dense blocks (345).
+
+    CHOICE for SRVGGNetCompact, which the paper does not train: all convolutions but the first and the last, as in RRDBNet.
+    """
+    if isinstance(net, archs.SRVGGNetCompact):
+        return rf"^body\.(?!0$|{len(net.body) - 1}$)\d*[02468]$"                 # odd ones are PReLUs
+    return {archs.SwinIR: r"\.mlp\.fc[12]$", archs.RRDBNet: r"^body\.\d+\.rdb[123]\.conv[1-5]$"}[type(net)]
+
+
+def named_layers(net):
+    return [(name, layer) for name, layer in net.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+
+
+def adapted(net):
+    """{name of the layer: its LoRA}"""
+    return {name: layer.parametrizations.weight[0] for name, layer in named_layers(net)
+            if parametrize.is_parametrized(layer, "weight") and isinstance(layer.parametrizations.weight[0], LoRA)}
+
+
+def lora_parameters(net):
+    """All A and B: what an optimiser of the adapted net is given."""
+    return [p for lora in adapted(net).values() for p in lora.parameters()]
+
+
+def lora_state_dict(net):
+    """{"<layer>.lora_A": (rank, columns), "<layer>.lora_B": (rows, rank), ...}"""
+    return {f"{name}.{key}": value for name, lora in adapted(net).items() for key, value in lora.state_dict().items()}
+
+
+def base_state_dict(net):
+    """The state dict of the net without its adapters, under the names it has without them."""
+    state = {k: v for k, v in net.state_dict().items() if not re.search(r"\.parametrizations\.weight\.\d+\.lora_[AB]$", k)}
+    return {k.replace(".parametrizations.weight.original", ".weight"): v for k, v in state.items()}
+
+
+def base_hash(net):
+    """SHA-256 over names, shapes and values of the base's parameters: what an adapter belongs to."""
+    digest = hashlib.sha256()
+    names = {name.replace(".parametrizations.weight.original", ".weight") for name, _ in net.named_parameters()}
+    for key, value in sorted(base_state_dict(net).items()):
+        if key in names:                                                         # no buffers: SwinIR's depend on nothing learned
+            digest.update(f"{key} {tuple(value.shape)} ".encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_lora(path, net, ema=None):
+    """Write the adapters of `net`, and of its average `ema` as the ones to use if given, to one small file."""
+    lora = next(iter(adapted(net).values()))
+    state = {"lora": lora_state_dict(net), "rank": lora.lora_A.shape[0], "alpha": lora.factor * lora.lora_A.shape[0],
+             "targets": list(adapted(net)), "base_sha256": base_hash(net)}
+    if ema is not None:
+        state["lora_ema"] = lora_state_dict(ema)
+    runs.write_atomic(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_lora(net, path, scale=1.0):
+    """Adapt the plain net with the adapters (their average, where there is one) of a file that save_lora wrote.
+
+    scale: strength, 0 is the base, 1 the tuned net. ValueError for a file of another kind or an adapter of another base.
+    """
+    state = archs.read_file(path)
+    if not isinstance(state, dict) or not {"lora", "rank", "alpha", "targets", "base_sha256"} <= set(state):
+        raise ValueError(f"{path}: not a LoRA adapter of this repository")
+    if state["base_sha256"] != base_hash(net):
+        raise ValueError(f"{path}: this adapter belongs to another base (its weights have SHA-256 {state['base_sha256'][:12]}, "
+                         f"these {base_hash(net)[:12]})")
+    add_lora(net, "^(" + "|".join(map(re.escape, state["targets"])) + ")$", state["rank"], state["alpha"])
+    values = state.get("lora_ema", state["lora"])
+    for name, lora in adapted(net).items():
+        lora.load_state_dict({key: values[f"{name}.{key}"] for key in ("lora_A", "lora_B")})
+        lora.scale = scale
+
+
+def merge_lora(net, scale=None):
+    """Turn the adapters into plain weights, W + scale * (alpha / rank) * B A, in place; scale None keeps each adapter's own."""
+    for name, lora in adapted(net).items():
+        lora.scale = lora.scale if scale is None else scale
+        parametrize.remove_parametrizations(net.get_submodule(name), "weight", leave_parametrized=True)
+    return net

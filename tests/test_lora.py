@@ -1,0 +1,180 @@
+"""lora.py against peft, loralib and the formula written out; what it freezes, saves, merges and refuses."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import archs
+import lora
+
+NETS = ["swinir-small", "rrdbnet-small", "compact-small"]
+
+
+def build(name, seed=0):
+    torch.manual_seed(seed)
+    return archs.ARCHS[name]().eval()
+
+
+def fill(net, seed=1, size=0.05):
+    """Give every B values, or each test of an adapter would pass with nothing in it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for adapter in lora.adapted(net).values():
+            adapter.lora_B.copy_(size * torch.randn(adapter.lora_B.shape, generator=generator))
+    return net
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("arch, rank, layers, weights", [("swinir", 48, 72, 1_866_240), ("rrdbnet", 24, 345, 9_856_512), ("compact", 16, 32, None)])
+def test_the_papers_layers_ranks_and_sizes(arch, rank, layers, weights):
+    with torch.device("meta"):
+        net = archs.ARCHS[arch]()
+        names = lora.add_lora(net, lora.default_targets(net), rank)
+    assert len(names) == layers and weights in (None, sum(p.numel() for p in lora.lora_parameters(net)))
+    if arch == "compact":
+        assert "body.0" not in names and "body.66" not in names and names[0] == "body.2" and names[-1] == "body.64"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", NETS)
+def test_untouched_at_the_start_then_adapted_equals_merged_equals_the_formula(name):
+    plain, net, x = build(name), build(name), torch.rand(1, 3, 24, 16)
+    names = lora.add_lora(net, lora.default_targets(net), rank=3, alpha=6)
+    with torch.no_grad():
+        before = plain(x)
+        assert torch.equal(net(x), before)
+        fill(net)
+        after = net(x)
+        assert (after - before).abs().max() > 1e-4
+        values = {n: (a.lora_A.clone(), a.lora_B.clone()) for n, a in lora.adapted(net).items()}
+        merged = lora.merge_lora(copy.deepcopy(net))
+        assert (merged(x) - after).abs().max() < 1e-5
+        for n in names:                                                          # W + 6 / 3 * B A, laid out as the kernel is
+            weight = plain.get_submodule(n).weight
+            assert torch.allclose(merged.get_submodule(n).weight, weight + 2 * (values[n][1] @ values[n][0]).reshape(weight.shape), atol=1e-6)
+    assert set(merged.state_dict()) == set(plain.state_dict()) and not lora.adapted(merged)
+    archs.ARCHS[name]().load_state_dict(merged.state_dict())
+
+
+@pytest.mark.fast
+def test_linear_and_convolution_are_pefts():
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(8 * 16, 5))
+    ours, x = copy.deepcopy(net), torch.rand(2, 4, 8, 8)
+    theirs = get_peft_model(net, LoraConfig(r=3, lora_alpha=5, target_modules=["0", "2", "4"], lora_dropout=0.0))
+    lora.add_lora(ours, r"^[024]$", rank=3, alpha=5)
+    fill(ours, size=0.5)
+    with torch.no_grad():
+        for name, adapter in lora.adapted(ours).items():
+            layer = theirs.base_model.model.get_submodule(name)
+            layer.lora_A["default"].weight.copy_(adapter.lora_A.view_as(layer.lora_A["default"].weight))
+            layer.lora_B["default"].weight.copy_(adapter.lora_B.view_as(layer.lora_B["default"].weight))
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    for name, adapter in lora.adapted(ours).items():
+        layer = theirs.base_model.model.get_submodule(name)
+        assert torch.allclose(adapter.lora_A.grad, layer.lora_A["default"].weight.grad.view_as(adapter.lora_A), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(adapter.lora_B.grad, layer.lora_B["default"].weight.grad.view_as(adapter.lora_B), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.fast
+def test_loralibs_linear_is_ours_and_its_convolution_has_another_rank():
+    import loralib
+    torch.manual_seed(0)
+    theirs = loralib.Linear(12, 7, r=3, lora_alpha=5, merge_weights=False)
+    ours = nn.Linear(12, 7)
+    ours.load_state_dict({"weight": theirs.weight, "bias": theirs.bias})
+    net = nn.Sequential(ours)
+    lora.add_lora(net, "0", rank=3, alpha=5)
+    fill(net)
+    adapter = lora.adapted(net)["0"]
+    with torch.no_grad():
+        theirs.lora_A.copy_(adapter.lora_A)
+        theirs.lora_B.copy_(adapter.lora_B)
+    x = torch.rand(4, 12)
+    assert torch.allclose(net(x), theirs(x), atol=1e-6)
+    conv = loralib.Conv2d(32, 32, 3, r=2)
+    nn.init.normal_(conv.lora_B)
+    expanded = (conv.lora_B @ conv.lora_A).view(conv.conv.weight.shape).flatten(1)
+    net = nn.Sequential(nn.Conv2d(32, 32, 3))
+    lora.add_lora(net, "0", rank=2)
+    flattened = (lambda a: a.lora_B @ a.lora_A)(lora.adapted(fill(net))["0"])
+    assert torch.linalg.matrix_rank(expanded) > 2 and torch.linalg.matrix_rank(flattened) == 2
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("options", [dict(stride=2), dict(groups=2), dict(groups=4, stride=2, padding=1), dict(dilation=2, bias=False)])
+def test_strides_groups_and_dilation_merge(options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, **options))
+    lora.add_lora(net, "0", rank=2)
+    fill(net, size=0.5)
+    x = torch.rand(2, 4, 9, 9)
+    with torch.no_grad():
+        after = net(x)
+        assert torch.allclose(lora.merge_lora(net)(x), after, atol=1e-6) and type(net[0]) is nn.Conv2d
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", NETS)
+def test_gradients_reach_every_adapter_and_no_base_tensor_and_the_base_stays(name):
+    net = build(name)
+    start = lora.base_hash(net)
+    lora.add_lora(net, lora.default_targets(net), rank=2)
+    fill(net)
+    optimiser = torch.optim.Adam(lora.lora_parameters(net), lr=1e-2)
+    assert {id(p) for p in net.parameters() if p.requires_grad} == {id(p) for p in lora.lora_parameters(net)}
+    for _ in range(3):
+        net.zero_grad()
+        net(torch.rand(1, 3, 16, 16)).square().mean().backward()
+        optimiser.step()
+    for key, p in net.named_parameters():
+        assert (p.grad is not None and p.grad.abs().sum() > 0) == ("lora_" in key), key
+    assert lora.base_hash(net) == start == lora.base_hash(build(name))
+
+
+@pytest.mark.fast
+def test_a_file_holds_adapters_only_and_fits_its_base_only(tmp_path):
+    net, x = build("compact-small"), torch.rand(1, 3, 16, 16)
+    lora.add_lora(net, lora.default_targets(net), rank=2, alpha=4)
+    fill(net)
+    ema = fill(copy.deepcopy(net), seed=5)
+    lora.save_lora(tmp_path / "adapter.pth", net)
+    lora.save_lora(tmp_path / "both.pth", net, ema)
+    content = torch.load(tmp_path / "adapter.pth", weights_only=True)
+    assert set(content) == {"lora", "rank", "alpha", "targets", "base_sha256"} and (content["rank"], content["alpha"]) == (2, 4)
+    assert sum(v.numel() for v in content["lora"].values()) == sum(p.numel() for p in lora.lora_parameters(net))
+    with torch.no_grad():
+        for file, tuned in (("adapter.pth", net), ("both.pth", ema)):
+            again = build("compact-small")
+            lora.load_lora(again, tmp_path / file)
+            assert torch.equal(again(x), tuned(x))
+        half = build("compact-small")
+        lora.load_lora(half, tmp_path / "adapter.pth", scale=0.5)
+        kernel = lora.merge_lora(half).body[2].weight
+        plain, full = build("compact-small").body[2].weight, lora.merge_lora(copy.deepcopy(net)).body[2].weight
+        assert torch.allclose(kernel, (plain + full) / 2, atol=1e-7)
+    with pytest.raises(ValueError, match="adapter.pth: this adapter belongs to another base"):
+        lora.load_lora(build("compact-small", seed=3), tmp_path / "adapter.pth")
+    torch.save({"params": {}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth: not a LoRA adapter"):
+        lora.load_lora(build("compact-small"), tmp_path / "other.pth")
+    with pytest.raises(FileNotFoundError, match="no such"):
+        lora.load_lora(build("compact-small"), tmp_path / "none.pth")
+
+
+@pytest.mark.fast
+def test_refusals():
+    with pytest.raises(ValueError, match="rank 0: must be at least 1"):
+        lora.add_lora(build("compact-small"), "body", 0)
+    with pytest.raises(ValueError, match="'mlp' match no layer of SRVGGNetCompact; its layers are called body.0, body.2"):
+        lora.add_lora(build("compact-small"), "mlp", 2)
+    with pytest.raises(ValueError, match=r"body\.1 \(PReLU\), which is neither"):
+        lora.add_lora(build("compact-small"), r"^body\.[12]$", 2)
+    net = build("compact-small")
+    lora.add_lora(net, lora.default_targets(net), 2)
+    with pytest.raises(ValueError, match="already"):
+        lora.add_lora(net, lora.default_targets(net), 2)
