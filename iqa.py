@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import archs
 import data
+import degradations
 import flags
 import runs
 
@@ -158,6 +159,44 @@ def flat_hf(sr, gt, block=16, flat=0.25):
     energy = torch.fft.fft2((chosen - chosen.mean((2, 3), keepdim=True)) * window * window[:, None]).abs().square().sum(1)
     high = torch.fft.fftfreq(block, device=sr.device).abs() >= 0.25
     return (energy * (high | high[:, None])).sum((1, 2)) / energy.sum((1, 2)).clamp_min(1e-9)
+
+
+PEAKS_ABOVE_UNSHARP = 0.03     # CHOICE, fixed on synthetic grids before any fine-tuning was judged: see tests/test_finetune.py
+
+
+def noise_peaks(residual, window=64, low=0.2, times=8.0):
+    """Structured noise: share of the spectral energy of a change that stands in isolated high-frequency peaks.
+
+    residual: (B, 3, H, W), SR of the tuned network minus SR of its base, sides of at least 64 -> (B,) in [0, 1]. A pixel grid is a few
+    sharp peaks; sharpening and new texture spread smoothly. The spectrum of the luma is averaged over half-overlapping 64x64 Hann
+    windows; a peak is a frequency of `low` cycles per pixel or more, in either direction, with `times` the energy of the median of its 9x9
+    neighbours; its energy is what exceeds that median. 0 for no change at all.
+    """
+    luma = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64, device=residual.device).view(3, 1, 1)
+    grey = (255 * residual.double() * luma).sum(1)
+    if min(grey.shape[1:]) < window:
+        raise ValueError(f"noise_peaks wants images with sides of at least {window} pixels, got {tuple(grey.shape[1:])}")
+    blocks = grey.unfold(1, window, window // 2).unfold(2, window, window // 2).flatten(1, 2)              # (B, N, 64, 64)
+    hann = torch.hann_window(window, dtype=torch.float64, device=grey.device)
+    floor = 0.1 ** 2 * window ** 2 * hann.square().sum() ** 2                      # of a change of a tenth of a grey level
+    power = torch.fft.fft2((blocks - blocks.mean((2, 3), keepdim=True)) * hann * hann[:, None]).abs().square()               # (B, N, 64, 64)
+    power = (power / (power.sum((2, 3), keepdim=True) + floor)).mean(1)
+    around = F.pad(power[:, None], (4, 4, 4, 4), mode="circular")[:, 0].unfold(1, 9, 1).unfold(2, 9, 1).flatten(3).median(3).values
+    high = torch.fft.fftfreq(window, device=grey.device).abs() >= low
+    peaks = (power > times * around) & (high | high[:, None])
+    return ((power - around) * peaks).sum((1, 2))
+
+
+def unsharp_like(base, sr, reward, amounts=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)):
+    """A plain unsharp mask (Gaussian, sigma 1.5) of `base` with at least the reward of `sr`, or with the highest it can have. (1, 3, H, W) -> same"""
+    blurred = degradations.blur(base, degradations.gaussian_kernel(9, 1.5))
+    best, wanted = (-math.inf, base), reward(sr).item()
+    for amount in amounts:
+        image = (base + amount * (base - blurred)).clamp(0, 1).mul(255).round() / 255
+        best = max(best, (reward(image).item(), image), key=lambda pair: pair[0])
+        if best[0] >= wanted:
+            break
+    return best[1]
 
 
 def check_pair(metric, sr, gt, border):

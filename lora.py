@@ -132,9 +132,20 @@ def load_lora(net, path, scale=1.0):
         lora.scale = scale
 
 
-def merge_lora(net, scale=None):
-    """Turn the adapters into plain weights, W + scale * (alpha / rank) * B A, in place; scale None keeps each adapter's own."""
-    for name, lora in adapted(net).items():
-        lora.scale = lora.scale if scale is None else scale
-        parametrize.remove_parametrizations(net.get_submodule(name), "weight", leave_parametrized=True)
+def merged_state_dict(net):
+    """State dict of a plain network that computes what the adapted one computes."""
+    return base_state_dict(net) | {f"{name}.weight": net.get_submodule(name).weight.detach() for name in adapted(net)}
+
+
+def merge_lora(net):
+    """Turn the adapters into plain weights, W + scale * (alpha / rank) * B A, in place. -> net
+
+    Not by parametrize.remove_parametrizations: that deletes the property from a class which deep copies (the EMA) share.
+    """
+    for name in adapted(net):
+        layer = net.get_submodule(name)
+        weight = nn.Parameter(layer.weight.detach())
+        del layer.parametrizations
+        layer.__class__ = type(layer).__bases__[0]                               # Conv2d or Linear again
+        layer.register_parameter("weight", weight)
     return net

@@ -205,11 +205,19 @@ def save_weights(path, params, params_ema=None):
 
 
 def find_weights(path, remedy):
-    """The weight file meant by `path`: itself, or the newest weights/ema_*.pth of a run folder. `remedy` ends the error."""
+    """The weight file meant by `path`: itself, or of a run folder weights/merged.pth, else the newest weights/ema_*.pth. `remedy` ends the error."""
     path = Path(path)
-    found = sorted(path.glob("weights/ema_*.pth")) if path.is_dir() else [path] if path.is_file() else []
+    found = [*sorted(path.glob("weights/ema_*.pth")), *path.glob("weights/merged.pth")] if path.is_dir() else [path] if path.is_file() else []
     if not found:
         raise FileNotFoundError(f"{path}: no {'weights/ema_*.pth in it' if path.is_dir() else 'such file or run'}; {remedy}")
+    return found[-1]
+
+
+def find_discriminator(run):
+    """The newest weights/net_d_*.pth of a run folder."""
+    found = sorted(Path(run).glob("weights/net_d_*.pth"))
+    if not found:
+        raise FileNotFoundError(f"{run}: no weights/net_d_*.pth in it, which --lambda-a > 0 needs; train.py leaves it, or name one with --d-init FILE")
     return found[-1]
 
 

@@ -15,24 +15,13 @@ from pathlib import Path
 
 import flags
 
-PRESETS = {  # what differs per backbone; HGGT options for 4 GPUs: batch and pool are summed over them, group is one GPU's batch
-    "swinir": dict(degradation="one-round", batch_size=32, group_size=8, pool_size=640, drop_path=0.1,
-                   milestones=[200_000, 250_000, 275_000, 287_500]),
-    "rrdbnet": dict(degradation="two-round", batch_size=48, group_size=12, pool_size=720, drop_path=0.0,
-                    milestones=[300_000]),
-    # CHOICE: neither paper trains this net; it gets RRDBNet's settings, being the convolutional one of the two
-    "compact": dict(degradation="two-round", batch_size=48, group_size=12, pool_size=720, drop_path=0.0,
-                    milestones=[300_000]),
+PSNR_STAGE = dict(load_size=512, sampler="orig", reward=["none"], lambda_p=0.0, lambda_a=0.0, lr=2e-4)      # HGGT options of the L1 stage
+PSNR = {
+    "swinir": dict(milestones=[150_000, 240_000, 270_000, 285_000], usm=False),
+    "rrdbnet": dict(milestones=[300_000], usm=True),
+    "compact": dict(milestones=[300_000], usm=True),                              # CHOICE: as rrdbnet
 }
-PSNR = {  # HGGT options of the L1 stage
-    "swinir": dict(lr=2e-4, milestones=[150_000, 240_000, 270_000, 285_000], usm=False),
-    "rrdbnet": dict(lr=2e-4, milestones=[300_000], usm=True),
-    "compact": dict(lr=2e-4, milestones=[300_000], usm=True),                     # CHOICE: as rrdbnet
-}
-SMALL = dict(batch_size=8, group_size=4, pool_size=32, milestones=[])             # CHOICE: nets for a CPU, demo and tests
-for name in ("swinir", "rrdbnet", "compact"):
-    PRESETS[f"{name}-small"] = PRESETS[name] | SMALL
-    PSNR[f"{name}-small"] = PSNR[name] | dict(lr=1e-3, milestones=[])
+PSNR |= {f"{name}-small": preset | dict(lr=1e-3, milestones=[]) for name, preset in PSNR.items()}
 DEMO = {  # CHOICE: what ends within the demo's five minutes on two cores; little GAN, or its chance hides what the targets do
     "gan": dict(data=Path("datasets/demo"), total_steps=250, milestones=[150, 200], crop=96, load_size=128, lr=2e-3, reward=["ranker"],
                 lambda_p=0.0, lambda_a=0.01, d_features=4, ema_decay=0.97, log_every=50, save_every=100, weights_every=0, val_every=0,
@@ -45,59 +34,12 @@ DEMO = {  # CHOICE: what ends within the demo's five minutes on two cores; littl
 def parse_args(argv=None):
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pre.add_argument("--demo", action="store_true", help="demo data set, small net, short schedule, embedded reward, no VGG; same code")
-    pre.add_argument("--arch", choices=list(PRESETS), help="backbone; fills the defaults marked [arch] (paper: swinir, rrdbnet)")
+    pre.add_argument("--arch", choices=list(flags.PRESETS), help="backbone; fills the defaults marked [arch] (paper: swinir, rrdbnet)")
     pre.add_argument("--stage", choices=["gan", "psnr"], default="gan", help="gan: Eq. 1; psnr: HGGT's L1-only pre-training")
     first = pre.parse_known_args(argv)[0]
     arch = first.arch or ("compact-small" if first.demo else "swinir")
     p = argparse.ArgumentParser(description=__doc__, parents=[pre], allow_abbrev=False, formatter_class=flags.Help)
-    onoff = argparse.BooleanOptionalAction
-    g = p.add_argument_group("data")
-    g.add_argument("--data", type=Path, default=Path("datasets/HGGT"),
-                   help="quintuplets in HGGT's layout; for --stage psnr any photo folder")
-    g.add_argument("--val-photos", type=flags.COUNT, default=0, help="hold out this many photos where there is no Test split")
-    g.add_argument("--load-size", type=flags.COUNT, default=512 if first.stage == "psnr" else 0,
-                   help="window of the image that is degraded, in pixels; 0 = whole image (HGGT: 512 of 512; Real-ESRGAN: 400)")
-    g.add_argument("--crop", type=flags.number(int, 32), default=256, help="side of the HR training crop in pixels (HGGT)")
-    g.add_argument("--workers", type=flags.COUNT, default=8, help="data processes per GPU (HGGT)")
-    g = p.add_argument_group("degradation (Sec. 5)")
-    g.add_argument("--degradation", choices=["one-round", "two-round", "realesrgan"], help="[arch] preset of degradations.py")
-    g.add_argument("--jpeg-table", choices=["hggt", "libjpeg"], default="hggt", help="hggt keeps its transposed luma table")
-    g.add_argument("--usm", action=onoff, default=False,
-                   help="[arch] sharpen GT for LR synthesis and as L1/VGG target (HGGT: rrdbnet's psnr stage)")
-    g = p.add_argument_group("ground-truth sampling (Sec. 4.2)")
-    g.add_argument("--sampler", choices=["orig", "rand", "upos", "sma", "smp", "amo"], default="orig" if first.stage == "psnr" else "amo",
-                   help="which GT supervises (Eq. 2-4)")
-    g.add_argument("--reward", nargs="+", default=["none"] if first.stage == "psnr" else ["musiq"], metavar="NAME[=WEIGHT]",
-                   help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none where the sampler needs none")
-    g.add_argument("--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
-    g.add_argument("--tau", type=flags.RATE, default=10.0, help="softmax temperature in score units; sma and smp only (Sec. 8.1)")
-    g.add_argument("--include-original", action=onoff, default=True, help="is the original in A_I? (Eq. 4: yes; Sec. 4.2 once: no)")
-    g.add_argument("--drop-without-positive", action=onoff, default=False,
-                   help="drop sets without a positive for every sampler; upos and smp always do (HGGT)")
-    g.add_argument("--score-cache", type=Path, default=Path("runs/scores"), help="static scores of whole images (sma, smp)")
-    g = p.add_argument_group("losses (Eq. 1)")
-    psnr = first.stage == "psnr"
-    g.add_argument("--lambda-l1", type=flags.WEIGHT, default=1.0, help="weight of L1 (HGGT)")
-    g.add_argument("--lambda-p", type=flags.WEIGHT, default=0.0 if psnr else 1.0,
-                   help="weight of the VGG19 perceptual loss (HGGT); 0: no VGG")
-    g.add_argument("--lambda-a", type=flags.WEIGHT, default=0.0 if psnr else 0.1,
-                   help="weight of the adversarial loss (HGGT); 0: no discriminator")
-    g.add_argument("--vgg-weights", type=Path, metavar="FILE", help="torchvision vgg19 or features-only file instead of a download")
-    g.add_argument("--d-features", type=flags.SIZE, default=64, help="width of the U-Net discriminator (HGGT)")
-    g = p.add_argument_group("optimisation (HGGT)")
-    g.add_argument("--total-steps", type=flags.SIZE, default=300_000, help="optimisation steps")
-    g.add_argument("--batch-size", type=flags.SIZE, help="[arch] crops per step, summed over processes")
-    g.add_argument("--group-size", type=flags.SIZE,
-                   help="[arch] lanes that share HGGT's once-per-GPU-batch draws (scale, mode, crop position)")
-    g.add_argument("--pool-size", type=flags.COUNT, help="[arch] pairs in the training-pair pool, summed over processes; 0: no pool")
-    g.add_argument("--lr", type=flags.RATE, default=1e-4, help="learning rate of G and D (HGGT; psnr: 2e-4)")
-    g.add_argument("--milestones", type=flags.COUNT, nargs="*", help="[arch] steps after which the learning rate halves")
-    g.add_argument("--ema-decay", type=flags.SHARE, default=0.999, help="of the generator's weights, every step")
-    g.add_argument("--drop-path", type=flags.SHARE, help="[arch] stochastic depth of SwinIR; 0: off")
-    g.add_argument("--pad-mode", choices=["hggt", "swinir"], default="hggt", help="SwinIR only: hggt always adds a window")
-    g.add_argument("--accumulate", type=flags.SIZE, default=1, help="micro-batches per step and process (CHOICE: 1)")
-    g.add_argument("--clip-grad", type=flags.WEIGHT, default=0.0, help="largest gradient norm of G and of D; 0: none (HGGT)")
-    g.add_argument("--seed", type=flags.COUNT, default=0, help="of every random draw (HGGT)")
+    flags.add_training(p)
     g = p.add_argument_group("start and continue")
     g.add_argument("--init", type=Path, metavar="FILE",
                    help="generator weights, or a run folder; gan default runs/<arch>-psnr; psnr default: none, random")
@@ -105,24 +47,11 @@ def parse_args(argv=None):
                    help="key to take from --init; default params_ema, else params, else bare")
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
-    g = p.add_argument_group("speed")
-    g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
-    g.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads per process; 0: PyTorch's choice")
-    g.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="bf16 keeps losses, reward and weights in fp32")
-    g.add_argument("--channels-last", action=onoff, default=True, help="memory format of the convolutional networks, so not of SwinIR")
-    g.add_argument("--compile", action=onoff, default=False, help="torch.compile generator and discriminator")
-    g = p.add_argument_group("output")
     g.add_argument("--out", type=Path, help="run folder (default: runs/<arch>-<sampler>, runs/<arch>-psnr)")
-    g.add_argument("--log-every", type=flags.SIZE, default=100, help="steps between progress lines")
-    g.add_argument("--save-every", type=flags.COUNT, default=5_000, help="steps between checkpoints (ckpt/last.pt); 0: only at the end")
-    g.add_argument("--weights-every", type=flags.COUNT, default=50_000, help="steps between weight files (HGGT); 0: only at the end")
-    g.add_argument("--val-every", type=flags.COUNT, default=50_000, help="steps between validations (HGGT); 0: only at the end")
-    g.add_argument("--sample-every", type=flags.COUNT, default=5_000, help="steps between sample grids; 0: none")
-    g.add_argument("--tile", type=flags.TILE, default=128, help="LR tile of the validation in pixels, more than 64; 0: whole image")
-    g.add_argument("--tensorboard", action=onoff, default=False, help="also write TensorBoard events")
-    p.set_defaults(arch=arch, **PRESETS[arch])                                    # explicit flags still win
+    psnr = first.stage == "psnr"
+    p.set_defaults(arch=arch, **flags.PRESETS[arch])                              # explicit flags still win
     if psnr:
-        p.set_defaults(**PSNR[arch])
+        p.set_defaults(**(PSNR_STAGE | PSNR[arch]))
     if first.demo:
         p.set_defaults(**DEMO[first.stage])
     args = p.parse_args(argv)
@@ -131,14 +60,7 @@ def parse_args(argv=None):
         args.init = Path("runs") / f"{args.arch}-psnr"
     if psnr and args.sampler != "orig":
         p.error("--stage psnr trains on plain photos: its only sampler is orig")
-    if args.reward == ["none"] and args.sampler in ("sma", "smp", "amo"):
-        p.error(f"--sampler {args.sampler} chooses by score: it needs a --reward")
-    if args.drop_path and not args.arch.startswith("swinir"):
-        p.error("--drop-path is SwinIR's: use 0 for convolutional nets")
-    if args.crop % 8 or args.load_size % 4 or 0 < args.load_size < args.crop:
-        p.error(f"--crop {args.crop} must be a multiple of 8, --load-size {args.load_size} one of 4 and 0 or at least the crop")
-    if args.degradation == "realesrgan" and max(args.crop, args.load_size) < 80:
-        p.error("--degradation realesrgan shrinks to 15 % before it blurs: --load-size or --crop must be at least 80")
+    flags.check_training(p, args)
     return args
 
 
@@ -209,17 +131,21 @@ def make_pair(batch, step, lanes, args, reward, seeds, device):
     return lq, gt, versions.gather(1, index)[:, 0], scores.gather(1, index)[:, 0]
 
 
+def validation_pair(sets, i, args, seeds, device):
+    """-> lq (1, 3, h, w), gt (1, 3, 4h, 4w) in [0, 1]: image i of a validation split, with its own LR image or always the same degradation."""
+    gt = data.load_image(sets.path(sets.stems[i]))[None].to(device).float() / 255
+    gt = gt[..., :gt.shape[2] // 4 * 4, :gt.shape[3] // 4 * 4]
+    if sets.lq is not None:                                                        # LR images that came with the set
+        return data.load_image(sets.lq[sets.stems[i]])[None].to(device).float() / 255, gt
+    return degradations.degrade(gt, args.degradation, [seeds(0, i, "val")], [seeds(0, i, "val-group")], args.jpeg_table), gt
+
+
 @torch.no_grad()
 def validate(net, sets, args, reward, seeds, world):
     """Mean PSNR (8-bit output against the original, as evaluate.py) and mean reward over the validation images, shared over processes."""
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)             # count, PSNR, score
     for i in range(world.rank, len(sets.stems), world.size):
-        gt = data.load_image(sets.path(sets.stems[i]))[None].to(world.device).float() / 255
-        gt = gt[..., :gt.shape[2] // 4 * 4, :gt.shape[3] // 4 * 4]
-        if sets.lq is not None:                                                    # LR images that came with the set
-            lq = data.load_image(sets.lq[sets.stems[i]])[None].to(world.device).float() / 255
-        else:                                                                     # the same degradation at every validation
-            lq = degradations.degrade(gt, args.degradation, [seeds(0, i, "val")], [seeds(0, i, "val-group")], args.jpeg_table)
+        lq, gt = validation_pair(sets, i, args, seeds, world.device)
         sr = archs.upscale_tiled(net, lq, tile=args.tile, overlap=32).clamp(0, 1).mul(255).round() / 255
         psnr = iqa.psnr(sr, gt)[0]
         totals += torch.stack([torch.ones_like(psnr), psnr, reward(sr)[0].double() if reward else torch.zeros_like(psnr)])

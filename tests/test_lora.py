@@ -49,7 +49,10 @@ def test_untouched_at_the_start_then_adapted_equals_merged_equals_the_formula(na
         assert (after - before).abs().max() > 1e-4
         values = {n: (a.lora_A.clone(), a.lora_B.clone()) for n, a in lora.adapted(net).items()}
         merged = lora.merge_lora(copy.deepcopy(net))
-        assert (merged(x) - after).abs().max() < 1e-5
+        assert (merged(x) - after).abs().max() < 1e-5 and torch.equal(net(x), after)                # the copy merged, not the original
+        again = archs.ARCHS[name]().eval()
+        again.load_state_dict(lora.merged_state_dict(net))
+        assert torch.equal(again(x), merged(x))
         for n in names:                                                          # W + 6 / 3 * B A, laid out as the kernel is
             weight = plain.get_submodule(n).weight
             assert torch.allclose(merged.get_submodule(n).weight, weight + 2 * (values[n][1] @ values[n][0]).reshape(weight.shape), atol=1e-6)

@@ -20,6 +20,7 @@ import data
 import degradations
 import runs
 import train
+from flags import PRESETS
 
 HERE = Path(__file__).resolve().parent
 TINY = ["--arch", "compact-small", "--batch-size", "4", "--group-size", "2", "--pool-size", "8", "--crop", "32", "--lambda-p", "0", "--d-features", "4",
@@ -88,10 +89,10 @@ def test_presets_are_hggts_settings():
 @pytest.mark.fast
 def test_every_preset_key_is_a_flag_and_every_choice_exists():
     known = set(vars(train.parse_args([])))
-    for settings in [*train.PRESETS.values(), *train.PSNR.values(), *train.DEMO.values()]:
+    for settings in [*PRESETS.values(), *train.PSNR.values(), *train.DEMO.values()]:
         assert set(settings) <= known
-    assert set(train.PRESETS) == set(train.PSNR) == set(archs.ARCHS)
-    assert {args.degradation for args in map(train.parse_args, (["--arch", a] for a in train.PRESETS))} <= set(degradations.PRESETS)
+    assert set(PRESETS) == set(train.PSNR) == set(archs.ARCHS)
+    assert {args.degradation for args in map(train.parse_args, (["--arch", a] for a in PRESETS))} <= set(degradations.PRESETS)
     assert set(train.FIXED) - known == {"discriminator", "samples"}               # facts, not flags
 
 

@@ -1,0 +1,280 @@
+"""finetune_lora.py: the paper's settings, Eq. 5 by hand, what is trained and what stays, resume, files, the watch over a gamed reward, refusals."""
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import archs
+import degradations
+import evaluate
+import finetune_lora as ft
+import iqa
+import lora
+import runs
+import train
+
+TINY = ["--crop", "64", "--watch", "--log-every", "1", "--sample-every", "0", "--val-every", "0", "--lr", "1e-2", "--lambda-q", "0.01", "--rank", "3",
+        "--device", "cpu", "--workers", "0"]
+
+
+@pytest.fixture(scope="session")
+def base(quintuplets, rewards, vgg_file, tmp_path_factory):
+    """A run of train.py: compact-small, two steps, with a discriminator, one photo held out."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    runs.save_weights(folder / "init.pth", archs.ARCHS["compact-small"]().state_dict())
+    train.main(train.parse_args([
+        "--arch", "compact-small", "--batch-size", "4", "--group-size", "2", "--pool-size", "8", "--crop", "32", "--lambda-p", "0.5", "--vgg-weights", str(vgg_file),
+        "--d-features", "4", "--workers", "0", "--device", "cpu", "--sample-every", "0", "--init", str(folder / "init.pth"), "--data", str(quintuplets), "--reward",
+        "test_rewards:brightness", "--total-steps", "2", "--val-photos", "1", "--ema-decay", "0.5", "--out", str(folder / "compact-small-amo")]))
+    return folder / "compact-small-amo"
+
+
+def tune(base, out, *more, reward="test_rewards:brightness", steps=3):
+    words = ["--arch", "compact-small", "--base", base, "--reward", reward, *TINY, "--total-steps", steps, "--out", out, *more]
+    args = ft.parse_args(list(map(str, words)))
+    ft.main(args)
+    return args
+
+
+def events(out, split="train"):
+    return [e for e in map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines()) if e["split"] == split]
+
+
+def weights(path, key="params_ema"):
+    return torch.load(path, weights_only=True)[key]
+
+
+@pytest.mark.fast
+def test_the_papers_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    swinir, rrdbnet = (ft.parse_args(["--arch", arch]) for arch in ("swinir", "rrdbnet"))
+    assert (swinir.rank, swinir.lr, swinir.milestones) == (48, 5e-6, [5_000]) and (rrdbnet.rank, rrdbnet.lr, rrdbnet.milestones) == (24, 5e-5, [])
+    for args in (swinir, rrdbnet):
+        assert (args.total_steps, args.lambda_q, args.lambda_a, args.lambda_l1, args.lambda_p) == (20_000, 0.05, 0, 1, 1)
+        assert (args.reward, args.gt_reward, args.sampler, args.ema_decay, args.crop) == (["musiq"], ["musiq"], "amo", 0.999, 256)
+    assert (swinir.batch_size, swinir.pool_size, swinir.degradation, swinir.drop_path) == (32, 640, "one-round", 0.1)
+    assert swinir.out == Path("runs/swinir-amo+musiq") and ft.parse_args([]).arch == "swinir"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("words, name", [([], "swinir-amo+musiq"), (["--naive"], "swinir-amo+musiq-naive"), (["--lambda-p", "2"], "swinir-amo+musiq-hp"),
+                                         (["--lambda-a", "0.1"], "swinir-amo+musiq-ig"), (["--reward", "none", "--lambda-a", "0.2", "--gt-reward", "musiq"], "swinir-amo+none-nnr2"),
+                                         (["--reward", "none", "--lambda-a", "0.5", "--gt-reward", "musiq"], "swinir-amo+none-nnr5"),
+                                         (["--reward", "paq2piq"], "swinir-amo+paq2piq"), (["--tune", "layers"], "swinir-amo+musiq-layers"),
+                                         (["--reward", "my.py:build"], "swinir-amo+my.py"), (["--name", "x"], "swinir-amo+musiq-x"),
+                                         (["--reward", "musiq=0.05", "nima=0.5"], "swinir-amo+musiq+nima"), (["--base", "elsewhere/r"], "r+musiq")])
+def test_rows_of_the_paper_have_folders_of_their_own(words, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ft.parse_args(words)
+    assert args.out.name == name and args.lambda_q == (1 if "nima=0.5" in words else 0.05)
+
+
+@pytest.mark.fast
+def test_the_runs_settings_are_the_defaults_and_flags_win(base):
+    args = ft.parse_args(["--arch", "compact-small", "--base", str(base), "--crop", "64"])
+    assert (args.batch_size, args.group_size, args.pool_size, args.d_features, args.lambda_p, args.ema_decay) == (4, 2, 8, 4, 0.5, 0.5)
+    assert args.crop == 64 and args.gt_reward == ["test_rewards:brightness"] and args.reward == ["musiq"]
+    assert isinstance(args.data, Path) and isinstance(args.vgg_weights, Path) and args.lr == 2e-4 and args.lambda_a == 0
+    paq = ft.parse_args(["--arch", "compact-small", "--base", str(base), "--reward", "paq2piq"])
+    assert paq.gt_reward == ["test_rewards:brightness"]                           # the pairs stay those of the run
+
+
+def test_reward_rises_the_base_stays_and_the_files_fit_together(base, tmp_path, vgg_file):
+    tune(base, tmp_path / "out", steps=12)
+    plain = archs.ARCHS["compact-small"]()
+    archs.load_weights(plain, runs.find_weights(base, ""))
+    val = events(tmp_path / "out", "val")
+    assert [e["step"] for e in val] == [0, 12] and val[1]["reward"] > val[0]["reward"] + 0.5
+    content = torch.load(tmp_path / "out" / "lora" / "adapter.pth", weights_only=True)
+    assert content["base_sha256"] == lora.base_hash(plain) and content["rank"] == 3
+    adapted = copy.deepcopy(plain)
+    lora.load_lora(adapted, tmp_path / "out" / "lora" / "adapter.pth")
+    merged, info = archs.load_x4(tmp_path / "out", "--weights")                   # a run folder means weights/merged.pth
+    x = torch.rand(1, 3, 20, 24)
+    with torch.no_grad():
+        assert (merged(x) - adapted(x)).abs().max() < 1e-5 and (merged(x) - plain(x)).abs().max() > 1e-3
+    changed = {k for k, v in weights(tmp_path / "out" / "weights" / "merged.pth").items() if not torch.equal(v, plain.state_dict()[k])}
+    assert changed == {f"{name}.weight" for name in content["targets"]}
+    from spandrel import ModelLoader
+    theirs = ModelLoader().load_from_file(tmp_path / "out" / "weights" / "merged.pth")
+    with torch.no_grad():
+        assert torch.allclose(theirs.model(x), merged(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["layers", "all"])
+def test_the_controls_train_what_they_say(base, tmp_path, how):
+    tune(base, tmp_path / "out", "--tune", how)
+    before, after = weights(runs.find_weights(base, "")), weights(tmp_path / "out" / "weights" / "merged.pth")
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    middle = {f"body.{k}.weight" for k in range(2, 13, 2)}
+    assert changed == (middle if how == "layers" else set(before)) and not (tmp_path / "out" / "lora").exists()
+
+
+def test_two_steps_of_equation_5_by_hand(base, tmp_path, vgg_file, monkeypatch):
+    pairs, make_pair = [], ft.make_pair
+    monkeypatch.setattr(ft, "make_pair", lambda *a: pairs.append(make_pair(*a)) or pairs[-1])
+    tune(base, tmp_path / "out", "--pool-size", 0, "--lambda-l1", 2, "--lambda-q", 0.03, "--milestones", 1, "--usm", "--clip-grad", 0.05, "--seed", 7, steps=2)
+    net = archs.ARCHS["compact-small"]()
+    archs.load_weights(net, runs.find_weights(base, ""))
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    torch.manual_seed(7)
+    archs.ARCHS["compact-small"]()                                                # the draws before A's
+    names = [f"body.{k}" for k in range(2, 13, 2)]
+    A = [torch.empty(3, 32 * 9) for _ in names]
+    for a in A:
+        torch.nn.init.kaiming_uniform_(a, a=5 ** 0.5)
+    A, B = [a.requires_grad_() for a in A], [torch.zeros(32, 3, requires_grad=True) for _ in names]
+    opt, vgg, ema = torch.optim.Adam(A + B, lr=1, betas=(0.9, 0.99)), archs.VGGFeatureLoss(vgg_file), [p.detach().clone() for p in A + B]
+    for lr, (lq, gt, _, _) in zip((1e-2, 5e-3), pairs, strict=True):
+        state = start | {f"{n}.weight": start[f"{n}.weight"] + (b @ a).view(32, 32, 3, 3) for n, a, b in zip(names, A, B)}
+        sr, sharp = torch.func.functional_call(net, state, lq), degradations.usm_sharpen(gt)
+        loss = 2 * (sr - sharp).abs().mean() + 0.5 * vgg(sr, sharp) - 0.03 * (100 * sr.clamp(0, 1).mean((1, 2, 3))).mean()
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(A + B, 0.05)
+        opt.param_groups[0]["lr"] = lr
+        opt.step()
+        ema = [0.5 * e + 0.5 * p.detach() for e, p in zip(ema, A + B)]
+    content = torch.load(tmp_path / "out" / "lora" / "adapter.pth", weights_only=True)
+    for i, name in enumerate(names):
+        for key, values, average in (("lora_A", A, ema), ("lora_B", B, ema[len(A):])):
+            assert torch.allclose(content["lora"][f"{name}.{key}"], values[i], atol=2e-4)                   # steps are 1e-2 and 5e-3
+            assert torch.allclose(content["lora_ema"][f"{name}.{key}"], average[i], atol=2e-4)
+
+
+@pytest.mark.parametrize("more", [[], ["--naive"], ["--lambda-a", "0.1"], ["--lambda-q", "auto"]])
+def test_four_steps_are_two_and_two_bitwise(base, tmp_path, more):
+    tune(base, tmp_path / "whole", *more, steps=4)
+    tune(base, tmp_path / "parts", *more, steps=2)
+    tune(base, tmp_path / "parts", *more, "--resume", steps=4)
+    a, b = (torch.load(tmp_path / n / "ckpt" / "last.pt", weights_only=True) for n in ("whole", "parts"))
+    assert all(torch.equal(a["net_g"][k], b["net_g"][k]) and torch.equal(a["ema"][k], b["ema"][k]) for k in a["net_g"]) and a["lambda_q"] == b["lambda_q"]
+    assert (tmp_path / "whole/weights/merged.pth").read_bytes() == (tmp_path / "parts/weights/merged.pth").read_bytes()
+    assert events(tmp_path / "whole", "val")[-1] == events(tmp_path / "parts", "val")[-1]
+
+
+def test_the_discriminator_is_the_runs(base, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(archs, "load_weights", lambda net, path, key=None, real=archs.load_weights: loaded.append((type(net).__name__, Path(path).name)) or real(net, path, key))
+    tune(base, tmp_path / "ig", "--lambda-a", 0.1, steps=1)
+    assert ("UNetDiscriminatorSN", "net_d_0000002.pth") in loaded and {"adv", "D_real", "D_fake"} <= set(events(tmp_path / "ig")[0])
+    tune(base, tmp_path / "nnr", "--lambda-a", 0.2, reward="none", steps=1)
+    assert "q" not in events(tmp_path / "nnr")[0] and "adv" in events(tmp_path / "nnr")[0]
+
+
+def test_auto_weighs_the_gradients_at_the_output(base, tmp_path, vgg_file, monkeypatch):
+    pairs, make_pair = [], ft.make_pair
+    monkeypatch.setattr(ft, "make_pair", lambda *a: pairs.append(make_pair(*a)) or pairs[-1])
+    tune(base, tmp_path / "out", "--lambda-q", "auto", steps=1)
+    net, vgg, ratios = archs.ARCHS["compact-small"](), archs.VGGFeatureLoss(vgg_file), []
+    archs.load_weights(net, runs.find_weights(base, ""))
+    for lq, gt, _, _ in pairs[:8]:
+        sr = net(lq).detach().requires_grad_()
+        pull, = torch.autograd.grad((sr - gt).abs().mean() + 0.5 * vgg(sr, gt), sr)
+        inside = ((sr >= 0) & (sr <= 1)).float()
+        push = 100 * inside / inside[0].numel() / len(sr)
+        ratios.append((pull.norm() / push.norm()).item())
+    assert len(pairs) == 9
+    assert torch.load(tmp_path / "out" / "ckpt" / "last.pt", weights_only=True)["lambda_q"] == pytest.approx(np.mean(ratios), rel=1e-4)
+
+
+def test_two_processes_do_as_one(base, tmp_path, script):
+    words = ["--arch", "compact-small", "--base", base, "--reward", "test_rewards:brightness", *TINY, "--total-steps", 2]
+    script("finetune_lora.py", *words, "--out", tmp_path / "one")
+    script("finetune_lora.py", *words, "--out", tmp_path / "two", processes=2)
+    one, two = (weights(tmp_path / n / "weights" / "merged.pth") for n in ("one", "two"))
+    assert all(torch.allclose(one[k], two[k], rtol=1e-3, atol=1e-5) for k in one)
+    for key, value in events(tmp_path / "one", "val")[-1].items():
+        assert value == events(tmp_path / "two", "val")[-1][key] or value == pytest.approx(events(tmp_path / "two", "val")[-1][key], abs=1e-3)
+
+
+@pytest.mark.fast
+def test_noise_peaks_sees_grids_and_neither_sharpening_nor_noise():
+    from skimage import data as photos
+    y, x = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="ij")
+    grids = {"4 pixels": torch.cos(torch.pi * x / 2) * torch.cos(torch.pi * y / 2), "2 pixels, diagonal": torch.cos(torch.pi * (x + y))}
+    q = lambda image: image.clamp(0, 1).mul(255).round() / 255
+    for name in ("astronaut", "coffee", "chelsea", "rocket"):
+        photo = torch.from_numpy(getattr(photos, name)()[:256, :256].copy()).permute(2, 0, 1)[None].float() / 255
+        soft = degradations.blur(photo, degradations.gaussian_kernel(9, 1.0))
+        sharp = soft + 1.0 * (soft - degradations.blur(soft, degradations.gaussian_kernel(9, 1.5)))
+        for natural in (q(sharp) - q(soft), q(photo) - q(soft), 0.02 * torch.randn(photo.shape, generator=torch.Generator().manual_seed(0))):
+            assert iqa.noise_peaks(natural) < 0.025
+        for grid in grids.values():
+            plain = iqa.noise_peaks(q(sharp) - q(soft))
+            assert iqa.noise_peaks(q(soft + 2 / 255 * grid) - q(soft)) > 0.8
+            assert iqa.noise_peaks(q(sharp + 3 / 255 * grid) - q(soft)) > plain + iqa.PEAKS_ABOVE_UNSHARP
+    assert iqa.noise_peaks(torch.zeros(1, 3, 64, 64)) == 0
+
+
+@pytest.mark.fast
+def test_unsharp_like_reaches_the_reward_or_the_most_it_can():
+    image = torch.rand(1, 3, 64, 64) * 0.5 + 0.25
+    contrast = lambda x: x.std((1, 2, 3)) * 100
+    target = degradations.blur(image, degradations.gaussian_kernel(9, 1.5))
+    wanted = (image + 0.9 * (image - target)).clamp(0, 1)
+    like = iqa.unsharp_like(image, wanted, contrast)
+    assert contrast(like) >= contrast(wanted) and contrast(like) < contrast(wanted) * 1.1
+    assert torch.equal(iqa.unsharp_like(image, wanted, lambda x: -x.std((1, 2, 3))), (image + 0.25 * (image - target)).clamp(0, 1).mul(255).round() / 255)
+
+
+@pytest.mark.fast
+def test_the_verdict_names_a_fooled_reward_and_structured_noise():
+    metrics = {"reward": (None, False), "piqe": (None, True), "ranker": (None, False), "psnr": (None, False)}
+    before = {"reward": 50.0, "piqe": 40.0, "ranker": 60.0, "psnr": 25.0, "peaks": 0.0, "unsharp_peaks": 0.0}
+    say = lambda **after: ft.verdict(before, before | after, metrics)
+    assert "WARNING" not in say(reward=55.0, piqe=38.0, ranker=59.0) and "reward 50.00 -> 55.00" in say(reward=55.0, piqe=38.0)
+    assert say(reward=55.0, piqe=41.0, ranker=59.0).startswith("WARNING, the reward may be fooled: it rose while piqe, ranker got worse")
+    assert "WARNING" not in say(reward=49.0, piqe=41.0, ranker=59.0)
+    assert say(reward=55.0, piqe=30.0, peaks=0.2).startswith("WARNING, structured noise")
+    assert "WARNING" not in say(reward=55.0, piqe=30.0, peaks=0.2, unsharp_peaks=0.19)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("more, error, said", [
+    (["--base", "/nowhere"], FileNotFoundError, "/nowhere: no such file or run; make it with: python train.py --arch compact-small --sampler amo"),
+    (["--reward", "niqe"], (ValueError, OSError), "niqe"),
+    (["--targets", "mlp"], ValueError, "'mlp' match no layer"),
+    (["--d-init", "/nowhere.pth", "--lambda-a", "0.1"], FileNotFoundError, "/nowhere.pth: no such weights"),
+    (["--reward", "test_rewards:nan_when_bright"], ValueError, "no usable gradient|not finite"),
+    (["--arch", "rrdbnet-small"], ValueError, "ema_0000002.pth")])
+def test_refusals_leave_no_folder(base, tmp_path, more, error, said):
+    with pytest.raises(error, match=said):
+        tune(base, tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.fast
+def test_another_base_cannot_be_resumed(base, tmp_path):
+    tune(base, tmp_path / "out", steps=1)
+    torch.manual_seed(5)
+    runs.save_weights(tmp_path / "other.pth", archs.ARCHS["compact-small"]().state_dict())
+    with pytest.raises(ValueError, match="other settings .*base_sha256"):
+        tune(base, tmp_path / "out", "--init", tmp_path / "other.pth", "--resume", steps=2)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("words, said", [(["--rank", "0"], "--rank 0: must be at least 1"), (["--lambda-q", "much"], "invalid number value: 'much'"),
+                                         (["--reward", "none", "--lambda-q", "auto", "--gt-reward", "musiq"], "it needs a --reward")])
+def test_flags_are_checked_at_once(words, said, capsys):
+    with pytest.raises(SystemExit):
+        ft.parse_args(words)
+    assert said in capsys.readouterr().err
+
+
+def test_a_reward_that_is_not_finite_stops_with_term_and_step(base, tmp_path, rewards):
+    (rewards / "late_nan.py").write_text("""
+calls = []
+
+def build(device):
+    def score(x):
+        calls.extend([0] * x.requires_grad)
+        return x.mean((1, 2, 3)) * (float("nan") if len(calls) > 4 else 1)        # the probe takes two
+    return score
+""")
+    with pytest.raises(FloatingPointError, match="q is not finite at step 3; .* Samples: photo"):
+        tune(base, tmp_path / "out", "--sampler", "orig", reward="late_nan:build", steps=4)
