@@ -95,6 +95,14 @@ def save_grid(path, rows):
     sheet.save(path, format="PNG")
 
 
+def flattest(image, side):
+    """Top and left of the flattest square of `side` pixels, on a grid of a quarter of it: where grids show first. image (1, 3, H, W)"""
+    grey = image.mean(1, keepdim=True)
+    spread = F.avg_pool2d(grey ** 2, side, side // 4) - F.avg_pool2d(grey, side, side // 4) ** 2
+    row, column = divmod(spread.argmin().item(), spread.shape[3])
+    return row * (side // 4), column * (side // 4)
+
+
 def list_images(folder):
     """{stem: path} of a folder's image files, sorted by name. ValueError when two files share a stem or there is none."""
     found = {}

@@ -51,6 +51,8 @@ def parse_args(argv=None):
                             ("brisque", "brisque_svm_weights.pth"), ("ilniqe", "ILNIQE_templateModel.mat"))])
     p.add_argument("--vgg-weights", type=Path, metavar="FILE", default=Path("runs/vgg19.pth"),
                    help="VGG19, for the loss and the distance (../shared/tools/vgg19_for_torchvision.py makes it)")
+    p.add_argument("--figure", nargs="+", metavar="NAME", help="test images of the picture, <folder>_<name>; the middle of each is shown",
+                   default=["test_set5_bird", "test_set5_butterfly", "test_set14_comic", "test_set14_zebra"])
     p.add_argument("--seeds", type=flags.COUNT, nargs="+", default=[0, 1, 2])
     p.add_argument("--train", default="", metavar="'FLAGS'", help="further flags of train.py, for example a GPU's: '--crop 256 --batch-size 48 "
                    "--group-size 12 --d-features 64 --total-steps 20000 --milestones 15000'")
@@ -106,9 +108,9 @@ def call(log, script, *words, processes=1):
 
 
 def parallel(jobs, tasks):
-    """Run [(name, function)] `jobs` at a time; the first error stops what has not begun."""
+    """Call the functions `tasks`, `jobs` at a time; the first error stops what has not begun."""
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), unit="job") as bar:
-        futures = [pool.submit(task) for _, task in tasks]
+        futures = [pool.submit(task) for task in tasks]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -148,7 +150,7 @@ def shrink(args):
         for f in SHRINKS:
             words = ["--photos", photos, "--enhancers", *args.enhancers, "--out", folder(soften, f), "--shrink", f, "--soften", soften,
                      "--patch", patch, "--step", patch, "--jitter", 0, "--min-std", 0, "--min-laplacian", 0, "--min-change", 0]
-            tasks.append((f, partial(call, folder(soften, f).with_name(folder(soften, f).name + ".log"), "make_quintuplets.py", *words)))
+            tasks.append(partial(call, folder(soften, f).with_name(folder(soften, f).name + ".log"), "make_quintuplets.py", *words))
     parallel(args.jobs, tasks[::-1])                                              # the longest first
     words = dict(w.split("=", 1) for w in args.metric_weights)
     judges = {m: iqa.create_metric(m, "cpu", words.get(m)) for m in [*args.unseen, args.rewards[0]]}
@@ -240,14 +242,14 @@ def make_test(args):
 
 def plan(args):
     """-> {name of the run: flags of train.py}, seed by seed."""
-    queue = {}
+    names = {}
     for seed in args.seeds:
         for sampler in ("orig", "rand"):
-            queue[f"{sampler}-{seed}"] = ["--sampler", sampler, "--reward", "none", "--seed", seed]
+            names[f"{sampler}-{seed}"] = ["--sampler", sampler, "--reward", "none", "--seed", seed]
         for reward in args.rewards:
             for sampler in ("sma", "amo"):
-                queue[f"{sampler}-{reward.partition(':')[0]}-{seed}"] = ["--sampler", sampler, "--reward", reward, "--seed", seed]
-    return queue
+                names[f"{sampler}-{reward.partition(':')[0]}-{seed}"] = ["--sampler", sampler, "--reward", reward, "--seed", seed]
+    return names
 
 
 def evaluate(args, weights, out, metrics, baselines=()):
@@ -275,9 +277,18 @@ def queue(args):
         metrics = [*args.rewards, *args.unseen, *flags.WITH_REFERENCE]
         judged = evaluate(args, args.init, args.work / "before.json", metrics, ["bicubic", "reference"])
         runs.save_json(before, judged | {"scores": {k.replace(args.init.stem, "start"): v for k, v in judged["scores"].items()}})
-    todo = [(name, partial(one_run, args, name, words)) for name, words in plan(args).items() if not (args.results / f"{name}.json").exists()]
-    parallel(args.jobs, todo)
-    parallel(args.jobs, [(name, partial(slow, args, name)) for name in ["before", *plan(args)]])
+    parallel(args.jobs, [partial(one_run, args, name, words) for name, words in plan(args).items() if not finished(args, name, words)])
+    parallel(args.jobs, [partial(slow, args, name) for name in ["before", *plan(args)]])
+
+
+def finished(args, name, words):
+    """Is the run's result there? ValueError if it is that of other settings."""
+    file = args.results / f"{name}.json"
+    if not file.exists():
+        return False
+    if json.loads(file.read_text())["train"] != args.train + list(map(str, words)):
+        raise ValueError(f"{file} was made with other flags of train.py: choose another --results and --work")
+    return True
 
 
 def slow(args, name):
@@ -300,7 +311,7 @@ def slow(args, name):
 def report(args):
     results = {name: json.loads((args.results / f"{name}.json").read_text()) for name in ["before", *plan(args)]}
     lower = results["before"]["lower_is_better"]
-    metrics = [m for m in [*args.rewards, *args.unseen, *args.slow, *flags.WITH_REFERENCE] if m in lower]
+    metrics = [m for m in [*args.rewards, *args.unseen, *args.slow, *flags.WITH_REFERENCE] if all(m in r["lower_is_better"] for r in results.values())]
     stems = sorted(results["before"]["scores"]["start"])
     samplers = list(dict.fromkeys(name.rpartition("-")[0] for name in plan(args)))
     value = lambda scores: np.array([[scores[stem][m] for m in metrics] for stem in stems])                # (images, metrics)
@@ -321,7 +332,7 @@ def report(args):
     sets = data.find_sets(args.work / "set", "Train")
     shown = [stem for stem in sets.stems if stem.startswith(args.photos[0].name)]  # Kodak's photographs may be shown freely
     contact_sheet(args.results.with_name(args.results.name + "-sets.png"), sets, shown, args.rewards, "cpu", rows=4)
-    picture(args, stems, [f"{s}-{args.seeds[0]}" for s in (chain[0], chain[1], chain[3])])
+    picture(args, [f"{s}-{args.seeds[0]}" for s in (chain[0], chain[1], chain[3])])
 
 
 def shares(counts):
@@ -355,25 +366,31 @@ def tables(summary, args):
     versions = list(picks[args.rewards[0]]["best crop (amo)"])
     parts.append(runs.markdown(["", *versions], [[f"{SHOWN.get(reward, reward)}: {how}", *percent(p)] for reward, hows in picks.items() for how, p in hows.items()]))
 
-    metrics, lower = summary["metrics"], summary["lower_is_better"]
-    digits = [3 if all(abs(v[k]) < 2 for v in summary["mean"].values()) else 2 for k in range(len(metrics))]
-    head = ["", *(f"{SHOWN.get(m, m)} {'↓' if lower[m] else '↑'}" for m in metrics)]
-    spread = {row: np.std(v, axis=0, ddof=1) for row, v in summary["seed_means"].items() if len(v) > 1}
-    parts.append(runs.markdown(head, [[row, *(f"{v:.{d}f}" + (f" ± {spread[row][k]:.{d}f}" if row in spread else "")
-                                              for k, (v, d) in enumerate(zip(mean, digits)))] for row, mean in summary["mean"].items()]))
-    bold = lambda v: "**" * (v["verdict"] != "no evidence")
-    parts.append(runs.markdown(head, [[pair, *(f"{bold(v)}{v['mean']:+.{d}f}{bold(v)} [{v['low']:+.{d}f}, {v['high']:+.{d}f}]"
-                                               for v, d in zip((values[m] for m in metrics), digits))] for pair, values in summary["differences"].items()]))
+    parts.append(metric_tables(summary))
     parts.append(runs.markdown(["", *versions], [[s, *percent({v: picked.get(v, 0) for v in versions})] for s, picked in summary["picked"].items()]))
     return "\n\n".join(parts)
 
 
+def metric_tables(summary):
+    """Means with their spread over seeds, then differences with intervals; bold where the verdict is clear."""
+    metrics, lower = summary["metrics"], summary["lower_is_better"]
+    digits = [3 if all(abs(v[k]) < 2 for v in summary["mean"].values()) else 2 for k in range(len(metrics))]
+    head = ["", *(f"{SHOWN.get(m, m)} {'↓' if lower[m] else '↑'}" for m in metrics)]
+    spread = {row: np.std(v, axis=0, ddof=1) for row, v in summary["seed_means"].items() if len(v) > 1}
+    means = runs.markdown(head, [[row, *(f"{v:.{d}f}" + (f" ± {spread[row][k]:.{d}f}" if row in spread else "")
+                                              for k, (v, d) in enumerate(zip(mean, digits)))] for row, mean in summary["mean"].items()])
+    bold = lambda v: "**" * (v["verdict"] != "no evidence")
+    differences = runs.markdown(head, [[pair, *(f"{bold(v)}{v['mean']:+.{d}f}{bold(v)} [{v['low']:+.{d}f}, {v['high']:+.{d}f}]"
+                                               for v, d in zip((values[m] for m in metrics), digits))] for pair, values in summary["differences"].items()])
+    return means + "\n\n" + differences
+
+
 @torch.no_grad()
-def picture(args, stems, names, rows=4, side=128):
-    """RESULTS.png: the middle of every fourth test image: LR, the named runs, reference, enlarged twice."""
+def picture(args, names, side=128):
+    """RESULTS.png: the middle of some test images: LR, the named runs, reference, enlarged twice."""
     nets = {name: archs.load_x4(args.work / "runs" / name, "--work")[0] for name in names}
     cells = []
-    for stem in stems[::max(1, len(stems) // rows)][:rows]:
+    for stem in args.figure:
         gt, lq = (data.load_image(args.work / "test" / kind / f"{stem}.png")[None].float() / 255 for kind in ("gt", "lq"))
         images = {"LR": lq.repeat_interleave(4, 2).repeat_interleave(4, 3)}
         images |= {name.rpartition("-")[0]: archs.upscale_tiled(net, lq).clamp(0, 1) for name, net in nets.items()} | {"reference": gt}

@@ -63,6 +63,7 @@ def parse_args(argv=None):
                    help="lora; layers: the full weights of the same layers; all: every weight")
     g.add_argument("--naive", action="store_const", const="all", dest="tune", help="the same as --tune all (Fig. 3 and 5)")
     g.add_argument("--gt-reward", nargs="+", metavar="NAME[=WEIGHT]", help="NR-IQA model that chooses the ground truths; default: the run's, else --reward")
+    g.add_argument("--stop-gain", type=flags.WEIGHT, default=0.0, help="end when validation's reward is so much above the base's; 0: at --total-steps")
     g.add_argument("--watch", nargs="*", default=["piqe"], metavar="NAME", help="no-reference metrics that validation reports and nothing optimises")
     g = p.add_argument_group("start and continue")
     g.add_argument("--init", type=Path, metavar="FILE", help="generator weights to start from instead of the run's")
@@ -94,6 +95,8 @@ def parse_args(argv=None):
     args.out = args.out or args.base.with_name(f"{args.base.name}+{rewards}" + (f"-{args.name}" if args.name else ""))
     if args.reward == ["none"] and not args.lambda_a and args.lambda_q == "auto":
         p.error("--lambda-q auto weighs the reward against the other losses: it needs a --reward")
+    if args.reward == ["none"] and args.stop_gain:
+        p.error("--stop-gain watches the reward: it needs a --reward")
     if args.rank < 1:
         p.error(f"--rank {args.rank}: must be at least 1")
     flags.check_training(p, argparse.Namespace(**vars(args) | {"reward": args.gt_reward}))
@@ -190,8 +193,7 @@ def sample_grid(base, net, sets, args, seeds, device, path, rows=4, side=64):
     cells = []
     for i in range(min(rows, len(sets.stems))):
         lq, gt = validation_pair(sets, i, args, seeds, device)
-        spread = F.avg_pool2d(gt.mean(1, keepdim=True) ** 2, side, side // 4) - F.avg_pool2d(gt.mean(1, keepdim=True), side, side // 4) ** 2
-        y, x = (int(k) * (side // 4) for k in divmod(spread.argmin().item(), spread.shape[3]))
+        y, x = data.flattest(gt, side)
         images = {name: archs.upscale_tiled(g, lq, tile=args.tile, overlap=32).clamp(0, 1) for name, g in (("base", base), ("tuned", net))}
         cells.append([(image[0, :, y:y + side, x:x + side].repeat_interleave(3, 1).repeat_interleave(3, 2), name)
                       for name, image in (images | {"original": gt}).items()])
@@ -218,7 +220,9 @@ def main(args):
     gt_reward = reward if args.gt_reward == args.reward else None if args.gt_reward == ["none"] else iqa.create_reward(args.gt_reward, device)
     metrics = {} if reward is None else {"reward": (lambda sr, gt: reward(sr), False)}
     metrics |= {name: iqa.create_metric(name, device) for name in args.watch} | {"psnr": (iqa.psnr, False)}
-    sets, dataset, val_sets, shown = open_data(args, world, gt_reward, seeds)
+    sets, dataset, val_sets, _ = open_data(args, world, gt_reward, seeds)
+    if args.stop_gain and val_sets is None:
+        raise ValueError(f"--stop-gain needs validation images, and {args.data} has no Test split: hold out photos with --val-photos N")
     run.pin(samples=len(dataset))
 
     # networks: the base stays as it is, raw_g is what is tuned
@@ -385,6 +389,10 @@ def main(args):
             after = validate(base, ema, val_sets, metrics, args, seeds, world)
             run.say(f"step {step:07d} validation, {len(val_sets.stems)} images: {verdict(before, after, metrics)}")
             run.event(step, "val", **after)
+            if args.stop_gain and after["reward"] - before["reward"] >= args.stop_gain:
+                save(step, weights=True)
+                run.say(f"reward +{after['reward'] - before['reward']:.2f} at step {step}: --stop-gain {args.stop_gain:g} is reached")
+                return
         if due(step, args.sample_every) and args.sample_every and world.is_main:
             sample_grid(base, ema, val_sets or sets, args, seeds, device, args.out / "samples" / f"{step:07d}.png")
         if stopping:

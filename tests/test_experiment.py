@@ -76,7 +76,7 @@ def test_a_failed_job_is_named_and_stops_the_queue(tmp_path):
             raise RuntimeError("no")
         time.sleep(0.05)
     with pytest.raises(RuntimeError, match="no"):
-        experiment.parallel(1, [(k, partial(job, k)) for k in range(50)])
+        experiment.parallel(1, [partial(job, k) for k in range(50)])
     assert begun[:2] == [0, 1] and len(begun) < 10
 
 
@@ -98,7 +98,7 @@ def test_a_whole_experiment_in_small(tmp_path, vgg_file, monkeypatch):
     monkeypatch.setattr(experiment, "SOFTENED", ((1, 1, 96),))
     args = experiment.parse_args(["--photos", str(tmp_path / "photos"), "--test-photos", str(tmp_path / "test"), "--enhancers",
                                   str(tmp_path / "enhancer0.pth"), str(tmp_path / "enhancer1.pth"), "--init", str(tmp_path / "enhancer0.pth"),
-                                  "--rewards", "ranker", "--unseen", "piqe", "--slow", "piqe", "--seeds", "1", "--vgg-weights", str(vgg_file),
+                                  "--rewards", "ranker", "--unseen", "piqe", "--slow", "piqe", "--seeds", "1", "--figure", "test_coffee", "--vgg-weights", str(vgg_file),
                                   "--work", str(tmp_path / "work"), "--results", str(tmp_path / "out" / "exp")])
     experiment.main(args)
     out = tmp_path / "out"
@@ -115,3 +115,6 @@ def test_a_whole_experiment_in_small(tmp_path, vgg_file, monkeypatch):
     monkeypatch.setattr(experiment, "call", lambda log, script, *words, **more: script == "make_quintuplets.py" or pytest.fail(f"{script} again"))
     experiment.main(args)
     assert json.loads((out / "exp.json").read_text())["mean"] == summary["mean"]
+    args.train += ["--lr", "1"]
+    with pytest.raises(ValueError, match="orig-1.json was made with other flags"):
+        experiment.main(args)

@@ -105,6 +105,15 @@ def test_reward_rises_the_base_stays_and_the_files_fit_together(base, tmp_path, 
         assert torch.allclose(theirs.model(x), merged(x), atol=1e-6)
 
 
+def test_stop_gain_ends_at_the_first_validation_that_has_it(base, tmp_path):
+    tune(base, tmp_path / "out", "--val-every", 2, "--stop-gain", 0.1, steps=30)
+    val = events(tmp_path / "out", "val")
+    gains = [e["reward"] - val[0]["reward"] for e in val]
+    assert 0 < val[-1]["step"] < 30 and gains[-1] >= 0.1 and all(g < 0.1 for g in gains[:-1])
+    assert (tmp_path / "out" / "weights" / "merged.pth").exists()
+    assert torch.load(tmp_path / "out" / "ckpt" / "last.pt", weights_only=True)["step"] == val[-1]["step"]
+
+
 @pytest.mark.parametrize("how", ["layers", "all"])
 def test_the_controls_train_what_they_say(base, tmp_path, how):
     tune(base, tmp_path / "out", "--tune", how)
