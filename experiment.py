@@ -1,10 +1,11 @@
 """What do the ground-truth samplers bring on photographs that nobody labelled? The first experiment, in one resumable queue.
 
-    PYTHONPATH=../shared/tools python experiment.py [shrink] [data] [runs] [report]      all four without a word; continues where it stopped
+    PYTHONPATH=../shared/tools python experiment.py [shrink] [data] [runs] [grain] [report]       all five without a word; continues where it stopped
 
 shrink   enhanced versions of the photos at several shrink factors, judged by what no training here optimises: make_quintuplets.py's default
 data     quintuplets of the photos, low-resolution test images, and how often each reward picks each version before any training
 runs     orig, rand, sma, amo with the first reward, sma and amo with the others, every seed: train.py, then evaluate.py, one JSON file each
+grain    thought of after the runs, to find out why NIQE disagrees: NIQE again with a little Gaussian noise on every output; structured noise
 report   RESULTS.json, RESULTS.png, RESULTS-sets.png and the tables of README
 
 The analysis was fixed before the runs. All runs start from the same weights and see the same crops and degradations in the same order;
@@ -23,7 +24,7 @@ import flags
 
 SHARED = Path("../shared/data")
 SR = SHARED / "weights" / "sr"
-STAGES = ("shrink", "data", "runs", "report")
+STAGES = ("shrink", "data", "runs", "grain", "report")
 SHRINKS, SOFTENED = (0.25, 0.375, 0.5, 0.75), ((1, 3, 320), (2, 6, 512))          # (--soften, every n-th photo, patch)
 QUINTUPLETS = "--soften 2 --patch 192 --step 192".split()
 TRAIN = """--arch compact --total-steps 200 --batch-size 8 --group-size 4 --pool-size 32 --crop 96 --load-size 128 --lr 2e-4 --milestones 140 170
@@ -306,7 +307,33 @@ def slow(args, name):
     runs.save_json(file, record | {"lower_is_better": record["lower_is_better"] | judged["lower_is_better"]})
 
 
-# Stage 4: tables and picture
+# Stage 4: why does NIQE disagree?
+
+@torch.no_grad()
+def grain(args, sigmas=(0, 1, 2, 4)):
+    """RESULTS-grain.json: mean NIQE of every row when noise of so many grey levels is added to it, and iqa.noise_peaks of run minus start."""
+    file = args.results.with_name(args.results.name + "-grain.json")
+    if file.exists():
+        return
+    words = dict(w.split("=", 1) for w in args.metric_weights)
+    niqe, _ = iqa.create_metric("niqe", "cpu", words.get("niqe"))
+    eight_bit = lambda image: image.clamp(0, 1).mul(255).round() / 255
+    start, rows, lqs = archs.load_x4(args.init, "--init")[0], {}, data.list_images(args.work / "test" / "lq")
+    for name in tqdm(["reference", "start", *plan(args)], unit="row"):
+        net = start if name in ("reference", "start") else archs.load_x4(args.work / "runs" / name, "--work")[0]
+        row = rows[name] = {"niqe": {str(s): 0.0 for s in sigmas}, "peaks": 0.0}
+        for i, (stem, path) in enumerate(lqs.items()):
+            lq, gt = (data.load_image(p)[None].float() / 255 for p in (path, args.work / "test" / "gt" / f"{stem}.png"))
+            sr = gt if name == "reference" else eight_bit(archs.upscale_tiled(net, lq))
+            noise = torch.randn(gt[:, :1].shape, generator=torch.Generator().manual_seed(i)) / 255                # grey, the same for every row
+            for s in sigmas:
+                row["niqe"][str(s)] += niqe(eight_bit(sr + s * noise), None).item() / len(lqs)
+            if name != "reference":
+                row["peaks"] += iqa.noise_peaks(sr - eight_bit(archs.upscale_tiled(start, lq))).item() / len(lqs)
+    runs.save_json(file, {"command": sys.argv, **runs.describe_machine(), "images": len(lqs), "rows": rows})
+
+
+# Stage 5: tables and picture
 
 def report(args):
     results = {name: json.loads((args.results / f"{name}.json").read_text()) for name in ["before", *plan(args)]}
@@ -367,6 +394,12 @@ def tables(summary, args):
     parts.append(runs.markdown(["", *versions], [[f"{SHOWN.get(reward, reward)}: {how}", *percent(p)] for reward, hows in picks.items() for how, p in hows.items()]))
 
     parts.append(metric_tables(summary))
+    rows = load("grain")["rows"]
+    mean = lambda names, value: np.mean([value(rows[name]) for name in names])
+    groups = {"reference": ["reference"], "start": ["start"]} | {s: [f"{s}-{seed}" for seed in args.seeds] for s in summary["seed_means"]}
+    parts.append(runs.markdown(["NIQE with noise of", *(f"{s} grey levels" for s in rows["start"]["niqe"]), "structured noise"],
+                               [[row, *(f"{mean(names, lambda r: r['niqe'][s]):.2f}" for s in rows["start"]["niqe"]), f"{mean(names, lambda r: r['peaks']):.3f}"]
+                                for row, names in groups.items()]))
     parts.append(runs.markdown(["", *versions], [[s, *percent({v: picked.get(v, 0) for v in versions})] for s, picked in summary["picked"].items()]))
     return "\n\n".join(parts)
 
@@ -408,7 +441,7 @@ def main(args):
     for stage in STAGES:
         if stage in args.stages:
             print(f"== {stage}", flush=True)
-            {"shrink": shrink, "data": prepare, "runs": queue, "report": report}[stage](args)
+            {"shrink": shrink, "data": prepare, "runs": queue, "grain": grain, "report": report}[stage](args)
 
 
 if __name__ == "__main__":
