@@ -71,8 +71,10 @@ def parse_args(argv=None):
 
 ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
 
+import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -96,16 +98,26 @@ SHOWN = {"cnniqa_live:build": "CNNIQA-LIVE", "niqe": "NIQE", "brisque": "BRISQUE
          "vgg": "VGG distance", "flat_hf": "flat HF share"}
 
 
+RUNNING = set()                                                                   # child processes
+
+
 def call(log, script, *words, processes=1):
     """One of this repository's scripts, in one or more processes with one thread each; its output goes to the file `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     with open(log, "a") as out:
-        done = subprocess.run([sys.executable, *launch, str(runs.REPO / script), *map(str, words), "--threads", "1"], stdout=out, stderr=out,
-                              env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
-    if done.returncode:
-        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-        raise RuntimeError(f"{script} ended with {done.returncode}: {last} (all of it in {log})")
+        child = subprocess.Popen([sys.executable, *launch, str(runs.REPO / script), *map(str, words), "--threads", "1"], stdout=out, stderr=out,
+                                 env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+        RUNNING.add(child)
+        try:
+            status = child.wait()
+        finally:
+            child.terminate()                                                     # it has ended, or this process is being stopped
+            RUNNING.discard(child)
+    if status:
+        lines = log.read_text().strip().splitlines() or ["no output"]
+        last = ([line for line in lines if line.startswith(f"{script}: error:")] or lines)[-1]
+        raise ValueError(f"{script} ended with {status}: {last} (all of it in {log})")
 
 
 def parallel(jobs, tasks):
@@ -116,8 +128,10 @@ def parallel(jobs, tasks):
             for future in as_completed(futures):
                 future.result()
                 bar.update()
-        except BaseException:
+        except BaseException:                                                     # an error, Ctrl-C or SIGTERM: no child stays behind
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in list(RUNNING):
+                child.terminate()
             raise
 
 
@@ -265,6 +279,9 @@ def one_run(args, name, words):
     run = args.work / "runs" / name
     call(run.with_suffix(".log"), "train.py", "--data", args.work / "set", "--init", args.init, "--vgg-weights", args.vgg_weights, *args.train, *words,
          "--score-cache", args.work / "scores", "--device", args.device, "--out", run, "--resume", "auto")
+    total, step = args.train[len(args.train) - args.train[::-1].index("--total-steps")], runs.load_checkpoint(run / "ckpt" / "last.pt")["step"]
+    if step != int(total):
+        raise ValueError(f"{run}: training was stopped at step {step} of {total}; the same command continues")
     judged = evaluate(args, run, run.with_suffix(".json"), [*args.rewards, *args.unseen, *flags.WITH_REFERENCE])
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     runs.save_json(args.results / f"{name}.json", {
@@ -278,18 +295,8 @@ def queue(args):
         metrics = [*args.rewards, *args.unseen, *flags.WITH_REFERENCE]
         judged = evaluate(args, args.init, args.work / "before.json", metrics, ["bicubic", "reference"])
         runs.save_json(before, judged | {"scores": {k.replace(args.init.stem, "start"): v for k, v in judged["scores"].items()}})
-    parallel(args.jobs, [partial(one_run, args, name, words) for name, words in plan(args).items() if not finished(args, name, words)])
+    parallel(args.jobs, [partial(one_run, args, name, words) for name, words in plan(args).items() if not (args.results / f"{name}.json").exists()])
     parallel(args.jobs, [partial(slow, args, name) for name in ["before", *plan(args)]])
-
-
-def finished(args, name, words):
-    """Is the run's result there? ValueError if it is that of other settings."""
-    file = args.results / f"{name}.json"
-    if not file.exists():
-        return False
-    if json.loads(file.read_text())["train"] != args.train + list(map(str, words)):
-        raise ValueError(f"{file} was made with other flags of train.py: choose another --results and --work")
-    return True
 
 
 def slow(args, name):
@@ -300,6 +307,9 @@ def slow(args, name):
     if not args.slow or all(m in s for images in rows.values() for s in images.values() for m in args.slow):
         return
     weights, baselines = (args.init, ["bicubic", "reference"]) if name == "before" else (args.work / "runs" / name, [])
+    if not weights.exists():
+        raise ValueError(f"{file} has no {' '.join(args.slow)} yet, and {weights} is not here to compute it: name the folder of the runs with --work, "
+                         "or leave these metrics out with --slow")
     judged = evaluate(args, weights, args.work / "runs" / f"{name}-slow.json", args.slow, baselines)
     for row, images in rows.items():
         for stem, scores in images.items():
@@ -356,6 +366,9 @@ def report(args):
         summary["differences"][f"{a} - {b}"] = {m: difference(after[a][..., k], after[b][..., k]) for k, m in enumerate(metrics)}
     runs.save_json(args.results.with_suffix(".json"), summary)
     print(tables(summary, args))
+    if not (args.work / "set").is_dir():
+        print(f"no pictures: {args.work} holds no set and no runs")
+        return
     sets = data.find_sets(args.work / "set", "Train")
     shown = [stem for stem in sets.stems if stem.startswith(args.photos[0].name)]  # Kodak's photographs may be shown freely
     contact_sheet(args.results.with_name(args.results.name + "-sets.png"), sets, shown, args.rewards, "cpu", rows=4)
@@ -432,12 +445,30 @@ def picture(args, names, side=128):
     data.save_grid(args.results.with_suffix(".png"), cells)
 
 
+def check_settings(args):
+    """Results are reused only for the same inputs: RESULTS-settings.json holds their hashes. ValueError where they differ."""
+    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    folders = lambda dirs: {f"{d.name}_{p.name}": digest(p) for d in dirs for p in data.list_images(d).values()}
+    settings = {"train": args.train, "quintuplets": QUINTUPLETS, "init": digest(args.init), "enhancers": [digest(p) for p in args.enhancers],
+                "vgg": digest(args.vgg_weights), "photos": folders(args.photos), "test_photos": folders(args.test_photos), "rewards": args.rewards,
+                "unseen": args.unseen}
+    file = args.results.with_name(args.results.name + "-settings.json")
+    if file.exists():
+        changed = runs.changes(json.loads(file.read_text()), settings)
+        if changed:
+            raise ValueError(f"{file}: these results were made with other {', '.join(changed)}: choose another --results and --work")
+    else:
+        runs.save_json(file, settings)
+
+
 def main(args):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if not args.vgg_weights.is_file():
         raise FileNotFoundError(f"--vgg-weights {args.vgg_weights}: no such file; here: python ../shared/tools/vgg19_for_torchvision.py {args.vgg_weights}")
     for path in [*args.photos, *args.test_photos, *args.enhancers, args.init]:
         if not path.exists():
             raise FileNotFoundError(f"{path}: not there; see --help for the flag that names another")
+    check_settings(args)
     for stage in STAGES:
         if stage in args.stages:
             print(f"== {stage}", flush=True)

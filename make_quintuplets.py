@@ -314,29 +314,43 @@ def build_photo(name, path, nets, args, device):
     return record
 
 
+def read_record(file):
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: damaged ({error}); remove it and run the same command again") from None
+
+
 def build(args, world):
     """Make or continue the set args.out. -> what quintuplets.json holds, on rank 0."""
     if not args.photos.is_dir():
         raise FileNotFoundError(f"--photos {args.photos}: no such folder")
     nets, sources = load_enhancers(args.enhancers, world.device)
-    keys = ("shrink", "soften", "patch", "step", "jitter", "min_std", "min_laplacian", "min_change", "similar", "seed")
+    keys = ("shrink", "soften", "tile", "patch", "step", "jitter", "min_std", "min_laplacian", "min_change", "similar", "seed")
     settings = {k: getattr(args, k) for k in keys} | {"enhancers": {v: source["sha256"] for v, source in sources.items()}}
     records, started = args.out / "records", args.out / "records" / "settings.json"
+    begun = (args.out / "Train").exists()                                         # else nothing was written that could be mixed up
     if started.exists():
-        before = json.loads(started.read_text())
-        changed = runs.changes(before, settings)
-        if changed:
+        changed = runs.changes(read_record(started), settings)
+        if changed and begun:
             raise ValueError(f"{args.out} was begun with other settings ({'; '.join(changed.values())}): choose another --out")
     elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"{args.out} exists and was not made by this script: choose another --out")
     if world.is_main:
         runs.check_writable(args.out, "--out")
+    iqa.create_reward([args.reward], world.device)                                # the contact sheet comes last: refuse a wrong one now
     photos, dropped = survey(args, world)
+    done = {file.stem.removeprefix("photo-"): read_record(file) for file in records.glob("photo-*.json") if begun}
+    gone = sorted(set(done) - set(photos))
+    other = [name for name, record in done.items() if name in photos and record["sha256"] != hashlib.sha256(photos[name].read_bytes()).hexdigest()]
+    if gone or other:
+        raise ValueError(f"{args.out} has patches of photos that {'are not used any more' if gone else 'have changed since'}: {', '.join((gone or other)[:5])}: "
+                         "restore them, or choose another --out")
     world.barrier()
     if world.is_main:
         runs.save_json(started, settings)
     world.barrier()
-    todo = [name for name in photos if not (records / f"photo-{name}.json").exists()]
+    todo = [name for name in photos if name not in done]
     for name in tqdm(todo[world.rank::world.size], desc="enhancing", unit="photo", disable=not world.is_main):
         try:
             runs.save_json(records / f"photo-{name}.json", build_photo(name, photos[name], nets, args, world.device))
@@ -345,7 +359,7 @@ def build(args, world):
     world.barrier()
     if not world.is_main:
         return None
-    done = [json.loads((records / f"photo-{name}.json").read_text()) for name in photos]
+    done = [read_record(records / f"photo-{name}.json") for name in photos]
     for record in done:
         dropped.update({f"{why} patches": n for why, n in record["dropped"].items()})
     result = {"settings": settings, "enhancers": sources, "dropped": +dropped, "sets": sum(len(r["sets"]) for r in done),

@@ -66,7 +66,7 @@ def test_plan_has_every_sampler_seed_by_seed():
 
 @pytest.mark.fast
 def test_a_failed_job_is_named_and_stops_the_queue(tmp_path):
-    with pytest.raises(RuntimeError, match=r"evaluate.py ended with 2: .*.*/nowhere: no such folder.*all of it in .*a.log"):
+    with pytest.raises(ValueError, match=r"evaluate.py ended with 2: .*.*/nowhere: no such folder.*all of it in .*a.log"):
         experiment.call(tmp_path / "a.log", "evaluate.py", "--lq", "/nowhere", "--metrics", "ranker")
     begun = []
 
@@ -116,5 +116,5 @@ def test_a_whole_experiment_in_small(tmp_path, vgg_file, monkeypatch):
     experiment.main(args)
     assert json.loads((out / "exp.json").read_text())["mean"] == summary["mean"]
     args.train += ["--lr", "1"]
-    with pytest.raises(ValueError, match="orig-1.json was made with other flags"):
+    with pytest.raises(ValueError, match="exp-settings.json: these results were made with other train: choose"):
         experiment.main(args)

@@ -222,11 +222,23 @@ def test_what_cannot_become_a_set_is_refused_in_one_line(photos, enhancers, tmp_
     refused("was not made by this script", out=tmp_path)
     refused("no photo is left .*too small", "--patch", 512)
     refused("no set is left .*flat", "--min-std", 200)
-    refused("begun with other settings .*shrink 0.75 -> 0.5", "--shrink", 0.5, "--min-std", 200)
+    refused("nosuch: this is unknown", "--reward", "nosuch", out=tmp_path / "other")
     monkeypatch.setattr(data, "save_image", lambda path, image: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
     refused("No space left on device; what is there is whole", out=tmp_path / "full")
     monkeypatch.undo()
     build(photos, enhancers[:2], tmp_path / "full")
+    build(photos, enhancers[:2], tmp_path / "mine")                               # nothing was written with --min-std 200: a corrected command goes on
+    refused("begun with other settings .*shrink 0.75 -> 0.5", "--shrink", 0.5)
+    refused("begun with other settings .*tile 256 -> 0", "--tile", 0)
+    record = tmp_path / "full" / "records" / "photo-coffee.json"
+    whole = record.read_bytes()
+    record.write_bytes(whole[:40])
+    refused("photo-coffee.json: damaged .*; remove it", out=tmp_path / "full")
+    record.write_bytes(whole)
+    (photos / "astronaut.png").rename(tmp_path / "astronaut.png")
+    refused("photos that are not used any more: astronaut", out=tmp_path / "full")
+    data.save_image(photos / "astronaut.png", data.load_image(tmp_path / "astronaut.png").flip(2))
+    refused("photos that have changed since: astronaut", out=tmp_path / "full")
     broken = photos / "coffee.png"
     broken.write_bytes(broken.read_bytes()[:2000])
     refused("1 damaged photos, first .*coffee.png", out=tmp_path / "other")
@@ -238,6 +250,7 @@ def test_two_enhancers_of_one_output_are_refused(photos, enhancers, tmp_path):
     torch.save(state | {"params_ema": state["params"]}, tmp_path / "copy.pth")
     with pytest.raises(ValueError, match="enhancers 01 and 02 give the same picture"):
         build(photos, [enhancers[0], tmp_path / "copy.pth"], tmp_path / "mine")
+    build(photos, enhancers[:2], tmp_path / "mine")                               # corrected, into the same folder
 
 
 def test_softening_enlarges_and_nothing_enhanced_is_dropped(photos, enhancers, tmp_path):
