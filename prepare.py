@@ -4,10 +4,13 @@
     python prepare.py verify datasets/mine --out-json mine.json
 
 Every image of Train and Test is decoded: damaged, grey or alpha, of another size than its original, missing, named like no original,
-doubled. Labels, where there are any: a missing annotator or file, another stem's or version's votes, unknown words. Test LR images: a
+doubled, the same picture as another version, or of something else than its original shows. A gap in the version folders, and what
+quintuplets.json lists and is not there. Labels, where there are any: a missing annotator or file, another stem's or version's votes, unknown words. Test LR images: a
 quarter of their original. Train against Test: patches of one photo, or near-duplicates of a patch, in both.
 """
 import argparse
+import hashlib
+import json
 import sys
 from pathlib import Path
 
@@ -38,6 +41,7 @@ import data
 import runs
 
 SPLITS = ("Train", "Test")
+OTHER = 0.5             # CHOICE: correlation of thumbnails below which a version shows something else; enhanced photos have .98 and more
 
 
 @dataclass
@@ -72,12 +76,14 @@ def compare_names(folder, found, expected, report):
 
 
 def decode(path):
-    """-> ((width, height), thumbnail, None) or (None, None, what is wrong)."""
+    """-> ((width, height), thumbnail, hash of the pixels, None) or (None, None, None, what is wrong)."""
     try:
         image = data.load_image(path)
+        if path.suffix.lower() == ".png" and b"IEND" not in path.read_bytes()[-32:]:
+            raise ValueError("truncated: its end is missing; fetch or make it again")
     except (ValueError, OSError) as error:
-        return None, None, " ".join(str(error).split()).removeprefix(f"{path}: ")
-    return (image.shape[2], image.shape[1]), data.thumbnail(image), None
+        return None, None, None, " ".join(str(error).split()).removeprefix(f"{path}: ")
+    return (image.shape[2], image.shape[1]), data.thumbnail(image), hashlib.sha256(image.numpy().tobytes()).digest(), None
 
 
 def verify_images(split, folders, workers, report):
@@ -92,21 +98,30 @@ def verify_images(split, folders, workers, report):
         lq = list_files(folders["lq"], report)
         compare_names(folders["lq"], lq, stems, report)
         todo += [(stem, "LR", path) for stem, path in lq.items()]
-    sizes, thumbnails = {}, {}
+    sizes, thumbnails, pixels = {}, {}, {}
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(decode, (path for _, _, path in todo))
-        for (stem, version, path), (size, small, problem) in zip(todo, tqdm(results, f"{split} images", len(todo), unit="img")):
+        for (stem, version, path), (size, small, digest, problem) in zip(todo, tqdm(results, f"{split} images", len(todo), unit="img")):
             if problem:
                 report.add("unreadable", path, problem)
                 continue
             if version == "original":
                 sizes[stem], thumbnails[stem] = size, small
+                pixels[stem, digest] = version
             elif stem in sizes:                                                  # originals come first
                 try:
                     (data.check_lr_size if version == "LR" else data.check_size)(path, size, sizes[stem])
                 except ValueError as error:
                     report.add("size", path, str(error).removeprefix(f"{path}: "))
+                if version == "LR":
+                    continue
+                if pixels.setdefault((stem, digest), version) != version:
+                    report.add("identical", path, f"the same picture as {pixels[stem, digest]}: every version must differ")
+                elif small[0] @ thumbnails[stem][0] < OTHER:
+                    report.add("content", path, "does not show what its original shows: files of two sets swapped?")
     report.counts[split] = {"sets": len(stems), "photos": len({data.photo_of(s) for s in stems}), "versions": len(files)}
+    if len(set(sizes.values())) > 1:
+        report.counts[split]["sizes"] = len(set(sizes.values()))
     return sorted(stems), thumbnails
 
 
@@ -151,19 +166,48 @@ def verify_splits(train, test, folder, similar, report):
                 report.add("near-duplicate", folder / f"{stem}.png", f"looks like {names[i]} of Train")
 
 
+def verify_record(root, stems, images, report):
+    """What make_quintuplets.py --photos wrote down must be there: its sets, and a folder per enhancer."""
+    file = root / "quintuplets.json"
+    if not file.exists():
+        return
+    try:
+        record = json.loads(file.read_text())
+        listed = {stem for photo in record["photos"].values() for stem in photo.get("sets", [])}
+    except (ValueError, KeyError, AttributeError) as error:
+        report.add("unreadable", file, f"{type(error).__name__}: {error}; build the set again")
+        return
+    for version in sorted(set(record.get("enhancers", {})) - set(images)):
+        report.add("missing", images["original"].with_name(version), "no such folder, but quintuplets.json names its enhancer")
+    for stem in sorted(listed - stems):
+        report.add("missing", images["original"] / f"{stem}.png", "missing, but listed in quintuplets.json")
+
+
 def verify(root, workers=8, similar=0.98):
     """Look at everything under `root`. -> Report. FileNotFoundError or ValueError when there is no data set to look at."""
-    report, small, folders = Report(), {}, {}
+    root, report, listed, small, folders = Path(root), Report(), {}, {}, {}
     for split in SPLITS:
+        if split == "Train" and not (root / "Train").exists() and (root / "Test").exists():
+            continue                                                             # HGGT's Test-100 alone
         folders[split] = data.find_folders(root, split)
         if folders[split] is None:
             continue
+        images = folders[split]["images"]
+        for number in range(1, int(list(images)[-1])):
+            if f"{number:02d}" not in images:
+                report.add("missing", images["original"].with_name(f"{number:02d}"), f"no such folder, but there is {list(images)[-1]}")
+        for empty in sorted(root.glob(f"{split}/**/labels")):
+            if not folders[split]["labels"]:
+                report.add("label", empty, "no folders A, B and C in it: remove it, or add the votes")
         stems, small[split] = verify_images(split, folders[split], workers, report)
+        listed[split] = stems
         if not stems:
             report.add("missing", folders[split]["images"]["original"], "no image in it")
         if folders[split]["labels"]:
             verify_labels(split, folders[split]["labels"], stems, list(folders[split]["images"]), report)
-    if "Test" in small:
+    if "Train" in small:
+        verify_record(root, set(listed["Train"]), folders["Train"]["images"], report)
+    if "Train" in small and "Test" in small:
         verify_splits(small["Train"], small["Test"], folders["Test"]["images"]["original"], similar, report)
     return report
 

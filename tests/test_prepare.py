@@ -9,6 +9,7 @@ from PIL import Image
 
 import data
 import prepare
+import runs
 
 pytestmark = pytest.mark.fast
 VERSIONS = ("original", "01", "02", "03", "04")
@@ -22,8 +23,8 @@ def photo(seed, size=64):
 
 
 def add_set(images, stem, picture):
-    for version in VERSIONS:
-        data.save_image(images / version / (f"{stem}.png" if version == "original" else f"{stem}_{version}.png"), picture)
+    for k, version in enumerate(VERSIONS):                                        # each a little darker
+        data.save_image(images / version / f"{data.file_stem(stem, version)}.png", (picture.float() * (1 - 0.02 * k)).byte())
 
 
 def add_label(folder, stem, labels=("Positive", "Similar", "Negative", "Positive")):
@@ -113,3 +114,37 @@ def test_the_script_exits_with_1_for_defects_and_2_without_a_data_set(root, scri
     assert bad.returncode == 1 and "photo0-0-0_01.png: missing" in bad.stdout and "defects: 1 (1 missing)" in bad.stdout
     none = script("prepare.py", "verify", tmp_path / "nowhere", check=False)
     assert none.returncode == 2 and none.stderr.count("\n") == 1 and "no such data set" in none.stderr
+
+
+def test_what_only_a_second_look_finds(root):
+    images = root / "Train" / "images" / "x"
+    stems = sorted(p.stem for p in (images / "original").iterdir())
+    record = {"photos": {"photo0": {"sets": [*stems, "photo9-0-0"]}}, "enhancers": {v: {} for v in (*VERSIONS[1:], "05")}}
+    runs.save_json(root / "quintuplets.json", record)
+    a, b = (images / "02" / f"{stem}_02.png" for stem in stems[:2])               # swapped
+    a.rename(root / "tmp.png"), b.rename(a), (root / "tmp.png").rename(b)
+    shutil.copy(images / "original" / f"{stems[2]}.png", images / "01" / f"{stems[2]}_01.png")
+    shutil.copy(images / "03" / f"{stems[3]}_03.png", images / "04" / f"{stems[3]}_04.png")
+    cut = images / "03" / f"{stems[4]}_03.png"
+    cut.write_bytes(cut.read_bytes()[:-12])                                       # Pillow reads it without a word
+    shutil.rmtree(root / "Test" / "GT" / "t" / "images" / "02")
+    (root / "Test" / "GT" / "t" / "labels").mkdir()
+    train = "Train/images/x/"
+    assert found(root) == {
+        ("content", f"{train}02/{stems[0]}_02.png"), ("content", f"{train}02/{stems[1]}_02.png"), ("identical", f"{train}01/{stems[2]}_01.png"),
+        ("identical", f"{train}04/{stems[3]}_04.png"), ("unreadable", f"{train}03/{stems[4]}_03.png"), ("missing", "Test/GT/t/images/02"),
+        ("label", "Test/GT/t/labels"), ("missing", f"{train}original/photo9-0-0.png"), ("missing", f"{train}05")}
+
+
+def test_a_test_set_alone_is_looked_at(root):
+    shutil.rmtree(root / "Train")
+    report = prepare.verify(root)
+    assert report.defects == [] and list(report.counts) == ["Test"]
+
+
+def test_several_sizes_are_told_but_no_defect(root):
+    add_set(root / "Train" / "images" / "x", "small-0-0", photo(50, 32))
+    for annotator in "ABC":
+        add_label(root / "Train" / "labels" / "x" / annotator, "small-0-0")
+    report = prepare.verify(root)
+    assert report.defects == [] and report.counts["Train"]["sizes"] == 2
