@@ -407,14 +407,18 @@ def tables(summary, args):
     parts.append(runs.markdown(["", *versions], [[f"{SHOWN.get(reward, reward)}: {how}", *percent(p)] for reward, hows in picks.items() for how, p in hows.items()]))
 
     parts.append(metric_tables(summary))
-    rows = load("grain")["rows"]
-    mean = lambda names, value: np.mean([value(rows[name]) for name in names])
-    groups = {"reference": ["reference"], "start": ["start"]} | {s: [f"{s}-{seed}" for seed in args.seeds] for s in summary["seed_means"]}
-    parts.append(runs.markdown(["NIQE with noise of", *(f"{s} grey levels" for s in rows["start"]["niqe"]), "structured noise"],
-                               [[row, *(f"{mean(names, lambda r: r['niqe'][s]):.2f}" for s in rows["start"]["niqe"]), f"{mean(names, lambda r: r['peaks']):.3f}"]
-                                for row, names in groups.items()]))
+    if args.results.with_name(f"{args.results.name}-grain.json").exists():
+        parts.append(grain_table(load("grain")["rows"], summary, args))
     parts.append(runs.markdown(["", *versions], [[s, *percent({v: picked.get(v, 0) for v in versions})] for s, picked in summary["picked"].items()]))
     return "\n\n".join(parts)
+
+
+def grain_table(rows, summary, args):
+    mean = lambda names, value: np.mean([value(rows[name]) for name in names])
+    groups = {"reference": ["reference"], "start": ["start"]} | {s: [f"{s}-{seed}" for seed in args.seeds] for s in summary["seed_means"]}
+    return runs.markdown(["NIQE with noise of", *(f"{s} grey levels" for s in rows["start"]["niqe"]), "structured noise"],
+                               [[row, *(f"{mean(names, lambda r: r['niqe'][s]):.2f}" for s in rows["start"]["niqe"]), f"{mean(names, lambda r: r['peaks']):.3f}"]
+                                for row, names in groups.items()])
 
 
 def metric_tables(summary):

@@ -1,5 +1,8 @@
 """experiment.py: its statistics, its rule for the shrink factor, its queue, and one whole experiment in small."""
 import json
+import multiprocessing
+import os
+import sys
 import time
 from functools import partial
 
@@ -9,8 +12,11 @@ import torch
 
 import archs
 import data
+import evaluate
 import experiment
+import make_quintuplets
 import runs
+import train
 
 
 @pytest.mark.fast
@@ -80,8 +86,25 @@ def test_a_failed_job_is_named_and_stops_the_queue(tmp_path):
     assert begun[:2] == [0, 1] and len(begun) < 10
 
 
+def in_fork(module, words):
+    torch.set_num_threads(1)
+    module.main(module.parse_args([*words, "--threads", "1"]))
+    os._exit(0)                                                                   # not through pytest's own ending
+
+
 def test_a_whole_experiment_in_small(tmp_path, vgg_file, monkeypatch):
     """Real scripts from photographs to tables, two steps a run; a second call repeats nothing."""
+    real = experiment.call
+
+    def call(log, script, *words, processes=1):                                   # a fork need not import torch again: a third of the time
+        if processes > 1:
+            return real(log, script, *words, processes=processes)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        child = multiprocessing.get_context("fork").Process(target=in_fork, args=(sys.modules[script.removesuffix(".py")], list(map(str, words))))
+        child.start()
+        child.join()
+        assert child.exitcode == 0, script
+    monkeypatch.setattr(experiment, "call", call)
     from skimage import data as photos
     for k, name in enumerate(("astronaut", "coffee")):
         image = torch.from_numpy(getattr(photos, name)()[64:256, 128:320].copy()).permute(2, 0, 1)
@@ -96,7 +119,7 @@ def test_a_whole_experiment_in_small(tmp_path, vgg_file, monkeypatch):
     monkeypatch.setattr(experiment, "QUINTUPLETS", "--soften 1 --patch 96 --step 96 --min-std 0 --min-laplacian 0".split())
     monkeypatch.setattr(experiment, "SHRINKS", (0.25, 0.5))
     monkeypatch.setattr(experiment, "SOFTENED", ((1, 1, 96),))
-    args = experiment.parse_args(["--photos", str(tmp_path / "photos"), "--test-photos", str(tmp_path / "test"), "--enhancers",
+    args = experiment.parse_args(["shrink", "data", "runs", "report", "--photos", str(tmp_path / "photos"), "--test-photos", str(tmp_path / "test"), "--enhancers",
                                   str(tmp_path / "enhancer0.pth"), str(tmp_path / "enhancer1.pth"), "--init", str(tmp_path / "enhancer0.pth"),
                                   "--rewards", "ranker", "--unseen", "piqe", "--slow", "piqe", "--seeds", "1", "--figure", "test_coffee", "--vgg-weights", str(vgg_file),
                                   "--work", str(tmp_path / "work"), "--results", str(tmp_path / "out" / "exp")])
@@ -111,7 +134,7 @@ def test_a_whole_experiment_in_small(tmp_path, vgg_file, monkeypatch):
     picks = json.loads((out / "exp-picks.json").read_text())["rewards"]["ranker"]
     assert all(sum(shares.values()) == pytest.approx(1) for shares in picks.values())
     assert [row["shrink"] for row in json.loads((out / "exp-shrink.json").read_text())["rows"]] == [0.25, 0.5]
-    assert data.load_image(out / "exp.png").shape[2] == 5 * 256 + 4 * 4
+    assert data.load_image(out / "exp.png").shape[2] == 5 * 256 + 4 * 4 and {evaluate, make_quintuplets, train} <= set(sys.modules.values())
     monkeypatch.setattr(experiment, "call", lambda log, script, *words, **more: script == "make_quintuplets.py" or pytest.fail(f"{script} again"))
     experiment.main(args)
     assert json.loads((out / "exp.json").read_text())["mean"] == summary["mean"]
