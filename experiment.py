@@ -414,11 +414,12 @@ def tables(summary, args):
 
 
 def grain_table(rows, summary, args):
+    """Mean NIQE per sampler at every noise level, and the structured noise of what training changed."""
     mean = lambda names, value: np.mean([value(rows[name]) for name in names])
     groups = {"reference": ["reference"], "start": ["start"]} | {s: [f"{s}-{seed}" for seed in args.seeds] for s in summary["seed_means"]}
     return runs.markdown(["NIQE with noise of", *(f"{s} grey levels" for s in rows["start"]["niqe"]), "structured noise"],
-                               [[row, *(f"{mean(names, lambda r: r['niqe'][s]):.2f}" for s in rows["start"]["niqe"]), f"{mean(names, lambda r: r['peaks']):.3f}"]
-                                for row, names in groups.items()])
+                         [[row, *(f"{mean(names, lambda r: r['niqe'][s]):.2f}" for s in rows["start"]["niqe"]), f"{mean(names, lambda r: r['peaks']):.3f}"]
+                          for row, names in groups.items()])
 
 
 def metric_tables(summary):
