@@ -103,6 +103,11 @@ def flattest(image, side):
     return row * (side // 4), column * (side // 4)
 
 
+def enlarged_crop(image, top, left, side, times):
+    """A square of image (1, 3, H, W), every pixel shown as times x times. -> (3, side * times, side * times)"""
+    return image[0, :, top:top + side, left:left + side].repeat_interleave(times, 1).repeat_interleave(times, 2)
+
+
 def list_images(folder):
     """{stem: path} of a folder's image files, sorted by name. ValueError when two files share a stem or there is none."""
     found = {}

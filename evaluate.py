@@ -62,6 +62,7 @@ from tqdm import tqdm
 
 import archs
 import data
+import degradations
 import iqa
 import runs
 
@@ -119,7 +120,7 @@ def main(args):
         gt = data.load_image(gts[stem])[None].to(world.device).float() / 255 if args.gt else None
         cells = []
         for row, upscale in nets.items():
-            sr = upscale(lq, gt).clamp(0, 1).mul(255).round() / 255
+            sr = degradations.to_8bit(upscale(lq, gt))
             scores[row][stem] = {name: metric(sr, gt).item() for name, (metric, _) in metrics.items()}
             if stem in shown:
                 told = " ".join(f"{k.partition(':')[0]} {v:.1f}" for k, v in list(scores[row][stem].items())[:3])

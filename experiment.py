@@ -146,6 +146,21 @@ def link_photos(folders, every, target):
     return target
 
 
+def train_flag(args, flag):
+    """The whole number that train.py is given for a flag: the last one counts."""
+    return int(args.train[len(args.train) - args.train[::-1].index(flag)])
+
+
+def judge(args, metric):
+    """iqa.create_metric on the CPU, with the weights of --metric-weights."""
+    return iqa.create_metric(metric, "cpu", dict(w.split("=", 1) for w in args.metric_weights).get(metric))
+
+
+def test_pair(args, stem):
+    """-> lq (1, 3, h, w), gt (1, 3, 4h, 4w) in [0, 1]"""
+    return [data.load_image(args.work / "test" / kind / f"{stem}.png")[None].float() / 255 for kind in ("lq", "gt")]
+
+
 def metric_files(args, metrics):
     """The words of --metric-weights that belong to these metrics, and VGG's."""
     return [w for w in args.metric_weights if w.partition("=")[0] in metrics] + [f"vgg={args.vgg_weights}"] * ("vgg" in metrics)
@@ -167,8 +182,7 @@ def shrink(args):
                      "--patch", patch, "--step", patch, "--jitter", 0, "--min-std", 0, "--min-laplacian", 0, "--min-change", 0]
             tasks.append(partial(call, folder(soften, f).with_name(folder(soften, f).name + ".log"), "make_quintuplets.py", *words))
     parallel(args.jobs, tasks[::-1])                                              # the longest first
-    words = dict(w.split("=", 1) for w in args.metric_weights)
-    judges = {m: iqa.create_metric(m, "cpu", words.get(m)) for m in [*args.unseen, args.rewards[0]]}
+    judges = {m: judge(args, m) for m in [*args.unseen, args.rewards[0]]}
     rows = []
     for soften, every, patch in SOFTENED:
         for f in SHRINKS:
@@ -182,7 +196,7 @@ def shrink(args):
 def judge_set(sets, stem, judges):
     """-> {version: {metric: score, higher is better, "psnr": to the original}}"""
     images = {v: data.load_image(sets.path(stem, v))[None].float() / 255 for v in sets.versions}
-    score = {v: {m: (-1 if lower else 1) * judge(image, None).item() for m, (judge, lower) in judges.items()} for v, image in images.items()}
+    score = {v: {m: (-1 if lower else 1) * metric(image, None).item() for m, (metric, lower) in judges.items()} for v, image in images.items()}
     for v, image in images.items():
         score[v]["psnr"] = iqa.psnr(image, images["original"]).item()
     return score
@@ -219,7 +233,7 @@ def prepare(args):
         return
     sets = data.find_sets(args.work / "set", "Train")
     world, seeds = runs.start_world("cpu", args.jobs), partial(runs.sample_seed, args.seeds[0])
-    word = lambda flag: int(args.train[len(args.train) - args.train[::-1].index(flag)])                  # the last one counts
+    word = partial(train_flag, args)
     crops = data.TrainingSet(sets, "amo", seeds, word("--batch-size"), word("--group-size"), word("--crop"), word("--load-size"))
     record = json.loads((args.work / "set" / "quintuplets.json").read_text())
     result = {"command": sys.argv, **runs.describe_machine(), "sets": len(sets.stems), "photos": len(record["photos"]), "dropped": record["dropped"],
@@ -279,8 +293,8 @@ def one_run(args, name, words):
     run = args.work / "runs" / name
     call(run.with_suffix(".log"), "train.py", "--data", args.work / "set", "--init", args.init, "--vgg-weights", args.vgg_weights, *args.train, *words,
          "--score-cache", args.work / "scores", "--device", args.device, "--out", run, "--resume", "auto")
-    total, step = args.train[len(args.train) - args.train[::-1].index("--total-steps")], runs.load_checkpoint(run / "ckpt" / "last.pt")["step"]
-    if step != int(total):
+    total, step = train_flag(args, "--total-steps"), runs.load_checkpoint(run / "ckpt" / "last.pt")["step"]
+    if step != total:
         raise ValueError(f"{run}: training was stopped at step {step} of {total}; the same command continues")
     judged = evaluate(args, run, run.with_suffix(".json"), [*args.rewards, *args.unseen, *flags.WITH_REFERENCE])
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -325,22 +339,20 @@ def grain(args, sigmas=(0, 1, 2, 4)):
     file = args.results.with_name(args.results.name + "-grain.json")
     if file.exists():
         return
-    words = dict(w.split("=", 1) for w in args.metric_weights)
-    niqe, _ = iqa.create_metric("niqe", "cpu", words.get("niqe"))
-    eight_bit = lambda image: image.clamp(0, 1).mul(255).round() / 255
-    start, rows, lqs = archs.load_x4(args.init, "--init")[0], {}, data.list_images(args.work / "test" / "lq")
+    niqe, _ = judge(args, "niqe")
+    start, rows, stems = archs.load_x4(args.init, "--init")[0], {}, list(data.list_images(args.work / "test" / "lq"))
     for name in tqdm(["reference", "start", *plan(args)], unit="row"):
         net = start if name in ("reference", "start") else archs.load_x4(args.work / "runs" / name, "--work")[0]
         row = rows[name] = {"niqe": {str(s): 0.0 for s in sigmas}, "peaks": 0.0}
-        for i, (stem, path) in enumerate(lqs.items()):
-            lq, gt = (data.load_image(p)[None].float() / 255 for p in (path, args.work / "test" / "gt" / f"{stem}.png"))
-            sr = gt if name == "reference" else eight_bit(archs.upscale_tiled(net, lq))
+        for i, stem in enumerate(stems):
+            lq, gt = test_pair(args, stem)
+            sr = gt if name == "reference" else degradations.to_8bit(archs.upscale_tiled(net, lq))
             noise = torch.randn(gt[:, :1].shape, generator=torch.Generator().manual_seed(i)) / 255                # grey, the same for every row
             for s in sigmas:
-                row["niqe"][str(s)] += niqe(eight_bit(sr + s * noise), None).item() / len(lqs)
+                row["niqe"][str(s)] += niqe(degradations.to_8bit(sr + s * noise), None).item() / len(stems)
             if name != "reference":
-                row["peaks"] += iqa.noise_peaks(sr - eight_bit(archs.upscale_tiled(start, lq))).item() / len(lqs)
-    runs.save_json(file, {"command": sys.argv, **runs.describe_machine(), "images": len(lqs), "rows": rows})
+                row["peaks"] += iqa.noise_peaks(sr - degradations.to_8bit(archs.upscale_tiled(start, lq))).item() / len(stems)
+    runs.save_json(file, {"command": sys.argv, **runs.describe_machine(), "images": len(stems), "rows": rows})
 
 
 # Stage 5: tables and picture
@@ -371,7 +383,8 @@ def report(args):
         return
     sets = data.find_sets(args.work / "set", "Train")
     shown = [stem for stem in sets.stems if stem.startswith(args.photos[0].name)]  # Kodak's photographs may be shown freely
-    contact_sheet(args.results.with_name(args.results.name + "-sets.png"), sets, shown, args.rewards, "cpu", rows=4)
+    contact_sheet(args.results.with_name(args.results.name + "-sets.png"), sets, shown, [iqa.create_reward([name]) for name in args.rewards],
+                  "cpu", rows=4)
     picture(args, [f"{s}-{args.seeds[0]}" for s in (chain[0], chain[1], chain[3])])
 
 
@@ -442,11 +455,11 @@ def picture(args, names, side=128):
     nets = {name: archs.load_x4(args.work / "runs" / name, "--work")[0] for name in names}
     cells = []
     for stem in args.figure:
-        gt, lq = (data.load_image(args.work / "test" / kind / f"{stem}.png")[None].float() / 255 for kind in ("gt", "lq"))
+        lq, gt = test_pair(args, stem)
         images = {"LR": lq.repeat_interleave(4, 2).repeat_interleave(4, 3)}
         images |= {name.rpartition("-")[0]: archs.upscale_tiled(net, lq).clamp(0, 1) for name, net in nets.items()} | {"reference": gt}
         y, x = ((n - side) // 2 for n in gt.shape[2:])
-        cells.append([(image[0, :, y:y + side, x:x + side].repeat_interleave(2, 1).repeat_interleave(2, 2), name) for name, image in images.items()])
+        cells.append([(data.enlarged_crop(image, y, x, side, 2), name) for name, image in images.items()])
     data.save_grid(args.results.with_suffix(".png"), cells)
 
 

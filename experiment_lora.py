@@ -48,6 +48,7 @@ import torch
 
 import archs
 import data
+import degradations
 import experiment
 import iqa
 import lora
@@ -81,15 +82,15 @@ def one_run(args, exp, variant, seed):
 def structured_noise(exp, before, after):
     """{test image: {"peaks": of what tuning changed, "unsharp": of an unsharp mask of the network before with as much reward}}"""
     reward, nets, found = iqa.create_reward(exp.rewards[:1]), [archs.load_x4(path, "--work")[0] for path in (before, after)], {}
-    for stem, path in data.list_images(exp.work / "test" / "lq").items():
-        lq = data.load_image(path)[None].float() / 255
-        old, new = (archs.upscale_tiled(net, lq).clamp(0, 1).mul(255).round() / 255 for net in nets)
+    for stem in data.list_images(exp.work / "test" / "lq"):
+        lq, _ = experiment.test_pair(exp, stem)
+        old, new = (degradations.to_8bit(archs.upscale_tiled(net, lq)) for net in nets)
         found[stem] = {"peaks": iqa.noise_peaks(new - old).item(), "unsharp": iqa.noise_peaks(iqa.unsharp_like(old, new, reward) - old).item()}
     return found
 
 
 def report(args, exp):
-    seeds, rewards = exp.seeds, exp.rewards
+    seeds = exp.seeds
     after = {v: [json.loads((args.out / f"{v}-{seed}.json").read_text()) for seed in seeds] for v in VARIANTS}
     before = [json.loads((exp.results / f"{base_of(exp, seed).name}.json").read_text()) for seed in seeds]
     lower = after["lora"][0]["lower_is_better"]
@@ -128,12 +129,12 @@ def sweep(args, exp):
         lora.load_lora(net, exp.work / "lora" / f"lora-{exp.seeds[0]}" / "lora" / "adapter.pth", scale)
         lora.merge_lora(net)
         sums = dict.fromkeys(metrics, 0.0)
-        lqs = data.list_images(exp.work / "test" / "lq")
-        for stem, path in lqs.items():
-            lq, gt = (data.load_image(p)[None].float() / 255 for p in (path, exp.work / "test" / "gt" / f"{stem}.png"))
-            sr = archs.upscale_tiled(net, lq).clamp(0, 1).mul(255).round() / 255
+        stems = data.list_images(exp.work / "test" / "lq")
+        for stem in stems:
+            lq, gt = experiment.test_pair(exp, stem)
+            sr = degradations.to_8bit(archs.upscale_tiled(net, lq))
             for name, metric in metrics.items():
-                sums[name] += metric(sr, gt).item() / len(lqs)
+                sums[name] += metric(sr, gt).item() / len(stems)
         points.append({"scale": scale, **sums})
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, name, label in zip(axes, ("psnr", "vgg"), ("PSNR in dB, higher is better", "VGG distance, lower is better")):
@@ -154,10 +155,10 @@ def picture(args, exp, side=64):
     nets = {name: archs.load_x4(path, "--work")[0] for name, path in paths.items()}
     cells = []
     for stem in exp.figure:
-        gt, lq = (data.load_image(exp.work / "test" / kind / f"{stem}.png")[None].float() / 255 for kind in ("gt", "lq"))
+        lq, gt = experiment.test_pair(exp, stem)
         y, x = data.flattest(gt, side)
         images = {name: archs.upscale_tiled(net, lq).clamp(0, 1) for name, net in nets.items()} | {"reference": gt}
-        cells.append([(image[0, :, y:y + side, x:x + side].repeat_interleave(4, 1).repeat_interleave(4, 2), name) for name, image in images.items()])
+        cells.append([(data.enlarged_crop(image, y, x, side, 4), name) for name, image in images.items()])
     data.save_grid(args.out.with_suffix(".png"), cells)
 
 

@@ -108,7 +108,6 @@ ARGS = parse_args() if __name__ == "__main__" else None                         
 import contextlib
 import copy
 import itertools
-import re
 from collections import Counter
 from functools import partial
 
@@ -125,14 +124,6 @@ import runs
 from train import FIXED as FIXED_TRAINING, adversarial_loss, learning_rate, make_pair, open_data, update_ema, validation_pair
 
 FIXED = (*FIXED_TRAINING, "gt_reward", "tune", "rank", "alpha", "targets", "base_sha256")
-
-
-def trained_layers(net, targets):
-    """The weights, without biases, of the layers whose names match: what --tune layers trains in place of their adapters."""
-    layers = [layer for name, layer in lora.named_layers(net) if re.search(targets, name)]
-    if not layers:
-        raise ValueError(f"--targets {targets!r} match no layer")
-    return [layer.weight for layer in layers]
 
 
 def gradient_ratio(net, dataset, losses, reward, lanes, args, gt_reward, seeds, world, batches=8):
@@ -162,7 +153,7 @@ def validate(base, net, sets, metrics, args, seeds, world):
     totals = Counter()
     for i in range(world.rank, len(sets.stems), world.size):
         lq, gt = validation_pair(sets, i, args, seeds, world.device)
-        sr, before = (archs.upscale_tiled(g, lq, tile=args.tile, overlap=32).clamp(0, 1).mul(255).round() / 255 for g in (net, base))
+        sr, before = (degradations.to_8bit(archs.upscale_tiled(g, lq, tile=args.tile, overlap=32)) for g in (net, base))
         totals.update({name: metric(sr, gt).item() for name, (metric, _) in metrics.items()} | {"images": 1, "peaks": iqa.noise_peaks(sr - before).item()})
         if "reward" in metrics:
             like = iqa.unsharp_like(before, sr, lambda x: metrics["reward"][0](x, None))
@@ -195,7 +186,7 @@ def sample_grid(base, net, sets, args, seeds, device, path, rows=4, side=64):
         lq, gt = validation_pair(sets, i, args, seeds, device)
         y, x = data.flattest(gt, side)
         images = {name: archs.upscale_tiled(g, lq, tile=args.tile, overlap=32).clamp(0, 1) for name, g in (("base", base), ("tuned", net))}
-        cells.append([(image[0, :, y:y + side, x:x + side].repeat_interleave(3, 1).repeat_interleave(3, 2), name)
+        cells.append([(data.enlarged_crop(image, y, x, side, 3), name)
                       for name, image in (images | {"original": gt}).items()])
     data.save_grid(path, cells)
 
@@ -240,7 +231,7 @@ def main(args):
         lora.add_lora(raw_g, targets, args.rank, args.alpha)
         tuned = lora.lora_parameters(raw_g)
     else:
-        tuned = list(raw_g.parameters()) if args.tune == "all" else trained_layers(raw_g.requires_grad_(False), targets)
+        tuned = list(raw_g.parameters()) if args.tune == "all" else [layer.weight for layer in lora.matching_layers(raw_g.requires_grad_(False), targets).values()]
         for p in tuned:
             p.requires_grad_(True)
     raw_g = raw_g.to(device, memory_format=memory_g)

@@ -21,7 +21,6 @@ import sys
 import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from skimage.metrics import structural_similarity
@@ -192,7 +191,7 @@ def unsharp_like(base, sr, reward, amounts=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0,
     blurred = degradations.blur(base, degradations.gaussian_kernel(9, 1.5))
     best, wanted = (-math.inf, base), reward(sr).item()
     for amount in amounts:
-        image = (base + amount * (base - blurred)).clamp(0, 1).mul(255).round() / 255
+        image = degradations.to_8bit(base + amount * (base - blurred))
         best = max(best, (reward(image).item(), image), key=lambda pair: pair[0])
         if best[0] >= wanted:
             break

@@ -47,15 +47,21 @@ def add_lora(net, targets, rank, alpha=None):
         raise ValueError(f"LoRA rank {rank}: must be at least 1")
     if adapted(net):
         raise ValueError("this network has LoRA adapters already: merge or remove them first")
+    found = matching_layers(net, targets)
+    net.requires_grad_(False)
+    for layer in found.values():
+        parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank, alpha or rank))
+    return list(found)
+
+
+def matching_layers(net, targets):
+    """{name: layer} of the Linear and Conv2d layers whose dotted names match. ValueError if there is none, or a match is another kind."""
     found = {name: layer for name, layer in net.named_modules() if re.search(targets, name)}
     other = [f"{name} ({type(layer).__name__})" for name, layer in found.items() if not isinstance(layer, (nn.Linear, nn.Conv2d))]
     if not found or other:
         raise ValueError(f"LoRA targets {targets!r} match " + (f"{other[0]}, which is neither Linear nor Conv2d" if other else
                          f"no layer of {type(net).__name__}; its layers are called {', '.join(n for n, _ in named_layers(net))[:120]} ..."))
-    net.requires_grad_(False)
-    for layer in found.values():
-        parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank, alpha or rank))
-    return list(found)
+    return found
 
 
 def default_targets(net):

@@ -338,7 +338,7 @@ def build(args, world):
         raise ValueError(f"{args.out} exists and was not made by this script: choose another --out")
     if world.is_main:
         runs.check_writable(args.out, "--out")
-    iqa.create_reward([args.reward], world.device)                                # the contact sheet comes last: refuse a wrong one now
+    reward = iqa.create_reward([args.reward], world.device)                       # of the contact sheet, which comes last: refuse a wrong one now
     photos, dropped = survey(args, world)
     done = {file.stem.removeprefix("photo-"): read_record(file) for file in records.glob("photo-*.json") if begun}
     gone = sorted(set(done) - set(photos))
@@ -369,14 +369,14 @@ def build(args, world):
                          "see --min-std, --min-laplacian, --min-change and --soften")
     runs.save_json(args.out / "quintuplets.json", result)
     sets = data.find_sets(args.out, "Train")
-    contact_sheet(args.out / "contact.png", sets, sets.stems, [args.reward], world.device)
+    contact_sheet(args.out / "contact.png", sets, sets.stems, [reward], world.device)
     return result
 
 
 @torch.no_grad()
 def contact_sheet(path, sets, stems, rewards, device, rows=6):
     """PNG of a few of the sets `stems`, every version with its scores; * marks the best of each reward."""
-    rewards, cells = [iqa.create_reward([name], device) for name in rewards], []
+    cells = []
     for stem in stems[::max(1, len(stems) // rows)][:rows]:
         images = torch.stack([data.load_image(sets.path(stem, v)) for v in sets.versions])
         scores = [[reward(image[None].to(device).float() / 255).item() for image in images] for reward in rewards]

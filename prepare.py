@@ -75,11 +75,17 @@ def compare_names(folder, found, expected, report):
         report.add("misnamed", found[stem], "no original has this name: rename or remove it")
 
 
+def tail(path, count):
+    with open(path, "rb") as file:
+        file.seek(-min(count, path.stat().st_size), 2)
+        return file.read()
+
+
 def decode(path):
     """-> ((width, height), thumbnail, hash of the pixels, None) or (None, None, None, what is wrong)."""
     try:
         image = data.load_image(path)
-        if path.suffix.lower() == ".png" and b"IEND" not in path.read_bytes()[-32:]:
+        if path.suffix.lower() == ".png" and b"IEND" not in tail(path, 32):
             raise ValueError("truncated: its end is missing; fetch or make it again")
     except (ValueError, OSError) as error:
         return None, None, None, " ".join(str(error).split()).removeprefix(f"{path}: ")
@@ -196,9 +202,8 @@ def verify(root, workers=8, similar=0.98):
         for number in range(1, int(list(images)[-1])):
             if f"{number:02d}" not in images:
                 report.add("missing", images["original"].with_name(f"{number:02d}"), f"no such folder, but there is {list(images)[-1]}")
-        for empty in sorted(root.glob(f"{split}/**/labels")):
-            if not folders[split]["labels"]:
-                report.add("label", empty, "no folders A, B and C in it: remove it, or add the votes")
+        for empty in [] if folders[split]["labels"] else sorted(root.glob(f"{split}/**/labels")):
+            report.add("label", empty, "no folders A, B and C in it: remove it, or add the votes")
         stems, small[split] = verify_images(split, folders[split], workers, report)
         listed[split] = stems
         if not stems:

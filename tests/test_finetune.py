@@ -9,7 +9,6 @@ import torch
 
 import archs
 import degradations
-import evaluate
 import finetune_lora as ft
 import iqa
 import lora
