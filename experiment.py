@@ -73,66 +73,23 @@ ARGS = parse_args() if __name__ == "__main__" else None                         
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
-from scipy import stats
 from tqdm import tqdm
 
 import archs
+import compare
 import data
 import degradations
 import iqa
 import runs
 from make_quintuplets import contact_sheet
-
-SHOWN = {"cnniqa_live:build": "CNNIQA-LIVE", "niqe": "NIQE", "brisque": "BRISQUE", "piqe": "PIQE", "ilniqe": "IL-NIQE", "psnr": "PSNR", "ssim": "SSIM",
-         "vgg": "VGG distance", "flat_hf": "flat HF share"}
-
-
-RUNNING = set()                                                                   # child processes
-
-
-def call(log, script, *words, processes=1):
-    """One of this repository's scripts, in one or more processes with one thread each; its output goes to the file `log`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    with open(log, "a") as out:
-        child = subprocess.Popen([sys.executable, *launch, str(runs.REPO / script), *map(str, words), "--threads", "1"], stdout=out, stderr=out,
-                                 env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
-        RUNNING.add(child)
-        try:
-            status = child.wait()
-        finally:
-            child.terminate()                                                     # it has ended, or this process is being stopped
-            RUNNING.discard(child)
-    if status:
-        lines = log.read_text().strip().splitlines() or ["no output"]
-        last = ([line for line in lines if line.startswith(f"{script}: error:")] or lines)[-1]
-        raise ValueError(f"{script} ended with {status}: {last} (all of it in {log})")
-
-
-def parallel(jobs, tasks):
-    """Call the functions `tasks`, `jobs` at a time; the first error stops what has not begun."""
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), unit="job") as bar:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
-        except BaseException:                                                     # an error, Ctrl-C or SIGTERM: no child stays behind
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in list(RUNNING):
-                child.terminate()
-            raise
 
 
 def link_photos(folders, every, target):
@@ -151,21 +108,6 @@ def train_flag(args, flag):
     return int(args.train[len(args.train) - args.train[::-1].index(flag)])
 
 
-def judge(args, metric):
-    """iqa.create_metric on the CPU, with the weights of --metric-weights."""
-    return iqa.create_metric(metric, "cpu", dict(w.split("=", 1) for w in args.metric_weights).get(metric))
-
-
-def test_pair(args, stem):
-    """-> lq (1, 3, h, w), gt (1, 3, 4h, 4w) in [0, 1]"""
-    return [data.load_image(args.work / "test" / kind / f"{stem}.png")[None].float() / 255 for kind in ("lq", "gt")]
-
-
-def metric_files(args, metrics):
-    """The words of --metric-weights that belong to these metrics, and VGG's."""
-    return [w for w in args.metric_weights if w.partition("=")[0] in metrics] + [f"vgg={args.vgg_weights}"] * ("vgg" in metrics)
-
-
 # Stage 1: the shrink factor
 
 def shrink(args):
@@ -180,9 +122,9 @@ def shrink(args):
         for f in SHRINKS:
             words = ["--photos", photos, "--enhancers", *args.enhancers, "--out", folder(soften, f), "--shrink", f, "--soften", soften,
                      "--patch", patch, "--step", patch, "--jitter", 0, "--min-std", 0, "--min-laplacian", 0, "--min-change", 0]
-            tasks.append(partial(call, folder(soften, f).with_name(folder(soften, f).name + ".log"), "make_quintuplets.py", *words))
-    parallel(args.jobs, tasks[::-1])                                              # the longest first
-    judges = {m: judge(args, m) for m in [*args.unseen, args.rewards[0]]}
+            tasks.append(partial(compare.call, folder(soften, f).with_name(folder(soften, f).name + ".log"), "make_quintuplets.py", *words))
+    compare.parallel(args.jobs, tasks[::-1])                                      # the longest first
+    judges = {m: compare.judge(args, m) for m in [*args.unseen, args.rewards[0]]}
     rows = []
     for soften, every, patch in SOFTENED:
         for f in SHRINKS:
@@ -225,7 +167,7 @@ def best_shrink(rows):
 
 def prepare(args):
     photos = link_photos(args.photos, 1, args.work / "photos")
-    call(args.work / "quintuplets.log", "make_quintuplets.py", "--photos", photos, "--enhancers", *args.enhancers, "--out", args.work / "set", *QUINTUPLETS,
+    compare.call(args.work / "quintuplets.log", "make_quintuplets.py", "--photos", photos, "--enhancers", *args.enhancers, "--out", args.work / "set", *QUINTUPLETS,
          processes=args.jobs)
     make_test(args)
     file = args.results.with_name(args.results.name + "-picks.json")
@@ -281,22 +223,15 @@ def plan(args):
     return names
 
 
-def evaluate(args, weights, out, metrics, baselines=()):
-    call(out.with_suffix(".log"), "evaluate.py", *(["--weights", weights] if weights else []), "--lq", args.work / "test" / "lq", "--gt",
-         args.work / "test" / "gt", "--baselines", *baselines, "--metrics", *metrics, "--metric-weights", *metric_files(args, metrics), "--out-json", out,
-         "--device", args.device)
-    return json.loads(out.read_text())
-
-
 def one_run(args, name, words):
     """Train, evaluate, write RESULTS/<name>.json; continues an interrupted training."""
     run = args.work / "runs" / name
-    call(run.with_suffix(".log"), "train.py", "--data", args.work / "set", "--init", args.init, "--vgg-weights", args.vgg_weights, *args.train, *words,
+    compare.call(run.with_suffix(".log"), "train.py", "--data", args.work / "set", "--init", args.init, "--vgg-weights", args.vgg_weights, *args.train, *words,
          "--score-cache", args.work / "scores", "--device", args.device, "--out", run, "--resume", "auto")
     total, step = train_flag(args, "--total-steps"), runs.load_checkpoint(run / "ckpt" / "last.pt")["step"]
     if step != total:
         raise ValueError(f"{run}: training was stopped at step {step} of {total}; the same command continues")
-    judged = evaluate(args, run, run.with_suffix(".json"), [*args.rewards, *args.unseen, *flags.WITH_REFERENCE])
+    judged = compare.evaluate(args, run, run.with_suffix(".json"), [*args.rewards, *args.unseen, *flags.WITH_REFERENCE])
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     runs.save_json(args.results / f"{name}.json", {
         "train": args.train + list(map(str, words)), **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")},
@@ -307,10 +242,10 @@ def queue(args):
     before = args.results / "before.json"
     if not before.exists():                                                       # the rows without a run: references, bicubic, start
         metrics = [*args.rewards, *args.unseen, *flags.WITH_REFERENCE]
-        judged = evaluate(args, args.init, args.work / "before.json", metrics, ["bicubic", "reference"])
+        judged = compare.evaluate(args, args.init, args.work / "before.json", metrics, ["bicubic", "reference"])
         runs.save_json(before, judged | {"scores": {k.replace(args.init.stem, "start"): v for k, v in judged["scores"].items()}})
-    parallel(args.jobs, [partial(one_run, args, name, words) for name, words in plan(args).items() if not (args.results / f"{name}.json").exists()])
-    parallel(args.jobs, [partial(slow, args, name) for name in ["before", *plan(args)]])
+    compare.parallel(args.jobs, [partial(one_run, args, name, words) for name, words in plan(args).items() if not (args.results / f"{name}.json").exists()])
+    compare.parallel(args.jobs, [partial(slow, args, name) for name in ["before", *plan(args)]])
 
 
 def slow(args, name):
@@ -324,7 +259,7 @@ def slow(args, name):
     if not weights.exists():
         raise ValueError(f"{file} has no {' '.join(args.slow)} yet, and {weights} is not here to compute it: name the folder of the runs with --work, "
                          "or leave these metrics out with --slow")
-    judged = evaluate(args, weights, args.work / "runs" / f"{name}-slow.json", args.slow, baselines)
+    judged = compare.evaluate(args, weights, args.work / "runs" / f"{name}-slow.json", args.slow, baselines)
     for row, images in rows.items():
         for stem, scores in images.items():
             scores |= judged["scores"][args.init.stem if row == "start" else row][stem]
@@ -339,13 +274,13 @@ def grain(args, sigmas=(0, 1, 2, 4)):
     file = args.results.with_name(args.results.name + "-grain.json")
     if file.exists():
         return
-    niqe, _ = judge(args, "niqe")
+    niqe, _ = compare.judge(args, "niqe")
     start, rows, stems = archs.load_x4(args.init, "--init")[0], {}, list(data.list_images(args.work / "test" / "lq"))
     for name in tqdm(["reference", "start", *plan(args)], unit="row"):
         net = start if name in ("reference", "start") else archs.load_x4(args.work / "runs" / name, "--work")[0]
         row = rows[name] = {"niqe": {str(s): 0.0 for s in sigmas}, "peaks": 0.0}
         for i, stem in enumerate(stems):
-            lq, gt = test_pair(args, stem)
+            lq, gt = compare.test_pair(args, stem)
             sr = gt if name == "reference" else degradations.to_8bit(archs.upscale_tiled(net, lq))
             noise = torch.randn(gt[:, :1].shape, generator=torch.Generator().manual_seed(i)) / 255                # grey, the same for every row
             for s in sigmas:
@@ -375,7 +310,7 @@ def report(args):
     pairs = [*zip(chain[1:], chain), (chain[3], "orig")]
     pairs += [(f"{s}-{r.partition(':')[0]}", "orig") for r in args.rewards[1:] for s in ("sma", "amo")]
     for a, b in pairs:
-        summary["differences"][f"{a} - {b}"] = {m: difference(after[a][..., k], after[b][..., k]) for k, m in enumerate(metrics)}
+        summary["differences"][f"{a} - {b}"] = {m: compare.difference(after[a][..., k], after[b][..., k]) for k, m in enumerate(metrics)}
     runs.save_json(args.results.with_suffix(".json"), summary)
     print(tables(summary, args))
     if not (args.work / "set").is_dir():
@@ -394,18 +329,6 @@ def shares(counts):
     return {version: n / sum(total.values()) for version, n in total.items()}
 
 
-def difference(a, b):
-    """a, b (seeds, images) -> mean of a - b, its 95 % interval over images, the seeds' means, and the verdict."""
-    delta = a - b
-    images, seeds, low, high = delta.mean(0), delta.mean(1), delta.mean(), delta.mean()
-    if np.ptp(images) > 1e-9:                                                      # else the bootstrap is degenerate
-        low, high = stats.bootstrap((images,), np.mean, method="BCa", n_resamples=9999, rng=np.random.default_rng(0)).confidence_interval
-    sign = np.sign(delta.mean())
-    clear = low * high > 0 and (np.sign(seeds) == sign).all()
-    return {"mean": float(delta.mean()), "low": float(low), "high": float(high), "seeds": seeds.tolist(),
-            "verdict": ("higher" if sign > 0 else "lower") if clear else "no evidence"}
-
-
 def tables(summary, args):
     """The Markdown that README shows: shrink factors, what the rewards pick, metrics, differences, what the samplers picked."""
     load = lambda what: json.loads(args.results.with_name(f"{args.results.name}-{what}.json").read_text())
@@ -413,13 +336,13 @@ def tables(summary, args):
     parts = []
     rows = load("shrink")["rows"]
     judges = list(rows[0]["any"])
-    parts.append(runs.markdown(["soften", "shrink", *(SHOWN.get(m, m) for m in judges), "mean of unseen", "PSNR"],
+    parts.append(runs.markdown(["soften", "shrink", *(compare.SHOWN.get(m, m) for m in judges), "mean of unseen", "PSNR"],
                                [[r["soften"], r["shrink"], *percent(r["any"]), f"{r['any_unseen']:.3f}", f"{r['psnr_mean']:.1f}"] for r in rows]))
     picks = load("picks")["rewards"]
     versions = list(picks[args.rewards[0]]["best crop (amo)"])
-    parts.append(runs.markdown(["", *versions], [[f"{SHOWN.get(reward, reward)}: {how}", *percent(p)] for reward, hows in picks.items() for how, p in hows.items()]))
+    parts.append(runs.markdown(["", *versions], [[f"{compare.SHOWN.get(reward, reward)}: {how}", *percent(p)] for reward, hows in picks.items() for how, p in hows.items()]))
 
-    parts.append(metric_tables(summary))
+    parts.append(compare.metric_tables(summary))
     if args.results.with_name(f"{args.results.name}-grain.json").exists():
         parts.append(grain_table(load("grain")["rows"], summary, args))
     parts.append(runs.markdown(["", *versions], [[s, *percent({v: picked.get(v, 0) for v in versions})] for s, picked in summary["picked"].items()]))
@@ -435,27 +358,13 @@ def grain_table(rows, summary, args):
                           for row, names in groups.items()])
 
 
-def metric_tables(summary):
-    """Means with their spread over seeds, then differences with intervals; bold where the verdict is clear."""
-    metrics, lower = summary["metrics"], summary["lower_is_better"]
-    digits = [3 if all(abs(v[k]) < 2 for v in summary["mean"].values()) else 2 for k in range(len(metrics))]
-    head = ["", *(f"{SHOWN.get(m, m)} {'↓' if lower[m] else '↑'}" for m in metrics)]
-    spread = {row: np.std(v, axis=0, ddof=1) for row, v in summary["seed_means"].items() if len(v) > 1}
-    means = runs.markdown(head, [[row, *(f"{v:.{d}f}" + (f" ± {spread[row][k]:.{d}f}" if row in spread else "")
-                                              for k, (v, d) in enumerate(zip(mean, digits)))] for row, mean in summary["mean"].items()])
-    bold = lambda v: "**" * (v["verdict"] != "no evidence")
-    differences = runs.markdown(head, [[pair, *(f"{bold(v)}{v['mean']:+.{d}f}{bold(v)} [{v['low']:+.{d}f}, {v['high']:+.{d}f}]"
-                                               for v, d in zip((values[m] for m in metrics), digits))] for pair, values in summary["differences"].items()])
-    return means + "\n\n" + differences
-
-
 @torch.no_grad()
 def picture(args, names, side=128):
     """RESULTS.png: the middle of some test images: LR, the named runs, reference, enlarged twice."""
     nets = {name: archs.load_x4(args.work / "runs" / name, "--work")[0] for name in names}
     cells = []
     for stem in args.figure:
-        lq, gt = test_pair(args, stem)
+        lq, gt = compare.test_pair(args, stem)
         images = {"LR": lq.repeat_interleave(4, 2).repeat_interleave(4, 3)}
         images |= {name.rpartition("-")[0]: archs.upscale_tiled(net, lq).clamp(0, 1) for name, net in nets.items()} | {"reference": gt}
         y, x = ((n - side) // 2 for n in gt.shape[2:])

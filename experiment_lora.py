@@ -2,43 +2,52 @@
 
     PYTHONPATH=../shared/tools python experiment_lora.py [runs] [report]         both without a word; continues where it stopped
 
-Every seed's AMO network (first reward of experiment.py) is tuned by that reward in three ways, each until the same gain on held-out photos:
-    lora     adapters of rank 16 on the 32 convolutions between the first and the last
+Every seed's AMO network (first reward of experiment.py) is tuned by that reward in three ways, and judged where the reward on held-out photos
+has gained each of --gains:
+    lora     adapters of rank 16 on the convolutions between the first and the last
     layers   the full weights of these convolutions: what the choice of layers does without the low rank
     naive    all weights
 Analysis, fixed before the runs: experiment.py's metrics, test images, intervals and verdicts, as differences from the network before tuning
-and from lora; structured noise (iqa.noise_peaks of SR after - SR before) on each test image against that of an unsharp mask of equal reward. The
-hypothesis is the paper's: naive tuning leaves structured noise and LoRA does not; `layers` tells whether the rank does that. Last, the
-strength of the first seed's adapter from 0 to 1.5: reward against PSNR and VGG distance.
+and from lora at the same gain; structured noise (iqa.noise_peaks of SR after - SR before) on each test image against that of an unsharp mask
+of equal reward. The hypothesis is the paper's: naive tuning leaves structured noise and LoRA does not; `layers` tells whether the rank
+does that. Last, the strength of the first seed's adapter from 0 to 1.5: reward against PSNR and VGG distance.
 """
 import argparse
+import shlex
 from pathlib import Path
 
 import flags
 
 STAGES = ("runs", "report")
 VARIANTS = {"lora": "--tune lora --lr 2e-4".split(), "layers": "--tune layers --lr 2e-5".split(), "naive": "--tune all --lr 2e-5".split()}
-TUNE = "--lambda-q auto --total-steps 150 --val-every 5 --val-photos 2 --milestones --watch ranker piqe --log-every 5 --save-every 20 --sample-every 0".split()
+TUNE = """--arch compact --lambda-q auto --total-steps 200 --ema-decay 0.9 --val-every 4 --val-photos 2 --milestones --watch ranker piqe --log-every 4
+          --save-every 20 --sample-every 0 --workers 0""".split()
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
     p.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default both")
-    p.add_argument("--out", type=Path, default=Path("results/experiment-lora"), help="one JSON file per run; table and pictures beside it")
-    p.add_argument("--gain", type=flags.RATE, default=8.0, help="of the reward on the validation images, at which every tuning ends")
+    p.add_argument("--gains", type=flags.RATE, nargs="+", default=[8.0, 16.0], metavar="POINTS",
+                   help="rising: of the reward on the validation images, at which the tuned networks are compared")
+    p.add_argument("--tune", default="", metavar="'FLAGS'", help="further flags of finetune_lora.py")
+    p.add_argument("--results", type=Path, default=Path("results/experiment-lora"), help="one JSON file per tuning and gain; tables and pictures beside it")
     p.add_argument("--experiment", default="", metavar="'FLAGS'", help="flags that experiment.py was given: --work, --seeds, --vgg-weights, --jobs, ...")
     args = p.parse_args(argv)
     args.stages = args.stages or list(STAGES)
+    args.tune = TUNE + shlex.split(args.tune)
     if set(args.stages) - set(STAGES):
         p.error(f"stages are {', '.join(STAGES)}; got {' '.join(args.stages)}")
+    if args.gains != sorted(set(args.gains)):
+        p.error(f"--gains {' '.join(map('{:g}'.format, args.gains))}: every one must be larger than the one before")
     return args
 
 
 ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
 
 import json
-import shlex
+import shutil
+import signal
 import sys
 from functools import partial
 
@@ -47,6 +56,7 @@ import numpy as np
 import torch
 
 import archs
+import compare
 import data
 import degradations
 import experiment
@@ -62,20 +72,39 @@ def base_of(exp, seed):
     return exp.work / "runs" / f"amo-{exp.rewards[0].partition(':')[0]}-{seed}"
 
 
+def row(variant, gain):
+    return f"{variant} +{gain:g}"
+
+
+def weights_at(exp, variant, gain, seed):
+    """The merged generator as it was at this gain."""
+    return exp.work / "lora" / f"{variant}-{seed}-{gain:g}.pth"
+
+
 def one_run(args, exp, variant, seed):
-    """Tune, evaluate, look for structured noise -> OUT/<variant>-<seed>.json; continues an interrupted tuning."""
-    run, file, reward = exp.work / "lora" / f"{variant}-{seed}", args.out / f"{variant}-{seed}.json", exp.rewards[0]
-    if file.exists():
-        return
-    words = [*TUNE, *VARIANTS[variant], "--stop-gain", args.gain, "--reward", reward]
-    experiment.call(run.with_suffix(".log"), "finetune_lora.py", "--arch", "compact", "--base", base_of(exp, seed), "--out", run, *words, "--resume", "auto",
-                    "--device", exp.device)
-    metrics = [reward, *exp.rewards[1:], *exp.unseen, *flags.WITH_REFERENCE]
-    judged = experiment.evaluate(exp, run, run.with_suffix(".json"), metrics)
-    val = [e for e in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if e["split"] == "val"]
-    runs.save_json(file, {"tune": list(map(str, words)), **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")}, "validation": val,
-                          "lambda_q": runs.load_checkpoint(run / "ckpt" / "last.pt")["lambda_q"], "scores": judged["scores"][run.name],
-                          "peaks": structured_noise(exp, base_of(exp, seed), run)})
+    """Tune to one gain after the other; at each: RESULTS/<variant>-<seed>-<gain>.json. Continues an interrupted tuning."""
+    run, words = exp.work / "lora" / f"{variant}-{seed}", [*args.tune, *VARIANTS[variant], "--reward", exp.rewards[0]]
+    for gain in args.gains:
+        weights = weights_at(exp, variant, gain, seed)
+        file = args.results / f"{weights.stem}.json"
+        if file.exists():
+            continue
+        if not weights.exists():
+            compare.call(run.with_suffix(".log"), "finetune_lora.py", *words, "--base", base_of(exp, seed), "--out", run, "--stop-gain", gain, "--device",
+                         exp.device, "--resume", "auto")
+            temporary = weights.with_suffix(".tmp")
+            shutil.copy(run / "weights" / "merged.pth", temporary)
+            temporary.replace(weights)
+        val = [e for e in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if e["split"] == "val"]
+        gained = [e["reward"] - val[0]["reward"] for e in val]
+        at = next((i for i, g in enumerate(gained) if g >= gain), None)
+        if at is None:
+            raise ValueError(f"{run}: the reward gained {max(gained):.1f} at most, and {gain:g} is asked for: more --total-steps (--tune) or smaller --gains")
+        judged = compare.evaluate(exp, weights, weights.with_suffix(".json"), [*exp.rewards, *exp.unseen, *flags.WITH_REFERENCE])
+        runs.save_json(file, {"tune": list(map(str, words)), **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")},
+                              "steps": val[at]["step"], "gain": gained[at], "lambda_q": runs.load_checkpoint(run / "ckpt" / "last.pt")["lambda_q"],
+                              "validation": val[:at + 1], "scores": judged["scores"][weights.stem],
+                              "peaks": structured_noise(exp, base_of(exp, seed), weights)})
 
 
 @torch.no_grad()
@@ -83,55 +112,66 @@ def structured_noise(exp, before, after):
     """{test image: {"peaks": of what tuning changed, "unsharp": of an unsharp mask of the network before with as much reward}}"""
     reward, nets, found = iqa.create_reward(exp.rewards[:1]), [archs.load_x4(path, "--work")[0] for path in (before, after)], {}
     for stem in data.list_images(exp.work / "test" / "lq"):
-        lq, _ = experiment.test_pair(exp, stem)
+        lq, _ = compare.test_pair(exp, stem)
         old, new = (degradations.to_8bit(archs.upscale_tiled(net, lq)) for net in nets)
         found[stem] = {"peaks": iqa.noise_peaks(new - old).item(), "unsharp": iqa.noise_peaks(iqa.unsharp_like(old, new, reward) - old).item()}
     return found
 
 
 def report(args, exp):
-    seeds = exp.seeds
-    after = {v: [json.loads((args.out / f"{v}-{seed}.json").read_text()) for seed in seeds] for v in VARIANTS}
-    before = [json.loads((exp.results / f"{base_of(exp, seed).name}.json").read_text()) for seed in seeds]
-    lower = after["lora"][0]["lower_is_better"]
-    stems, metrics = sorted(before[0]["scores"]), list(lower)
-    value = lambda results: np.array([[[r["scores"][stem][m] for m in metrics] for stem in stems] for r in results])        # (seeds, images, metrics)
-    values = {"before": value(before)} | {v: value(r) for v, r in after.items()}
-    peaks = {v: {kind: np.array([[r["peaks"][stem][kind] for stem in stems] for r in results]) for kind in ("peaks", "unsharp")} for v, results in after.items()}
-    pairs = [(v, "before") for v in VARIANTS] + [(v, "lora") for v in VARIANTS if v != "lora"]
-    summary = {"command": sys.argv, **runs.describe_machine(), "images": len(stems), "seeds": seeds, "metrics": metrics, "lower_is_better": lower,
-               "mean": {row: v.mean((0, 1)).tolist() for row, v in values.items()}, "seed_means": {row: v.mean(1).tolist() for row, v in values.items()},
-               "steps": {v: [r["validation"][-1]["step"] for r in results] for v, results in after.items()},
-               "gain": {v: [r["validation"][-1]["reward"] - r["validation"][0]["reward"] for r in results] for v, results in after.items()},
-               "lambda_q": {v: [r["lambda_q"] for r in results] for v, results in after.items()},
-               "differences": {f"{a} - {b}": {m: experiment.difference(values[a][..., k], values[b][..., k]) for k, m in enumerate(metrics)} for a, b in pairs},
-               "peaks": {v: {kind: float(p.mean()) for kind, p in kinds.items()} for v, kinds in peaks.items()},
-               "peaks_differences": {f"{v} - its unsharp mask": experiment.difference(p["peaks"], p["unsharp"]) for v, p in peaks.items()}
-               | {f"{v} - lora": experiment.difference(peaks[v]["peaks"], peaks["lora"]["peaks"]) for v in VARIANTS if v != "lora"},
-               "sweep": sweep(args, exp)}
-    runs.save_json(args.out.with_suffix(".json"), summary)
-    print(experiment.metric_tables(summary))
-    print("\n" + runs.markdown(["", "steps", "reward gained in validation", "structured noise", "of its unsharp mask"],
-                               [[v, summary["steps"][v], [round(g, 1) for g in summary["gain"][v]], f"{p['peaks']:.3f}", f"{p['unsharp']:.3f}"]
-                                for v, p in summary["peaks"].items()]))
-    print("\n" + runs.markdown(["structured noise", "difference", "95 %", "verdict"],
-                               [[pair, f"{d['mean']:+.3f}", f"[{d['low']:+.3f}, {d['high']:+.3f}]", d["verdict"]] for pair, d in summary["peaks_differences"].items()]))
+    """RESULTS.json with means, differences and the sweep; the tables; RESULTS.png and RESULTS-strength.png."""
+    load = lambda path: json.loads(path.read_text())
+    results = {"before": [load(exp.results / f"{base_of(exp, seed).name}.json") for seed in exp.seeds]}
+    results |= {row(v, gain): [load(args.results / f"{weights_at(exp, v, gain, seed).stem}.json") for seed in exp.seeds] for gain in args.gains for v in VARIANTS}
+    tuned = {name: found for name, found in results.items() if name != "before"}
+    lower = next(iter(tuned.values()))[0]["lower_is_better"]
+    stems, metrics = sorted(results["before"][0]["scores"]), list(lower)
+    values = {name: np.array([[[r["scores"][stem][m] for m in metrics] for stem in stems] for r in found]) for name, found in results.items()}
+    noise = {name: np.array([[r["peaks"][stem]["peaks"] for stem in stems] for r in found]) for name, found in tuned.items()}           # (seeds, images)
+    unsharp = {name: np.array([[r["peaks"][stem]["unsharp"] for stem in stems] for r in found]) for name, found in tuned.items()}
+    against = [(row(v, gain), row("lora", gain)) for gain in args.gains for v in VARIANTS if v != "lora"]
+    summary = {"command": sys.argv, **runs.describe_machine(), "images": len(stems), "seeds": exp.seeds, "metrics": metrics, "lower_is_better": lower,
+               "mean": {name: v.mean((0, 1)).tolist() for name, v in values.items()}, "seed_means": {name: v.mean(1).tolist() for name, v in values.items()},
+               "tuning": {name: {key: [r[key] for r in found] for key in ("steps", "gain", "lambda_q")} for name, found in tuned.items()},
+               "differences": {f"{a} - {b}": {m: compare.difference(values[a][..., k], values[b][..., k]) for k, m in enumerate(metrics)}
+                               for a, b in [*((name, "before") for name in tuned), *against]},
+               "structured_noise": {name: {"mean": float(noise[name].mean()), "seeds": noise[name].mean(1).tolist(), "unsharp": float(unsharp[name].mean())}
+                                    for name in tuned},
+               "structured_noise_differences": {f"{name} - its unsharp mask": compare.difference(noise[name], unsharp[name]) for name in tuned}
+               | {f"{a} - {b}": compare.difference(noise[a], noise[b]) for a, b in against},
+               "strength": strength(args, exp)}
+    runs.save_json(args.results.with_suffix(".json"), summary)
+    print(tables(summary))
     picture(args, exp)
 
 
+def tables(summary):
+    """The Markdown that README shows: metrics, differences, how far each tuning went, structured noise."""
+    each = lambda numbers, form: " ".join(form.format(n) for n in numbers)
+    tuning = runs.markdown(["", "steps", "gain in validation", "lambda_q", "structured noise", "of an unsharp mask", "above .03 more"],
+                           [[name, each(t["steps"], "{}"), each(t["gain"], "{:.1f}"), each(t["lambda_q"], "{:.4f}"), f"{p['mean']:.3f}", f"{p['unsharp']:.3f}",
+                             "yes" if p["mean"] > p["unsharp"] + iqa.PEAKS_ABOVE_UNSHARP else "no"]
+                            for (name, t), p in zip(summary["tuning"].items(), summary["structured_noise"].values())])
+    noise = runs.markdown(["structured noise", "difference", "95 %", "verdict"],
+                          [[pair, f"{d['mean']:+.3f}", f"[{d['low']:+.3f}, {d['high']:+.3f}]", d["verdict"]]
+                           for pair, d in summary["structured_noise_differences"].items()])
+    points = runs.markdown(["strength", "reward", "PSNR", "VGG distance"],
+                           [[f"{p['scale']:g}", f"{p['reward']:.2f}", f"{p['psnr']:.2f}", f"{p['vgg']:.3f}"] for p in summary["strength"]])
+    return "\n\n".join([compare.metric_tables(summary), tuning, noise, points])
+
+
 @torch.no_grad()
-def sweep(args, exp):
-    """The first seed's adapter at several strengths -> [{"scale", "reward", "psnr", "vgg"}], and OUT-strength.png."""
-    metrics = {"reward": iqa.create_metric(exp.rewards[0], "cpu")[0], "psnr": iqa.psnr, "vgg": iqa.create_metric("vgg", "cpu", exp.vgg_weights)[0]}
+def strength(args, exp):
+    """The first seed's adapter at several strengths -> [{"scale", "reward", "psnr", "vgg"}], and RESULTS-strength.png."""
+    metrics = {"reward": compare.judge(exp, exp.rewards[0])[0], "psnr": iqa.psnr, "vgg": iqa.create_metric("vgg", "cpu", exp.vgg_weights)[0]}
     points = []
     for scale in SCALES:
         net = archs.load_x4(base_of(exp, exp.seeds[0]), "--work")[0]
         lora.load_lora(net, exp.work / "lora" / f"lora-{exp.seeds[0]}" / "lora" / "adapter.pth", scale)
         lora.merge_lora(net)
-        sums = dict.fromkeys(metrics, 0.0)
-        stems = data.list_images(exp.work / "test" / "lq")
+        sums, stems = dict.fromkeys(metrics, 0.0), data.list_images(exp.work / "test" / "lq")
         for stem in stems:
-            lq, gt = experiment.test_pair(exp, stem)
+            lq, gt = compare.test_pair(exp, stem)
             sr = degradations.to_8bit(archs.upscale_tiled(net, lq))
             for name, metric in metrics.items():
                 sums[name] += metric(sr, gt).item() / len(stems)
@@ -141,32 +181,33 @@ def sweep(args, exp):
         axis.plot([p["reward"] for p in points], [p[name] for p in points], "o-")
         for p in points:
             axis.annotate(f"{p['scale']:g}", (p["reward"], p[name]), textcoords="offset points", xytext=(4, 4))
-        axis.set(xlabel=f"{experiment.SHOWN.get(exp.rewards[0], exp.rewards[0])}, optimised", ylabel=label)
+        axis.set(xlabel=f"{compare.SHOWN.get(exp.rewards[0], exp.rewards[0])}, optimised", ylabel=label)
     figure.suptitle("Strength of one adapter: 0 is the network before, 1 as tuned")
-    figure.savefig(args.out.with_name(args.out.name + "-strength.png"), dpi=110)
+    figure.savefig(args.results.with_name(args.results.name + "-strength.png"), dpi=110)
     return points
 
 
 @torch.no_grad()
 def picture(args, exp, side=64):
-    """OUT.png: the flattest place of some test images, enlarged four times: before, lora, layers, naive, reference (first seed)."""
+    """RESULTS.png: the flattest place of some test images, enlarged four times: before, each variant at the largest gain, reference (first seed)."""
     seed = exp.seeds[0]
-    paths = {"before": base_of(exp, seed)} | {v: exp.work / "lora" / f"{v}-{seed}" for v in VARIANTS}
+    paths = {"before": base_of(exp, seed)} | {v: weights_at(exp, v, args.gains[-1], seed) for v in VARIANTS}
     nets = {name: archs.load_x4(path, "--work")[0] for name, path in paths.items()}
     cells = []
     for stem in exp.figure:
-        lq, gt = experiment.test_pair(exp, stem)
+        lq, gt = compare.test_pair(exp, stem)
         y, x = data.flattest(gt, side)
         images = {name: archs.upscale_tiled(net, lq).clamp(0, 1) for name, net in nets.items()} | {"reference": gt}
         cells.append([(data.enlarged_crop(image, y, x, side, 4), name) for name, image in images.items()])
-    data.save_grid(args.out.with_suffix(".png"), cells)
+    data.save_grid(args.results.with_suffix(".png"), cells)
 
 
 def main(args, exp):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     for seed in exp.seeds:
         runs.find_weights(base_of(exp, seed), "make it with: python experiment.py data runs")
     if "runs" in args.stages:
-        experiment.parallel(exp.jobs, [partial(one_run, args, exp, variant, seed) for seed in exp.seeds for variant in VARIANTS])
+        compare.parallel(exp.jobs, [partial(one_run, args, exp, variant, seed) for seed in exp.seeds for variant in VARIANTS])
     if "report" in args.stages:
         report(args, exp)
 

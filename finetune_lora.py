@@ -244,7 +244,7 @@ def main(args):
         archs.load_weights(raw_d, d_init)
         raw_d = raw_d.to(device, memory_format=memory)
         opt_d = torch.optim.Adam(raw_d.parameters(), lr=args.lr, betas=(0.9, 0.99))
-    state = run.checkpoint or {"pool": None, "meter": None, "picked": None, "lambda_q": args.lambda_q, "before": None}
+    state = run.checkpoint or {"pool": None, "meter": None, "picked": None, "lambda_q": args.lambda_q, "before": None, "after": None}
     if run.checkpoint:
         raw_g.load_state_dict(state["net_g"])
         ema.load_state_dict(state["ema"])
@@ -252,7 +252,7 @@ def main(args):
         if raw_d is not None:
             raw_d.load_state_dict(state["net_d"])
             opt_d.load_state_dict(state["opt_d"])
-    weight_q, before = state["lambda_q"], state["before"]
+    weight_q, before, after = state["lambda_q"], state["before"], state["after"]             # validation of the base, the last one
     pool = data.TrainingPool(args.pool_size, args.batch_size, lanes, seeds, state["pool"], device)
     meter = runs.Meter(world, state["meter"])
     picked = torch.zeros(len(sets.versions), device=device)                       # how often each version was chosen
@@ -293,7 +293,8 @@ def main(args):
     def save(step, weights):
         meter.check_finite(lambda s: ", ".join(dataset.names(s)))
         state = {"net_g": raw_g.state_dict(), "ema": ema.state_dict(), "opt_g": opt_g.state_dict(), "pool": pool.state(world.gather_lanes),
-                 "meter": meter.state_dict(), "picked": world.reduce(picked.clone()).tolist(), "lambda_q": weight_q, "before": before}
+                 "meter": meter.state_dict(), "picked": world.reduce(picked.clone()).tolist(), "lambda_q": weight_q, "before": before,
+                 "after": after}
         if raw_d is not None:
             state |= {"net_d": raw_d.state_dict(), "opt_d": opt_d.state_dict()}
         if weights and world.is_main:
@@ -305,8 +306,12 @@ def main(args):
         run.save(step, state)
 
     due = lambda step, every: step == args.total_steps or every and step % every == 0
+    gained_enough = lambda: args.stop_gain and after and after["reward"] - before["reward"] >= args.stop_gain
     no_sync = lambda net, last: net.no_sync() if world.size > 1 and not last else contextlib.nullcontext()
     stop = runs.StopSignal(world)
+    if gained_enough():
+        run.say(f"nothing to do: --stop-gain {args.stop_gain:g} is reached; a larger one continues")
+        return
     if run.start_step == args.total_steps:
         run.say(f"nothing to do: {args.out} is finished; remove it to train again")
     for step in range(run.start_step + 1, args.total_steps + 1):
@@ -380,7 +385,7 @@ def main(args):
             after = validate(base, ema, val_sets, metrics, args, seeds, world)
             run.say(f"step {step:07d} validation, {len(val_sets.stems)} images: {verdict(before, after, metrics)}")
             run.event(step, "val", **after)
-            if args.stop_gain and after["reward"] - before["reward"] >= args.stop_gain:
+            if gained_enough():
                 save(step, weights=True)
                 run.say(f"reward +{after['reward'] - before['reward']:.2f} at step {step}: --stop-gain {args.stop_gain:g} is reached")
                 return

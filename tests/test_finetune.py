@@ -110,7 +110,13 @@ def test_stop_gain_ends_at_the_first_validation_that_has_it(base, tmp_path):
     gains = [e["reward"] - val[0]["reward"] for e in val]
     assert 0 < val[-1]["step"] < 30 and gains[-1] >= 0.1 and all(g < 0.1 for g in gains[:-1])
     assert (tmp_path / "out" / "weights" / "merged.pth").exists()
-    assert torch.load(tmp_path / "out" / "ckpt" / "last.pt", weights_only=True)["step"] == val[-1]["step"]
+    at = lambda: torch.load(tmp_path / "out" / "ckpt" / "last.pt", weights_only=True)["step"]
+    assert at() == val[-1]["step"]
+    tune(base, tmp_path / "out", "--val-every", 2, "--stop-gain", 0.1, "--resume", steps=30)                # reached: not one step more
+    assert at() == val[-1]["step"] and events(tmp_path / "out", "val") == val
+    tune(base, tmp_path / "out", "--val-every", 2, "--stop-gain", gains[-1] + 0.1, "--resume", steps=30)
+    more = events(tmp_path / "out", "val")
+    assert val[-1]["step"] < at() == more[-1]["step"] < 30 and more[-1]["reward"] - val[0]["reward"] >= gains[-1] + 0.1
 
 
 @pytest.mark.parametrize("how", ["layers", "all"])

@@ -1,0 +1,103 @@
+"""What the experiments share: this repository's scripts as child processes, one test set, differences with intervals, and their tables.
+
+`exp` is what experiment.py's parse_args returns: folders, seeds, rewards and metrics.
+"""
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+import data
+import iqa
+import runs
+
+SHOWN = {"cnniqa_live:build": "CNNIQA-LIVE", "niqe": "NIQE", "brisque": "BRISQUE", "piqe": "PIQE", "ilniqe": "IL-NIQE", "psnr": "PSNR", "ssim": "SSIM",
+         "vgg": "VGG distance", "flat_hf": "flat HF share"}
+RUNNING = set()                                                                   # child processes
+
+
+def call(log, script, *words, processes=1):
+    """One of this repository's scripts, in one or more processes with one thread each; its output goes to the file `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    with open(log, "a") as out:
+        child = subprocess.Popen([sys.executable, *launch, str(runs.REPO / script), *map(str, words), "--threads", "1"], stdout=out, stderr=out,
+                                 env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+        RUNNING.add(child)
+        try:
+            status = child.wait()
+        finally:
+            child.terminate()                                                     # it has ended, or this process is being stopped
+            RUNNING.discard(child)
+    if status:
+        lines = log.read_text().strip().splitlines() or ["no output"]
+        last = ([line for line in lines if line.startswith(f"{script}: error:")] or lines)[-1]
+        raise ValueError(f"{script} ended with {status}: {last} (all of it in {log})")
+
+
+def parallel(jobs, tasks):
+    """Call the functions `tasks`, `jobs` at a time; the first error stops what has not begun."""
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), unit="job") as bar:
+        futures = [pool.submit(task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        except BaseException:                                                     # an error, Ctrl-C or SIGTERM: no child stays behind
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in list(RUNNING):
+                child.terminate()
+            raise
+
+
+def judge(exp, metric):
+    """iqa.create_metric on the CPU, with the weights of --metric-weights."""
+    return iqa.create_metric(metric, "cpu", dict(w.split("=", 1) for w in exp.metric_weights).get(metric))
+
+
+def test_pair(exp, stem):
+    """-> lq (1, 3, h, w), gt (1, 3, 4h, 4w) in [0, 1]"""
+    return [data.load_image(exp.work / "test" / kind / f"{stem}.png")[None].float() / 255 for kind in ("lq", "gt")]
+
+
+def metric_files(exp, metrics):
+    """The words of --metric-weights that belong to these metrics, and VGG's."""
+    return [w for w in exp.metric_weights if w.partition("=")[0] in metrics] + [f"vgg={exp.vgg_weights}"] * ("vgg" in metrics)
+
+
+def evaluate(exp, weights, out, metrics, baselines=()):
+    call(out.with_suffix(".log"), "evaluate.py", *(["--weights", weights] if weights else []), "--lq", exp.work / "test" / "lq", "--gt",
+         exp.work / "test" / "gt", "--baselines", *baselines, "--metrics", *metrics, "--metric-weights", *metric_files(exp, metrics), "--out-json", out,
+         "--device", exp.device)
+    return json.loads(out.read_text())
+
+
+def difference(a, b):
+    """a, b (seeds, images) -> mean of a - b, its 95 % interval over images, the seeds' means, and the verdict."""
+    delta = a - b
+    images, seeds, low, high = delta.mean(0), delta.mean(1), delta.mean(), delta.mean()
+    if np.ptp(images) > 1e-9:                                                      # else the bootstrap is degenerate
+        low, high = stats.bootstrap((images,), np.mean, method="BCa", n_resamples=9999, rng=np.random.default_rng(0)).confidence_interval
+    sign = np.sign(delta.mean())
+    clear = low * high > 0 and (np.sign(seeds) == sign).all()
+    return {"mean": float(delta.mean()), "low": float(low), "high": float(high), "seeds": seeds.tolist(),
+            "verdict": ("higher" if sign > 0 else "lower") if clear else "no evidence"}
+
+
+def metric_tables(summary):
+    """Means with their spread over seeds, then differences with intervals; bold where the verdict is clear."""
+    metrics, lower = summary["metrics"], summary["lower_is_better"]
+    digits = [3 if all(abs(v[k]) < 2 for v in summary["mean"].values()) else 2 for k in range(len(metrics))]
+    head = ["", *(f"{SHOWN.get(m, m)} {'↓' if lower[m] else '↑'}" for m in metrics)]
+    spread = {row: np.std(v, axis=0, ddof=1) for row, v in summary["seed_means"].items() if len(v) > 1}
+    means = runs.markdown(head, [[row, *(f"{v:.{d}f}" + (f" ± {spread[row][k]:.{d}f}" if row in spread else "")
+                                              for k, (v, d) in enumerate(zip(mean, digits)))] for row, mean in summary["mean"].items()])
+    bold = lambda v: "**" * (v["verdict"] != "no evidence")
+    differences = runs.markdown(head, [[pair, *(f"{bold(v)}{v['mean']:+.{d}f}{bold(v)} [{v['low']:+.{d}f}, {v['high']:+.{d}f}]"
+                                               for v, d in zip((values[m] for m in metrics), digits))] for pair, values in summary["differences"].items()])
+    return means + "\n\n" + differences
