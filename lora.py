@@ -10,8 +10,31 @@ change, stride, padding and groups no care, and the adapted network computes wit
     names = add_lora(net, default_targets(net), rank=48)      freezes net, adapts the layers whose names match
     save_lora("adapter.pth", net)                             A, B, rank, alpha, names and the base's hash; nothing else
     load_lora(net, "adapter.pth", scale=0.7); merge_lora(net)
+
+As a script it merges an adapter into its base, at any strength:
+
+    python lora.py runs/swinir-amo+musiq --scale 0.7 --out swinir-0.7.pth
 """
+import argparse
+from pathlib import Path
+
+import flags
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
+    p.add_argument("adapter", type=Path, metavar="ADAPTER", help="run folder of finetune_lora.py, or an adapter.pth")
+    p.add_argument("--base", type=Path, metavar="PATH", help="weights or run that was tuned; default: what the run folder of ADAPTER says")
+    p.add_argument("--weights-key", choices=["params_ema", "params"], help="key of the base; default params_ema, else params, else bare")
+    p.add_argument("--scale", type=flags.number(float), default=1.0, help="strength: 0 is the base, 1 the tuned network, 1.5 beyond it")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="plain generator to write")
+    return p.parse_args(argv)
+
+
+ARGS = parse_args() if __name__ == "__main__" else None                          # --help needs no torch: seconds
+
 import hashlib
+import json
 import math
 import re
 
@@ -155,3 +178,21 @@ def merge_lora(net):
         layer.__class__ = type(layer).__bases__[0]                               # Conv2d or Linear again
         layer.register_parameter("weight", weight)
     return net
+
+
+def main(args):
+    runs.check_output(args.out, "--out")
+    file = args.adapter / "lora" / "adapter.pth" if args.adapter.is_dir() else args.adapter
+    record = file.parent.parent / "args.json"
+    made_by = json.loads(record.read_text())["args"] if record.is_file() else {}
+    base = args.base or made_by.get("init") or made_by.get("base")
+    if base is None:
+        raise ValueError(f"{file}: no args.json of a run beside it to say what it belongs to; name the tuned weights with --base")
+    net, info = archs.load_x4(base, "--base", args.weights_key or made_by.get("weights_key"))
+    load_lora(net, file, args.scale)
+    runs.save_weights(args.out, merge_lora(net).state_dict())
+    print(f"{args.out}: {info['file']} + {args.scale:g} x {file}")
+
+
+if __name__ == "__main__":
+    runs.cli(lambda: main(ARGS))

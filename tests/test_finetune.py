@@ -1,6 +1,7 @@
 """finetune_lora.py: the paper's settings, Eq. 5 by hand, what is trained and what stays, resume, files, the watch over a gamed reward, refusals."""
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,25 @@ def test_reward_rises_the_base_stays_and_the_files_fit_together(base, tmp_path, 
     theirs = ModelLoader().load_from_file(tmp_path / "out" / "weights" / "merged.pth")
     with torch.no_grad():
         assert torch.allclose(theirs.model(x), merged(x), atol=1e-6)
+
+
+def test_lora_as_a_script_merges_at_any_strength(base, tmp_path, capsys):
+    tune(base, tmp_path / "out", steps=2)
+    merge = lambda *words: lora.main(lora.parse_args(list(map(str, words))))
+    start, tuned = weights(runs.find_weights(base, "")), weights(tmp_path / "out" / "weights" / "merged.pth")
+    for scale in (0, 0.5, 1, 1.5):
+        merge(tmp_path / "out", "--scale", scale, "--out", tmp_path / "m.pth")
+        found = archs.load_x4(tmp_path / "m.pth", "--weights")[0].state_dict()
+        assert all(torch.allclose(found[k], start[k] + scale * (tuned[k] - start[k]), atol=1e-6) for k in start)
+    assert f"1.5 x {tmp_path / 'out' / 'lora' / 'adapter.pth'}" in capsys.readouterr().out
+    shutil.copy(tmp_path / "out" / "lora" / "adapter.pth", tmp_path / "alone.pth")
+    with pytest.raises(ValueError, match="alone.pth: no args.json .* --base"):
+        merge(tmp_path / "alone.pth", "--out", tmp_path / "n.pth")
+    with pytest.raises(ValueError, match="belongs to another base"):
+        merge(tmp_path / "alone.pth", "--base", base.parent / "init.pth", "--out", tmp_path / "n.pth")
+    assert not (tmp_path / "n.pth").exists()
+    merge(tmp_path / "alone.pth", "--base", base, "--out", tmp_path / "n.pth")
+    assert all(torch.allclose(weights(tmp_path / "n.pth", "params")[k], tuned[k], atol=1e-6) for k in tuned)
 
 
 def test_stop_gain_ends_at_the_first_validation_that_has_it(base, tmp_path):
