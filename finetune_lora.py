@@ -54,8 +54,8 @@ def parse_args(argv=None):
     flags.add_training(p)
     g = p.add_argument_group("fine-tuning (Eq. 5)")
     g.add_argument("--lambda-q", type=lambda_q, default=0.05,
-                   help="weight of the reward, for MUSIQ's 0-100 (Supp. 8.3); 1 where --reward gives weights; auto: the reward's gradient at "
-                        "the output is as long as that of the other losses, on average over the first batches")
+                   help="weight of the reward, for MUSIQ's 0-100 (Supp. 8.3); 1 where --reward gives weights; auto: the reward's gradient on the "
+                        "weights of the target layers is as long as that of the other losses, on average over the first batches")
     g.add_argument("--rank", type=int, help="[arch] of the adapters (Supp. 8.3)")
     g.add_argument("--alpha", type=flags.RATE, help="the update is alpha / rank * B A; default: the rank (CHOICE)")
     g.add_argument("--targets", metavar="REGEX", help="names of the layers to adapt; default: those of the paper, see lora.py")
@@ -126,19 +126,25 @@ from train import FIXED as FIXED_TRAINING, adversarial_loss, learning_rate, make
 FIXED = (*FIXED_TRAINING, "gt_reward", "tune", "rank", "alpha", "targets", "base_sha256")
 
 
-def gradient_ratio(net, dataset, losses, reward, lanes, args, gt_reward, seeds, world, batches=8):
-    """lambda_q = auto: mean over the first batches of |d losses / d SR| / |d Q / d SR|, so that both pull equally at the output."""
-    ratios = []
+def gradient_ratio(net, targets, dataset, losses, reward, lanes, args, gt_reward, seeds, world, batches=8):
+    """lambda_q = auto: mean over the first batches of |d losses / d W| / |d Q / d W|, W the weights of the target layers of the base.
+
+    CHOICE. Both then pull equally at what is adapted, and --tune lora, layers and all get the same number. (On the pixels of SR much of Q's
+    gradient is fine noise that no weight can follow.)
+    """
+    weights, ratios = [layer.weight.requires_grad_(True) for layer in lora.matching_layers(net, targets).values()], []
+    gradient = lambda loss: torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, retain_graph=True)])
     for step in range(1, batches + 1):
         batch = data.collate([dataset.sample(step, lane) for lane in lanes])
         lq, gt, _, _ = make_pair(batch, step, lanes, args, gt_reward, seeds, world.device)
-        with torch.no_grad():
-            sr = net(lq).float()
-        sr.requires_grad_(True)
-        pull = torch.autograd.grad(losses(sr, degradations.usm_sharpen(gt) if args.usm else gt), sr)[0].norm()
-        push = torch.autograd.grad(reward(sr.clamp(0, 1)).mean(), sr)[0].norm()
-        ratios.append(pull / push)
-    ratio = (world.reduce(torch.stack(ratios).mean()) / world.size).item()
+        pull = push = 0
+        for lq, gt in zip(lq.chunk(args.accumulate), gt.chunk(args.accumulate)):
+            sr = net(lq)
+            pull = pull + gradient(losses(sr, degradations.usm_sharpen(gt) if args.usm else gt))
+            push = push + gradient(reward(sr.clamp(0, 1)).mean())
+        ratios.append(world.reduce(pull).norm() / world.reduce(push).norm())
+    net.requires_grad_(False)
+    ratio = torch.stack(ratios).mean().item()
     if not 0 < ratio < float("inf"):
         raise ValueError(f"--lambda-q auto: the ratio of the gradients is {ratio}: give a number")
     return ratio
@@ -271,7 +277,7 @@ def main(args):
     lambdas = {"pix": args.lambda_l1, "percep": args.lambda_p, "adv": args.lambda_a}
     if weight_q == "auto":
         plain = lambda sr, target: sum(lambdas[name] * loss for name, loss in losses_of(sr, target).items())
-        weight_q = gradient_ratio(base, dataset, plain, reward, lanes, args, gt_reward, seeds, world)
+        weight_q = gradient_ratio(base, targets, dataset, plain, reward, lanes, args, gt_reward, seeds, world)
     lambdas["q"] = weight_q
     run.open()
     run.say(f"{args.arch}, {args.tune}: {sum(p.numel() for p in tuned):,} of {sum(p.numel() for p in base.parameters()):,} weights"

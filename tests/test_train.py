@@ -102,7 +102,8 @@ def test_explicit_flags_win_over_presets():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", ["train.py", "make_quintuplets.py", "evaluate.py", "train_iqa.py", "prepare.py verify"])
+@pytest.mark.parametrize("name", ["train.py", "make_quintuplets.py", "evaluate.py", "train_iqa.py", "prepare.py verify", "finetune_lora.py", "lora.py",
+                                  "experiment.py", "experiment_lora.py"])
 def test_help_answers_at_once_with_defaults(script, name):
     began = time.monotonic()
     text = script(*name.split(), "--help").stdout
