@@ -20,7 +20,7 @@ import flags
 
 STAGES = ("runs", "report")
 VARIANTS = {"lora": "--tune lora --lr 2e-4".split(), "layers": "--tune layers --lr 2e-5".split(), "naive": "--tune all --lr 2e-5".split()}
-TUNE = """--arch compact --lambda-q auto --total-steps 200 --ema-decay 0.9 --val-every 4 --val-photos 2 --milestones --watch ranker piqe --log-every 4
+TUNE = """--arch compact --lambda-q auto --total-steps 200 --ema-decay 0.9 --val-every 2 --val-photos 2 --milestones --watch ranker piqe --log-every 2
           --save-every 20 --sample-every 0 --workers 0""".split()
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -28,7 +28,7 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
     p.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default both")
-    p.add_argument("--gains", type=flags.RATE, nargs="+", default=[8.0, 16.0], metavar="POINTS",
+    p.add_argument("--gains", type=flags.RATE, nargs="+", default=[4.0, 8.0, 16.0], metavar="POINTS",
                    help="rising: of the reward on the validation images, at which the tuned networks are compared")
     p.add_argument("--tune", default="", metavar="'FLAGS'", help="further flags of finetune_lora.py")
     p.add_argument("--results", type=Path, default=Path("results/experiment-lora"), help="one JSON file per tuning and gain; tables and pictures beside it")
