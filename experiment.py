@@ -243,7 +243,8 @@ def queue(args):
     if not before.exists():                                                       # the rows without a run: references, bicubic, start
         metrics = [*args.rewards, *args.unseen, *flags.WITH_REFERENCE]
         judged = compare.evaluate(args, args.init, args.work / "before.json", metrics, ["bicubic", "reference"])
-        runs.save_json(before, judged | {"scores": {k.replace(args.init.stem, "start"): v for k, v in judged["scores"].items()}})
+        runs.save_json(before, {k: v for k, v in judged.items() if k != "mean"}
+                       | {"scores": {k.replace(args.init.stem, "start"): v for k, v in judged["scores"].items()}})
     compare.parallel(args.jobs, [partial(one_run, args, name, words) for name, words in plan(args).items() if not (args.results / f"{name}.json").exists()])
     compare.parallel(args.jobs, [partial(slow, args, name) for name in ["before", *plan(args)]])
 
