@@ -614,19 +614,25 @@ def load_generator(path, key=None, pad_mode=None):
     return net.eval(), dict(arch=arch, key=used, scale=scale, parameters=sum(p.numel() for p in net.parameters()), sizes=sizes)
 
 
-def load_x4(path, flag, key=None, pad_mode=None):
-    """load_generator of a x4 weight file, or of a run folder: its newest EMA weights, padded as it was trained. -> (net, info).
+def load_run(path, flag, key=None, pad_mode=None):
+    """load_generator of a weight file, or of a run folder: its newest EMA weights, padded as it was trained. -> (net, info).
 
     pad_mode wins over the run's own. info has also file, and trained_at: the commit of the run, None for a file. flag: named in
-    errors. Raises as load_generator does, FileNotFoundError where nothing is, and ValueError for another scale.
+    errors. Raises as load_generator does, and FileNotFoundError where nothing is.
     """
     file = runs.find_weights(path, f"{flag} names weight files, or run folders that train.py made")
     record = Path(path) / "args.json"
     made_by = json.loads(record.read_text()) if record.exists() else {"args": {}}
     net, info = load_generator(file, key, pad_mode or made_by["args"].get("pad_mode"))
+    return net, {"file": str(file), **info, "trained_at": made_by.get("commit")}
+
+
+def load_x4(path, flag, key=None, pad_mode=None):
+    """load_run, and ValueError for another scale."""
+    net, info = load_run(path, flag, key, pad_mode)
     if info["scale"] != 4:
         raise ValueError(f"{flag} {path}: a x{info['scale']} checkpoint, expected a x4 one")
-    return net, {"file": str(file), **info, "trained_at": made_by.get("commit")}
+    return net, info
 
 
 # whole images
@@ -656,21 +662,30 @@ def tile_weights(size, tile, overlap, scale):
 
 
 @torch.no_grad()
-def upscale_tiled(net, lq, scale=4, tile=256, overlap=16, batch=1):
+def upscale_tiled(net, lq, scale=4, tile=256, overlap=16, batch=1, sink=None):
     """Run a generator over images of any size, in overlapping tiles blended with linear ramps.
 
     lq: (B, 3, h, w) -> (B, 3, scale * h, scale * w) float32, not clamped. tile and overlap are LR pixels; tile 0 is the whole
     image, and an image no larger than a tile is not cut. batch: tiles of one size that go through the net at a time. Seams
     shrink as the overlap grows towards twice the net's field of view. When a GPU's memory does not suffice the tile is halved,
     down to MIN_TILE.
+    sink: takes the result instead, so that it need not be held as floats: sink(y, rows) with rows (B, 3, n, scale * w) of the output from
+    row y on, top to bottom; from the top again when the tile was halved.
     Raises ValueError if tile <= 2 * overlap, torch.OutOfMemoryError when the smallest tile does not fit either.
     """
     if overlap < 0 or 0 < tile <= 2 * overlap:
         raise ValueError(f"tile {tile} must be 0 (whole image) or more than twice the overlap {overlap}")
     tile = tile or max(lq.shape[2:])
+    b, _, h, w = lq.shape
+    sr = None if sink else torch.empty(b, 3, h * scale, w * scale, device=lq.device)
     while True:
         try:
-            return upscale_with(net, lq, scale, tile, overlap, batch)
+            for y, rows in upscaled_rows(net, lq, scale, tile, overlap, batch):
+                if sink:
+                    sink(y, rows)
+                else:
+                    sr[:, :, y:y + rows.shape[2]] = rows
+            return sr
         except torch.OutOfMemoryError:
             tile = min(tile, max(lq.shape[2:])) // 2
             if tile < max(MIN_TILE, 2 * overlap + 1):
@@ -678,19 +693,22 @@ def upscale_tiled(net, lq, scale=4, tile=256, overlap=16, batch=1):
         torch.cuda.empty_cache()                              # here, where the exception no longer holds the failed attempt
 
 
-def upscale_with(net, lq, scale, tile, overlap, batch=1):
+def upscaled_rows(net, lq, scale, tile, overlap, batch=1):
+    """Yield (first row, rows of the output that no later tile touches), one row of tiles after the other."""
     b, _, h, w = lq.shape
     if max(h, w) <= tile:
-        return net(lq).float()
-    sr, tiles = torch.zeros(b, 3, h * scale, w * scale, device=lq.device), {}     # size -> tiles of that size
-    for top, bottom, weight_y in tile_weights(h, tile, overlap, scale):
-        for left, right, weight_x in tile_weights(w, tile, overlap, scale):
-            place = slice(top * scale, bottom * scale), slice(left * scale, right * scale)
-            cut = lq[:, :, top:bottom, left:right], place, weight_y[:, None] * weight_x
-            tiles.setdefault((bottom - top, right - left), []).append(cut)
-    for same in tiles.values():
-        for k in range(0, len(same), batch):
-            parts = net(torch.cat([part for part, _, _ in same[k:k + batch]])).float().split(b)
-            for part, (_, (rows, columns), weight) in zip(parts, same[k:k + batch]):
-                sr[:, :, rows, columns] += part * weight.to(lq.device)
-    return sr
+        yield 0, net(lq).float()
+        return
+    spans, columns = tile_weights(h, tile, overlap, scale), tile_weights(w, tile, overlap, scale)
+    open_rows = torch.zeros(b, 3, 0, w * scale, device=lq.device)                 # what the next row of tiles adds to
+    for (top, bottom, weight_y), following in zip(spans, [start for start, _, _ in spans[1:]] + [h]):
+        strip = F.pad(open_rows, (0, 0, 0, (bottom - top) * scale - open_rows.shape[2]))
+        for width in dict.fromkeys(right - left for left, right, _ in columns):
+            same = [column for column in columns if column[1] - column[0] == width]
+            for k in range(0, len(same), batch):
+                parts = net(torch.cat([lq[:, :, top:bottom, left:right] for left, right, _ in same[k:k + batch]])).float().split(b)
+                for part, (left, right, weight_x) in zip(parts, same[k:k + batch]):
+                    strip[..., left * scale:right * scale] += part * (weight_y[:, None] * weight_x).to(lq.device)
+        done = (following - top) * scale
+        yield top * scale, strip[:, :, :done]
+        open_rows = strip[:, :, done:]

@@ -180,9 +180,14 @@ def merge_lora(net):
     return net
 
 
+def find_adapter(path):
+    """The file meant by `path`: itself, or lora/adapter.pth of a run folder."""
+    return path / "lora" / "adapter.pth" if path.is_dir() else path
+
+
 def main(args):
     runs.check_output(args.out, "--out")
-    file = args.adapter / "lora" / "adapter.pth" if args.adapter.is_dir() else args.adapter
+    file = find_adapter(args.adapter)
     record = file.parent.parent / "args.json"
     made_by = json.loads(record.read_text())["args"] if record.is_file() else {}
     base = args.base or made_by.get("init") or made_by.get("base")

@@ -103,7 +103,7 @@ def test_explicit_flags_win_over_presets():
 
 @pytest.mark.fast
 @pytest.mark.parametrize("name", ["train.py", "make_quintuplets.py", "evaluate.py", "train_iqa.py", "prepare.py verify", "finetune_lora.py", "lora.py",
-                                  "experiment.py", "experiment_lora.py"])
+                                  "experiment.py", "experiment_lora.py", "upscale.py"])
 def test_help_answers_at_once_with_defaults(script, name):
     began = time.monotonic()
     text = script(*name.split(), "--help").stdout

@@ -1,0 +1,236 @@
+"""upscale.py: pixels equal spandrel's, what of an image is kept, odd and broken inputs, memory."""
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+import archs
+import lora
+import runs
+import upscale
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    net = archs.ARCHS["compact-small"]()
+    runs.save_weights(tmp_path_factory.mktemp("w") / "net.pth", net.state_dict())
+    return tmp_path_factory.getbasetemp() / "w0" / "net.pth"
+
+
+@pytest.fixture
+def photo():
+    from skimage import data
+    return data.astronaut()[100:140, 200:250].copy()                              # 40 x 50
+
+
+def run(weights, *words, code=0):
+    args = upscale.parse_args(["--weights", str(weights), "--device", "cpu", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        upscale.main(args)
+    assert (stopped.value.code or 0) == code
+
+
+def expected(weights, lq):
+    """(h, w, 3) in [0, 1] -> what the network says, in [0, 1]"""
+    net, _ = archs.load_generator(weights)
+    with torch.no_grad():
+        return net(torch.from_numpy(lq.astype(np.float32)).permute(2, 0, 1)[None])[0].clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.fast
+def test_the_pixels_are_spandrels(weights, photo, tmp_path):
+    from spandrel import ModelLoader
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    run(weights, tmp_path / "a.png", "--out", tmp_path / "sr")
+    theirs = ModelLoader().load_from_file(weights)
+    with torch.no_grad():
+        sr = theirs(torch.from_numpy(photo.astype(np.float32) / 255).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(np.array(Image.open(tmp_path / "sr" / "a.png")), np.round(sr.clip(0, 1) * 255).astype(np.uint8))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mode, suffix", [("L", ".png"), ("LA", ".png"), ("RGB", ".png"), ("RGBA", ".png"), ("P", ".png"), ("1", ".png"), ("RGBA", ".webp"),
+                                          ("L", ".tif"), ("RGBA", ".tiff"), ("L", ".jpg"), ("RGB", ".webp")])
+def test_modes_are_kept(weights, photo, tmp_path, mode, suffix):
+    image = Image.fromarray(photo).convert("RGBA")
+    image.putalpha(Image.fromarray(np.tile(np.linspace(0, 255, 50).astype(np.uint8), (40, 1))))
+    image = image.convert("RGB").convert(mode) if mode in ("P", "1") else image.convert(mode)
+    image.save(tmp_path / f"a{suffix}", **({"lossless": True} if suffix == ".webp" else {}))
+    run(weights, tmp_path / f"a{suffix}", "--out", tmp_path / "sr")
+    sr = Image.open(tmp_path / "sr" / f"a{suffix}")
+    assert sr.mode == {"P": "RGB", "1": "L"}.get(mode, mode) and sr.size == (200, 160)
+    colour = expected(weights, np.array(image.convert("RGB")) / 255)
+    if mode in ("L", "LA", "1"):
+        colour = colour.mean(2, keepdims=True)
+    found = np.array(sr.convert("RGB"), dtype=float)[..., :colour.shape[2]] / 255
+    assert np.abs(found - colour).mean() < (0.6 / 255 if suffix in (".png", ".tif", ".tiff") else 0.03)
+    if "A" in mode:
+        alpha = np.array(sr)[..., -1]
+        assert alpha[:, :4].max() < 20 and alpha[:, -4:].min() > 235 and (np.diff(alpha[80].astype(int)) >= -1).all()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("grey", [False, True])
+def test_sixteen_bits_stay_sixteen_bits(weights, photo, tmp_path, suffix, grey):
+    import cv2
+    import tifffile
+    deep = (photo.astype(np.uint16) * 251 + 7)                                    # no 8-bit image has these values
+    deep = deep[..., 0] if grey else deep
+    if suffix == ".tif":
+        tifffile.imwrite(tmp_path / "a.tif", deep, photometric="minisblack" if grey else "rgb")
+    else:
+        cv2.imwrite(str(tmp_path / "a.png"), deep if grey else deep[..., ::-1])
+    run(weights, tmp_path / f"a{suffix}", "--out", tmp_path / "sr")
+    sr = tifffile.imread(tmp_path / "sr" / "a.tif") if suffix == ".tif" else cv2.imread(str(tmp_path / "sr" / "a.png"), cv2.IMREAD_UNCHANGED)
+    sr = sr if grey or suffix == ".tif" else sr[..., ::-1]
+    colour = expected(weights, np.dstack([deep] * 3 if grey else [deep]) / 65535)
+    colour = colour.mean(2) if grey else colour
+    assert sr.dtype == np.uint16 and np.abs(sr - colour * 65535.0).max() < 3
+    run(weights, tmp_path / f"a{suffix}", "--out", tmp_path / "webp", "--format", "webp")
+    assert abs(np.array(Image.open(tmp_path / "webp" / "a.webp").convert("RGB")).mean() / 255 - colour.mean()) < 0.02
+
+
+@pytest.mark.fast
+def test_profile_metadata_and_orientation(weights, photo, tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"                                       # turned by 90 degrees; the camera
+    for suffix in (".jpg", ".png", ".webp", ".tif"):
+        Image.fromarray(photo).save(tmp_path / f"a{suffix}", exif=exif, icc_profile=profile, dpi=(300, 300))
+        run(weights, tmp_path / f"a{suffix}", "--out", tmp_path / "sr")
+        sr = Image.open(tmp_path / "sr" / f"a{suffix}")
+        assert sr.size == (160, 200) and sr.info["icc_profile"] == profile, suffix                          # upright
+        assert sr.getexif().get(0x0112, 1) == 1 and sr.getexif().get(0x010F, "Maker") == "Maker", suffix
+        if suffix in (".jpg", ".webp"):
+            assert sr.getexif()[0x010F] == "Maker"
+    upright = np.rot90(photo, -1)
+    assert np.abs(np.array(Image.open(tmp_path / "sr" / "a.png")) / 255 - expected(weights, upright / 255)).max() <= 0.51 / 255
+
+
+def test_cmyk_becomes_srgb(weights, photo, tmp_path):
+    Image.fromarray(photo).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    run(weights, tmp_path / "a.jpg", "--out", tmp_path / "sr")
+    sr = Image.open(tmp_path / "sr" / "a.jpg")
+    assert sr.mode == "RGB" and sr.size == (200, 160)
+
+
+@pytest.mark.fast
+def test_broken_images_do_not_stop_the_others(weights, photo, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.fromarray(photo).save(folder / "good.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)).save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:9000])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("not an image")
+    Image.fromarray(photo[:1, :1]).save(folder / "dot.png")
+    Image.fromarray(photo[:1, :9]).save(folder / "line.png")
+    frames = [Image.fromarray(np.roll(photo, k, 0)) for k in range(3)]
+    frames[0].save(folder / "moving.webp", save_all=True, append_images=frames[1:])
+    Image.fromarray(photo[..., 0].astype(np.float32)).save(folder / "float.tif")
+    run(weights, folder, "--out", tmp_path / "sr", code=1)
+    said = capsys.readouterr()
+    assert sorted(p.name for p in (tmp_path / "sr").iterdir()) == ["dot.png", "good.png", "line.png"]
+    assert Image.open(tmp_path / "sr" / "dot.png").size == (4, 4)
+    for name, words in {"cut.jpg": "not a readable image", "empty.png": "not a readable image", "text.png": "not a readable image", "moving.webp": "3 pages or frames",
+                        "float.tif": "1 bands of float"}.items():
+        assert re.search(f"error: .*{re.escape(name)}: {words}", said.err), name
+    assert "3 of 8 images written" in said.out and "5 failed" in said.out
+
+
+@pytest.mark.fast
+def test_nothing_is_overwritten_without_a_word(weights, photo, tmp_path, capsys):
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    run(weights, tmp_path / "a.png", "--out", tmp_path / "sr")
+    (tmp_path / "sr" / "a.png").write_bytes(b"mine")
+    run(weights, tmp_path / "a.png", "--out", tmp_path / "sr", code=1)
+    assert "a.png exists: --overwrite" in capsys.readouterr().err and (tmp_path / "sr" / "a.png").read_bytes() == b"mine"
+    run(weights, tmp_path / "a.png", "--out", tmp_path / "sr", "--overwrite")
+    assert Image.open(tmp_path / "sr" / "a.png").size == (200, 160)
+    refused = lambda *words: upscale.main(upscale.parse_args(["--weights", str(weights), *map(str, words)]))
+    with pytest.raises(ValueError, match="a.png would be replaced by its result"):
+        refused(tmp_path / "a.png", "--out", tmp_path)
+    shutil.copy(tmp_path / "a.png", tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="would both become"):
+        refused(tmp_path / "a.png", tmp_path / "a.tif", "--format", "jpg", "--out", tmp_path / "two")
+    with pytest.raises(FileNotFoundError, match="no such file, folder or pattern"):
+        refused(tmp_path / "*.bmp")
+
+
+@pytest.mark.fast
+def test_limits_are_named_before_the_work(weights, tmp_path, capsys):
+    Image.fromarray(np.zeros((4, 4097, 3), np.uint8)).save(tmp_path / "wide.webp")
+    run(weights, tmp_path / "wide.webp", "--out", tmp_path / "sr", code=1)
+    assert "16388x16 pixels, and webp ends at 16383" in capsys.readouterr().err
+    image = upscale.pyvips.Image.black(100_000, 100_000, bands=3).copy(interpretation="srgb")
+    with pytest.raises(ValueError, match=r"the result takes 447.0 GiB, free are 20.0"):
+        upscale.check_result(Path("x.png"), image, 4, ".png", 20 * 2**30)
+
+
+@pytest.mark.fast
+def test_a_pattern_and_an_adapter_at_any_strength(weights, photo, tmp_path):
+    net, _ = archs.load_generator(weights)
+    lora.add_lora(net, lora.default_targets(net), rank=2)
+    with torch.no_grad():
+        for adapter in lora.adapted(net).values():
+            adapter.lora_B.normal_(0, 0.1)
+    lora.save_lora(tmp_path / "run" / "lora" / "adapter.pth", net)
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    pixels = {}
+    for name, words in {"plain": [], "none": ["--lora", tmp_path / "run", "--scale", 0], "half": ["--lora", tmp_path / "run", "--scale", 0.5],
+                        "full": ["--lora", tmp_path / "run" / "lora" / "adapter.pth"]}.items():
+        run(weights, tmp_path / "*.png", *words, "--out", tmp_path / name)
+        pixels[name] = np.array(Image.open(tmp_path / name / "a.png")).astype(int)
+    with torch.no_grad():
+        tuned = net(torch.from_numpy(photo.astype(np.float32) / 255).permute(2, 0, 1)[None])[0].clamp(0, 1).permute(1, 2, 0).numpy()
+    assert np.array_equal(pixels["none"], pixels["plain"]) and np.abs(pixels["full"] - tuned * 255).max() < 0.51
+    assert np.abs(pixels["half"] - pixels["plain"]).max() > 0 and np.abs(pixels["half"] - pixels["full"]).max() > 0
+
+
+@pytest.mark.fast
+def test_the_tile_fits_the_memory(monkeypatch):
+    tile = lambda gib: (monkeypatch.setattr(upscale, "free_memory", lambda device: gib * 2**30), upscale.auto_tile(torch.device("cpu")))[1]
+    assert tile(1000) == tile(float("inf")) == 512 and tile(0.01) == 72 and 72 < tile(1) < 512 and tile(1) % 8 == 0
+
+
+def test_processes_share_the_images(weights, photo, tmp_path, script):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for k in range(3):
+        Image.fromarray(np.roll(photo, k, 0)).save(folder / f"{k}.png")
+    done = script("upscale.py", "--weights", weights, folder, "--out", tmp_path / "sr", "--device", "cpu", processes=2)
+    assert sorted(p.name for p in (tmp_path / "sr").iterdir()) == ["0.png", "1.png", "2.png"] and "3 of 3 images written" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory_grows_with_the_result_only(weights, tmp_path):
+    """A 3-megapixel photo: beside the 8-bit result (144 MiB) and its float input (36 MiB) less than 400 MiB; as floats the result alone has 576 MiB."""
+    import subprocess
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (1536, 2048, 3), dtype=np.uint8)).save(tmp_path / "a.png", compress_level=0)
+    code = f"""
+import resource, sys, torch
+import upscale, archs
+class Nearest(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.interpolate(x, scale_factor=4, mode="nearest")
+archs.load_run = lambda *a: (Nearest(), dict(file="nearest", arch="nearest", scale=4, key=None))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+args = upscale.parse_args(["--weights", "x", "--device", "cpu", "--threads", "1", "--tile", "128", "--format", "tif", "--out", r"{tmp_path / 'sr'}", r"{tmp_path / 'a.png'}"])
+before = peak()
+try:
+    upscale.main(args)
+finally:
+    print("used", peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
+    assert "1 of 1 images" in done.stdout, done.stderr
+    assert float(done.stdout.split("used")[1]) < 144 + 36 + 400
+    with Image.open(tmp_path / "a.png") as small, Image.open(tmp_path / "sr" / "a.tif") as large:
+        assert np.array_equal(np.array(large)[::4, ::4], np.array(small))

@@ -1,0 +1,209 @@
+"""Apply a network to images: files, folders or patterns, of any size.
+
+    python upscale.py --weights runs/swinir-amo photo.jpg                          writes sr/photo.jpg
+    python upscale.py --weights W.pth --out big scans 'more/*.tif'                 a folder, a pattern
+    python upscale.py --weights runs/swinir-amo --lora runs/swinir-amo+musiq --scale 0.7 photo.jpg
+
+Architecture, size and factor come from the checkpoint. Kept: grey, 16 bit (PNG, TIFF), transparency (enlarged bicubically), ICC profile, EXIF, XMP,
+IPTC, resolution. Photographs that EXIF calls rotated come out upright; CMYK comes out as sRGB. Tiles overlap and are blended. An
+image that cannot be read or written is named, the others are done, and the exit code is then 1. torchrun shares the images.
+"""
+import argparse
+from pathlib import Path
+
+import flags
+
+FORMATS = {".png": dict(compression=6), ".jpg": dict(Q=95), ".jpeg": dict(Q=95), ".webp": dict(Q=95), ".tif": dict(compression="deflate"),
+           ".tiff": dict(compression="deflate")}                                   # options of libvips' savers
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (all images in them) or patterns in quotes")
+    p.add_argument("--weights", type=Path, required=True, metavar="PATH", help="weight file or run folder (its newest EMA weights)")
+    p.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take; default params_ema, else params, else bare")
+    p.add_argument("--pad-mode", choices=["hggt", "swinir"],
+                   help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for nearest+conv files")
+    p.add_argument("--lora", type=Path, metavar="PATH", help="adapter of finetune_lora.py that belongs to these weights: its run folder or adapter.pth")
+    p.add_argument("--scale", type=flags.number(float), default=1.0, help="strength of --lora: 0 leaves the network as it is, 1 is as tuned")
+    p.add_argument("--out", type=Path, default=Path("sr"), metavar="DIR", help="folder of the results, which keep their names")
+    p.add_argument("--format", choices=[s[1:] for s in FORMATS], help="of the results; default: that of the image, png for formats not in this list")
+    p.add_argument("--overwrite", action="store_true", help="replace results that exist; without it they are errors")
+    p.add_argument("--tile", default="auto", type=lambda text: text if text == "auto" else flags.TILE(text),
+                   help="LR pixels, more than 64; 0: whole image; auto: by free memory. Halved when a GPU's memory does not suffice")
+    p.add_argument("--overlap", type=flags.COUNT, default=32, help="of tiles, LR pixels (CHOICE: seams below one grey level)")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
+    p.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
+    args = p.parse_args(argv)
+    if args.scale != 1 and not args.lora:
+        p.error("--scale is the strength of --lora: name the adapter")
+    if args.tile not in ("auto", 0) and args.tile <= 2 * args.overlap:
+        p.error(f"--tile {args.tile}: must be more than twice --overlap {args.overlap}")
+    return args
+
+
+ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
+
+import glob
+import math
+import os
+import sys
+
+import numpy as np
+import pyvips
+import torch
+from tqdm import tqdm
+
+import archs
+import data
+import lora
+import runs
+
+PILLOW_LIMIT = 178_956_970                                                        # pixels; twice Image.MAX_IMAGE_PIXELS is its error
+SIDES = {".webp": 16_383, ".jpg": 65_535, ".jpeg": 65_535}                        # limits of the formats
+LR_PIXEL = 32_768                                                                 # CHOICE: bytes per LR pixel that the largest net here needs, generously
+
+
+def find_images(words):
+    """Files, folders and patterns -> [path], each once. FileNotFoundError for a word that names nothing."""
+    found = []
+    for word in words:
+        path = Path(word)
+        paths = list(data.list_images(path).values()) if path.is_dir() else [path] if path.exists() else [Path(p) for p in sorted(glob.glob(word))]
+        if not paths:
+            raise FileNotFoundError(f"{word}: no such file, folder or pattern")
+        found += [p for p in paths if p.is_file()]
+    return list(dict.fromkeys(found))
+
+
+def read(path):
+    """An image as pyvips shows it, upright, in grey or RGB with or without alpha, 8 or 16 bit. ValueError for anything else."""
+    try:
+        image = pyvips.Image.new_from_file(str(path), fail_on="truncated")
+        pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
+        if pages > 1:
+            raise ValueError(f"{path}: {pages} pages or frames: give the one you want as a file of its own")
+        if image.interpretation == "cmyk":
+            image = image.icc_transform("srgb", embedded=True, input_profile="cmyk")
+        image = image.autorot().copy_memory()                                     # what is damaged shows now
+    except pyvips.Error as error:
+        if not os.access(path, os.R_OK):
+            raise PermissionError(f"{path}: you may not read it") from None
+        said = error.detail.strip().splitlines() or ["unreadable"]
+        raise ValueError(f"{path}: not a readable image ({said[0]})") from None
+    if image.interpretation not in ("b-w", "grey16", "srgb", "rgb16", "rgb") or image.format not in ("uchar", "ushort") \
+            or image.bands - image.hasalpha() not in (1, 3):
+        raise ValueError(f"{path}: {image.bands} bands of {image.format} ({image.interpretation}); expected grey or RGB of 8 or 16 bit")
+    return image
+
+
+def enlarge(net, image, factor, tile, overlap, device):
+    """pyvips image -> pyvips image: colours by the network, alpha bicubically; bit depth, profile and metadata of the image."""
+    alpha, colour = (image[image.bands - 1], image[:image.bands - 1]) if image.hasalpha() else (None, image)
+    pixels, top = colour.numpy().reshape(image.height, image.width, -1), 255 if image.format == "uchar" else 65_535
+    lq = torch.from_numpy(pixels.astype(np.float32) / top).permute(2, 0, 1)[None].expand(1, 3, -1, -1).to(device)
+    sr = np.empty((image.height * factor, image.width * factor, pixels.shape[2]), pixels.dtype)
+
+    def keep(y, rows):
+        rows = rows.clamp(0, 1)
+        rows = rows if sr.shape[2] == 3 else rows.mean(1, keepdim=True)           # a grey image stays grey
+        sr[y:y + rows.shape[2]] = rows[0].mul(top).round().permute(1, 2, 0).cpu().numpy()
+
+    archs.upscale_tiled(net, lq, factor, tile, overlap, sink=keep)
+    result = pyvips.Image.new_from_array(sr, interpretation=colour.interpretation).copy(xres=image.xres, yres=image.yres)
+    if alpha is not None:
+        result = result.bandjoin(alpha.resize(factor, kernel="cubic").cast(image.format))
+
+    result = result.copy()                                                        # whose metadata may be set
+    for name in image.get_fields():
+        if name.startswith(("exif-", "icc-profile-data", "xmp-data", "iptc-data")):
+            result.set_type(image.get_typeof(name), name, image.get(name))
+    result.set_type(pyvips.GValue.gint_type, "orientation", 1)                    # upright by now, whatever the EXIF block says
+    return result
+
+
+def check_result(path, image, factor, suffix, free):
+    """ValueError where the result of this image cannot be: a limit of the format, 16 bit in an 8-bit format, more memory than there is."""
+    width, height = image.width * factor, image.height * factor
+    limit = SIDES.get(suffix, math.inf)
+    if max(width, height) > limit:
+        raise ValueError(f"{path}: the result has {width}x{height} pixels, and {suffix[1:]} ends at {limit}: take --format png or tif")
+    need = width * height * image.bands * (1 + (image.format == "ushort"))
+    if need > free:
+        raise ValueError(f"{path}: the result takes {need / 2**30:.1f} GiB, free are {free / 2**30:.1f}: cut the image into parts")
+
+
+def free_memory(device):
+    """Bytes: of the GPU, or of the machine (infinite where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, AttributeError, OSError):                                 # not Linux
+        return math.inf
+
+
+def auto_tile(device):
+    """Side whose activations take half of the free memory at most, between archs.MIN_TILE and 512 (CHOICE: more brings no speed)."""
+    side = math.isqrt(int(min(free_memory(device) / 2 / LR_PIXEL, 512 ** 2)))
+    return max(archs.MIN_TILE + 8, side // 8 * 8)
+
+
+def one_image(net, path, target, factor, args, device):
+    """Enlarge one file. -> None, or a remark."""
+    if target.exists() and not args.overwrite:
+        raise ValueError(f"{target} exists: --overwrite replaces it, --out names another folder")
+    image = read(path)
+    check_result(path, image, factor, target.suffix, free_memory(torch.device("cpu")))
+    tile = auto_tile(device) if args.tile == "auto" else args.tile
+    result = enlarge(net, image, factor, tile, args.overlap, device)
+    remarks = []
+    if image.format == "ushort" and target.suffix not in (".png", ".tif", ".tiff"):
+        remarks.append(f"{target.suffix[1:]} has 8 bit only")
+        result = (result / 257 + 0.5).cast("uchar").copy(interpretation="b-w" if result.bands < 3 else "srgb")
+    if result.hasalpha() and target.suffix in (".jpg", ".jpeg"):
+        remarks.append("jpeg has no transparency: on white")
+        result = result.flatten(background=255)
+    if result.width * result.height > PILLOW_LIMIT:
+        remarks.append("Pillow opens it only with Image.MAX_IMAGE_PIXELS = None")
+    try:
+        runs.write_atomic(target, lambda temporary: result.write_to_target(pyvips.Target.new_to_file(str(temporary)), target.suffix, **FORMATS[target.suffix]))
+    except pyvips.Error as error:
+        raise OSError(f"{target}: cannot be written ({error.detail.strip().splitlines()[0]})") from None
+    return "; ".join(remarks)
+
+
+def main(args):
+    world = runs.start_world(args.device, args.threads)
+    paths = find_images(args.images)
+    runs.check_writable(args.out, "--out")
+    suffix = lambda path: f".{args.format}" if args.format else path.suffix.lower() if path.suffix.lower() in FORMATS else ".png"
+    targets = {path: args.out / (path.stem + suffix(path)) for path in paths}
+    owners = {}
+    for path, target in targets.items():
+        if owners.setdefault(target, path) != path:
+            raise ValueError(f"{owners[target]} and {path} would both become {target}: give them different names, or take two calls with --out")
+        if target.resolve() == path.resolve():
+            raise ValueError(f"--out {args.out}: {path} would be replaced by its result: name another folder")
+    net, info = archs.load_run(args.weights, "--weights", args.weights_key, args.pad_mode)
+    if args.lora:
+        lora.load_lora(net, lora.find_adapter(args.lora), args.scale)
+        lora.merge_lora(net)
+    net = net.to(world.device)
+    print(f"{info['file']}: {info['arch']} x{info['scale']}, key {info['key']}" + (f" + {args.scale:g} x {args.lora}" if args.lora else ""))
+    failed = 0
+    for path in tqdm(paths[world.rank::world.size], unit="img", disable=not world.is_main):
+        try:
+            remark = one_image(net, path, targets[path], info["scale"], args, world.device)
+            tqdm.write(f"{path} -> {targets[path]}" + (f" ({remark})" if remark else ""))
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:            # named; the other images are done
+            failed += 1
+            tqdm.write(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    failed = sum(world.gather_objects(failed))
+    if world.is_main:
+        print(f"{len(paths) - failed} of {len(paths)} images written to {args.out}" + (f", {failed} failed" if failed else ""))
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    runs.cli(lambda: main(ARGS))
