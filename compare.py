@@ -13,7 +13,7 @@ from scipy import stats
 from tqdm import tqdm
 
 import data
-import iqa
+import quality
 import runs
 
 SHOWN = {"cnniqa_live:build": "CNNIQA-LIVE", "niqe": "NIQE", "brisque": "BRISQUE", "piqe": "PIQE", "ilniqe": "IL-NIQE", "psnr": "PSNR", "ssim": "SSIM",
@@ -56,8 +56,8 @@ def parallel(jobs, tasks):
 
 
 def judge(exp, metric):
-    """iqa.create_metric on the CPU, with the weights of --metric-weights."""
-    return iqa.create_metric(metric, "cpu", dict(w.split("=", 1) for w in exp.metric_weights).get(metric))
+    """quality.create_metric on the CPU, with the weights of --metric-weights."""
+    return quality.create_metric(metric, "cpu", dict(w.split("=", 1) for w in exp.metric_weights).get(metric))
 
 
 def test_pair(exp, stem):

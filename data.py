@@ -454,13 +454,13 @@ def check_headers(dataset, world):
     used = [v for k, v in enumerate(sets.versions) if k == 0 or dataset.candidates[:, k].any()]
 
     def check(stem):
+        sizes = {}
         for version in used:                                                     # the original comes first
             path = sets.path(stem, version)
             with open_image(path) as image:
-                mode, size = image.mode, image.size
+                mode, sizes[version] = image.mode, image.size
             check_mode(path, mode)
-            original = size if version == "original" else original
-            check_size(path, size, original, need)
+            check_size(path, sizes[version], sizes["original"], need)
     with ThreadPoolExecutor(8) as pool:
         for _ in pool.map(check, dataset.stems[world.rank::world.size]):
             pass

@@ -63,7 +63,7 @@ from tqdm import tqdm
 import archs
 import data
 import degradations
-import iqa
+import quality
 import runs
 
 
@@ -98,7 +98,7 @@ def main(args):
         if name not in args.metrics:
             raise ValueError(f"--metric-weights {word}: write NAME=FILE with a NAME of --metrics ({', '.join(args.metrics)})")
         files[name] = file
-    metrics = {name: iqa.create_metric(name, world.device, files.get(name)) for name in args.metrics}
+    metrics = {name: quality.create_metric(name, world.device, files.get(name)) for name in args.metrics}
     lower = {name: metrics[name][1] for name in metrics}
 
     baselines = {"bicubic": lambda lq, gt: F.interpolate(lq, scale_factor=4, mode="bicubic"), "reference": lambda lq, gt: gt}

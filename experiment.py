@@ -88,6 +88,7 @@ import compare
 import data
 import degradations
 import iqa
+import quality
 import runs
 from make_quintuplets import contact_sheet
 
@@ -140,7 +141,7 @@ def judge_set(sets, stem, judges):
     images = {v: data.load_image(sets.path(stem, v))[None].float() / 255 for v in sets.versions}
     score = {v: {m: (-1 if lower else 1) * metric(image, None).item() for m, (metric, lower) in judges.items()} for v, image in images.items()}
     for v, image in images.items():
-        score[v]["psnr"] = iqa.psnr(image, images["original"]).item()
+        score[v]["psnr"] = quality.psnr(image, images["original"]).item()
     return score
 
 
@@ -271,7 +272,7 @@ def slow(args, name):
 
 @torch.no_grad()
 def grain(args, sigmas=(0, 1, 2, 4)):
-    """RESULTS-grain.json: mean NIQE of every row when noise of so many grey levels is added to it, and iqa.noise_peaks of run minus start."""
+    """RESULTS-grain.json: mean NIQE of every row when noise of so many grey levels is added to it, and quality.noise_peaks of run minus start."""
     file = args.results.with_name(args.results.name + "-grain.json")
     if file.exists():
         return
@@ -287,7 +288,7 @@ def grain(args, sigmas=(0, 1, 2, 4)):
             for s in sigmas:
                 row["niqe"][str(s)] += niqe(degradations.to_8bit(sr + s * noise), None).item() / len(stems)
             if name != "reference":
-                row["peaks"] += iqa.noise_peaks(sr - degradations.to_8bit(archs.upscale_tiled(start, lq))).item() / len(stems)
+                row["peaks"] += quality.noise_peaks(sr - degradations.to_8bit(archs.upscale_tiled(start, lq))).item() / len(stems)
     runs.save_json(file, {"command": sys.argv, **runs.describe_machine(), "images": len(stems), "rows": rows})
 
 

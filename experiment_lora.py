@@ -8,7 +8,7 @@ has gained each of --gains:
     layers   the full weights of these convolutions: what the choice of layers does without the low rank
     naive    all weights
 Analysis, fixed before the runs: experiment.py's metrics, test images, intervals and verdicts, as differences from the network before tuning
-and from lora at the same gain; structured noise (iqa.noise_peaks of SR after - SR before) on each test image against that of an unsharp mask
+and from lora at the same gain; structured noise (quality.noise_peaks of SR after - SR before) on each test image against that of an unsharp mask
 of equal reward. The hypothesis is the paper's: naive tuning leaves structured noise and LoRA does not; `layers` tells whether the rank
 does that. Last, the strength of the first seed's adapter from 0 to 1.5: reward against PSNR and VGG distance.
 """
@@ -62,6 +62,7 @@ import degradations
 import experiment
 import iqa
 import lora
+import quality
 import runs
 
 matplotlib.use("Agg")
@@ -114,7 +115,7 @@ def structured_noise(exp, before, after):
     for stem in data.list_images(exp.work / "test" / "lq"):
         lq, _ = compare.test_pair(exp, stem)
         old, new = (degradations.to_8bit(archs.upscale_tiled(net, lq)) for net in nets)
-        found[stem] = {"peaks": iqa.noise_peaks(new - old).item(), "unsharp": iqa.noise_peaks(iqa.unsharp_like(old, new, reward) - old).item()}
+        found[stem] = {"peaks": quality.noise_peaks(new - old).item(), "unsharp": quality.noise_peaks(quality.unsharp_like(old, new, reward) - old).item()}
     return found
 
 
@@ -150,7 +151,7 @@ def tables(summary):
     each = lambda numbers, form: " ".join(form.format(n) for n in numbers)
     tuning = runs.markdown(["", "steps", "gain in validation", "lambda_q", "structured noise", "of an unsharp mask", "above .03 more"],
                            [[name, each(t["steps"], "{}"), each(t["gain"], "{:.1f}"), each(t["lambda_q"], "{:.4f}"), f"{p['mean']:.3f}", f"{p['unsharp']:.3f}",
-                             "yes" if p["mean"] > p["unsharp"] + iqa.PEAKS_ABOVE_UNSHARP else "no"]
+                             "yes" if p["mean"] > p["unsharp"] + quality.PEAKS_ABOVE_UNSHARP else "no"]
                             for (name, t), p in zip(summary["tuning"].items(), summary["structured_noise"].values())])
     noise = runs.markdown(["structured noise", "difference", "95 %", "verdict"],
                           [[pair, f"{d['mean']:+.3f}", f"[{d['low']:+.3f}, {d['high']:+.3f}]", d["verdict"]]
@@ -163,7 +164,7 @@ def tables(summary):
 @torch.no_grad()
 def strength(args, exp):
     """The first seed's adapter at several strengths -> [{"scale", "reward", "psnr", "vgg"}], and RESULTS-strength.png."""
-    metrics = {"reward": compare.judge(exp, exp.rewards[0])[0], "psnr": iqa.psnr, "vgg": iqa.create_metric("vgg", "cpu", exp.vgg_weights)[0]}
+    metrics = {"reward": compare.judge(exp, exp.rewards[0])[0], "psnr": quality.psnr, "vgg": quality.create_metric("vgg", "cpu", exp.vgg_weights)[0]}
     points = []
     for scale in SCALES:
         net = archs.load_x4(base_of(exp, exp.seeds[0]), "--work")[0]

@@ -120,6 +120,7 @@ import data
 import degradations
 import iqa
 import lora
+import quality
 import runs
 from train import FIXED as FIXED_TRAINING, adversarial_loss, learning_rate, make_pair, open_data, update_ema, validation_pair
 
@@ -154,16 +155,16 @@ def gradient_ratio(net, targets, dataset, losses, reward, lanes, args, gt_reward
 def validate(base, net, sets, metrics, args, seeds, world):
     """Means over the validation images, shared over processes: every metric in native units, psnr, and structured noise.
 
-    peaks: iqa.noise_peaks of SR - base SR; unsharp_peaks: the same of a plain unsharp mask of the base with as much reward.
+    peaks: quality.noise_peaks of SR - base SR; unsharp_peaks: the same of a plain unsharp mask of the base with as much reward.
     """
     totals = Counter()
     for i in range(world.rank, len(sets.stems), world.size):
         lq, gt = validation_pair(sets, i, args, seeds, world.device)
         sr, before = (degradations.to_8bit(archs.upscale_tiled(g, lq, tile=args.tile, overlap=32)) for g in (net, base))
-        totals.update({name: metric(sr, gt).item() for name, (metric, _) in metrics.items()} | {"images": 1, "peaks": iqa.noise_peaks(sr - before).item()})
+        totals.update({name: metric(sr, gt).item() for name, (metric, _) in metrics.items()} | {"images": 1, "peaks": quality.noise_peaks(sr - before).item()})
         if "reward" in metrics:
-            like = iqa.unsharp_like(before, sr, lambda x: metrics["reward"][0](x, None))
-            totals["unsharp_peaks"] += iqa.noise_peaks(like - before).item()
+            like = quality.unsharp_like(before, sr, lambda x: metrics["reward"][0](x, None))
+            totals["unsharp_peaks"] += quality.noise_peaks(like - before).item()
     names = [*metrics, "peaks", *(["unsharp_peaks"] if "reward" in metrics else [])]
     sums = world.reduce(torch.tensor([totals["images"], *(totals[n] for n in names)], dtype=torch.float64, device=world.device)).tolist()
     return {name: value / sums[0] for name, value in zip(names, sums[1:])}
@@ -174,7 +175,7 @@ def verdict(before, after, metrics):
     better = {m: (after[m] - before[m]) * (-1 if lower else 1) > 0 for m, (_, lower) in metrics.items()}
     others = [m for m in metrics if m not in ("reward", "psnr")]
     worse = [m for m in others if not better[m]]
-    noisy = after["peaks"] > after.get("unsharp_peaks", 0) + iqa.PEAKS_ABOVE_UNSHARP
+    noisy = after["peaks"] > after.get("unsharp_peaks", 0) + quality.PEAKS_ABOVE_UNSHARP
     said = "; ".join(f"{m} {before[m]:.2f} -> {after[m]:.2f}" for m in metrics)
     said += f"; peaks {after['peaks']:.3f}" + (f", unsharp mask of equal reward {after['unsharp_peaks']:.3f}" if "unsharp_peaks" in after else "")
     if noisy:
@@ -216,7 +217,7 @@ def main(args):
     reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights, need_gradient=True)
     gt_reward = reward if args.gt_reward == args.reward else None if args.gt_reward == ["none"] else iqa.create_reward(args.gt_reward, device)
     metrics = {} if reward is None else {"reward": (lambda sr, gt: reward(sr), False)}
-    metrics |= {name: iqa.create_metric(name, device) for name in args.watch} | {"psnr": (iqa.psnr, False)}
+    metrics |= {name: quality.create_metric(name, device) for name in args.watch} | {"psnr": (quality.psnr, False)}
     sets, dataset, val_sets, _ = open_data(args, world, gt_reward, seeds)
     if args.stop_gain and val_sets is None:
         raise ValueError(f"--stop-gain needs validation images, and {args.data} has no Test split: hold out photos with --val-photos N")

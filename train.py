@@ -80,6 +80,7 @@ import archs
 import data
 import degradations
 import iqa
+import quality
 import runs
 
 FIXED = ("arch", "stage", "sampler", "reward", "degradation", "jpeg_table", "usm", "tau", "include_original", "drop_without_positive",
@@ -147,7 +148,7 @@ def validate(net, sets, args, reward, seeds, world):
     for i in range(world.rank, len(sets.stems), world.size):
         lq, gt = validation_pair(sets, i, args, seeds, world.device)
         sr = degradations.to_8bit(archs.upscale_tiled(net, lq, tile=args.tile, overlap=32))
-        psnr = iqa.psnr(sr, gt)[0]
+        psnr = quality.psnr(sr, gt)[0]
         totals += torch.stack([torch.ones_like(psnr), psnr, reward(sr)[0].double() if reward else torch.zeros_like(psnr)])
     count, psnr, score = world.reduce(totals).tolist()
     return {"psnr": psnr / count} | ({"score": score / count} if reward else {})

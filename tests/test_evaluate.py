@@ -8,7 +8,7 @@ import torch
 import archs
 import data
 import evaluate
-import iqa
+import quality
 import runs
 
 
@@ -33,7 +33,7 @@ def call(pairs, *more):
 def test_psnr_is_scikit_images_after_hggts_crop():
     from skimage.metrics import peak_signal_noise_ratio
     a, b = torch.rand(2, 3, 40, 36), torch.rand(2, 3, 40, 36)
-    for value, x, y in zip(iqa.psnr(a, b).tolist(), a.numpy(), b.numpy()):
+    for value, x, y in zip(quality.psnr(a, b).tolist(), a.numpy(), b.numpy()):
         assert value == pytest.approx(peak_signal_noise_ratio(y[:, 4:-4, 4:-4].astype("float64"), x[:, 4:-4, 4:-4].astype("float64"), data_range=1), rel=1e-9)
 
 
@@ -43,10 +43,10 @@ def test_ssim_is_the_colour_ssim_of_pyiqa_after_hggts_crop():
     a, b = torch.rand(2, 3, 48, 40), torch.rand(2, 3, 48, 40)
     b = (a + 0.2 * b) / 1.2
     theirs = create_metric("ssimc", device=torch.device("cpu"))(a[..., 4:-4, 4:-4], b[..., 4:-4, 4:-4])
-    assert iqa.ssim(a, b).tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
-    assert iqa.ssim(a, a).tolist() == [1, 1]
+    assert quality.ssim(a, b).tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
+    assert quality.ssim(a, a).tolist() == [1, 1]
     with pytest.raises(ValueError, match="SSIM of an output"):
-        iqa.ssim(torch.rand(1, 3, 18, 18), torch.rand(1, 3, 18, 18))
+        quality.ssim(torch.rand(1, 3, 18, 18), torch.rand(1, 3, 18, 18))
 
 
 @pytest.mark.fast
@@ -55,13 +55,13 @@ def test_flat_hf_sees_a_grid_in_flat_places_and_only_there():
     ramp = (0.3 + 0.2 * x / 128 + 0.1 * y / 128).expand(1, 3, -1, -1)             # flat on the left, busy on the right
     gt = ramp + (x >= 64) * 0.2 * torch.sin(2 * torch.pi * x / 32)
     grid = 0.02 * torch.cos(2 * torch.pi * x / 4) * torch.cos(2 * torch.pi * y / 4)      # what an x4 pixel shuffle leaves
-    clean, gridded = iqa.flat_hf(gt, gt).item(), iqa.flat_hf(gt + grid, gt).item()
+    clean, gridded = quality.flat_hf(gt, gt).item(), quality.flat_hf(gt + grid, gt).item()
     assert clean < 0.01 and gridded > 0.5
-    assert iqa.flat_hf(gt + (x >= 96) * grid, gt).item() == pytest.approx(clean, abs=1e-6)
+    assert quality.flat_hf(gt + (x >= 96) * grid, gt).item() == pytest.approx(clean, abs=1e-6)
     smooth = gt + 0.05 * torch.cos(2 * torch.pi * x / 16)                         # one cycle per block: not high
-    assert iqa.flat_hf(smooth, gt).item() < 0.02
+    assert quality.flat_hf(smooth, gt).item() < 0.02
     with pytest.raises(ValueError, match="more than 64 pixels"):
-        iqa.flat_hf(gt[..., :64], gt[..., :64])
+        quality.flat_hf(gt[..., :64], gt[..., :64])
 
 
 @pytest.mark.fast
@@ -76,7 +76,7 @@ def test_flat_hf_by_hand():
         power = np.abs(np.fft.fft2((block - block.mean()) * window)) ** 2
         total += power.sum()
         high += sum(power[i, j] for i in range(16) for j in range(16) if max(min(i, 16 - i), min(j, 16 - j)) >= 4)
-    assert iqa.flat_hf(sr, gt).item() == pytest.approx(high / total, rel=1e-6)
+    assert quality.flat_hf(sr, gt).item() == pytest.approx(high / total, rel=1e-6)
 
 
 @pytest.mark.fast
@@ -121,7 +121,7 @@ def test_a_row_is_what_the_net_gives_in_8_bit(pairs):
     with torch.no_grad():
         sr = net(data.load_image(pairs / "lq" / "1.png")[None].float() / 255).clamp(0, 1).mul(255).round() / 255
     gt = data.load_image(pairs / "gt" / "1.png")[None].float() / 255
-    assert result["scores"]["net"]["1"]["psnr"] == pytest.approx(iqa.psnr(sr, gt).item(), abs=1e-6)
+    assert result["scores"]["net"]["1"]["psnr"] == pytest.approx(quality.psnr(sr, gt).item(), abs=1e-6)
 
 
 @pytest.mark.fast
@@ -170,7 +170,7 @@ def test_swinirs_padding_is_the_runs_own_and_other_scales_are_refused(pairs):
     for mode in ("swinir", "hggt"):
         net.pad_mode = mode
         with torch.no_grad():
-            psnr[mode] = iqa.psnr(net(lq).clamp(0, 1).mul(255).round() / 255, gt).item()
+            psnr[mode] = quality.psnr(net(lq).clamp(0, 1).mul(255).round() / 255, gt).item()
     assert abs(psnr["swinir"] - psnr["hggt"]) > 1e-4
     assert call(pairs, "--weights", pairs / "run")["scores"]["run"]["0"]["psnr"] == pytest.approx(psnr["swinir"], abs=1e-5)
     assert call(pairs, "--weights", pairs / "run", "--pad-mode", "hggt")["scores"]["run"]["0"]["psnr"] == pytest.approx(psnr["hggt"], abs=1e-5)

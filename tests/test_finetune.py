@@ -11,8 +11,8 @@ import torch
 import archs
 import degradations
 import finetune_lora as ft
-import iqa
 import lora
+import quality
 import runs
 import train
 
@@ -238,12 +238,12 @@ def test_noise_peaks_sees_grids_and_neither_sharpening_nor_noise():
         soft = degradations.blur(photo, degradations.gaussian_kernel(9, 1.0))
         sharp = soft + 1.0 * (soft - degradations.blur(soft, degradations.gaussian_kernel(9, 1.5)))
         for natural in (q(sharp) - q(soft), q(photo) - q(soft), 0.02 * torch.randn(photo.shape, generator=torch.Generator().manual_seed(0))):
-            assert iqa.noise_peaks(natural) < 0.025
+            assert quality.noise_peaks(natural) < 0.025
         for grid in grids.values():
-            plain = iqa.noise_peaks(q(sharp) - q(soft))
-            assert iqa.noise_peaks(q(soft + 2 / 255 * grid) - q(soft)) > 0.8
-            assert iqa.noise_peaks(q(sharp + 3 / 255 * grid) - q(soft)) > plain + iqa.PEAKS_ABOVE_UNSHARP
-    assert iqa.noise_peaks(torch.zeros(1, 3, 64, 64)) == 0
+            plain = quality.noise_peaks(q(sharp) - q(soft))
+            assert quality.noise_peaks(q(soft + 2 / 255 * grid) - q(soft)) > 0.8
+            assert quality.noise_peaks(q(sharp + 3 / 255 * grid) - q(soft)) > plain + quality.PEAKS_ABOVE_UNSHARP
+    assert quality.noise_peaks(torch.zeros(1, 3, 64, 64)) == 0
 
 
 @pytest.mark.fast
@@ -252,9 +252,9 @@ def test_unsharp_like_reaches_the_reward_or_the_most_it_can():
     contrast = lambda x: x.std((1, 2, 3)) * 100
     target = degradations.blur(image, degradations.gaussian_kernel(9, 1.5))
     wanted = (image + 0.9 * (image - target)).clamp(0, 1)
-    like = iqa.unsharp_like(image, wanted, contrast)
+    like = quality.unsharp_like(image, wanted, contrast)
     assert contrast(like) >= contrast(wanted) and contrast(like) < contrast(wanted) * 1.1
-    assert torch.equal(iqa.unsharp_like(image, wanted, lambda x: -x.std((1, 2, 3))), (image + 0.25 * (image - target)).clamp(0, 1).mul(255).round() / 255)
+    assert torch.equal(quality.unsharp_like(image, wanted, lambda x: -x.std((1, 2, 3))), (image + 0.25 * (image - target)).clamp(0, 1).mul(255).round() / 255)
 
 
 @pytest.mark.fast
