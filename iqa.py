@@ -176,12 +176,12 @@ class Reward(nn.Module):
         return parts
 
 
-def create_reward(words, device="cpu", weights_file=None, need_gradient=False):
+def create_reward(words, device="cpu", weights_file=None, need_gradient=False, flag="--reward"):
     """Build Q from `--reward` words: a pyiqa NR metric, `ranker`, or `module:function` of the user's own; several are summed.
 
     module:function is called with the device and returns a callable (B, 3, H, W) in [0, 1] -> (B,); it may carry
     `lower_better = True`. weights_file: a local weight file for the one pyiqa metric named. need_gradient: the models are
-    created differentiable and each is probed with a backward pass on a natural and on a random image.
+    created differentiable and each is probed with a backward pass on a natural and on a random image. flag: named in errors.
     ValueError for a full-reference, unknown, set-level or (if a gradient is needed) non-differentiable metric.
     """
     parsed = parse_rewards(words)
@@ -192,24 +192,24 @@ def create_reward(words, device="cpu", weights_file=None, need_gradient=False):
         if name == "ranker":
             model = load_ranker(weights_file or RANKER_WEIGHTS)
         elif ":" in name:
-            model = _user_model(name, device)
+            model = _user_model(name, device, flag)
         else:
-            model = _pyiqa_model(name, device, weights_file, need_gradient)
+            model = pyiqa_model(name, device, weights_file, need_gradient, flag=flag)
         key = name.replace(".", "_")                                            # ModuleDict keys may hold no dot
         models[key], weights[key] = model.to(device), weight
     reward = Reward(models, weights).to(device)
     for name in models:
         probe = Reward({name: models[name]}, {name: 1.0})
-        _probe(probe, name, device, need_gradient)
+        _probe(probe, name, device, need_gradient, flag)
     return reward
 
 
-def _user_model(name, device):
+def _user_model(name, device, flag):
     module, _, function = name.partition(":")
     try:
         build = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"--reward {name}: {error}; is the folder of {module.split('.')[0]}.py in PYTHONPATH?") from error
+        raise ValueError(f"{flag} {name}: {error}; is the folder of {module.split('.')[0]}.py in PYTHONPATH?") from error
     model = build(device)
     model = model if isinstance(model, nn.Module) else _Callable(model)
     model.reward_source = Path(sys.modules[module].__file__).read_bytes()       # edited code means other scores
@@ -227,20 +227,25 @@ class _Callable(nn.Module):
         return self.function(x)
 
 
-def _pyiqa_model(name, device, weights_file, need_gradient):
-    """A pyiqa NR metric. Failing downloads end in one line: which file, where to put it, which flag names a local one."""
-    from pyiqa.default_model_configs import DEFAULT_CONFIGS                     # importing pyiqa takes seconds
+def pyiqa_modes():
+    """{name: "NR" or "FR"} of pyiqa's metrics of single images. Importing pyiqa takes seconds."""
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS
+    return {name: config.get("metric_mode") for name, config in DEFAULT_CONFIGS.items() if name not in SET_LEVEL}
+
+
+def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag="--reward"):
+    """A pyiqa metric. Failing downloads end in one line: which file, where to put it, which flag names a local one."""
     from pyiqa import create_metric
-    usable = [n for n, c in DEFAULT_CONFIGS.items() if c.get("metric_mode") == "NR" and n not in SET_LEVEL]
-    if name not in usable:
-        kind = ("compares two sets of images" if name in SET_LEVEL else
-                "is a full-reference metric" if name in DEFAULT_CONFIGS else "is unknown")
-        near = [] if name in DEFAULT_CONFIGS else difflib.get_close_matches(name, [*usable, "ranker"], n=3, cutoff=0.4)
-        raise ValueError(f"--reward {name}: this {kind}; a reward judges one image without reference, "
-                         f"for example {', '.join(near or ['musiq', 'ranker'])}")
+    modes = pyiqa_modes()
+    if modes.get(name) != mode:
+        kind = "compares two sets of images" if name in SET_LEVEL else "is a full-reference metric" if name in modes else "is unknown"
+        usable = [n for n, m in modes.items() if m == mode] + ["ranker"]
+        near = [] if name in modes or name in SET_LEVEL else difflib.get_close_matches(name, usable, n=3, cutoff=0.4)
+        raise ValueError(f"{flag} {name}: this {kind}; a reward judges one image without reference, for example {', '.join(near or ['musiq', 'ranker'])}")
+    local = f"{flag.removesuffix('s')}-weights" + f" {name}=" * (flag == "--metrics")                       # the flag that names a local file
     options = {"as_loss": True, "loss_reduction": "none"} if need_gradient else {"check_input_range": False}
     if weights_file:
-        _check_weights_file(weights_file)
+        _check_weights_file(weights_file, local)
         options["pretrained_model_path"] = str(weights_file)
     said = io.StringIO()
     try:
@@ -251,34 +256,34 @@ def _pyiqa_model(name, device, weights_file, need_gradient):
         where = f"download {place[1]} and save it as {place[2]}" if place else \
             f"its files come from the Hugging Face hub ({' '.join(str(error).split())[:80]}); connect once or copy the hub's cache"
         own = place and Path(place[2]).parent.name == "pyiqa"                   # else torchvision's or timm's backbone
-        flag = ", or name a local copy with --reward-weights FILE" if own else ""
-        raise OSError(f"--reward {name}: weights are not here and could not be fetched: {where}{flag}; "
-                      "--reward ranker needs no download") from None
+        or_local = f", or name a local copy with {local}{'' if local.endswith('=') else ' '}FILE" if own else ""
+        remedy = "--reward ranker needs no download" if flag == "--reward" else "or leave it out of --metrics"
+        raise OSError(f"{flag} {name}: weights are not here and could not be fetched: {where}{or_local}; {remedy}") from None
     except ImportError as error:
         package = "'setuptools<81'" if error.name == "pkg_resources" else error.name
-        raise ValueError(f"--reward {name}: pyiqa needs a package that is not installed ({error}): pip install {package}") from None
+        raise ValueError(f"{flag} {name}: pyiqa needs a package that is not installed ({error}): pip install {package}") from None
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         loaded = re.search(r"Loading pretrained model \S+ from (.+)", said.getvalue())
         if not (weights_file or loaded):
             raise
-        file = f"--reward-weights {weights_file}" if weights_file else loaded[1]
+        file = f"{local} {weights_file}" if weights_file else loaded[1]
         remedy = "" if weights_file else ": remove it, to have it fetched again"
         raise ValueError(f"{file}: does not fit metric {name} ({' '.join(str(error).split())[:120]}){remedy}") from None
 
 
-def _check_weights_file(path):
+def _check_weights_file(path, flag):
     """Refuse what is missing, damaged, or would run code when loaded: pyiqa itself would unpickle anything."""
     from scipy.io import loadmat, matlab
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--reward-weights {path}: no such file")
+        raise FileNotFoundError(f"{flag} {path}: no such file")
     try:
         loadmat(path) if Path(path).suffix == ".mat" else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, TypeError, ValueError, KeyError, RuntimeError, EOFError, zlib.error, pickle.UnpicklingError,
             matlab.MatReadError) as error:
-        raise ValueError(f"--reward-weights {path}: not a plain weight file ({' '.join(str(error).split())[:80]})") from None
+        raise ValueError(f"{flag} {path}: not a plain weight file ({' '.join(str(error).split())[:80]})") from None
 
 
-def _probe(reward, name, device, need_gradient):
+def _probe(reward, name, device, need_gradient, flag):
     """Score a natural and a random image, with a backward pass if a gradient is needed; refuse what is not usable."""
     from skimage import data as photos
     natural = torch.from_numpy(photos.astronaut()[:256, 128:384].copy()).permute(2, 0, 1)[None].float() / 255
@@ -294,12 +299,12 @@ def _probe(reward, name, device, need_gradient):
             except RuntimeError as error:                                       # pyiqa's numpy metrics refuse tensors with a gradient
                 if not need_gradient:
                     raise
-                raise ValueError(f"--reward {name}: no gradient ({' '.join(str(error).split())[:80]}): it can choose ground truths, "
+                raise ValueError(f"{flag} {name}: no gradient ({' '.join(str(error).split())[:80]}): it can choose ground truths, "
                                  "but not be optimised directly") from None
         if not torch.isfinite(score).all():
-            raise ValueError(f"--reward {name}: its score on {kind} is not finite")
+            raise ValueError(f"{flag} {name}: its score on {kind} is not finite")
         if need_gradient and (gradient is None or not torch.isfinite(gradient).all() or not gradient.any()):
-            raise ValueError(f"--reward {name}: no usable gradient on {kind} (zero, missing or not finite): it can choose ground "
+            raise ValueError(f"{flag} {name}: no usable gradient on {kind} (zero, missing or not finite): it can choose ground "
                              "truths, but not be optimised directly")
 
 

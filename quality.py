@@ -14,25 +14,34 @@ import flags
 import iqa
 
 
+def luma(x):
+    """(B, 3, H, W) RGB in [0, 1] -> (B, 1, H, W): Y of BT.601 in its studio range, 16/255 to 235/255, as MATLAB's rgb2ycbcr and BasicSR have it."""
+    return (x * x.new_tensor([65.481, 128.553, 24.966]).view(3, 1, 1)).sum(1, keepdim=True) / 255 + 16 / 255
+
+
+def crop(x, border):
+    return x[..., border:x.shape[2] - border, border:x.shape[3] - border]
+
+
 def psnr(sr, gt, border=4):
-    """Peak signal-to-noise ratio in dB of (B, 3, H, W) RGB in [0, 1], over all channels, `border` pixels cropped (HGGT). -> (B,)
+    """Peak signal-to-noise ratio in dB of (B, C, H, W) in [0, 1], over all channels, `border` pixels cropped (HGGT). -> (B,)
 
     Identical images give 100. ValueError for another shape, or one that the border leaves nothing of.
     """
     check_pair("PSNR", sr, gt, border)
-    error = (sr - gt).double()[..., border:sr.shape[2] - border, border:sr.shape[3] - border].square().mean((1, 2, 3))
+    error = crop(sr - gt, border).double().square().mean((1, 2, 3))
     return -10 * error.clamp_min(1e-10).log10()
 
 
 def ssim(sr, gt, border=4):
-    """Structural similarity (Wang et al., 2004) of (B, 3, H, W) RGB in [0, 1]: mean over channels. -> (B,)
+    """Structural similarity (Wang et al., 2004) of (B, C, H, W) in [0, 1]: mean over channels. -> (B,)
 
     `border` pixels are cropped (HGGT); 11x11 Gaussian window of sigma 1.5, valid region only. ValueError as psnr.
     """
     check_pair("SSIM", sr, gt, border + 5)
-    crop = [image[..., border:image.shape[2] - border, border:image.shape[3] - border].double().cpu().numpy() for image in (sr, gt)]
+    images = [crop(image, border).double().cpu().numpy() for image in (sr, gt)]
     return torch.tensor([structural_similarity(a, b, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-                                               channel_axis=0) for a, b in zip(*crop)], dtype=torch.float64)
+                                               channel_axis=0) for a, b in zip(*images)], dtype=torch.float64)
 
 
 def flat_hf(sr, gt, block=16, flat=0.25):
@@ -103,18 +112,32 @@ def check_pair(metric, sr, gt, border):
                          f"must be x4 the input, and more than {2 * border} pixels")
 
 
-def create_metric(name, device, weights_file=None):
+def create_metric(name, device, weights_file=None, border=4, y=False):
     """-> (function (sr, gt) -> (B,) in native units, whether lower is better) of one metric for evaluation.
 
-    One of flags.WITH_REFERENCE (vgg: distance of VGG19 features, the loss of Eq. 1) or, gt then unused, a no-reference metric.
+    name: psnr, ssim (y: on luma only), vgg (distance of VGG19 features, the loss of Eq. 1), flat_hf, a pyiqa metric (lpips, stlpips and dists
+    are full-reference ones; niqe, musiq, ... are not, gt is then unused), ranker, or module:function. border: pixels that
+    full-reference metrics but vgg and flat_hf crop from every side (HGGT, LPIPS and DISTS included); no-reference ones see the
+    whole image. weights_file: a local copy of the weights. Raises as iqa.create_reward does.
     """
     if "=" in name:
         raise ValueError(f"--metrics {name}: a metric has no weight here; write {name.partition('=')[0]}")
     if name == "vgg":
         distance = archs.VGGFeatureLoss(weights_file).to(device)
         return (lambda sr, gt: torch.stack([distance(a[None], b[None]) for a, b in zip(sr, gt)])), True
-    if name in flags.WITH_REFERENCE:
-        return {"psnr": psnr, "ssim": ssim, "flat_hf": flat_hf}[name], name == "flat_hf"
-    reward = iqa.create_reward([name], device, weights_file)
+    if name == "flat_hf":
+        return flat_hf, True
+    if name in ("psnr", "ssim"):
+        function = {"psnr": psnr, "ssim": ssim}[name]
+        return (lambda sr, gt: function(luma(sr), luma(gt), border) if y else function(sr, gt, border)), False
+    if name != "ranker" and ":" not in name and iqa.pyiqa_modes().get(name) == "FR":
+        model = iqa.pyiqa_model(name, device, weights_file, mode="FR", flag="--metrics")
+
+        @torch.no_grad()
+        def judge(sr, gt):
+            check_pair(name, sr, gt, border)
+            return model(crop(sr, border), crop(gt, border)).reshape(-1).float()
+        return judge, model.lower_better
+    reward = iqa.create_reward([name], device, weights_file, flag="--metrics")
     sign = -1 if getattr(next(iter(reward.models.values())), "lower_better", False) else 1
     return (lambda sr, gt: sign * reward(sr)), sign < 0
