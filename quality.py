@@ -10,7 +10,6 @@ from skimage.metrics import structural_similarity
 
 import archs
 import degradations
-import flags
 import iqa
 
 
