@@ -180,23 +180,29 @@ def merge_lora(net):
     return net
 
 
-def find_adapter(path):
-    """The file meant by `path`: itself, or lora/adapter.pth of a run folder."""
-    return path / "lora" / "adapter.pth" if path.is_dir() else path
+def load_tuned(path, scale=1.0, base=None, key=None, pad_mode=None, flag="--base"):
+    """The generator that an adapter belongs to, tuned at this strength and merged -> (net, info of archs.load_run).
+
+    path: run folder of finetune_lora.py, or an adapter.pth. base: weights or run that was tuned, None for what the run folder says; key, pad_mode:
+    see archs.load_run; flag: that of the base, for errors. Raises as load_lora and archs.load_run do, and ValueError where nothing says what the
+    base is.
+    """
+    file = path / "lora" / "adapter.pth" if path.is_dir() else path
+    record = file.parent.parent / "args.json"
+    made_by = json.loads(record.read_text())["args"] if record.is_file() else {}
+    base = base or made_by.get("init") or made_by.get("base")
+    if base is None:
+        raise ValueError(f"{file}: no args.json of a run beside it to say what it belongs to; name the tuned weights with {flag}")
+    net, info = archs.load_run(base, flag, key or made_by.get("weights_key"), pad_mode or made_by.get("pad_mode"))
+    load_lora(net, file, scale)
+    return merge_lora(net), info | {"adapter": str(file), "strength": scale}
 
 
 def main(args):
     runs.check_output(args.out, "--out")
-    file = find_adapter(args.adapter)
-    record = file.parent.parent / "args.json"
-    made_by = json.loads(record.read_text())["args"] if record.is_file() else {}
-    base = args.base or made_by.get("init") or made_by.get("base")
-    if base is None:
-        raise ValueError(f"{file}: no args.json of a run beside it to say what it belongs to; name the tuned weights with --base")
-    net, info = archs.load_x4(base, "--base", args.weights_key or made_by.get("weights_key"))
-    load_lora(net, file, args.scale)
-    runs.save_weights(args.out, merge_lora(net).state_dict())
-    print(f"{args.out}: {info['file']} + {args.scale:g} x {file}")
+    net, info = load_tuned(args.adapter, args.scale, args.base, args.weights_key)
+    runs.save_weights(args.out, net.state_dict())
+    print(f"{args.out}: {info['file']} + {args.scale:g} x {info['adapter']}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python upscale.py --weights runs/swinir-amo photo.jpg                          writes sr/photo.jpg
     python upscale.py --weights W.pth --out big scans 'more/*.tif'                 a folder, a pattern
-    python upscale.py --weights runs/swinir-amo --lora runs/swinir-amo+musiq --scale 0.7 photo.jpg
+    python upscale.py --lora runs/swinir-amo+musiq --scale 0.7 photo.jpg
 
 Architecture, size and factor come from the checkpoint. Kept: grey, 16 bit (PNG, TIFF), transparency (enlarged bicubically), ICC profile, EXIF, XMP,
 IPTC, resolution. Photographs that EXIF calls rotated come out upright; CMYK comes out as sRGB. Tiles overlap and are blended. An
@@ -20,11 +20,11 @@ FORMATS = {".png": dict(compression=6), ".jpg": dict(Q=95), ".jpeg": dict(Q=95),
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
     p.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (all images in them) or patterns in quotes")
-    p.add_argument("--weights", type=Path, required=True, metavar="PATH", help="weight file or run folder (its newest EMA weights)")
+    p.add_argument("--weights", type=Path, metavar="PATH", help="weight file or run folder (its newest EMA weights); with --lora by default what was tuned")
     p.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take; default params_ema, else params, else bare")
     p.add_argument("--pad-mode", choices=["hggt", "swinir"],
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for nearest+conv files")
-    p.add_argument("--lora", type=Path, metavar="PATH", help="adapter of finetune_lora.py that belongs to these weights: its run folder or adapter.pth")
+    p.add_argument("--lora", type=Path, metavar="PATH", help="adapter of finetune_lora.py: its run folder, or an adapter.pth that belongs to --weights")
     p.add_argument("--scale", type=flags.number(float), default=1.0, help="strength of --lora: 0 leaves the network as it is, 1 is as tuned")
     p.add_argument("--out", type=Path, default=Path("sr"), metavar="DIR", help="folder of the results, which keep their names")
     p.add_argument("--format", choices=[s[1:] for s in FORMATS], help="of the results; default: that of the image, png for formats not in this list")
@@ -35,6 +35,8 @@ def parse_args(argv=None):
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     p.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
     args = p.parse_args(argv)
+    if not (args.weights or args.lora):
+        p.error("which network? --weights names a weight file or a run folder")
     if args.scale != 1 and not args.lora:
         p.error("--scale is the strength of --lora: name the adapter")
     if args.tile not in ("auto", 0) and args.tile <= 2 * args.overlap:
@@ -185,10 +187,10 @@ def main(args):
             raise ValueError(f"{owners[target]} and {path} would both become {target}: give them different names, or take two calls with --out")
         if target.resolve() == path.resolve():
             raise ValueError(f"--out {args.out}: {path} would be replaced by its result: name another folder")
-    net, info = archs.load_run(args.weights, "--weights", args.weights_key, args.pad_mode)
     if args.lora:
-        lora.load_lora(net, lora.find_adapter(args.lora), args.scale)
-        lora.merge_lora(net)
+        net, info = lora.load_tuned(args.lora, args.scale, args.weights, args.weights_key, args.pad_mode, "--weights")
+    else:
+        net, info = archs.load_run(args.weights, "--weights", args.weights_key, args.pad_mode)
     net = net.to(world.device)
     print(f"{info['file']}: {info['arch']} x{info['scale']}, key {info['key']}" + (f" + {args.scale:g} x {args.lora}" if args.lora else ""))
     failed = 0

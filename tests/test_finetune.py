@@ -115,11 +115,17 @@ def test_lora_as_a_script_merges_at_any_strength(base, tmp_path, capsys):
         assert all(torch.allclose(found[k], start[k] + scale * (tuned[k] - start[k]), atol=1e-6) for k in start)
     assert f"1.5 x {tmp_path / 'out' / 'lora' / 'adapter.pth'}" in capsys.readouterr().out
     shutil.copy(tmp_path / "out" / "lora" / "adapter.pth", tmp_path / "alone.pth")
-    with pytest.raises(ValueError, match="alone.pth: no args.json .* --base"):
+    with pytest.raises(ValueError, match="alone.pth: no args.json .*name the tuned weights with --base"):
         merge(tmp_path / "alone.pth", "--out", tmp_path / "n.pth")
     with pytest.raises(ValueError, match="belongs to another base"):
         merge(tmp_path / "alone.pth", "--base", base.parent / "init.pth", "--out", tmp_path / "n.pth")
     assert not (tmp_path / "n.pth").exists()
+    shutil.move(base, tmp_path / "moved")
+    try:
+        with pytest.raises(FileNotFoundError, match="no such file or run; --base names weight files"):
+            merge(tmp_path / "out", "--out", tmp_path / "n.pth")
+    finally:
+        shutil.move(tmp_path / "moved", base)
     merge(tmp_path / "alone.pth", "--base", base, "--out", tmp_path / "n.pth")
     assert all(torch.allclose(weights(tmp_path / "n.pth", "params")[k], tuned[k], atol=1e-6) for k in tuned)
 
