@@ -7,6 +7,7 @@ has gained each of --gains:
     lora     adapters of rank 16 on the convolutions between the first and the last
     layers   the full weights of these convolutions: what the choice of layers does without the low rank
     naive    all weights
+    lora64   adapters of rank 64, which is full rank here: the parametrisation without the low rank (thought of after the first three were seen)
 Analysis, fixed before the runs: experiment.py's metrics, test images, intervals and verdicts, as differences from the network before tuning
 and from lora at the same gain; structured noise (quality.noise_peaks of SR after - SR before) on each test image against that of an unsharp mask
 of equal reward. The hypothesis is the paper's: naive tuning leaves structured noise and LoRA does not; `layers` tells whether the rank
@@ -19,7 +20,8 @@ from pathlib import Path
 import flags
 
 STAGES = ("runs", "report")
-VARIANTS = {"lora": "--tune lora --lr 2e-4".split(), "layers": "--tune layers --lr 2e-5".split(), "naive": "--tune all --lr 2e-5".split()}
+VARIANTS = {"lora": "--tune lora --lr 2e-4".split(), "layers": "--tune layers --lr 2e-5".split(), "naive": "--tune all --lr 2e-5".split(),
+            "lora64": "--tune lora --rank 64 --lr 2e-4".split()}
 TUNE = """--arch compact --lambda-q auto --total-steps 200 --ema-decay 0.9 --val-every 2 --val-photos 2 --milestones --watch ranker piqe --log-every 2
           --save-every 20 --sample-every 0 --workers 0""".split()
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)

@@ -186,7 +186,7 @@ def test_two_steps_of_equation_5_by_hand(base, tmp_path, vgg_file, monkeypatch):
             assert torch.allclose(content["lora_ema"][f"{name}.{key}"], average[i], atol=2e-4)
 
 
-@pytest.mark.parametrize("more", [[], ["--naive"], ["--lambda-a", "0.1"], ["--lambda-q", "auto"]])
+@pytest.mark.parametrize("more", [[], ["--naive", "--precision", "bf16"], ["--lambda-a", "0.1"], ["--lambda-q", "auto"]])
 def test_four_steps_are_two_and_two_bitwise(base, tmp_path, more):
     tune(base, tmp_path / "whole", *more, steps=4)
     tune(base, tmp_path / "parts", *more, steps=2)
@@ -278,7 +278,7 @@ def test_the_verdict_names_a_fooled_reward_and_structured_noise():
 @pytest.mark.fast
 @pytest.mark.parametrize("more, error, said", [
     (["--base", "/nowhere"], FileNotFoundError, "/nowhere: no such file or run; make it with: python train.py --arch compact-small --sampler amo"),
-    (["--reward", "niqe"], (ValueError, OSError), "niqe"),
+    (["--reward", "piqe"], ValueError, "--reward piqe: no usable gradient"),
     (["--targets", "mlp"], ValueError, "'mlp' match no layer"),
     (["--d-init", "/nowhere.pth", "--lambda-a", "0.1"], FileNotFoundError, "/nowhere.pth: no such weights"),
     (["--reward", "test_rewards:nan_when_bright"], ValueError, "no usable gradient|not finite"),
