@@ -9,15 +9,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
-from scipy import stats
 from tqdm import tqdm
 
 import data
 import quality
 import runs
+import tables
 
-SHOWN = {"cnniqa_live:build": "CNNIQA-LIVE", "niqe": "NIQE", "brisque": "BRISQUE", "piqe": "PIQE", "ilniqe": "IL-NIQE", "psnr": "PSNR", "ssim": "SSIM",
-         "vgg": "VGG distance", "flat_hf": "flat HF share"}
+WITH_REFERENCE = ("psnr", "ssim", "vgg", "flat_hf")                               # what the experiments report beside no-reference metrics
 RUNNING = set()                                                                   # child processes
 
 
@@ -73,27 +72,15 @@ def metric_files(exp, metrics):
 def evaluate(exp, weights, out, metrics, baselines=()):
     call(out.with_suffix(".log"), "evaluate.py", *(["--weights", weights] if weights else []), "--lq", exp.work / "test" / "lq", "--gt",
          exp.work / "test" / "gt", "--baselines", *baselines, "--metrics", *metrics, "--metric-weights", *metric_files(exp, metrics), "--out-json", out,
-         "--device", exp.device)
+         "--cache", exp.work / "evaluation-cache", "--device", exp.device)
     return json.loads(out.read_text())
-
-
-def difference(a, b):
-    """a, b (seeds, images) -> mean of a - b, its 95 % interval over images, the seeds' means, and the verdict."""
-    delta = a - b
-    images, seeds, low, high = delta.mean(0), delta.mean(1), delta.mean(), delta.mean()
-    if np.ptp(images) > 1e-9:                                                      # else the bootstrap is degenerate
-        low, high = stats.bootstrap((images,), np.mean, method="BCa", n_resamples=9999, rng=np.random.default_rng(0)).confidence_interval
-    sign = np.sign(delta.mean())
-    clear = low * high > 0 and (np.sign(seeds) == sign).all()
-    return {"mean": float(delta.mean()), "low": float(low), "high": float(high), "seeds": seeds.tolist(),
-            "verdict": ("higher" if sign > 0 else "lower") if clear else "no evidence"}
 
 
 def metric_tables(summary):
     """Means with their spread over seeds, then differences with intervals; bold where the verdict is clear."""
     metrics, lower = summary["metrics"], summary["lower_is_better"]
-    digits = [3 if all(abs(v[k]) < 2 for v in summary["mean"].values()) else 2 for k in range(len(metrics))]
-    head = ["", *(f"{SHOWN.get(m, m)} {'↓' if lower[m] else '↑'}" for m in metrics)]
+    digits = [tables.digits([v[k] for v in summary["mean"].values()]) for k in range(len(metrics))]
+    head = ["", *(tables.heading(m, lower[m]) for m in metrics)]
     spread = {row: np.std(v, axis=0, ddof=1) for row, v in summary["seed_means"].items() if len(v) > 1}
     means = runs.markdown(head, [[row, *(f"{v:.{d}f}" + (f" ± {spread[row][k]:.{d}f}" if row in spread else "")
                                               for k, (v, d) in enumerate(zip(mean, digits)))] for row, mean in summary["mean"].items()])

@@ -292,6 +292,18 @@ def find_sets(root, split):
     return Sets(files, folders["labels"], ready)
 
 
+def find_realsr(root):
+    """RealSR v3's x4 test images: {"<camera>_<name>": (LR path, HR path)} of <root>/<camera>/Test/4/<name>_LR4.png and _HR.png; {} if there are none."""
+    pairs = {}
+    for hr in sorted(Path(root).glob("*/Test/4/*_HR.png")):
+        name = hr.name.removesuffix("_HR.png")
+        lq = hr.with_name(f"{name}_LR4.png")
+        if not lq.exists():
+            raise FileNotFoundError(f"{lq}: missing, the LR image of {hr.name}: fetch RealSR v3 again")
+        pairs[f"{hr.parts[-4]}_{name}"] = lq, hr
+    return pairs
+
+
 def check_lr_size(path, size, hr_size):
     """ValueError unless an LR image of `size` (width, height) is a quarter of its original."""
     if size != (hr_size[0] // 4, hr_size[1] // 4):

@@ -1,12 +1,17 @@
-"""Score checkpoints on a folder of low-resolution images: one table, one JSON file, one picture.
+"""Score networks on test images: one table, with intervals (paper Sec. 5, Tables 5, 7 and 8).
 
-    python evaluate.py --demo                                                              what `make demo` ends with
-    python evaluate.py --weights runs/a runs/b --lq LR --gt HR --metrics ranker piqe psnr --out-json ab.json --figure ab.png
+    python evaluate.py --weights runs/swinir-amo runs/swinir-amo+musiq             HGGT's Test-100, the paper's nine metrics
+    python evaluate.py --weights runs/a W.pth --images SR --lq LR --gt HR --metrics psnr ranker piqe
+    python evaluate.py --weights runs/a --data RealSR --protocol realsr
+    python evaluate.py --weights runs/a+musiq/lora/adapter.pth --scale 0.7          an adapter at any strength
+    python evaluate.py --diff A.json B.json                                         why do two tables disagree?
+    python evaluate.py --demo                                                       what `make demo` ends with
 
-Rows are bicubic interpolation (--baselines) and one per checkpoint (a file, or a run folder: its newest EMA weights). Outputs are rounded
-to 8 bit before they are scored. Metrics: psnr and ssim (RGB, borders of 4 pixels cropped, as HGGT does), vgg (the perceptual loss as
-a distance), flat_hf (high-frequency share of the reference's flat places: sees grids and noise), any reward that train.py knows (a pyiqa
-no-reference metric, ranker, module:function); no-reference metrics see the whole image, in native units.
+Rows: baselines, --weights (weight files, run folders, adapters), --images (folders of ready-made outputs). Test images: --data is HGGT, another quintuplet set, or RealSR v3;
+--lq and --gt are plain pairs; --lq alone has no references. With labels the references of an image are its positives, full-reference metrics
+being averaged over them (HGGT); without, its original. Outputs are rounded to 8 bit. No-reference metrics see the whole image, in native units.
+Metrics: psnr, ssim, vgg (the perceptual loss as a distance), flat_hf (high-frequency share of the reference's flat places), ranker,
+module:function, and every pyiqa metric. Scores are kept under --cache: another row or call costs only what is new. torchrun shares the images.
 """
 import argparse
 from pathlib import Path
@@ -16,45 +21,86 @@ import flags
 DEMO = dict(weights=[Path("runs/compact-small-orig"), Path("runs/compact-small-amo")],
             lq=Path("datasets/demo/Test/Blind_Degradation_Benchmark_LQ/demo/Blind_LR"), gt=Path("datasets/demo/Test/GT/demo/untouched"),
             metrics=["ranker", "piqe", "psnr"], out_json=Path("runs/demo.json"), figure=Path("runs/demo.png"))
+NINE = "psnr ssim lpips stlpips dists musiq nima qalign topiq_nr".split()          # PAPER Sec. 5
+PROTOCOLS = {                                                                      # of full-reference metrics
+    "hggt": dict(border=4, y=False, says="RGB, 4 pixels of border cropped, mean over an image's positive references"),
+    "realsr": dict(border=4, y=False, says="RGB, 4 pixels of border cropped, one reference"),
+    "y": dict(border=4, y=True, says="PSNR and SSIM on Y of BT.601, all others on RGB, 4 pixels of border cropped"),
+}
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
     p.add_argument("--demo", action="store_true", help="the runs and test images of `make demo`")
-    p.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH", help="checkpoints: weight files or run folders")
-    p.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take; default params_ema, else params, else bare")
-    p.add_argument("--baselines", nargs="*", choices=["bicubic", "reference"], default=["bicubic"],
-                   help="rows without a checkpoint: bicubic interpolation, and the references judged as if they were outputs")
-    p.add_argument("--pad-mode", choices=["hggt", "swinir"],
+    g = p.add_argument_group("rows")
+    g.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH", help="weight files, run folders, adapter.pth files of finetune_lora.py")
+    g.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take; default params_ema, else params, else bare")
+    g.add_argument("--pad-mode", choices=["hggt", "swinir"],
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for nearest+conv files")
-    p.add_argument("--lq", type=Path, help="folder of low-resolution images")
-    p.add_argument("--gt", type=Path, help="folder of references of the same names; needed by psnr, ssim, vgg, flat_hf")
-    p.add_argument("--metrics", nargs="+", default=["psnr"], metavar="NAME", help="psnr, ssim, vgg, flat_hf, or a no-reference metric (see above)")
-    p.add_argument("--metric-weights", nargs="*", default=[], metavar="NAME=FILE", help="local weight files of metrics")
-    p.add_argument("--tile", type=flags.TILE, default=256, help="LR tile in pixels, more than 64; 0: whole image")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
-    p.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
-    p.add_argument("--out-json", type=Path, help="write every image's scores, the means and what made them")
-    p.add_argument("--figure", type=Path, help="write a PNG: bicubic | each checkpoint | reference")
-    p.add_argument("--figure-images", type=flags.SIZE, default=4, help="rows of the picture")
+    g.add_argument("--scale", type=flags.number(float), default=1.0, help="strength of adapters")
+    g.add_argument("--images", type=Path, nargs="+", default=[], metavar="DIR", help="folders of outputs, <stem>.png or <stem>_<anything>.png")
+    g.add_argument("--baselines", nargs="*", choices=["bicubic", "reference", "gold"], default=["bicubic"],
+                   help="bicubic interpolation; the originals or references judged as if they were outputs; gold: per image and no-reference metric "
+                        "the best of a quintuplet's versions (the paper's Gold Standard)")
+    g = p.add_argument_group("test images")
+    g.add_argument("--data", type=Path, default=Path("datasets/HGGT"), metavar="DIR", help="HGGT, a set of its layout, or RealSR v3 (<camera>/Test/4)")
+    g.add_argument("--lq", type=Path, metavar="DIR", help="folder of low-resolution images, instead of --data")
+    g.add_argument("--gt", type=Path, metavar="DIR", help="folder of references of the same names")
+    g.add_argument("--degradation", choices=["one-round", "two-round"], help="make the LR images from the originals, always the same; default: those of the set")
+    g.add_argument("--protocol", choices=list(PROTOCOLS), default="hggt", help="; ".join(f"{k}: {v['says']}" for k, v in PROTOCOLS.items()))
+    g = p.add_argument_group("metrics")
+    g.add_argument("--metrics", nargs="+", metavar="NAME", help="see above; default: the paper's nine, the no-reference ones where there are no references")
+    g.add_argument("--metric-weights", nargs="*", default=[], metavar="NAME=FILE", help="local weight files of metrics")
+    g.add_argument("--cache", type=Path, default=Path("runs/evaluation-cache"), metavar="DIR", help="scores of earlier calls")
+    g = p.add_argument_group("computing")
+    g.add_argument("--tile", type=flags.TILE, default=256, help="LR tile in pixels, more than 64; 0: whole image")
+    g.add_argument("--batch-size", type=flags.SIZE, default=8, help="outputs of one image that a metric sees at a time")
+    g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
+    g.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
+    g = p.add_argument_group("results (a Markdown table is printed)")
+    g.add_argument("--out-json", type=Path, metavar="FILE", help="every image's scores, means, intervals and what made them")
+    g.add_argument("--csv", type=Path, metavar="FILE", help="every image's scores")
+    g.add_argument("--latex", type=Path, metavar="FILE", help="the table as LaTeX, with the paper's groups of columns")
+    g.add_argument("--figure", type=Path, metavar="FILE", help="PNG: LR or bicubic | each row | reference")
+    g.add_argument("--figure-images", type=flags.SIZE, default=4, help="rows of the picture")
+    g.add_argument("--crop", nargs="+", default=[], metavar="STEM:X,Y,SIDE", help="rows of the picture: squares of images, in HR pixels, instead of whole images")
+    g.add_argument("--front", nargs=3, metavar=("METRIC", "METRIC", "FILE"), help="PNG: the rows' means of one metric against another")
+    g.add_argument("--diff", type=Path, nargs=2, metavar="FILE", help="compare two files of --out-json, and nothing else")
     if p.parse_known_args(argv)[0].demo:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
-    if args.lq is None:
-        p.error("--lq DIR is needed: which images?")
-    needy = [m for m in args.metrics if m in flags.WITH_REFERENCE]
-    if args.gt is None and needy:
+    if args.diff:
+        return args
+    references = args.gt is not None or args.lq is None
+    args.metrics = args.metrics or [m for m in NINE if references or m not in flags.FULL_REFERENCE]
+    needy = [m for m in args.metrics if m in flags.FULL_REFERENCE]
+    if not references and needy:
         p.error(f"--metrics {' '.join(needy)}: compared with references: --gt DIR is needed")
-    if args.gt is None and "reference" in args.baselines:
+    if not references and "reference" in args.baselines:
         p.error("--baselines reference: needs --gt DIR")
-    if not args.weights and not args.baselines:
-        p.error("nothing to score: give --weights or --baselines")
+    if args.lq is not None and ("gold" in args.baselines or args.degradation):
+        p.error(f"{'--baselines gold' if 'gold' in args.baselines else '--degradation'}: needs a quintuplet set (--data)")
+    if args.gt is not None and args.lq is None:
+        p.error("--gt DIR holds the references of --lq DIR: give both")
+    if not (args.weights or args.baselines or args.images):
+        p.error("nothing to score: give --weights, --images or --baselines")
+    for metric in (args.front or [])[:2]:
+        if metric not in args.metrics:
+            p.error(f"--front {metric}: not among --metrics ({', '.join(args.metrics)})")
+    for word in args.crop:
+        if not flags.CROP.fullmatch(word):
+            p.error(f"--crop {word}: write STEM:X,Y,SIDE, the last three in HR pixels")
     return args
 
 
 ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
 
+import hashlib
+import importlib.metadata
+import json
+import math
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -63,79 +109,288 @@ from tqdm import tqdm
 import archs
 import data
 import degradations
+import lora
 import quality
 import runs
+import tables
 
 
-def markdown(table, metrics, lower):
-    """{row: {metric: mean}} as a Markdown table, the best of each column in bold."""
-    rivals = [row for name, row in table.items() if name != "reference"] or list(table.values())
-    best = {m: (min if lower[m] else max)(row[m] for row in rivals) for m in metrics}
-    digits = {m: 3 if all(abs(row[m]) < 2 for row in table.values()) else 2 for m in metrics}
-    cell = lambda row, m: "**" * (row[m] == best[m]) + f"{row[m]:.{digits[m]}f}" + "**" * (row[m] == best[m])
-    return runs.markdown(["", *(f"{m} {'↓' if lower[m] else '↑'}" for m in metrics)],
-                         [[name, *(cell(row, m) for m in metrics)] for name, row in table.items()])
+def digest(value):
+    """Hash of a file's bytes, or of plain values."""
+    content = value.read_bytes() if isinstance(value, Path) else json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()[:24]
+
+
+# Test images: {stem: {"lq": path or None, "refs": [path], "versions": [path]}}; lq None: degraded from versions[0]
+
+def find_items(args):
+    if args.lq is not None:
+        for folder in filter(None, (args.lq, args.gt)):
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{folder}: no such folder" + ("; train.py --demo makes the demo's" if args.demo else ""))
+        lqs, gts = data.list_images(args.lq), data.list_images(args.gt) if args.gt else {}
+        missing = sorted(set(lqs) - set(gts)) if args.gt else []
+        if missing:
+            raise FileNotFoundError(f"{args.gt}: no reference for {len(missing)} of {len(lqs)} images, first {missing[0]}")
+        return {stem: {"lq": path, "refs": [gts[stem]] if gts else [], "versions": []} for stem, path in lqs.items()}
+    pairs = data.find_realsr(args.data)
+    if pairs:
+        return {stem: {"lq": lq, "refs": [gt], "versions": []} for stem, (lq, gt) in pairs.items()}
+    sets = data.find_sets(args.data, "Test")
+    if sets is None:
+        raise FileNotFoundError(f"{args.data}: no Test split of HGGT's layout and no RealSR; name test images with --lq and --gt")
+    if sets.lq is None and args.degradation is None:
+        raise ValueError(f"{args.data}: this set has no LR images (Test/**/Blind_LR): --degradation one-round or two-round makes them")
+    labels = sets.labels() if sets.label_folder else torch.zeros(len(sets.stems), len(sets.versions), dtype=torch.long)
+    items = {}
+    for stem, codes in zip(sets.stems, labels.tolist()):
+        refs = [sets.path(stem, v) for v, code in zip(sets.versions, codes) if code == data.POSITIVE] if sets.label_folder else [sets.path(stem)]
+        if not refs:
+            raise ValueError(f"{sets.path(stem)}: none of its versions is a positive for two of three annotators, so it has no reference")
+        items[stem] = {"lq": None if args.degradation else sets.lq[stem], "refs": refs, "versions": [sets.path(stem, v) for v in sets.versions]}
+    return items
+
+
+def load(path, device):
+    return data.load_image(path)[None].to(device).float() / 255
+
+
+def low_resolution(stem, item, args, device):
+    """-> (1, 3, h, w) in [0, 1]"""
+    if item["lq"] is not None:
+        return load(item["lq"], device)
+    gt = load(item["versions"][0], device)
+    gt = gt[..., :gt.shape[2] // 4 * 4, :gt.shape[3] // 4 * 4]
+    return degradations.degrade(gt, args.degradation, *([[runs.sample_seed(0, 0, k, f"test {stem}")] for k in (0, 1)]))
+
+
+# Rows: {name: (function (stem, item, lq) -> (1, 3, 4h, 4w), identity: what the output depends on beside the LR image, record for the JSON)}
+
+def find_rows(args, items, device):
+    rows = {}
+    if "bicubic" in args.baselines:
+        rows["bicubic"] = (lambda stem, item, lq: F.interpolate(lq, scale_factor=4, mode="bicubic")), lambda stem: "bicubic", None
+    if "reference" in args.baselines:
+        of = lambda item: (item["versions"] or item["refs"])[0]
+        rows["reference"] = (lambda stem, item, lq: load(of(item), device)), lambda stem: digest(of(items[stem])), None
+    for path in args.weights:
+        adapter = path.name == "adapter.pth"
+        net, info = lora.load_tuned(path, args.scale, None, args.weights_key, args.pad_mode, "--weights") if adapter else \
+            archs.load_x4(path, "--weights", args.weights_key, args.pad_mode)
+        name = path.name if path.is_dir() else path.stem
+        if path.parent.name in ("lora", "weights") and path.name in ("adapter.pth", "merged.pth"):          # of a run folder
+            name = path.parent.parent.name + (f" x{args.scale:g}" if adapter else "")
+        net = net.to(device)
+        identity = digest([lora.base_hash(net), str(getattr(net, "pad_mode", None)), args.tile])
+        add_row(rows, name, partial(upscale, net, args.tile), lambda stem, identity=identity: identity, info | {"identity": identity})
+    for folder in args.images:
+        files = output_files(folder, items)
+        add_row(rows, folder.name, lambda stem, item, lq, files=files: load(files[stem], device), lambda stem, files=files: digest(files[stem]),
+                {"folder": str(folder), "identity": digest([digest(files[stem]) for stem in items])})
+    return rows
+
+
+def add_row(rows, name, function, identity, record):
+    if name in rows:
+        raise ValueError(f"two rows are called {name}: rename a file or folder")
+    rows[name] = function, identity, record
+
+
+def upscale(net, tile, stem, item, lq):
+    return archs.upscale_tiled(net, lq, tile=tile, overlap=32)
+
+
+def output_files(folder, items):
+    """{stem: file} of a folder of ready-made outputs. FileNotFoundError or ValueError where one is missing or named twice."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--images {folder}: no such folder")
+    found, files = data.list_images(folder), {}
+    for stem in items:
+        fits = [path for name, path in found.items() if name == stem or name.rpartition("_")[0] == stem]
+        if len(fits) != 1:
+            raise ValueError(f"--images {folder}: {len(fits)} files for image {stem} ({', '.join(p.name for p in fits) or 'none'}); expected {stem}.png or {stem}_<anything>.png")
+        files[stem] = fits[0]
+    return files
+
+
+# Scores
+
+def read_cache(folder):
+    """{key: score} of every earlier call; the last line of a killed process may be cut off."""
+    return {row["key"]: row["score"] for file in sorted(folder.glob("*.jsonl")) for row in map(json.loads, filter(lambda line: line.endswith("}"), file.read_text().splitlines()))}
 
 
 @torch.no_grad()
+def score(rows, items, metrics, args, world):
+    """-> {row: {stem: {metric: value}}}; what is not in the cache is computed, ranks share the images."""
+    cache, (border, y) = read_cache(args.cache), (PROTOCOLS[args.protocol][k] for k in ("border", "y"))
+    gold = "gold" in args.baselines
+    found = {row: {} for row in [*rows, *(["gold"] if gold else [])]}
+    args.cache.mkdir(parents=True, exist_ok=True)
+    with open(args.cache / f"{world.rank}.jsonl", "a") as out:
+        if out.tell():
+            out.write("\n")                                                       # after a line that was cut off
+        for stem, item in tqdm(list(items.items())[world.rank::world.size], unit="img", disable=not world.is_main):
+            seen = [digest(item["lq"] or item["versions"][0]), args.degradation]
+            refs = [digest(path) for path in item["refs"]]
+            keys, srs = {}, {}
+            for m, metric in metrics.items():
+                full = metric.full_reference
+                told = [metric.identity, versions(), [border, y, refs] if full else None]
+                keys |= {(row, m): digest([identity(stem), seen, told]) for row, (_, identity, _) in rows.items()}
+                if gold and not full:
+                    keys |= {(path, m): digest(["version", digest(path), told]) for path in item["versions"]}
+            todo = [k for k, key in keys.items() if key not in cache]
+            if todo:
+                lq = low_resolution(stem, item, args, world.device)
+                for who in dict.fromkeys(who for who, _ in todo):
+                    srs[who] = load(who, world.device) if isinstance(who, Path) else degradations.to_8bit(rows[who][0](stem, item, lq))
+                targets = [load(path, world.device) for path in item["refs"]] if any(metrics[m].full_reference for _, m in todo) else []
+            for m in dict.fromkeys(m for _, m in todo):
+                whose = [who for who, mm in todo if mm == m]
+                for values in range(0, len(whose), args.batch_size):
+                    part = whose[values:values + args.batch_size]
+                    for who, value in zip(part, judge(metrics[m], [srs[who] for who in part], targets)):
+                        if not math.isfinite(value):
+                            raise ValueError(f"{who}, image {stem}: {m} is {value}: leave this metric out, or look at the image")
+                        cache[keys[who, m]] = value
+                        out.write(json.dumps({"key": keys[who, m], "score": value}) + "\n")
+            out.flush()
+            for row in rows:
+                found[row][stem] = {m: cache[keys[row, m]] for m in metrics}
+            if gold:
+                best = lambda m: (min if metrics[m].lower_is_better else max)(cache[keys[path, m]] for path in item["versions"])
+                found["gold"][stem] = {m: best(m) for m in metrics if not metrics[m].full_reference}
+    parts = world.gather_objects(found)
+    return {row: {stem: part[row][stem] for stem in items for part in parts if stem in part[row]} for row in found}
+
+
+def judge(metric, outputs, references):
+    """[(1, 3, H, W)] -> [score]; with several references the mean over them (HGGT). Outputs of one size go through the metric together."""
+    groups = [outputs] if len({o.shape for o in outputs}) == 1 else [[o] for o in outputs]
+    values = []
+    for group in groups:
+        batch = torch.cat(group)
+        if metric.full_reference:
+            values += torch.stack([metric.function(batch, gt.expand(len(batch), -1, -1, -1)).double().cpu() for gt in references]).mean(0).tolist()
+        else:
+            values += metric.function(batch, None).double().tolist()
+    return values
+
+
+def versions():
+    """Libraries that scores depend on."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "pyiqa", "scikit-image")}
+
+
+# Pictures
+
+def picture(path, rows, items, scores, args, device):
+    """PNG: one line per image or --crop, one cell per row of the table, the first scores above each."""
+    shown = {}
+    for word in args.crop:
+        stem, x, y, side = flags.CROP.fullmatch(word).groups()
+        if stem not in items:
+            raise ValueError(f"--crop {word}: no image is called {stem}")
+        shown[word] = (stem, (int(y), int(x), int(side)))
+    if not shown:
+        shown = {stem: (stem, None) for stem in list(items)[::max(1, len(items) // args.figure_images)][:args.figure_images]}
+    lines = []
+    for word, (stem, box) in shown.items():
+        item, lq = items[stem], low_resolution(stem, items[stem], args, device)
+        told = lambda row: "\n" + " ".join(f"{k.partition(':')[0]} {v:.1f}" for k, v in list(scores[row][stem].items())[:3])
+        cells = [(degradations.to_8bit(function(stem, item, lq)), row + told(row)) for row, (function, _, _) in rows.items()]
+        if args.crop:
+            cells.insert(0, (F.interpolate(lq, scale_factor=4, mode="nearest"), "LR"))
+        cells += [(load(ref, device), "reference" if k == 0 else f"reference {k + 1}") for k, ref in enumerate(item["refs"][:1 if not args.crop else 3])] \
+            if "reference" not in rows else []
+        if box:
+            y, x, side = box
+            height, width = cells[0][0].shape[2:]
+            if y + side > height or x + side > width:
+                raise ValueError(f"--crop {word}: the image has {width}x{height} pixels")
+            cells = [(data.enlarged_crop(image, y, x, side, max(1, 256 // side)), text) for image, text in cells]
+        else:
+            cells = [(image[0].cpu(), text) for image, text in cells]
+        lines.append(cells)
+    data.save_grid(path, lines)
+
+
+def front(path, means, x, y, lower):
+    """PNG: each row's mean of one metric against another, with 95 % intervals."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    for row, cells in means.items():
+        if x in cells and y in cells:
+            error = lambda m: [[cells[m]["mean"] - cells[m]["low"]], [cells[m]["high"] - cells[m]["mean"]]]
+            axis.errorbar(cells[x]["mean"], cells[y]["mean"], error(y), error(x), fmt="o", elinewidth=0.7)
+            axis.annotate(row, (cells[x]["mean"], cells[y]["mean"]), textcoords="offset points", xytext=(5, 5))
+    axis.set(xlabel=tables.heading(x, lower[x]), ylabel=tables.heading(y, lower[y]), title="means with 95 % intervals over images")
+    figure.savefig(path, dpi=120)
+
+
+def explain(paths):
+    results = []
+    for path in paths:
+        try:
+            results.append(json.loads(path.read_text()))
+            results[-1]["scores"], results[-1]["lower_is_better"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"--diff {path}: not a file of --out-json ({error})") from None
+    lines = tables.explain(*results)
+    print("\n".join(lines) or "no difference: same images, weights, protocol, versions and scores")
+
+
 def main(args):
+    if args.diff:
+        return explain(args.diff)
     world = runs.start_world(args.device, args.threads)
-    if world.size > 1:
-        raise ValueError("evaluate.py runs as one process: start it without torchrun")
-    for folder in filter(None, (args.lq, args.gt)):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder" + ("; train.py --demo makes the demo's" if args.demo else ""))
-    runs.check_output(args.out_json, "--out-json")
-    runs.check_output(args.figure, "--figure")
-    lqs = data.list_images(args.lq)
-    gts = data.list_images(args.gt) if args.gt else {}
-    missing = sorted(set(lqs) - set(gts)) if args.gt else []
-    if missing:
-        raise FileNotFoundError(f"{args.gt}: no reference for {len(missing)} of {len(lqs)} images, first {missing[0]}")
+    outputs = {"--out-json": args.out_json, "--csv": args.csv, "--latex": args.latex, "--figure": args.figure, "--front": args.front and Path(args.front[2])}
+    for flag, path in outputs.items():
+        runs.check_output(path, flag)
+    runs.check_writable(args.cache, "--cache")
+    items = find_items(args)
     files = {}
     for word in args.metric_weights:
         name, _, file = word.rpartition("=")
         if name not in args.metrics:
             raise ValueError(f"--metric-weights {word}: write NAME=FILE with a NAME of --metrics ({', '.join(args.metrics)})")
         files[name] = file
-    metrics = {name: quality.create_metric(name, world.device, files.get(name)) for name in args.metrics}
-    lower = {name: metrics[name][1] for name in metrics}
+    protocol = PROTOCOLS[args.protocol]
+    metrics = {m: quality.create_metric(m, world.device, files.get(m), protocol["border"], protocol["y"]) for m in args.metrics}
+    lower = {m: metric.lower_is_better for m, metric in metrics.items()}
+    needy = [m for m, metric in metrics.items() if metric.full_reference]
+    if needy and not all(item["refs"] for item in items.values()):
+        raise ValueError(f"--metrics {' '.join(needy)}: compared with references: --gt DIR is needed")
+    rows = find_rows(args, items, world.device)
 
-    baselines = {"bicubic": lambda lq, gt: F.interpolate(lq, scale_factor=4, mode="bicubic"), "reference": lambda lq, gt: gt}
-    nets, sources = {row: baselines[row] for row in args.baselines}, {}
-    for path in args.weights:
-        net, info = archs.load_x4(path, "--weights", args.weights_key, args.pad_mode)
-        net = net.to(world.device)
-        name = path.name if path.is_dir() else path.stem
-        if name in nets:
-            raise ValueError(f"--weights: two checkpoints are called {name}: rename one")
-        nets[name] = lambda lq, gt, net=net: archs.upscale_tiled(net, lq, tile=args.tile, overlap=32)
-        sources[name] = info
-
-    scores = {row: {} for row in nets}                                            # row -> stem -> metric -> value
-    shown = list(lqs)[::max(1, len(lqs) // max(1, args.figure_images))][:args.figure_images]
-    pictures = []
-    for stem, path in tqdm(lqs.items(), unit="img"):
-        lq = data.load_image(path)[None].to(world.device).float() / 255
-        gt = data.load_image(gts[stem])[None].to(world.device).float() / 255 if args.gt else None
-        cells = []
-        for row, upscale in nets.items():
-            sr = degradations.to_8bit(upscale(lq, gt))
-            scores[row][stem] = {name: metric(sr, gt).item() for name, (metric, _) in metrics.items()}
-            if stem in shown:
-                told = " ".join(f"{k.partition(':')[0]} {v:.1f}" for k, v in list(scores[row][stem].items())[:3])
-                cells.append((sr[0].cpu(), f"{row}\n{told}"))
-        if stem in shown:
-            pictures.append(cells + ([(gt[0].cpu(), "reference")] if args.gt and "reference" not in args.baselines else []))
-    table = {row: {m: sum(s[m] for s in images.values()) / len(images) for m in metrics} for row, images in scores.items()}
-    print(markdown(table, list(metrics), lower))
-    print(f"mean of {len(lqs)} images; ↑ higher is better, ↓ lower is better")
+    scores = score(rows, items, metrics, args, world)
+    if not world.is_main:
+        return
+    means, differences = tables.summarise(scores, lower)
+    print(tables.markdown(means, lower, differences))
+    print(f"mean of {len(items)} images; ↑ higher is better, ↓ lower is better; best **bold**, second *italic*; 95 % bootstrap intervals over images; "
+          "a difference in bold has an interval without zero, for any other there is no evidence")
     if args.out_json:
-        runs.save_json(args.out_json, {"command": sys.argv, **runs.describe_machine(), "images": len(lqs), "lower_is_better": lower,
-                                       "weights": sources, "mean": table, "scores": scores})
+        record = {"command": sys.argv, **runs.describe_machine(), "versions": versions(), "images": len(items),
+                  "protocol": {"name": args.protocol, **protocol, "degradation": args.degradation}, "metrics": {m: metric.identity for m, metric in metrics.items()},
+                  "files": {stem: {"lq": digest(item["lq"] or item["versions"][0]), "refs": [digest(p) for p in item["refs"]]} for stem, item in items.items()},
+                  "lower_is_better": lower, "weights": {row: info for row, (_, _, info) in rows.items() if info},
+                  "mean": {row: {m: cell["mean"] for m, cell in cells.items()} for row, cells in means.items()},
+                  "intervals": {row: {m: [cell["low"], cell["high"]] for m, cell in cells.items()} for row, cells in means.items()},
+                  "differences": differences, "scores": scores}
+        runs.save_json(args.out_json, record)
+    if args.csv:
+        runs.write_atomic(args.csv, lambda t: t.write_text(tables.to_csv(scores, lower)))
+    if args.latex:
+        runs.write_atomic(args.latex, lambda t: t.write_text(tables.latex(means, lower)))
     if args.figure:
-        data.save_grid(args.figure, pictures)
-    for path in filter(None, (args.out_json, args.figure)):
+        picture(args.figure, rows, items, scores, args, world.device)
+    if args.front:
+        front(args.front[2], means, *args.front[:2], lower)
+    for path in filter(None, outputs.values()):
         print(f"wrote {path}")
 
 

@@ -90,6 +90,7 @@ import degradations
 import iqa
 import quality
 import runs
+import tables
 from make_quintuplets import contact_sheet
 
 
@@ -139,7 +140,7 @@ def shrink(args):
 def judge_set(sets, stem, judges):
     """-> {version: {metric: score, higher is better, "psnr": to the original}}"""
     images = {v: data.load_image(sets.path(stem, v))[None].float() / 255 for v in sets.versions}
-    score = {v: {m: (-1 if lower else 1) * metric(image, None).item() for m, (metric, lower) in judges.items()} for v, image in images.items()}
+    score = {v: {m: (-1 if metric.lower_is_better else 1) * metric(image, None).item() for m, metric in judges.items()} for v, image in images.items()}
     for v, image in images.items():
         score[v]["psnr"] = quality.psnr(image, images["original"]).item()
     return score
@@ -232,7 +233,7 @@ def one_run(args, name, words):
     total, step = train_flag(args, "--total-steps"), runs.load_checkpoint(run / "ckpt" / "last.pt")["step"]
     if step != total:
         raise ValueError(f"{run}: training was stopped at step {step} of {total}; the same command continues")
-    judged = compare.evaluate(args, run, run.with_suffix(".json"), [*args.rewards, *args.unseen, *flags.WITH_REFERENCE])
+    judged = compare.evaluate(args, run, run.with_suffix(".json"), [*args.rewards, *args.unseen, *compare.WITH_REFERENCE])
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     runs.save_json(args.results / f"{name}.json", {
         "train": args.train + list(map(str, words)), **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")},
@@ -242,9 +243,9 @@ def one_run(args, name, words):
 def queue(args):
     before = args.results / "before.json"
     if not before.exists():                                                       # the rows without a run: references, bicubic, start
-        metrics = [*args.rewards, *args.unseen, *flags.WITH_REFERENCE]
+        metrics = [*args.rewards, *args.unseen, *compare.WITH_REFERENCE]
         judged = compare.evaluate(args, args.init, args.work / "before.json", metrics, ["bicubic", "reference"])
-        runs.save_json(before, {k: v for k, v in judged.items() if k != "mean"}
+        runs.save_json(before, {k: v for k, v in judged.items() if k not in ("mean", "intervals", "differences")}
                        | {"scores": {k.replace(args.init.stem, "start"): v for k, v in judged["scores"].items()}})
     compare.parallel(args.jobs, [partial(one_run, args, name, words) for name, words in plan(args).items() if not (args.results / f"{name}.json").exists()])
     compare.parallel(args.jobs, [partial(slow, args, name) for name in ["before", *plan(args)]])
@@ -276,7 +277,7 @@ def grain(args, sigmas=(0, 1, 2, 4)):
     file = args.results.with_name(args.results.name + "-grain.json")
     if file.exists():
         return
-    niqe, _ = compare.judge(args, "niqe")
+    niqe = compare.judge(args, "niqe")
     start, rows, stems = archs.load_x4(args.init, "--init")[0], {}, list(data.list_images(args.work / "test" / "lq"))
     for name in tqdm(["reference", "start", *plan(args)], unit="row"):
         net = start if name in ("reference", "start") else archs.load_x4(args.work / "runs" / name, "--work")[0]
@@ -297,7 +298,7 @@ def grain(args, sigmas=(0, 1, 2, 4)):
 def report(args):
     results = {name: json.loads((args.results / f"{name}.json").read_text()) for name in ["before", *plan(args)]}
     lower = results["before"]["lower_is_better"]
-    metrics = [m for m in [*args.rewards, *args.unseen, *args.slow, *flags.WITH_REFERENCE] if all(m in r["lower_is_better"] for r in results.values())]
+    metrics = [m for m in [*args.rewards, *args.unseen, *args.slow, *compare.WITH_REFERENCE] if all(m in r["lower_is_better"] for r in results.values())]
     stems = sorted(results["before"]["scores"]["start"])
     samplers = list(dict.fromkeys(name.rpartition("-")[0] for name in plan(args)))
     value = lambda scores: np.array([[scores[stem][m] for m in metrics] for stem in stems])                # (images, metrics)
@@ -312,9 +313,9 @@ def report(args):
     pairs = [*zip(chain[1:], chain), (chain[3], "orig")]
     pairs += [(f"{s}-{r.partition(':')[0]}", "orig") for r in args.rewards[1:] for s in ("sma", "amo")]
     for a, b in pairs:
-        summary["differences"][f"{a} - {b}"] = {m: compare.difference(after[a][..., k], after[b][..., k]) for k, m in enumerate(metrics)}
+        summary["differences"][f"{a} - {b}"] = {m: tables.difference(after[a][..., k], after[b][..., k]) for k, m in enumerate(metrics)}
     runs.save_json(args.results.with_suffix(".json"), summary)
-    print(tables(summary, args))
+    print(readme_tables(summary, args))
     if not (args.work / "set").is_dir():
         print(f"no pictures: {args.work} holds no set and no runs")
         return
@@ -331,18 +332,18 @@ def shares(counts):
     return {version: n / sum(total.values()) for version, n in total.items()}
 
 
-def tables(summary, args):
+def readme_tables(summary, args):
     """The Markdown that README shows: shrink factors, what the rewards pick, metrics, differences, what the samplers picked."""
     load = lambda what: json.loads(args.results.with_name(f"{args.results.name}-{what}.json").read_text())
     percent = lambda counts: [f"{n:.0%}" for n in counts.values()]
     parts = []
     rows = load("shrink")["rows"]
     judges = list(rows[0]["any"])
-    parts.append(runs.markdown(["soften", "shrink", *(compare.SHOWN.get(m, m) for m in judges), "mean of unseen", "PSNR"],
+    parts.append(runs.markdown(["soften", "shrink", *(tables.SHOWN.get(m, m) for m in judges), "mean of unseen", "PSNR"],
                                [[r["soften"], r["shrink"], *percent(r["any"]), f"{r['any_unseen']:.3f}", f"{r['psnr_mean']:.1f}"] for r in rows]))
     picks = load("picks")["rewards"]
     versions = list(picks[args.rewards[0]]["best crop (amo)"])
-    parts.append(runs.markdown(["", *versions], [[f"{compare.SHOWN.get(reward, reward)}: {how}", *percent(p)] for reward, hows in picks.items() for how, p in hows.items()]))
+    parts.append(runs.markdown(["", *versions], [[f"{tables.SHOWN.get(reward, reward)}: {how}", *percent(p)] for reward, hows in picks.items() for how, p in hows.items()]))
 
     parts.append(compare.metric_tables(summary))
     if args.results.with_name(f"{args.results.name}-grain.json").exists():

@@ -66,6 +66,7 @@ import iqa
 import lora
 import quality
 import runs
+import tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -103,7 +104,7 @@ def one_run(args, exp, variant, seed):
         at = next((i for i, g in enumerate(gained) if g >= gain), None)
         if at is None:
             raise ValueError(f"{run}: the reward gained {max(gained):.1f} at most, and {gain:g} is asked for: more --total-steps (--tune) or smaller --gains")
-        judged = compare.evaluate(exp, weights, weights.with_suffix(".json"), [*exp.rewards, *exp.unseen, *flags.WITH_REFERENCE])
+        judged = compare.evaluate(exp, weights, weights.with_suffix(".json"), [*exp.rewards, *exp.unseen, *compare.WITH_REFERENCE])
         runs.save_json(file, {"tune": list(map(str, words)), **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")},
                               "steps": val[at]["step"], "gain": gained[at], "lambda_q": runs.load_checkpoint(run / "ckpt" / "last.pt")["lambda_q"],
                               "validation": val[:at + 1], "scores": judged["scores"][weights.stem],
@@ -136,19 +137,19 @@ def report(args, exp):
     summary = {"command": sys.argv, **runs.describe_machine(), "images": len(stems), "seeds": exp.seeds, "metrics": metrics, "lower_is_better": lower,
                "mean": {name: v.mean((0, 1)).tolist() for name, v in values.items()}, "seed_means": {name: v.mean(1).tolist() for name, v in values.items()},
                "tuning": {name: {key: [r[key] for r in found] for key in ("steps", "gain", "lambda_q")} for name, found in tuned.items()},
-               "differences": {f"{a} - {b}": {m: compare.difference(values[a][..., k], values[b][..., k]) for k, m in enumerate(metrics)}
+               "differences": {f"{a} - {b}": {m: tables.difference(values[a][..., k], values[b][..., k]) for k, m in enumerate(metrics)}
                                for a, b in [*((name, "before") for name in tuned), *against]},
                "structured_noise": {name: {"mean": float(noise[name].mean()), "seeds": noise[name].mean(1).tolist(), "unsharp": float(unsharp[name].mean())}
                                     for name in tuned},
-               "structured_noise_differences": {f"{name} - its unsharp mask": compare.difference(noise[name], unsharp[name]) for name in tuned}
-               | {f"{a} - {b}": compare.difference(noise[a], noise[b]) for a, b in against},
+               "structured_noise_differences": {f"{name} - its unsharp mask": tables.difference(noise[name], unsharp[name]) for name in tuned}
+               | {f"{a} - {b}": tables.difference(noise[a], noise[b]) for a, b in against},
                "strength": strength(args, exp)}
     runs.save_json(args.results.with_suffix(".json"), summary)
-    print(tables(summary))
+    print(readme_tables(summary))
     picture(args, exp)
 
 
-def tables(summary):
+def readme_tables(summary):
     """The Markdown that README shows: metrics, differences, how far each tuning went, structured noise."""
     each = lambda numbers, form: " ".join(form.format(n) for n in numbers)
     tuning = runs.markdown(["", "steps", "gain in validation", "lambda_q", "structured noise", "of an unsharp mask", "above .03 more"],
@@ -166,7 +167,7 @@ def tables(summary):
 @torch.no_grad()
 def strength(args, exp):
     """The first seed's adapter at several strengths -> [{"scale", "reward", "psnr", "vgg"}], and RESULTS-strength.png."""
-    metrics = {"reward": compare.judge(exp, exp.rewards[0])[0], "psnr": quality.psnr, "vgg": quality.create_metric("vgg", "cpu", exp.vgg_weights)[0]}
+    metrics = {"reward": compare.judge(exp, exp.rewards[0]), "psnr": quality.psnr, "vgg": quality.create_metric("vgg", "cpu", exp.vgg_weights)}
     points = []
     for scale in SCALES:
         net = archs.load_x4(base_of(exp, exp.seeds[0]), "--work")[0]
@@ -184,7 +185,7 @@ def strength(args, exp):
         axis.plot([p["reward"] for p in points], [p[name] for p in points], "o-")
         for p in points:
             axis.annotate(f"{p['scale']:g}", (p["reward"], p[name]), textcoords="offset points", xytext=(4, 4))
-        axis.set(xlabel=f"{compare.SHOWN.get(exp.rewards[0], exp.rewards[0])}, optimised", ylabel=label)
+        axis.set(xlabel=f"{tables.SHOWN.get(exp.rewards[0], exp.rewards[0])}, optimised", ylabel=label)
     figure.suptitle("Strength of one adapter: 0 is the network before, 1 as tuned")
     figure.savefig(args.results.with_name(args.results.name + "-strength.png"), dpi=110)
     return points

@@ -161,9 +161,9 @@ def validate(base, net, sets, metrics, args, seeds, world):
     for i in range(world.rank, len(sets.stems), world.size):
         lq, gt = validation_pair(sets, i, args, seeds, world.device)
         sr, before = (degradations.to_8bit(archs.upscale_tiled(g, lq, tile=args.tile, overlap=32)) for g in (net, base))
-        totals.update({name: metric(sr, gt).item() for name, (metric, _) in metrics.items()} | {"images": 1, "peaks": quality.noise_peaks(sr - before).item()})
+        totals.update({name: metric(sr, gt).item() for name, metric in metrics.items()} | {"images": 1, "peaks": quality.noise_peaks(sr - before).item()})
         if "reward" in metrics:
-            like = quality.unsharp_like(before, sr, lambda x: metrics["reward"][0](x, None))
+            like = quality.unsharp_like(before, sr, lambda x: metrics["reward"](x, None))
             totals["unsharp_peaks"] += quality.noise_peaks(like - before).item()
     names = [*metrics, "peaks", *(["unsharp_peaks"] if "reward" in metrics else [])]
     sums = world.reduce(torch.tensor([totals["images"], *(totals[n] for n in names)], dtype=torch.float64, device=world.device)).tolist()
@@ -172,7 +172,7 @@ def validate(base, net, sets, metrics, args, seeds, world):
 
 def verdict(before, after, metrics):
     """One line: did only what was optimised gain? before, after: what validate returned for the base and for the tuned network."""
-    better = {m: (after[m] - before[m]) * (-1 if lower else 1) > 0 for m, (_, lower) in metrics.items()}
+    better = {m: (after[m] - before[m]) * (-1 if metric.lower_is_better else 1) > 0 for m, metric in metrics.items()}
     others = [m for m in metrics if m not in ("reward", "psnr")]
     worse = [m for m in others if not better[m]]
     noisy = after["peaks"] > after.get("unsharp_peaks", 0) + quality.PEAKS_ABOVE_UNSHARP
@@ -216,8 +216,8 @@ def main(args):
     d_init = None if args.lambda_a == 0 else args.d_init or runs.find_discriminator(args.base)
     reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights, need_gradient=True)
     gt_reward = reward if args.gt_reward == args.reward else None if args.gt_reward == ["none"] else iqa.create_reward(args.gt_reward, device)
-    metrics = {} if reward is None else {"reward": (lambda sr, gt: reward(sr), False)}
-    metrics |= {name: quality.create_metric(name, device) for name in args.watch} | {"psnr": (quality.psnr, False)}
+    metrics = {} if reward is None else {"reward": quality.Metric(lambda sr, gt: reward(sr))}
+    metrics |= {name: quality.create_metric(name, device) for name in [*args.watch, "psnr"]}
     sets, dataset, val_sets, _ = open_data(args, world, gt_reward, seeds)
     if args.stop_gain and val_sets is None:
         raise ValueError(f"--stop-gain needs validation images, and {args.data} has no Test split: hold out photos with --val-photos N")

@@ -1,6 +1,7 @@
 """What the scripts' argparse share: help with defaults, numbers checked where they are given, the flags of training. Imports no torch."""
 import argparse
 import math
+import re
 from pathlib import Path
 
 
@@ -33,7 +34,8 @@ TILE.__name__ = "whole number"
 COUNT, SIZE = number(int, 0), number(int, 1)                                      # 0 often means off
 WEIGHT, RATE = number(float, 0), number(float, 0, above=True)
 SHARE = number(float, 0, 1, below=True)                                           # in [0, 1): EMA decay, drop rate
-WITH_REFERENCE = ("psnr", "ssim", "vgg", "flat_hf")                               # evaluation metrics that compare with a reference
+FULL_REFERENCE = ("psnr", "ssim", "vgg", "flat_hf", "lpips", "stlpips", "dists")   # metrics that compare; pyiqa knows further ones
+CROP = re.compile(r"(.+):(\d+),(\d+),(\d+)")                                      # STEM:X,Y,SIDE
 
 PRESETS = {  # what differs per backbone; HGGT options for 4 GPUs: batch and pool are summed over them, group is one GPU's batch
     "swinir": dict(degradation="one-round", batch_size=32, group_size=8, pool_size=640, drop_path=0.1,

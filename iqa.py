@@ -167,13 +167,18 @@ class Reward(nn.Module):
         """What the scores depend on: per model its name, weight, and a hash over its tensors (and a user's own source file)."""
         parts = {}
         for name, model in self.models.items():
-            digest = hashlib.sha256(getattr(model, "reward_source", b""))
-            plain = {f"{path}.{key}".lstrip("."): value for path, module in model.named_modules()        # NIQE and BRISQUE keep
-                     for key, value in vars(module).items() if torch.is_tensor(value)}                   # theirs as attributes
-            for key, value in sorted((plain | model.state_dict()).items()):
-                digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-            parts[name] = {"weight": self.weights[name], "hash": digest.hexdigest()[:16]}
+            parts[name] = {"weight": self.weights[name], "hash": tensors_hash(model, getattr(model, "reward_source", b""))}
         return parts
+
+
+def tensors_hash(model, source=b""):
+    """What a model computes with: hash over its tensors, and over `source`, the text of its program."""
+    digest = hashlib.sha256(source)
+    plain = {f"{path}.{key}".lstrip("."): value for path, module in model.named_modules()                # NIQE and BRISQUE keep
+             for key, value in vars(module).items() if torch.is_tensor(value)}                           # theirs as attributes
+    for key, value in sorted((plain | model.state_dict()).items()):
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def create_reward(words, device="cpu", weights_file=None, need_gradient=False, flag="--reward"):

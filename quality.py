@@ -1,8 +1,10 @@
 """What a super-resolved image is judged by: full-reference metrics, structure where there should be none, and the NR-IQA models of iqa.py.
 
-    metric, lower_is_better = create_metric("niqe", device); metric(sr, gt)      (B, 3, H, W) RGB in [0, 1] -> (B,), native units
+    metric = create_metric("niqe", device); metric(sr, gt)      (B, 3, H, W) RGB in [0, 1] -> (B,), native units; metric.lower_is_better
 """
 import math
+from dataclasses import dataclass
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -111,24 +113,37 @@ def check_pair(metric, sr, gt, border):
                          f"must be x4 the input, and more than {2 * border} pixels")
 
 
+@dataclass(frozen=True)
+class Metric:
+    """metric(sr, gt): (B, 3, H, W) RGB in [0, 1] twice -> (B,) in native units; gt is not used unless full_reference."""
+    function: Callable
+    lower_is_better: bool = False
+    full_reference: bool = False
+    identity: object = None                                                      # what a score depends on beside images, border and luma: plain values
+
+    def __call__(self, sr, gt):
+        return self.function(sr, gt)
+
+
 def create_metric(name, device, weights_file=None, border=4, y=False):
-    """-> (function (sr, gt) -> (B,) in native units, whether lower is better) of one metric for evaluation.
+    """The Metric called `name`, for evaluation.
 
     name: psnr, ssim (y: on luma only), vgg (distance of VGG19 features, the loss of Eq. 1), flat_hf, a pyiqa metric (lpips, stlpips and dists
-    are full-reference ones; niqe, musiq, ... are not, gt is then unused), ranker, or module:function. border: pixels that
-    full-reference metrics but vgg and flat_hf crop from every side (HGGT, LPIPS and DISTS included); no-reference ones see the
-    whole image. weights_file: a local copy of the weights. Raises as iqa.create_reward does.
+    are full-reference ones; niqe, musiq, ... are not), ranker, or module:function. border: pixels that full-reference metrics but
+    vgg and flat_hf crop from every side (HGGT, LPIPS and DISTS included); no-reference ones see the whole image. weights_file: a
+    local copy of the weights. Raises as iqa.create_reward does.
     """
     if "=" in name:
         raise ValueError(f"--metrics {name}: a metric has no weight here; write {name.partition('=')[0]}")
     if name == "vgg":
         distance = archs.VGGFeatureLoss(weights_file).to(device)
-        return (lambda sr, gt: torch.stack([distance(a[None], b[None]) for a, b in zip(sr, gt)])), True
+        each = lambda sr, gt: torch.stack([distance(a[None], b[None]) for a, b in zip(sr, gt)])
+        return Metric(each, True, True, [name, iqa.tensors_hash(distance)])
     if name == "flat_hf":
-        return flat_hf, True
+        return Metric(flat_hf, True, True, [name])
     if name in ("psnr", "ssim"):
         function = {"psnr": psnr, "ssim": ssim}[name]
-        return (lambda sr, gt: function(luma(sr), luma(gt), border) if y else function(sr, gt, border)), False
+        return Metric(lambda sr, gt: function(luma(sr), luma(gt), border) if y else function(sr, gt, border), False, True, [name])
     if name != "ranker" and ":" not in name and iqa.pyiqa_modes().get(name) == "FR":
         model = iqa.pyiqa_model(name, device, weights_file, mode="FR", flag="--metrics")
 
@@ -136,7 +151,7 @@ def create_metric(name, device, weights_file=None, border=4, y=False):
         def judge(sr, gt):
             check_pair(name, sr, gt, border)
             return model(crop(sr, border), crop(gt, border)).reshape(-1).float()
-        return judge, model.lower_better
+        return Metric(judge, model.lower_better, True, [name, iqa.tensors_hash(model)])
     reward = iqa.create_reward([name], device, weights_file, flag="--metrics")
     sign = -1 if getattr(next(iter(reward.models.values())), "lower_better", False) else 1
-    return (lambda sr, gt: sign * reward(sr)), sign < 0
+    return Metric(lambda sr, gt: sign * reward(sr), sign < 0, False, reward.identity())

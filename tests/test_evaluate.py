@@ -1,5 +1,6 @@
 """evaluate.py: PSNR against scikit-image, the table's arithmetic, the files it leaves, and its refusals."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import torch
 import archs
 import data
 import evaluate
+import lora
 import quality
 import runs
+import tables
 
 
 @pytest.fixture
@@ -24,8 +27,9 @@ def pairs(tmp_path):
 
 
 def call(pairs, *more):
+    more = more if "--metrics" in more else ("--metrics", "psnr", *more)
     evaluate.main(evaluate.parse_args(["--weights", str(pairs / "net.pth"), "--lq", str(pairs / "lq"), "--gt", str(pairs / "gt"),
-                                       "--device", "cpu", "--out-json", str(pairs / "out.json"), *map(str, more)]))
+                                       "--device", "cpu", "--cache", str(pairs / "cache"), "--out-json", str(pairs / "out.json"), *map(str, more)]))
     return json.loads((pairs / "out.json").read_text())
 
 
@@ -130,8 +134,6 @@ def test_lower_is_better_metrics_are_reported_in_native_units(pairs, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     result = call(pairs, "--metrics", "darkness:build")
     assert result["lower_is_better"] == {"darkness:build": True} and result["mean"]["net"]["darkness:build"] > 0
-    lines = evaluate.markdown({"a": {"m": 1.0}, "b": {"m": 2.0}}, ["m"], {"m": True}).splitlines()
-    assert lines[0] == "|  | m ↓ |" and "**1.00**" in lines[2] and "**" not in lines[3]
 
 
 @pytest.mark.fast
@@ -177,3 +179,194 @@ def test_swinirs_padding_is_the_runs_own_and_other_scales_are_refused(pairs):
     runs.save_weights(pairs / "x2.pth", archs.ARCHS["rrdbnet-small"](scale=2).state_dict())
     with pytest.raises(ValueError, match="x2.pth: a x2 checkpoint"):
         call(pairs, "--weights", pairs / "x2.pth")
+
+
+# HGGT's protocol, RealSR, other rows, cache, files
+
+VOTES = {"a-0-0": ("PPP", "PPN", "SNP", "NNN"), "b-0-0": ("PSP", "NNP", "PNS", "PPP"), "c-0-0": ("SSP", "NPP", "PPS", "SSS")}      # of 01..04, by A, B, C
+POSITIVES = {"a-0-0": ["01", "02"], "b-0-0": ["01", "04"], "c-0-0": ["02", "03"]}
+
+
+@pytest.fixture
+def hggt(tmp_path):
+    """Three test quintuplets with votes that are known, LR images, and a checkpoint."""
+    torch.manual_seed(0)
+    words = {"P": "Positive", "S": "Similar", "N": "Negative"}
+    images = tmp_path / "set" / "Test" / "GT" / "Test-100" / "images"
+    for stem, votes in VOTES.items():
+        gt = torch.rand(3, 80, 80)
+        data.save_image(images / "original" / f"{stem}.png", gt)
+        data.save_image(tmp_path / "set" / "Test" / "Blind" / "Blind_LR" / f"{stem}.png", gt[:, ::4, ::4])
+        for k in range(1, 5):
+            data.save_image(images / f"0{k}" / f"{stem}_0{k}.png", (gt + 0.05 * k * torch.rand(3, 80, 80)) / (1 + 0.05 * k))
+        for j, annotator in enumerate("ABC"):
+            pictures = {"Picture_1": {"Name": f"{stem}.png", "File": "original", "Label": None}}
+            pictures |= {f"Picture_{k + 1}": {"Name": f"{stem}_0{k}.png", "File": f"0{k}", "Label": words[votes[k - 1][j]]} for k in range(1, 5)}
+            runs.save_json(images.parent / "labels" / annotator / f"{stem}.json", pictures)
+    runs.save_weights(tmp_path / "net.pth", archs.ARCHS["compact-small"]().state_dict())
+    return tmp_path
+
+
+def judge(hggt, *more):
+    words = ["--weights", hggt / "net.pth", "--data", hggt / "set", "--metrics", "psnr", "ssim", "test_rewards:brightness", "--device", "cpu", "--cache", hggt / "cache",
+             "--out-json", hggt / "out.json", *more]
+    evaluate.main(evaluate.parse_args(list(map(str, words))))
+    return json.loads((hggt / "out.json").read_text())
+
+
+def image(hggt, stem, version):
+    folder = hggt / "set" / "Test" / "GT" / "Test-100" / "images" / version
+    return data.load_image(folder / (f"{stem}.png" if version == "original" else f"{stem}_{version}.png"))[None].float() / 255
+
+
+@pytest.mark.fast
+def test_full_reference_metrics_are_averaged_over_the_positives_then_over_images(hggt, rewards):
+    result = judge(hggt, "--baselines", "bicubic", "reference", "gold")
+    for stem, versions in POSITIVES.items():
+        lq = data.load_image(hggt / "set/Test/Blind/Blind_LR" / f"{stem}.png")[None].float() / 255
+        sr = torch.nn.functional.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1).mul(255).round() / 255
+        for name, metric in (("psnr", quality.psnr), ("ssim", quality.ssim)):
+            by_hand = np.mean([metric(sr, image(hggt, stem, v)).item() for v in versions])
+            assert result["scores"]["bicubic"][stem][name] == pytest.approx(by_hand, rel=1e-9)
+            of_original = np.mean([metric(image(hggt, stem, "original"), image(hggt, stem, v)).item() for v in versions])
+            assert result["scores"]["reference"][stem][name] == pytest.approx(of_original, rel=1e-9)
+        brightness = [100 * image(hggt, stem, v).mean().item() for v in ("original", "01", "02", "03", "04")]
+        assert result["scores"]["gold"][stem] == {"test_rewards:brightness": pytest.approx(max(brightness), abs=1e-4)}
+    assert result["mean"]["bicubic"]["psnr"] == pytest.approx(np.mean([s["psnr"] for s in result["scores"]["bicubic"].values()]))
+    assert result["protocol"]["name"] == "hggt" and result["protocol"]["border"] == 4
+    low, high = result["intervals"]["net"]["psnr"]
+    assert low < result["mean"]["net"]["psnr"] < high and set(result["differences"]["net"]) == {"psnr", "ssim", "test_rewards:brightness"}
+
+
+@pytest.mark.fast
+def test_a_second_call_computes_only_what_is_new(hggt, rewards, monkeypatch):
+    calls, create = [], quality.create_metric
+
+    def counted(name, *more):
+        metric = create(name, *more)
+        function = lambda sr, gt: calls.append((name, len(sr))) or metric.function(sr, gt)
+        return quality.Metric(function, metric.lower_is_better, metric.full_reference, metric.identity)
+    monkeypatch.setattr(quality, "create_metric", counted)
+    count = lambda: ({m: sum(n for name, n in calls if name == m) for m in dict(calls)}, calls.clear())[0]
+    first = judge(hggt)
+    assert count() == {"psnr": 2 * 3 * 2, "ssim": 2 * 3 * 2, "test_rewards:brightness": 2 * 3}              # rows, images, positives
+    assert judge(hggt)["scores"] == first["scores"] and count() == {}
+    torch.manual_seed(7)
+    runs.save_weights(hggt / "other.pth", archs.ARCHS["compact-small"]().state_dict())
+    both = judge(hggt, "--weights", hggt / "net.pth", hggt / "other.pth")
+    assert both["scores"]["net"] == first["scores"]["net"] != both["scores"]["other"] and count()["psnr"] == 3 * 2
+    judge(hggt, "--protocol", "y")
+    assert set(count()) == {"psnr", "ssim"}
+    data.save_image(hggt / "set/Test/Blind/Blind_LR/a-0-0.png", torch.rand(3, 20, 20))
+    assert judge(hggt)["scores"]["net"]["a-0-0"] != first["scores"]["net"]["a-0-0"] and count()["psnr"] == 2 * 2
+    lines = (hggt / "cache" / "0.jsonl").read_text().rstrip("\n")
+    (hggt / "cache" / "0.jsonl").write_text(lines[:-9])                           # killed in the middle of a line
+    judge(hggt)
+    assert sum(count().values()) == 1
+
+
+@pytest.mark.fast
+def test_rows_from_folders_and_from_adapters(hggt, rewards):
+    torch.manual_seed(0)
+    net, _ = archs.load_generator(hggt / "net.pth")
+    lora.add_lora(net, lora.default_targets(net), rank=2)
+    for adapter in lora.adapted(net).values():
+        torch.nn.init.normal_(adapter.lora_B, 0, 0.1)
+    lora.save_lora(hggt / "tuned" / "lora" / "adapter.pth", net)
+    runs.save_json(hggt / "tuned" / "args.json", {"args": {"init": str(hggt / "net.pth"), "base": "runs/none"}})
+    runs.save_weights(hggt / "tuned" / "weights" / "merged.pth", lora.merged_state_dict(net))
+    for k, stem in enumerate(VOTES):
+        lq = data.load_image(hggt / "set/Test/Blind/Blind_LR" / f"{stem}.png")[None].float() / 255
+        with torch.no_grad():
+            data.save_image(hggt / "outputs" / (f"{stem}_mine.png" if k else f"{stem}.png"), net(lq)[0])
+    result = judge(hggt, "--weights", hggt / "net.pth", hggt / "tuned" / "weights" / "merged.pth", hggt / "tuned" / "lora" / "adapter.pth", "--images", hggt / "outputs")
+    assert list(result["scores"]) == ["bicubic", "net", "tuned", "tuned x1", "outputs"]
+    for row in ("tuned x1", "outputs"):
+        for stem in VOTES:
+            assert result["scores"][row][stem] == pytest.approx(result["scores"]["tuned"][stem], abs=1e-3)
+    plain = judge(hggt, "--weights", hggt / "tuned" / "lora" / "adapter.pth", "--scale", 0)
+    assert plain["mean"]["tuned x0"] == pytest.approx(result["mean"]["net"])
+    (hggt / "outputs" / "b-0-0_mine.png").unlink()
+    with pytest.raises(ValueError, match="0 files for image b-0-0"):
+        judge(hggt, "--images", hggt / "outputs")
+
+
+@pytest.mark.fast
+def test_realsr_and_sets_without_lr_images(hggt, rewards):
+    for camera in ("Canon", "Nikon"):
+        gt = torch.rand(3, 64, 48)
+        data.save_image(hggt / "real" / camera / "Test" / "4" / f"{camera}_001_HR.png", gt)
+        data.save_image(hggt / "real" / camera / "Test" / "4" / f"{camera}_001_LR4.png", gt[:, ::4, ::4])
+    result = judge(hggt, "--data", hggt / "real", "--protocol", "realsr")
+    assert list(result["scores"]["net"]) == ["Canon_Canon_001", "Nikon_Nikon_001"]
+    first = judge(hggt, "--degradation", "two-round")
+    assert first["mean"]["bicubic"]["psnr"] != pytest.approx(judge(hggt)["mean"]["bicubic"]["psnr"], abs=0.1)
+    shutil.rmtree(hggt / "set" / "Test" / "Blind")
+    shutil.rmtree(hggt / "set" / "Test" / "GT" / "Test-100" / "labels")
+    with pytest.raises(ValueError, match="has no LR images .*--degradation"):
+        judge(hggt)
+    again = judge(hggt, "--degradation", "two-round", "--baselines", "bicubic", "reference")
+    assert again["mean"]["reference"]["psnr"] == 100                              # no labels: the original is the reference
+    assert again["scores"]["bicubic"]["a-0-0"]["test_rewards:brightness"] == first["scores"]["bicubic"]["a-0-0"]["test_rewards:brightness"]
+
+
+@pytest.mark.fast
+def test_the_files_it_writes(hggt, rewards, capsys):
+    judge(hggt, "--csv", hggt / "out.csv", "--latex", hggt / "out.tex", "--figure", hggt / "out.png", "--crop", "a-0-0:10,20,32", "b-0-0:0,0,64",
+          "--front", "psnr", "test_rewards:brightness", hggt / "front.png")
+    lines = (hggt / "out.csv").read_text().splitlines()
+    assert lines[0] == "row,image,psnr,ssim,test_rewards:brightness" and len(lines) == 1 + 2 * 3 and lines[1].startswith("bicubic,a-0-0,")
+    tex = (hggt / "out.tex").read_text()
+    assert r"\multicolumn{2}{c}{FR low} & \multicolumn{1}{c}{NR high}" in tex and r"PSNR $\uparrow$" in tex and r"\textbf{" in tex and r"test\_rewards" in tex
+    assert data.load_image(hggt / "out.png").shape[2] == 5 * 256 + 4 * 4 and data.image_size(hggt / "front.png")[0] > 300         # LR, two rows, two positives
+    said = capsys.readouterr().out
+    assert "| minus bicubic | PSNR ↑ | SSIM ↑ |" in said and said.count("wrote ") == 5
+    with pytest.raises(ValueError, match="--crop a-0-0:60,0,32: the image has 80x80 pixels"):
+        judge(hggt, "--figure", hggt / "x.png", "--crop", "a-0-0:60,0,32")
+    with pytest.raises(ValueError, match="no image is called z"):
+        judge(hggt, "--figure", hggt / "x.png", "--crop", "z:0,0,8")
+
+
+@pytest.mark.fast
+def test_diff_says_why_two_tables_disagree(hggt, rewards, capsys):
+    judge(hggt)
+    shutil.copy(hggt / "out.json", hggt / "one.json")
+    diff = lambda a, b: (capsys.readouterr(), evaluate.main(evaluate.parse_args(["--diff", str(a), str(b)])), capsys.readouterr().out)[2]
+    judge(hggt)
+    assert diff(hggt / "one.json", hggt / "out.json").startswith("no difference")
+    torch.manual_seed(9)
+    runs.save_weights(hggt / "net.pth", archs.ARCHS["compact-small"]().state_dict())
+    data.save_image(hggt / "set/Test/Blind/Blind_LR/a-0-0.png", torch.rand(3, 20, 20))
+    judge(hggt, "--protocol", "y", "--baselines", "bicubic", "gold")
+    said = diff(hggt / "one.json", hggt / "out.json")
+    for words in ("protocol: y is False in the first, True in the second", "images: 1 have other pixels (LR or reference), for example a-0-0", "net: other weights (",
+                  "bicubic: scores differ by up to psnr", "rows: gold in the second only"):
+        assert words in said, said
+    (hggt / "bad.json").write_text("[]")
+    with pytest.raises(ValueError, match="bad.json: not a file of --out-json"):
+        evaluate.main(evaluate.parse_args(["--diff", str(hggt / "bad.json"), str(hggt / "out.json")]))
+
+
+def test_processes_share_the_images(hggt, script):
+    words = ["--weights", hggt / "net.pth", "--data", hggt / "set", "--metrics", "psnr", "ranker", "--device", "cpu"]
+    script("evaluate.py", *words, "--cache", hggt / "c1", "--out-json", hggt / "one.json")
+    script("evaluate.py", *words, "--cache", hggt / "c2", "--out-json", hggt / "two.json", processes=2)
+    one, two = (json.loads((hggt / f"{n}.json").read_text()) for n in ("one", "two"))
+    assert list(one["scores"]["net"]) == list(two["scores"]["net"]) == list(VOTES)
+    for row, images in one["scores"].items():
+        for stem, s in images.items():
+            assert two["scores"][row][stem] == pytest.approx(s, abs=1e-4)
+
+
+@pytest.mark.fast
+def test_places_and_intervals():
+    means = lambda *values: {f"r{k}": {"m": {"mean": v, "low": v, "high": v}} for k, v in enumerate(values)}
+    lines = tables.markdown(means(1.0, 2.0, 3.0), {"m": True}).splitlines()
+    assert lines[0] == "|  | m ↓ |" and [line.split("|")[2].strip() for line in lines[2:]] == ["**1.00**", "*2.00*", "3.00"]
+    lines = tables.markdown(means(1.0, 1.0, 3.0) | {"gold": {"m": {"mean": 9.0, "low": 9, "high": 9}}}, {"m": False}).splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["*1.00*", "*1.00*", "**3.00**", "9.00"]
+    from scipy import stats
+    values = np.random.default_rng(3).normal(5, 2, 100)
+    theirs = stats.ttest_1samp(values, 0).confidence_interval()
+    assert tables.interval(values) == pytest.approx((theirs.low, theirs.high), abs=0.08) and tables.interval([2.0, 2.0]) == (2, 2)
+    assert tables.ordered(["ranker", "musiq", "vgg", "dists", "psnr", "niqe"]) == ["psnr", "dists", "vgg", "musiq", "ranker", "niqe"]

@@ -16,29 +16,30 @@ import data
 import experiment
 import experiment_lora
 import runs
+import tables
 
 
 @pytest.mark.fast
 def test_a_difference_needs_a_clear_interval_and_every_seed():
     rng = np.random.default_rng(0)
     b = rng.normal(0, 5, (3, 17))
-    clear = compare.difference(b + 1 + rng.normal(0, 0.2, (3, 17)), b)
+    clear = tables.difference(b + 1 + rng.normal(0, 0.2, (3, 17)), b)
     assert clear["verdict"] == "higher" and clear["low"] < clear["mean"] < clear["high"] and 0.8 < clear["low"] and clear["high"] < 1.2
     delta = (b + 1) - b
-    assert compare.difference(-b - 1, -b)["verdict"] == "lower" and compare.difference(b + 1, b)["mean"] == pytest.approx(delta.mean())
+    assert tables.difference(-b - 1, -b)["verdict"] == "lower" and tables.difference(b + 1, b)["mean"] == pytest.approx(delta.mean())
     one_seed_against = b + np.array([2.0, 2.0, -0.1])[:, None] + rng.normal(0, 0.01, (3, 17))
-    against = compare.difference(one_seed_against, b)
+    against = tables.difference(one_seed_against, b)
     assert against["low"] > 0 and against["verdict"] == "no evidence"
-    assert compare.difference(b, b) == {"mean": 0, "low": 0, "high": 0, "seeds": [0, 0, 0], "verdict": "no evidence"}
+    assert tables.difference(b, b) == {"mean": 0, "low": 0, "high": 0, "seeds": [0, 0, 0], "verdict": "no evidence"}
     few_images = b + np.where(np.arange(17) < 2, 30.0, -1.0)
-    assert compare.difference(few_images, b)["verdict"] == "no evidence"
+    assert tables.difference(few_images, b)["verdict"] == "no evidence"
 
 
 @pytest.mark.fast
 def test_interval_agrees_with_students_for_normal_differences():
     from scipy import stats
     delta = np.random.default_rng(1).normal(0.3, 1, 40)
-    ours = compare.difference(np.stack([delta] * 2), np.zeros((2, 40)))
+    ours = tables.difference(np.stack([delta] * 2), np.zeros((2, 40)))
     theirs = stats.ttest_1samp(delta, 0).confidence_interval()
     assert (ours["low"], ours["high"]) == pytest.approx((theirs.low, theirs.high), abs=0.06)
 

@@ -265,7 +265,7 @@ def test_unsharp_like_reaches_the_reward_or_the_most_it_can():
 
 @pytest.mark.fast
 def test_the_verdict_names_a_fooled_reward_and_structured_noise():
-    metrics = {"reward": (None, False), "piqe": (None, True), "ranker": (None, False), "psnr": (None, False)}
+    metrics = {"reward": quality.Metric(None), "piqe": quality.Metric(None, lower_is_better=True), "ranker": quality.Metric(None), "psnr": quality.Metric(None)}
     before = {"reward": 50.0, "piqe": 40.0, "ranker": 60.0, "psnr": 25.0, "peaks": 0.0, "unsharp_peaks": 0.0}
     say = lambda **after: ft.verdict(before, before | after, metrics)
     assert "WARNING" not in say(reward=55.0, piqe=38.0, ranker=59.0) and "reward 50.00 -> 55.00" in say(reward=55.0, piqe=38.0)

@@ -29,8 +29,8 @@ def test_luma_is_scikit_images_and_psnr_and_ssim_can_use_it():
     cut = (slice(4, -4), slice(4, -4))
     for name, function in (("psnr", lambda p, q: peak_signal_noise_ratio(q, p, data_range=1)),
                            ("ssim", lambda p, q: structural_similarity(p, q, data_range=1, gaussian_weights=True, use_sample_covariance=False))):
-        metric, lower = quality.create_metric(name, CPU, y=True)
-        assert not lower and metric(a, b).tolist() == pytest.approx([function(p[cut], q[cut]) for p, q in zip(x, y)], rel=1e-5)
+        metric = quality.create_metric(name, CPU, y=True)
+        assert metric.full_reference and not metric.lower_is_better and metric(a, b).tolist() == pytest.approx([function(p[cut], q[cut]) for p, q in zip(x, y)], rel=1e-5)
 
 
 LPIPS = """
@@ -38,11 +38,11 @@ import json, sys, torch, lpips
 sys.path.insert(0, sys.argv[2])
 import quality
 a, b = torch.load(sys.argv[1], weights_only=True)
-metric, lower = quality.create_metric("lpips", torch.device("cpu"))
+metric = quality.create_metric("lpips", torch.device("cpu"))
 theirs = lpips.LPIPS(net="alex", verbose=False)
 with torch.no_grad():
     cut = [2 * x[..., 4:-4, 4:-4] - 1 for x in (a, b)]
-    print(json.dumps([metric(a, b).tolist(), theirs(*cut).flatten().tolist(), theirs(2 * a - 1, 2 * b - 1).flatten().tolist(), lower]))
+    print(json.dumps([metric(a, b).tolist(), theirs(*cut).flatten().tolist(), theirs(2 * a - 1, 2 * b - 1).flatten().tolist(), metric.lower_is_better]))
 """
 
 
@@ -75,7 +75,7 @@ def test_refusals_name_the_flag(tmp_path):
     (tmp_path / "x.pth").write_text("<html>")
     with pytest.raises(ValueError, match="--metric-weights lpips= .*x.pth: not a plain weight file"):
         quality.create_metric("lpips", CPU, tmp_path / "x.pth")
-    metric, _ = quality.create_metric("gmsd", CPU)                                # a full-reference metric without weights
+    metric = quality.create_metric("gmsd", CPU)                                # a full-reference metric without weights
     with pytest.raises(ValueError, match=r"gmsd of an output of \(40, 40\) pixels against a reference of \(44, 40\)"):
         metric(torch.rand(1, 3, 40, 40), torch.rand(1, 3, 44, 40))
     a, b = pair(64, 64)
