@@ -193,16 +193,21 @@ def strength(args, exp):
 
 @torch.no_grad()
 def picture(args, exp, side=64):
-    """RESULTS.png: the flattest place of some test images, enlarged four times: before, each variant at the largest gain, reference (first seed)."""
-    seed = exp.seeds[0]
-    paths = {"before": base_of(exp, seed)} | {v: weights_at(exp, v, args.gains[-1], seed) for v in VARIANTS}
-    nets = {name: archs.load_x4(path, "--work")[0] for name, path in paths.items()}
-    cells = []
+    """RESULTS.png: the flattest place of some test images, enlarged four times: before, each variant at the largest gain, reference; below
+    it what tuning changed, eight times as strong (first seed). Places too dark to see anything are left out."""
+    seed, cells = exp.seeds[0], []
+    nets = {v: archs.load_x4(weights_at(exp, v, args.gains[-1], seed), "--work")[0] for v in VARIANTS}
+    start = archs.load_x4(base_of(exp, seed), "--work")[0]
     for stem in exp.figure:
         lq, gt = compare.test_pair(exp, stem)
         y, x = data.flattest(gt, side)
-        images = {name: archs.upscale_tiled(net, lq).clamp(0, 1) for name, net in nets.items()} | {"reference": gt}
-        cells.append([(data.enlarged_crop(image, y, x, side, 4), name) for name, image in images.items()])
+        if gt[..., y:y + side, x:x + side].mean() < 0.1:
+            continue
+        before = archs.upscale_tiled(start, lq).clamp(0, 1)
+        after = {v: archs.upscale_tiled(net, lq).clamp(0, 1) for v, net in nets.items()}
+        show = lambda image, name: (data.enlarged_crop(image, y, x, side, 4), name)
+        cells.append([show(before, "before"), *(show(image, row(v, args.gains[-1])) for v, image in after.items()), show(gt, "reference")])
+        cells.append([show(before, "before"), *(show((0.5 + 8 * (image - before)).clamp(0, 1), "change x8") for image in after.values()), show(gt, "reference")])
     data.save_grid(args.results.with_suffix(".png"), cells)
 
 
