@@ -65,6 +65,8 @@ def parse_args(argv=None):
     g.add_argument("--figure-images", type=flags.SIZE, default=4, help="rows of the picture")
     g.add_argument("--crop", nargs="+", default=[], metavar="STEM:X,Y,SIDE", help="rows of the picture: squares of images, in HR pixels, instead of whole images")
     g.add_argument("--front", nargs=3, metavar=("METRIC", "METRIC", "FILE"), help="PNG: the rows' means of one metric against another")
+    g.add_argument("--page", type=Path, metavar="FILE", help="one self-contained HTML page: every output with synchronised zoom, before/after slider, sorted by any score")
+    g.add_argument("--page-images", type=flags.COUNT, default=24, help="images on the page, evenly spread; 0: all")
     g.add_argument("--diff", type=Path, nargs=2, metavar="FILE", help="compare two files of --out-json, and nothing else")
     if p.parse_known_args(argv)[0].demo:
         p.set_defaults(**DEMO)
@@ -110,6 +112,7 @@ import archs
 import data
 import degradations
 import lora
+import page
 import quality
 import runs
 import tables
@@ -297,23 +300,26 @@ def picture(path, rows, items, scores, args, device):
         shown = {stem: (stem, None) for stem in list(items)[::max(1, len(items) // args.figure_images)][:args.figure_images]}
     lines = []
     for word, (stem, box) in shown.items():
-        item, lq = items[stem], low_resolution(stem, items[stem], args, device)
-        told = lambda row: "\n" + " ".join(f"{k.partition(':')[0]} {v:.1f}" for k, v in list(scores[row][stem].items())[:3])
-        cells = [(degradations.to_8bit(function(stem, item, lq)), row + told(row)) for row, (function, _, _) in rows.items()]
-        if args.crop:
-            cells.insert(0, (F.interpolate(lq, scale_factor=4, mode="nearest"), "LR"))
-        cells += [(load(ref, device), "reference" if k == 0 else f"reference {k + 1}") for k, ref in enumerate(item["refs"][:1 if not args.crop else 3])] \
-            if "reference" not in rows else []
+        cells = cells_of(stem, items[stem], rows, args, device)
+        told = lambda name: "\n" + " ".join(f"{k.partition(':')[0]} {v:.1f}" for k, v in list(scores[name][stem].items())[:3]) if name in scores else ""
         if box:
             y, x, side = box
-            height, width = cells[0][0].shape[2:]
+            height, width = next(reversed(cells.values())).shape[1:]
             if y + side > height or x + side > width:
                 raise ValueError(f"--crop {word}: the image has {width}x{height} pixels")
-            cells = [(data.enlarged_crop(image, y, x, side, max(1, 256 // side)), text) for image, text in cells]
-        else:
-            cells = [(image[0].cpu(), text) for image, text in cells]
-        lines.append(cells)
+            cells["LR"] = cells["LR"].repeat_interleave(4, 1).repeat_interleave(4, 2)
+            lines.append([(data.enlarged_crop(image[None], y, x, side, max(1, 256 // side)), name + told(name)) for name, image in cells.items()])
+        else:                                                                      # whole: without LR, with one reference
+            lines.append([(image, name + told(name)) for name, image in cells.items() if name != "LR" and not name.startswith("reference ")])
     data.save_grid(path, lines)
+
+
+def cells_of(stem, item, rows, args, device):
+    """{"LR", the rows, "reference", "reference 2", ...: (3, H, W)} of one image."""
+    lq = low_resolution(stem, item, args, device)
+    cells = {"LR": lq} | {row: degradations.to_8bit(function(stem, item, lq)) for row, (function, _, _) in rows.items() if row != "reference"}
+    cells |= {"reference" if k == 0 else f"reference {k + 1}": load(ref, device) for k, ref in enumerate(item["refs"])}
+    return {name: image[0].cpu() for name, image in cells.items()}
 
 
 def front(path, means, x, y, lower):
@@ -347,7 +353,7 @@ def main(args):
     if args.diff:
         return explain(args.diff)
     world = runs.start_world(args.device, args.threads)
-    outputs = {"--out-json": args.out_json, "--csv": args.csv, "--latex": args.latex, "--figure": args.figure, "--front": args.front and Path(args.front[2])}
+    outputs = {"--out-json": args.out_json, "--csv": args.csv, "--latex": args.latex, "--figure": args.figure, "--page": args.page, "--front": args.front and Path(args.front[2])}
     for flag, path in outputs.items():
         runs.check_output(path, flag)
     runs.check_writable(args.cache, "--cache")
@@ -388,6 +394,10 @@ def main(args):
         runs.write_atomic(args.latex, lambda t: t.write_text(tables.latex(means, lower)))
     if args.figure:
         picture(args.figure, rows, items, scores, args, world.device)
+    if args.page:
+        every = math.ceil(len(items) / args.page_images) if args.page_images else 1
+        page.write(args.page, f"{', '.join(rows)}: {len(items)} images, protocol {args.protocol}",
+                   {stem: cells_of(stem, items[stem], rows, args, world.device) for stem in list(items)[::every]}, scores, lower, means)
     if args.front:
         front(args.front[2], means, *args.front[:2], lower)
     for path in filter(None, outputs.values()):

@@ -313,14 +313,15 @@ def test_realsr_and_sets_without_lr_images(hggt, rewards):
 @pytest.mark.fast
 def test_the_files_it_writes(hggt, rewards, capsys):
     judge(hggt, "--csv", hggt / "out.csv", "--latex", hggt / "out.tex", "--figure", hggt / "out.png", "--crop", "a-0-0:10,20,32", "b-0-0:0,0,64",
-          "--front", "psnr", "test_rewards:brightness", hggt / "front.png")
+          "--front", "psnr", "test_rewards:brightness", hggt / "front.png",
+          "--page", hggt / "page.html", "--page-images", 2)
     lines = (hggt / "out.csv").read_text().splitlines()
     assert lines[0] == "row,image,psnr,ssim,test_rewards:brightness" and len(lines) == 1 + 2 * 3 and lines[1].startswith("bicubic,a-0-0,")
     tex = (hggt / "out.tex").read_text()
     assert r"\multicolumn{2}{c}{FR low} & \multicolumn{1}{c}{NR high}" in tex and r"PSNR $\uparrow$" in tex and r"\textbf{" in tex and r"test\_rewards" in tex
     assert data.load_image(hggt / "out.png").shape[2] == 5 * 256 + 4 * 4 and data.image_size(hggt / "front.png")[0] > 300         # LR, two rows, two positives
     said = capsys.readouterr().out
-    assert "| minus bicubic | PSNR ↑ | SSIM ↑ |" in said and said.count("wrote ") == 5
+    assert "| minus bicubic | PSNR ↑ | SSIM ↑ |" in said and said.count("wrote ") == 6 and (hggt / "page.html").read_text().count("data:image/webp") == 2 * 5
     with pytest.raises(ValueError, match="--crop a-0-0:60,0,32: the image has 80x80 pixels"):
         judge(hggt, "--figure", hggt / "x.png", "--crop", "a-0-0:60,0,32")
     with pytest.raises(ValueError, match="no image is called z"):
