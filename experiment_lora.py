@@ -185,6 +185,7 @@ def strength(args, exp):
         axis.plot([p["reward"] for p in points], [p[name] for p in points], "o-")
         for p in points:
             axis.annotate(f"{p['scale']:g}", (p["reward"], p[name]), textcoords="offset points", xytext=(4, 4))
+        axis.margins(0.12)
         axis.set(xlabel=f"{tables.SHOWN.get(exp.rewards[0], exp.rewards[0])}, optimised", ylabel=label)
     figure.suptitle("Strength of one adapter: 0 is the network before, 1 as tuned")
     figure.savefig(args.results.with_name(args.results.name + "-strength.png"), dpi=110)
