@@ -10,7 +10,7 @@ JUDGES = $(if $(wildcard $(SHARED)/tools/cnniqa_live.py),--metrics ranker piqe p
   --metric-weights niqe=$(SHARED)/data/weights/iqa/niqe_modelparameters.mat)
 EVALUATE = PYTHONPATH=$(SHARED)/tools $(PY) evaluate.py --demo $(JUDGES)
 
-.PHONY: demo demo-seeds test fast clean
+.PHONY: demo demo-seeds test fast clean table5 table7 table8
 
 demo: $(VENV)/installed
 	$(PY) train.py --demo --stage psnr --resume auto
@@ -30,6 +30,10 @@ demo-seeds: $(VENV)/installed
 	$(EVALUATE) --weights $(foreach s,$(N),$(SEEDS)/orig-$(s) $(SEEDS)/amo-$(s)) \
 	  --out-json $(JSON) --figure runs/demo-seeds.png
 	test "$(N)" != "0 1 2" || $(EVALUATE) --weights $(SEEDS)/orig-0 $(SEEDS)/amo-0 --figure results/demo.png
+
+# the paper's tables: every command that is left, run where HGGT is in place, else printed
+table5 table7 table8: $(VENV)/installed
+	$(PY) paper.py $(@:table%=%) $(if $(wildcard datasets/HGGT),--run)
 
 test: $(VENV)/installed-test
 	$(PY) -m pytest -q tests
