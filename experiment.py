@@ -170,7 +170,7 @@ def best_shrink(rows):
 def prepare(args):
     photos = link_photos(args.photos, 1, args.work / "photos")
     compare.call(args.work / "quintuplets.log", "make_quintuplets.py", "--photos", photos, "--enhancers", *args.enhancers, "--out", args.work / "set", *QUINTUPLETS,
-         processes=args.jobs)
+                 "--device", args.device, processes=args.jobs if args.device == "cpu" else 1)
     make_test(args)
     file = args.results.with_name(args.results.name + "-picks.json")
     if file.exists():
@@ -311,7 +311,8 @@ def report(args):
     first = args.rewards[0].partition(":")[0]
     chain = ["orig", "rand", f"sma-{first}", f"amo-{first}"]
     pairs = [*zip(chain[1:], chain), (chain[3], "orig")]
-    pairs += [(f"{s}-{r.partition(':')[0]}", "orig") for r in args.rewards[1:] for s in ("sma", "amo")]
+    for r in (reward.partition(":")[0] for reward in args.rewards[1:]):
+        pairs += [(f"sma-{r}", "rand"), (f"amo-{r}", f"sma-{r}"), (f"sma-{r}", "orig"), (f"amo-{r}", "orig")]
     for a, b in pairs:
         summary["differences"][f"{a} - {b}"] = {m: tables.difference(after[a][..., k], after[b][..., k]) for k, m in enumerate(metrics)}
     runs.save_json(args.results.with_suffix(".json"), summary)
@@ -379,11 +380,13 @@ def check_settings(args):
     """Results are reused only for the same inputs: RESULTS-settings.json holds their hashes. ValueError where they differ."""
     digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     folders = lambda dirs: {f"{d.name}_{p.name}": digest(p) for d in dirs for p in data.list_images(d).values()}
+    vgg = hashlib.sha256(b"".join(value.numpy().tobytes() for _, value in sorted(archs.read_file(args.vgg_weights).items())))   # a file's bytes hold its name
     settings = {"train": args.train, "quintuplets": QUINTUPLETS, "init": digest(args.init), "enhancers": [digest(p) for p in args.enhancers],
-                "vgg": digest(args.vgg_weights), "photos": folders(args.photos), "test_photos": folders(args.test_photos), "rewards": args.rewards,
+                "vgg": vgg.hexdigest()[:16], "photos": folders(args.photos), "test_photos": folders(args.test_photos), "rewards": args.rewards,
                 "unseen": args.unseen}
     file = args.results.with_name(args.results.name + "-settings.json")
-    if file.exists():
+    begun = any(args.results.glob("*.json")) or any(file.with_name(f"{args.results.name}-{what}.json").exists() for what in ("shrink", "picks", "grain"))
+    if file.exists() and begun:
         changed = runs.changes(json.loads(file.read_text()), settings)
         if changed:
             raise ValueError(f"{file}: these results were made with other {', '.join(changed)}: choose another --results and --work")
@@ -393,12 +396,14 @@ def check_settings(args):
 
 def main(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    if not args.vgg_weights.is_file():
-        raise FileNotFoundError(f"--vgg-weights {args.vgg_weights}: no such file; here: python ../shared/tools/vgg19_for_torchvision.py {args.vgg_weights}")
-    for path in [*args.photos, *args.test_photos, *args.enhancers, args.init]:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: not there; see --help for the flag that names another")
-    check_settings(args)
+    if args.stages != ["report"]:                                                 # which needs the results only
+        if not args.vgg_weights.is_file():
+            raise FileNotFoundError(f"--vgg-weights {args.vgg_weights}: no such file; here: mkdir -p {args.vgg_weights.parent} && "
+                                    f"python ../shared/tools/vgg19_for_torchvision.py {args.vgg_weights}")
+        for path in [*args.photos, *args.test_photos, *args.enhancers, args.init]:
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: not there; see --help for the flag that names another")
+        check_settings(args)
     for stage in STAGES:
         if stage in args.stages:
             print(f"== {stage}", flush=True)

@@ -56,7 +56,8 @@ def parse_args(argv=None):
                    help="of the grey values; patches where no version has it are dropped (HGGT)")
     g.add_argument("--min-laplacian", type=flags.WEIGHT, default=30.0, help="variance of the Laplacian, likewise (HGGT)")
     g.add_argument("--min-change", type=flags.WEIGHT, default=1.0,
-                   help="grey levels; sets where no version differs so much from the original, on average, are dropped (CHOICE)")
+                   help="grey levels; sets where no version differs so much, on average, from both the original and what bicubic interpolation in "
+                        "place of the network gives are dropped: nothing was enhanced (CHOICE)")
     g.add_argument("--similar", type=flags.number(float, 0, 1), default=0.98,
                    help="correlation of 32x32 thumbnails from which the second of two photos is dropped as a near-duplicate (CHOICE)")
     g.add_argument("--reward", default="ranker", help="quality model of the contact sheet's scores")
@@ -78,6 +79,8 @@ def parse_args(argv=None):
 
 ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
 
+import errno
+import glob
 import hashlib
 import json
 from collections import Counter
@@ -293,17 +296,21 @@ def build_photo(name, path, nets, args, device):
     """Write the patches of one photo and their enhanced versions. -> its record."""
     photo = read_photo(path, args)[0]
     versions = {"original": photo} | {v: enhance(photo.to(device), net, args).cpu() for v, net in nets.items()}
+    resized = enhance(photo.to(device), lambda x: F.interpolate(x, scale_factor=4, mode="bicubic"), args).cpu()        # enhanced by no network
     record = {"photo": name, "source": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "sets": [],
               "dropped": {"flat": 0, "not enhanced": 0}}
-    folder = args.out / "Train" / "images" / args.out.name
+    folder, places = image_folder(args.out), corners(*photo.shape[1:], args.patch, args.step, args.jitter, runs.sample_seed(args.seed, 0, 0, name))
+    runs.save_json(args.out / "records" / f"begun-{name}.json", [f"{name}-{row}-{column}" for row, column in places])
     for a, b in combinations(nets, 2):
         if torch.equal(versions[a], versions[b]):
             raise ValueError(f"{path}: enhancers {a} and {b} give the same picture: every version needs an enhancer of its own")
-    for row, column in corners(*photo.shape[1:], args.patch, args.step, args.jitter, runs.sample_seed(args.seed, 0, 0, name)):
-        patches = {v: image[:, row:row + args.patch, column:column + args.patch] for v, image in versions.items()}
+    for row, column in places:
+        cut = lambda image: image[:, row:row + args.patch, column:column + args.patch]
+        patches = {v: cut(image) for v, image in versions.items()}
+        change = lambda v: 255 * min((patches[v] - other).abs().mean() for other in (patches["original"], cut(resized)))
         if not any(has_texture(patch, args.min_std, args.min_laplacian) for patch in patches.values()):
             record["dropped"]["flat"] += 1
-        elif max(255 * (patches[v] - patches["original"]).abs().mean() for v in nets) < args.min_change:
+        elif max(map(change, nets)) < args.min_change:
             record["dropped"]["not enhanced"] += 1
         else:
             stem = f"{name}-{row}-{column}"
@@ -312,6 +319,23 @@ def build_photo(name, path, nets, args, device):
                 file = folder / version / f"{data.file_stem(stem, version)}.png"
                 runs.write_atomic(file, lambda temporary: data.save_image(temporary, patch))
     return record
+
+
+def image_folder(out):
+    """Train/images/<any name>: the one that is there, or a new one."""
+    there = [p for p in (out / "Train" / "images").glob("*") if p.is_dir()]
+    return there[0] if len(there) == 1 else out / "Train" / "images" / "photos"
+
+
+def remove_unfinished(args, done):
+    """Patches of photos that were interrupted go, so that nothing stays of a photo that is not used any more or has changed."""
+    for marker in (args.out / "records").glob("begun-*.json"):
+        if marker.stem.removeprefix("begun-") not in done:
+            for stem in read_record(marker):
+                for file in image_folder(args.out).glob(f"*/{glob.escape(stem)}*.png*"):
+                    if file.name.split(".png")[0] in (stem, data.file_stem(stem, file.parent.name)):
+                        file.unlink()
+        marker.unlink()
 
 
 def read_record(file):
@@ -348,14 +372,13 @@ def build(args, world):
                          "restore them, or choose another --out")
     world.barrier()
     if world.is_main:
+        remove_unfinished(args, done)
         runs.save_json(started, settings)
     world.barrier()
     todo = [name for name in photos if name not in done]
     for name in tqdm(todo[world.rank::world.size], desc="enhancing", unit="photo", disable=not world.is_main):
-        try:
-            runs.save_json(records / f"photo-{name}.json", build_photo(name, photos[name], nets, args, world.device))
-        except OSError as error:
-            raise OSError(f"{args.out}: {error.strerror or error}; what is there is whole, the same command continues") from None
+        runs.save_json(records / f"photo-{name}.json", build_photo(name, photos[name], nets, args, world.device))
+        (records / f"begun-{name}.json").unlink()
     world.barrier()
     if not world.is_main:
         return None
@@ -393,12 +416,17 @@ def main(args):
               f"from {len(record['photos'])} photographs")
         return
     world = runs.start_world(args.device, args.threads)
-    result = build(args, world)
+    try:
+        result = build(args, world)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO):
+            raise OSError(f"{args.out}: {error.strerror}; what is there is whole, the same command continues") from None
+        raise
     if result:
         print(f"{args.out}: {result['sets']} sets of {1 + len(args.enhancers)} versions, {args.patch} px, "
               f"from {len(result['photos'])} photos")
         print("dropped: " + (", ".join(f"{n} {why}" for why, n in result["dropped"].items()) or "nothing"))
-        print(f"look at {args.out / 'contact.png'}, then: python train.py --data {args.out} --sampler amo")
+        print(f"look at {args.out / 'contact.png'}, then: python train.py --data {args.out} --sampler amo --arch compact --init W.pth (x4 weights to start from)")
 
 
 if __name__ == "__main__":

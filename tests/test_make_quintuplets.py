@@ -212,6 +212,47 @@ def test_a_killed_build_continues_to_the_same_files_and_ranks_share_it(photos, e
     assert contents(tmp_path / "shared" / "mine") == whole
 
 
+@pytest.mark.parametrize("what", ["removed", "replaced"])
+def test_nothing_stays_of_a_photo_that_was_interrupted_and_is_gone_or_changed(photos, enhancers, tmp_path, what):
+    words = [str(w) for w in ("--photos", photos, "--enhancers", *enhancers[:2], "--out", tmp_path / "mine", "--patch", 64, "--min-std", 10, "--device", "cpu")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, "12", *words], cwd=runs.REPO, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL and list((tmp_path / "mine").rglob("astronaut-*.png"))     # inside the first photo
+    if what == "removed":
+        (photos / "astronaut.png").unlink()
+    else:
+        data.save_image(photos / "astronaut.png", data.load_image(photos / "astronaut.png").flip(1))
+    make_quintuplets.main(make_quintuplets.parse_args(words))
+    clean = [*words[:words.index("--out") + 1], str(tmp_path / "clean" / "mine"), *words[words.index("--out") + 2:]]
+    make_quintuplets.main(make_quintuplets.parse_args(clean))
+    assert contents(tmp_path / "mine") == contents(tmp_path / "clean" / "mine") and not list(tmp_path.rglob("*.tmp"))
+    assert bool(list((tmp_path / "mine").rglob("astronaut-*.png"))) == (what == "replaced")
+
+
+def test_a_set_is_dropped_where_no_network_did_more_than_interpolate(photos, enhancers, tmp_path, monkeypatch, capsys):
+    bicubic = lambda x: torch.nn.functional.interpolate(x, scale_factor=4, mode="bicubic")
+    one, two = [(lambda x, k=k: bicubic(x) + k / 255) for k in (0.0, 0.6)]        # less than a grey level more than interpolation
+    real = make_quintuplets.load_enhancers
+    monkeypatch.setattr(make_quintuplets, "load_enhancers", lambda paths, device: ({"01": one, "02": two}, real(paths, device)[1]))
+    with pytest.raises(ValueError, match="no set is left .*not enhanced"):
+        build(photos, enhancers[:2], tmp_path / "none", "--shrink", 0.25)
+    two = lambda x: bicubic(x) + 3 / 255
+    build(photos, enhancers[:2], tmp_path / "some", "--shrink", 0.25)
+    assert "not enhanced" not in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line_whatever_it_hits(photos, enhancers, tmp_path, monkeypatch):
+    def full(*more, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "save_grid", full)                                    # the contact sheet, which comes last
+        with pytest.raises(OSError, match="mine: No space left on device; what is there is whole, the same command continues"):
+            build(photos, enhancers[:2], tmp_path / "mine")
+    build(photos, enhancers[:2], tmp_path / "mine")
+    assert (tmp_path / "mine" / "contact.png").exists()
+    build(photos, enhancers[:2], tmp_path / "original")                           # a name that means something in the layout
+    assert prepare.verify(tmp_path / "original").defects == []
+
+
 def test_what_cannot_become_a_set_is_refused_in_one_line(photos, enhancers, tmp_path, monkeypatch):
     def refused(said, *more, enhancers=enhancers[:2], out=tmp_path / "mine"):
         with pytest.raises((ValueError, OSError), match=said) as caught:
