@@ -262,7 +262,7 @@ def load_enhancers(paths, device):
 
 
 def survey(args, world):
-    """Read every photo once. -> (names of the photos to use, Counter of what was dropped). ValueError names the damaged ones."""
+    """Read every photo once. -> ({name: path} of the photos to use, {name: why} of those dropped). ValueError names the damaged ones."""
     files = sorted(p for p in args.photos.iterdir() if p.is_file())
     listed = data.list_images(args.photos)
     mine, damaged = {}, []
@@ -278,17 +278,18 @@ def survey(args, world):
     if damaged:
         raise ValueError(f"{len(damaged)} damaged photos, first {damaged[0]}")
     found = {name: value for part in world.gather_objects(mine) for name, value in part.items()}
-    dropped, kept = Counter({"not an image": len(files) - len(listed)}), {}
+    images = set(listed.values())
+    dropped, kept = {path.name: "not an image" for path in files if path not in images}, {}
     for name in names:
         if isinstance(found[name], str):
-            dropped[found[name]] += 1
+            dropped[listed[name].name] = found[name]
         elif kept and data.look_alike(found[name], np.stack(list(kept.values())), args.similar).any():
-            dropped["near-duplicate"] += 1
+            dropped[listed[name].name] = "near-duplicate"
         else:
             kept[name] = found[name]
     if not kept:
-        raise ValueError(f"{args.photos}: no photo is left ({', '.join(f'{n} {why}' for why, n in dropped.items() if n)})")
-    return {name: listed[name] for name in kept}, +dropped
+        raise ValueError(f"{args.photos}: no photo is left ({', '.join(f'{n} {why}' for why, n in Counter(dropped.values()).items())})")
+    return {name: listed[name] for name in kept}, dropped
 
 
 @torch.no_grad()
@@ -363,7 +364,7 @@ def build(args, world):
     if world.is_main:
         runs.check_writable(args.out, "--out")
     reward = iqa.create_reward([args.reward], world.device)                       # of the contact sheet, which comes last: refuse a wrong one now
-    photos, dropped = survey(args, world)
+    photos, dropped_photos = survey(args, world)
     done = {file.stem.removeprefix("photo-"): read_record(file) for file in records.glob("photo-*.json") if begun}
     gone = sorted(set(done) - set(photos))
     other = [name for name, record in done.items() if name in photos and record["sha256"] != hashlib.sha256(photos[name].read_bytes()).hexdigest()]
@@ -382,10 +383,10 @@ def build(args, world):
     world.barrier()
     if not world.is_main:
         return None
-    done = [read_record(records / f"photo-{name}.json") for name in photos]
+    done, dropped = [read_record(records / f"photo-{name}.json") for name in photos], Counter(dropped_photos.values())
     for record in done:
         dropped.update({f"{why} patches": n for why, n in record["dropped"].items()})
-    result = {"settings": settings, "enhancers": sources, "dropped": +dropped, "sets": sum(len(r["sets"]) for r in done),
+    result = {"settings": settings, "enhancers": sources, "dropped": +dropped, "dropped_photos": dropped_photos, "sets": sum(len(r["sets"]) for r in done),
               "photos": {r["photo"]: r for r in done}, **runs.describe_machine()}
     if not result["sets"]:
         raise ValueError(f"{args.out}: no set is left ({', '.join(f'{n} {why}' for why, n in dropped.items() if n)}): "
@@ -424,7 +425,7 @@ def main(args):
         raise
     if result:
         print(f"{args.out}: {result['sets']} sets of {1 + len(args.enhancers)} versions, {args.patch} px, "
-              f"from {len(result['photos'])} photos")
+              f"from {sum(bool(r['sets']) for r in result['photos'].values())} photos")
         print("dropped: " + (", ".join(f"{n} {why}" for why, n in result["dropped"].items()) or "nothing"))
         print(f"look at {args.out / 'contact.png'}, then: python train.py --data {args.out} --sampler amo --arch compact --init W.pth (x4 weights to start from)")
 

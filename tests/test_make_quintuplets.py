@@ -141,6 +141,7 @@ def test_own_photos_become_a_set_that_verify_accepts(photos, enhancers, tmp_path
     assert prepare.verify(tmp_path / "mine").defects == []
     sets = data.find_sets(tmp_path / "mine", "Train")
     record = json.loads((tmp_path / "mine" / "quintuplets.json").read_text())
+    assert record["dropped_photos"] == {"notes.txt": "not an image", "zdark.png": "near-duplicate", "grey.png": "grey", "small.png": "too small"}
     assert sets.versions == ["original", "01", "02"] and set(record["photos"]) == {"astronaut", "chelsea", "coffee"}
     assert sorted(s for p in record["photos"].values() for s in p["sets"]) == sets.stems and record["sets"] == len(sets.stems) >= 6
     name, row, column = re.fullmatch(r"(.+)-(\d+)-(\d+)", sets.stems[-1]).groups()
