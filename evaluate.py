@@ -61,7 +61,7 @@ def parse_args(argv=None):
     g.add_argument("--out-json", type=Path, metavar="FILE", help="every image's scores, means, intervals and what made them")
     g.add_argument("--csv", type=Path, metavar="FILE", help="every image's scores")
     g.add_argument("--latex", type=Path, metavar="FILE", help="the table as LaTeX, with the paper's groups of columns")
-    g.add_argument("--figure", type=Path, metavar="FILE", help="PNG: LR or bicubic | each row | reference")
+    g.add_argument("--figure", type=Path, metavar="FILE", help="PNG: each row | GT, of whole images; LR | GT | each row, of --crop")
     g.add_argument("--figure-images", type=flags.SIZE, default=4, help="rows of the picture")
     g.add_argument("--crop", nargs="+", default=[], metavar="STEM:X,Y,SIDE", help="rows of the picture: squares of images, in HR pixels, instead of whole images")
     g.add_argument("--front", nargs=3, metavar=("METRIC", "METRIC", "FILE"), help="PNG: the rows' means of one metric against another")
@@ -288,37 +288,45 @@ def versions():
 
 # Pictures
 
-def picture(path, rows, items, scores, args, device):
-    """PNG: one line per image or --crop, one cell per row of the table, the first scores above each."""
-    shown = {}
+def find_crops(args, items):
+    """[(word of --crop, stem, (y, x, side))]; ValueError where it lies outside the image."""
+    crops = []
     for word in args.crop:
         stem, x, y, side = flags.CROP.fullmatch(word).groups()
         if stem not in items:
             raise ValueError(f"--crop {word}: no image is called {stem}")
-        shown[word] = (stem, (int(y), int(x), int(side)))
-    if not shown:
-        shown = {stem: (stem, None) for stem in list(items)[::max(1, len(items) // args.figure_images)][:args.figure_images]}
+        x, y, side = int(x), int(y), int(side)
+        width, height = (4 * n for n in data.image_size(items[stem]["lq"])) if items[stem]["lq"] else data.image_size(items[stem]["versions"][0])
+        if y + side > height or x + side > width or not side:
+            raise ValueError(f"--crop {word}: the image has {width}x{height} pixels")
+        crops.append((word, stem, (y, x, side)))
+    return crops
+
+
+def picture(path, rows, items, crops, scores, args, device):
+    """PNG: LR | GT | every row of the table of each crop, as the paper's Fig. 2; without crops whole images: every row | GT. The first scores above each."""
     lines = []
-    for word, (stem, box) in shown.items():
+    for stem in [] if crops else list(items)[::max(1, len(items) // args.figure_images)][:args.figure_images]:
         cells = cells_of(stem, items[stem], rows, args, device)
-        told = lambda name: "\n" + " ".join(f"{k.partition(':')[0]} {v:.1f}" for k, v in list(scores[name][stem].items())[:3]) if name in scores else ""
-        if box:
-            y, x, side = box
-            height, width = next(reversed(cells.values())).shape[1:]
-            if y + side > height or x + side > width:
-                raise ValueError(f"--crop {word}: the image has {width}x{height} pixels")
-            cells["LR"] = cells["LR"].repeat_interleave(4, 1).repeat_interleave(4, 2)
-            lines.append([(data.enlarged_crop(image[None], y, x, side, max(1, 256 // side)), name + told(name)) for name, image in cells.items()])
-        else:                                                                      # whole: without LR, with one reference
-            lines.append([(image, name + told(name)) for name, image in cells.items() if name != "LR" and not name.startswith("reference ")])
+        order = [*rows, *(["GT"] if "GT" in cells and "reference" not in rows else [])]
+        lines.append([(cells[name], name + told(scores, name, stem)) for name in order])
+    for word, stem, (y, x, side) in crops:
+        cells = cells_of(stem, items[stem], rows, args, device)
+        cells["LR"] = cells["LR"].repeat_interleave(4, 1).repeat_interleave(4, 2)
+        lines.append([(data.enlarged_crop(image[None], y, x, side, max(1, 256 // side)), name + told(scores, name, stem)) for name, image in cells.items()])
     data.save_grid(path, lines)
 
 
+def told(scores, row, stem):
+    """The first three scores of a cell, on a line of their own."""
+    return "\n" + " ".join(f"{k.partition(':')[0]} {v:.1f}" for k, v in list(scores[row][stem].items())[:3]) if row in scores else ""
+
+
 def cells_of(stem, item, rows, args, device):
-    """{"LR", the rows, "reference", "reference 2", ...: (3, H, W)} of one image."""
+    """{"LR", "GT", "GT 2", ..., then the rows: (3, H, W)} of one image."""
     lq = low_resolution(stem, item, args, device)
-    cells = {"LR": lq} | {row: degradations.to_8bit(function(stem, item, lq)) for row, (function, _, _) in rows.items() if row != "reference"}
-    cells |= {"reference" if k == 0 else f"reference {k + 1}": load(ref, device) for k, ref in enumerate(item["refs"])}
+    cells = {"LR": lq} | {"GT" if k == 0 else f"GT {k + 1}": load(ref, device) for k, ref in enumerate(item["refs"])}
+    cells |= {row: degradations.to_8bit(function(stem, item, lq)) for row, (function, _, _) in rows.items()}
     return {name: image[0].cpu() for name, image in cells.items()}
 
 
@@ -358,6 +366,7 @@ def main(args):
         runs.check_output(path, flag)
     runs.check_writable(args.cache, "--cache")
     items = find_items(args)
+    crops = find_crops(args, items)
     files = {}
     for word in args.metric_weights:
         name, _, file = word.rpartition("=")
@@ -393,7 +402,7 @@ def main(args):
     if args.latex:
         runs.write_atomic(args.latex, lambda t: t.write_text(tables.latex(means, lower)))
     if args.figure:
-        picture(args.figure, rows, items, scores, args, world.device)
+        picture(args.figure, rows, items, crops, scores, args, world.device)
     if args.page:
         every = math.ceil(len(items) / args.page_images) if args.page_images else 1
         page.write(args.page, f"{', '.join(rows)}: {len(items)} images, protocol {args.protocol}",
