@@ -57,8 +57,8 @@ def parse_args(argv=None):
     g.add_argument("--min-laplacian", type=flags.WEIGHT, default=30.0, help="variance of the Laplacian, likewise (HGGT)")
     g.add_argument("--min-change", type=flags.WEIGHT, default=1.0,
                    help="grey levels; sets where no version differs so much from the original, on average, are dropped (CHOICE)")
-    g.add_argument("--similar", type=flags.number(float, 0, 1), default=0.98,
-                   help="correlation of 32x32 thumbnails from which the second of two photos is dropped as a near-duplicate (CHOICE)")
+    g.add_argument("--similar", type=flags.number(float, 0, 1), default=0.8,
+                   help="correlation of 48x48 thumbnails from which the second of two photos is dropped as a near-duplicate (CHOICE)")
     g.add_argument("--reward", default="ranker", help="quality model of the contact sheet's scores")
     g.add_argument("--seed", type=flags.COUNT, default=0, help="of the patches' jitter")
     g.add_argument("--tile", type=flags.TILE, default=256, help="LR tile of the enhancers in pixels, more than 64; 0: whole photo")
@@ -259,7 +259,11 @@ def load_enhancers(paths, device):
 
 
 def survey(args, world):
-    """Read every photo once. -> (names of the photos to use, Counter of what was dropped). ValueError names the damaged ones."""
+    """Read every photo once. -> (names of the photos to use, Counter of what was dropped). ValueError names the damaged ones.
+
+    Of photos that show the same, mirrored or with up to 2 % cut off each side, the first is kept; with more cut off they may both be. Every
+    photo is compared with every other: minutes for some thousands of them.
+    """
     files = sorted(p for p in args.photos.iterdir() if p.is_file())
     listed = data.list_images(args.photos)
     mine, damaged = {}, []
@@ -270,19 +274,22 @@ def survey(args, world):
         except ValueError as error:
             damaged.append(str(error))
             continue
-        mine[name] = problem or data.thumbnail((photo * 255).byte())
+        mine[name] = problem or data.thumbnail((photo * 255).byte())[1]
     damaged = sorted(sum(world.gather_objects(damaged), []))
     if damaged:
         raise ValueError(f"{len(damaged)} damaged photos, first {damaged[0]}")
     found = {name: value for part in world.gather_objects(mine) for name, value in part.items()}
     dropped, kept = Counter({"not an image": len(files) - len(listed)}), {}
+    usable = [name for name in names if not isinstance(found[name], str)]
+    details = [found[name] for name in usable]
+    alike = dict(zip(usable, data.look_alike(np.stack(details), np.stack(details)) >= args.similar)) if usable else {}
     for name in names:
         if isinstance(found[name], str):
             dropped[found[name]] += 1
-        elif kept and data.look_alike(found[name], np.stack(list(kept.values())), args.similar).any():
+        elif any(alike[name][i] for i in kept.values()):
             dropped["near-duplicate"] += 1
         else:
-            kept[name] = found[name]
+            kept[name] = usable.index(name)
     if not kept:
         raise ValueError(f"{args.photos}: no photo is left ({', '.join(f'{n} {why}' for why, n in dropped.items() if n)})")
     return {name: listed[name] for name in kept}, +dropped
