@@ -121,22 +121,50 @@ def list_images(folder):
     return found
 
 
-def thumbnail(image):
-    """(3, H, W) uint8 -> (2, 1024): the patch in 32x32 grey values and their fine detail, each of zero mean and unit norm."""
-    grey = image.float().mean(0)[None, None]
-    small = F.interpolate(grey, size=(32, 32), mode="area")
-    detail = small - F.avg_pool2d(F.pad(small, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
-    both = torch.cat([small, detail]).flatten(1)
-    both = both - both.mean(1, keepdim=True)
-    return (both / both.norm(dim=1, keepdim=True).clamp_min(1e-6)).numpy()
+def thumbnail(image, side=48):
+    """(3, H, W) uint8 -> (2, side, side): grey values, and their detail of 1 to 3 pixels; each of zero mean and unit norm.
 
-
-def look_alike(one, many, similar=0.98):
-    """Which of the thumbnails `many` (N, 2, 1024) show what `one` (2, 1024) shows, though darker, rescaled or compressed. (N,) bool
-
-    Skies resemble each other, so the fine detail must agree too.
+    Detail tells pictures apart where light and shade do not (two skies); its finest part is left out, which a shift by half a pixel changes.
     """
-    return (many[:, 0] @ one[0] >= similar) & (many[:, 1] @ one[1] >= similar - 0.1)
+    grey = F.interpolate(image.float().mean(0)[None, None], size=(side, side), mode="area")
+    both = torch.cat([grey, smooth(grey, 1) - smooth(grey, 3)])[:, 0]
+    both = both - both.mean((1, 2), keepdim=True)
+    return (both / both.flatten(1).norm(dim=1).clamp_min(1e-6)[:, None, None]).numpy()
+
+
+def smooth(image, sigma):
+    """Gaussian blur, sigma in pixels. (1, 1, H, W) -> same"""
+    kernel = torch.exp(-torch.arange(-3 * sigma, 3 * sigma + 1) ** 2 / (2 * sigma ** 2))
+    kernel, pad = kernel / kernel.sum(), 3 * sigma
+    image = F.conv2d(F.pad(image, (pad, pad, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
+    return F.conv2d(F.pad(image, (0, 0, pad, pad), mode="replicate"), kernel.view(1, 1, -1, 1))
+
+
+def look_alike(some, many):
+    """Correlation of the detail of every thumbnail of `some` (T, S, S) with that of every one of `many` (N, S, S). -> (N, T)
+
+    The best of all shifts by up to 1/16 of the side (HGGT's patches move by +-16 of 512 pixels each, so two cuts of one photo are up to
+    32 apart), mirrored or not. The middle of `some` slides over `many`, one matrix product per shift.
+    """
+    side = many.shape[-1]
+    reach = side // 16
+    inner = side - 2 * reach
+    middle = some[:, reach:reach + inner, reach:reach + inner]
+    middle = np.concatenate([middle, middle[:, :, ::-1]]).reshape(2 * len(some), -1)
+    middle = middle - middle.mean(1, keepdims=True)
+    middle /= np.maximum(np.linalg.norm(middle, axis=1, keepdims=True), 1e-6)
+    found = []
+    for first in range(0, len(many), 1024):                                      # a window of all at once would be hundreds of MB
+        part = many[first:first + 1024]
+        best = np.full((len(part), len(middle)), -1, np.float32)
+        for top in range(2 * reach + 1):
+            for left in range(2 * reach + 1):
+                window = part[:, top:top + inner, left:left + inner].reshape(len(part), -1)
+                window = window - window.mean(1, keepdims=True)
+                window /= np.maximum(np.linalg.norm(window, axis=1, keepdims=True), 1e-6)
+                np.maximum(best, window @ middle.T, out=best)
+        found.append(np.maximum(best[:, :len(some)], best[:, len(some):]))
+    return np.concatenate(found)
 
 
 def file_stem(stem, version):

@@ -58,8 +58,8 @@ def parse_args(argv=None):
     g.add_argument("--min-change", type=flags.WEIGHT, default=1.0,
                    help="grey levels; sets where no version differs so much, on average, from both the original and what bicubic interpolation in "
                         "place of the network gives are dropped: nothing was enhanced (CHOICE)")
-    g.add_argument("--similar", type=flags.number(float, 0, 1), default=0.98,
-                   help="correlation of 32x32 thumbnails from which the second of two photos is dropped as a near-duplicate (CHOICE)")
+    g.add_argument("--similar", type=flags.number(float, 0, 1), default=0.8,
+                   help="correlation of 48x48 thumbnails from which the second of two photos is dropped as a near-duplicate (CHOICE)")
     g.add_argument("--reward", default="ranker", help="quality model of the contact sheet's scores")
     g.add_argument("--seed", type=flags.COUNT, default=0, help="of the patches' jitter")
     g.add_argument("--tile", type=flags.TILE, default=256, help="LR tile of the enhancers in pixels, more than 64; 0: whole photo")
@@ -262,7 +262,11 @@ def load_enhancers(paths, device):
 
 
 def survey(args, world):
-    """Read every photo once. -> ({name: path} of the photos to use, {name: why} of those dropped). ValueError names the damaged ones."""
+    """Read every photo once. -> ({name: path} of the photos to use, {name: why} of those dropped). ValueError names the damaged ones.
+
+    Of photos that show the same, mirrored or with up to 2 % cut off each side, the first is kept; with more cut off they may both be. Every
+    photo is compared with every other: minutes for some thousands of them.
+    """
     files = sorted(p for p in args.photos.iterdir() if p.is_file())
     listed = data.list_images(args.photos)
     mine, damaged = {}, []
@@ -273,23 +277,26 @@ def survey(args, world):
         except ValueError as error:
             damaged.append(str(error))
             continue
-        mine[name] = problem or data.thumbnail((photo * 255).byte())
+        mine[name] = problem or data.thumbnail((photo * 255).byte())[1]
     damaged = sorted(sum(world.gather_objects(damaged), []))
     if damaged:
         raise ValueError(f"{len(damaged)} damaged photos, first {damaged[0]}")
     found = {name: value for part in world.gather_objects(mine) for name, value in part.items()}
     images = set(listed.values())
-    dropped, kept = {path.name: "not an image" for path in files if path not in images}, {}
-    for name in names:
-        if isinstance(found[name], str):
-            dropped[listed[name].name] = found[name]
-        elif kept and data.look_alike(found[name], np.stack(list(kept.values())), args.similar).any():
+    dropped = {path.name: "not an image" for path in files if path not in images}
+    dropped |= {listed[name].name: found[name] for name in names if isinstance(found[name], str)}
+    usable, kept = [name for name in names if not isinstance(found[name], str)], []
+    if usable:
+        details = np.stack([found[name] for name in usable])
+        alike = data.look_alike(details, details) >= args.similar
+    for i, name in enumerate(usable):
+        if alike[i, kept].any():
             dropped[listed[name].name] = "near-duplicate"
         else:
-            kept[name] = found[name]
+            kept.append(i)
     if not kept:
         raise ValueError(f"{args.photos}: no photo is left ({', '.join(f'{n} {why}' for why, n in Counter(dropped.values()).items())})")
-    return {name: listed[name] for name in kept}, dropped
+    return {usable[i]: listed[usable[i]] for i in kept}, dropped
 
 
 @torch.no_grad()

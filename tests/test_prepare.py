@@ -27,6 +27,11 @@ def add_set(images, stem, picture):
         data.save_image(images / version / f"{data.file_stem(stem, version)}.png", (picture.float() * (1 - 0.02 * k)).byte())
 
 
+def add_lr(root, stem, picture):
+    small = torch.nn.functional.interpolate(picture[None].float(), scale_factor=1 / 4, mode="area")[0]
+    data.save_image(root / "Test" / "LQ" / "t" / "Blind_LR" / f"{stem}.png", small.round().byte())
+
+
 def add_label(folder, stem, labels=("Positive", "Similar", "Negative", "Positive")):
     entries = {f"Picture_{i + 1}": {"Name": f"{stem}.png" if v == "original" else f"{stem}_{v}.png", "File": v,
                                     "Label": None if i == 0 else labels[i - 1]} for i, v in enumerate(VERSIONS)}
@@ -45,7 +50,7 @@ def root(tmp_path):
             add_label(root / "Train" / "labels" / "x" / annotator, f"photo{n // 2}-{n % 2}-0", labels)
     for n in range(2):
         add_set(root / "Test" / "GT" / "t" / "images", f"test{n}-0-0", photo(100 + n))
-        data.save_image(root / "Test" / "LQ" / "t" / "Blind_LR" / f"test{n}-0-0.png", photo(n, 16))
+        add_lr(root, f"test{n}-0-0", photo(100 + n))
     return root
 
 
@@ -73,6 +78,7 @@ def test_ten_planted_defects_are_found_each_once(root):
     data.save_image(root / "Test" / "LQ" / "t" / "Blind_LR" / "test0-0-0.png", photo(0, 17))  # 8 LR of a wrong size
     shifted = photo(2).float().mul(0.9).add(4).round().byte()                     # 9 a near-duplicate: darker
     add_set(test, "test1-0-0", shifted)
+    add_lr(root, "test1-0-0", shifted)
     add_set(test, "photo2-9-9", photo(300))                                       # 10 another patch of a training photo, without LR
     assert found(root) == {
         ("missing", "Train/images/x/01/photo0-0-0_01.png"), ("unreadable", "Train/images/x/02/photo0-0-0_02.png"),
@@ -98,16 +104,18 @@ def test_a_jpeg_of_a_training_patch_is_a_near_duplicate_and_another_sky_is_not(r
     test = root / "Test" / "GT" / "t" / "images"
     Image.fromarray(photo(4).permute(1, 2, 0).numpy()).save(tmp_path / "p.jpg", quality=60)
     add_set(test, "test0-0-0", data.load_image(tmp_path / "p.jpg"))
+    add_lr(root, "test0-0-0", photo(4))
     ramp = torch.linspace(80, 200, 64).view(1, 64, 1).expand(3, 64, 64)
     add_set(root / "Train" / "images" / "x", "sky-0-0", (ramp + 2 * torch.randn(3, 64, 64)).byte())
     add_set(test, "test1-0-0", (ramp * 0.9 + 2 * torch.randn(3, 64, 64)).byte())
+    add_lr(root, "test1-0-0", ramp * 0.9)
     shutil.rmtree(root / "Train" / "labels")
     assert found(root) == {("near-duplicate", "Test/GT/t/images/original/test0-0-0.png")}
 
 
 def test_the_script_exits_with_1_for_defects_and_2_without_a_data_set(root, script, tmp_path):
     sound = script("prepare.py", "verify", root, "--out-json", tmp_path / "out.json")
-    assert "defects: 0" in sound.stdout and "upos and smp leave out 1 of 6 sets" in sound.stdout
+    assert "defects: 0" in sound.stdout and "Train: 1 of 6 sets have no positive: upos and smp leave them out" in sound.stdout
     assert json.loads((tmp_path / "out.json").read_text())["counts"]["Train"]["positive"] == 10
     (root / "Train" / "images" / "x" / "01" / "photo0-0-0_01.png").unlink()
     bad = script("prepare.py", "verify", root, check=False)
@@ -148,3 +156,84 @@ def test_several_sizes_are_told_but_no_defect(root):
         add_label(root / "Train" / "labels" / "x" / annotator, "small-0-0")
     report = prepare.verify(root)
     assert report.defects == [] and report.counts["Train"]["sizes"] == 2
+
+
+def two_cuts(picture, size, down, right):
+    """The upper left patch of a picture, and the one `down` and `right` of it, mirrored and darker."""
+    return picture[:, :size, :size], (picture[:, down:down + size, right:right + size].flip(2) * 0.9).byte()
+
+
+@pytest.mark.parametrize("down, right", [(12, 12), (12, 3), (0, 7), (5, 10)])
+def test_a_mirrored_copy_shifted_by_up_to_a_sixteenth_is_a_near_duplicate(root, down, right):
+    train, test = two_cuts(photo(7, 220), 192, down, right)
+    add_set(root / "Train" / "images" / "x", "album-0-0", train)
+    add_set(root / "Test" / "GT" / "t" / "images", "test1-0-0", test)
+    add_lr(root, "test1-0-0", test)
+    shutil.rmtree(root / "Train" / "labels")
+    assert found(root) == {("near-duplicate", "Test/GT/t/images/original/test1-0-0.png")}
+
+
+def test_shifted_copies_of_photographs_are_found_and_other_patches_of_their_texture_are_not():
+    from skimage import data as pictures
+    for name, top, left in (("astronaut", 0, 40), ("chelsea", 60, 120), ("coffee", 100, 150), ("grass", 0, 0), ("gravel", 0, 0)):
+        pixels = torch.from_numpy(np.atleast_3d(getattr(pictures, name)())).permute(2, 0, 1).expand(3, -1, -1)[:, top:, left:]
+        train, test = two_cuts(pixels, 128, 8, 7)
+        thumbnails = [data.thumbnail(image)[1:] for image in (train, test, pixels[:, 8:136, -128:], pixels[:, -128:, 9:137])]
+        scores = data.look_alike(np.concatenate(thumbnails[1:]), thumbnails[0])[0]
+        assert scores[0] > prepare.CANDIDATE + 0.1 and (scores[1:] < prepare.CANDIDATE - 0.1).all(), (name, scores)
+
+
+def test_a_texture_that_repeats_is_told_apart_by_its_detail(root, tmp_path):
+    rng = np.random.default_rng(0)                                                # two walls of the same bricks, of different stone
+    bricks = 80 * (torch.arange(192) // 16 % 2)[:, None].logical_xor((torch.arange(192) // 24 % 2)[None]).float() + 60
+    walls = [(bricks.expand(3, -1, -1) + torch.from_numpy(rng.normal(0, 40, (1, 192, 192)))).clamp(0, 255).byte() for _ in range(2)]
+    thumbnails = [data.thumbnail(wall)[1:] for wall in walls]
+    assert data.look_alike(*thumbnails).item() > prepare.CANDIDATE
+    add_set(root / "Train" / "images" / "x", "wall-0-0", walls[0])
+    add_set(root / "Test" / "GT" / "t" / "images", "test1-0-0", walls[1])
+    add_lr(root, "test1-0-0", walls[1])
+    shutil.rmtree(root / "Train" / "labels")
+    assert found(root) == set()
+
+
+def test_swapped_test_inputs_are_found(root):
+    folder = root / "Test" / "LQ" / "t" / "Blind_LR"
+    a, b = folder / "test0-0-0.png", folder / "test1-0-0.png"
+    a.rename(root / "tmp.png"), b.rename(a), (root / "tmp.png").rename(b)
+    assert found(root) == {("content", f"Test/LQ/t/Blind_LR/test{n}-0-0.png") for n in range(2)}
+
+
+def test_a_missing_original_is_one_line_and_none_advises_to_remove_its_versions(root):
+    stems = sorted(p.stem for p in (root / "Train" / "images" / "x" / "original").iterdir())
+    runs.save_json(root / "quintuplets.json", {"photos": {"p": {"sets": stems}}})
+    (root / "Train" / "images" / "x" / "original" / "photo0-0-0.png").unlink()
+    (root / "Test" / "GT" / "t" / "images" / "original" / "test0-0-0.png").unlink()
+    defects = prepare.verify(root).defects
+    assert [(d["kind"], d["file"].rsplit("/")[-1]) for d in defects] == [("missing", "photo0-0-0.png"), ("missing", "test0-0-0.png")]
+    assert "the original of photo0-0-0 is missing" in defects[0]["text"]
+
+
+def test_sets_that_quintuplets_json_does_not_list_are_reported(root):
+    runs.save_json(root / "quintuplets.json", {"photos": {"p": {"sets": [f"photo{n // 2}-{n % 2}-0" for n in range(5)]}}})
+    assert found(root) == {("unlisted", "Train/images/x/original/photo2-1-0.png")}
+    runs.save_json(root / "quintuplets.json", {"photos": {"p": {"split": "Train", "patches": 6}}})      # as --demo writes it
+    assert found(root) == set()
+
+
+def test_a_folder_of_the_wrong_name_is_named_and_its_labels_are_not_blamed(root):
+    images = root / "Train" / "images" / "x"
+    (images / "04").rename(images / "4")
+    assert found(root) == {("misnamed", "Train/images/x/4")}
+
+
+def test_a_set_twice_under_two_names_is_reported(root):
+    add_set(root / "Train" / "images" / "x", "zzz-0-0", photo(2))
+    shutil.rmtree(root / "Train" / "labels")
+    assert found(root) == {("doubled", "Train/images/x/original/zzz-0-0.png")}
+
+
+def test_what_is_said_of_a_test_set_is_not_about_training(root, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["prepare.py"])
+    prepare.main(prepare.parse_args(["verify", str(root)]))
+    test = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Test:"))
+    assert test.endswith("no labels: evaluate.py compares with the originals")
