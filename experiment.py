@@ -63,7 +63,7 @@ def parse_args(argv=None):
     p.add_argument("--results", type=Path, default=Path("results/experiment"), help="one JSON file per run; tables beside it")
     args = p.parse_args(argv)
     args.stages = args.stages or list(STAGES)
-    args.train = TRAIN + shlex.split(args.train)
+    args.train = TRAIN + [part for word in shlex.split(args.train) for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if set(args.stages) - set(STAGES):
         p.error(f"stages are {', '.join(STAGES)}; got {' '.join(args.stages)}")
     return args
@@ -133,7 +133,8 @@ def shrink(args):
             sets = data.find_sets(folder(soften, f), "Train")
             scores = {stem: judge_set(sets, stem, judges) for stem in tqdm(sets.stems, desc=f"soften {soften}, shrink {f}", unit="set")}
             rows.append({"soften": soften, "shrink": f, "patch": patch, "sets": len(sets.stems), **summarise(scores, sets.versions[1:], judges, args.unseen)})
-    runs.save_json(file, {"command": sys.argv, **runs.describe_machine(), "enhancers": [p.name for p in args.enhancers], "rows": rows})
+    runs.save_json(file, {"command": sys.argv, **runs.describe_machine(), "enhancers": [p.name for p in args.enhancers], "rule": best_shrink(rows), "rows": rows})
+    print(f"by the rule of the docstring: shrink factor {best_shrink(rows)}")
 
 
 @torch.no_grad()
@@ -206,9 +207,9 @@ def make_test(args):
             gt = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None].float() / 255
             gt = gt[..., :gt.shape[2] // 4 * 4, :gt.shape[3] // 4 * 4]
             if not (args.work / "test" / "lq" / name).exists():
-                data.save_image(args.work / "test" / "gt" / name, gt[0])
                 seeds = [[runs.sample_seed(0, k, i, folder.name)] for k in (0, 1)]
-                data.save_image(args.work / "test" / "lq" / name, degradations.degrade(gt, "two-round", *seeds)[0])
+                for kind, image in (("gt", gt), ("lq", degradations.degrade(gt, "two-round", *seeds))):            # lq last: it says that both are there
+                    runs.write_atomic(args.work / "test" / kind / name, lambda temporary: data.save_image(temporary, image[0]))
 
 
 # Stage 3: the queue
