@@ -335,12 +335,12 @@ def front(path, means, x, y, lower):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for row, cells in means.items():
         if x in cells and y in cells:
             error = lambda m: [[cells[m]["mean"] - cells[m]["low"]], [cells[m]["high"] - cells[m]["mean"]]]
-            axis.errorbar(cells[x]["mean"], cells[y]["mean"], error(y), error(x), fmt="o", elinewidth=0.7)
-            axis.annotate(row, (cells[x]["mean"], cells[y]["mean"]), textcoords="offset points", xytext=(5, 5))
+            axis.errorbar(cells[x]["mean"], cells[y]["mean"], error(y), error(x), fmt="o", elinewidth=0.7, label=row)
+    figure.legend(loc="outside right center")
     axis.set(xlabel=tables.heading(x, lower[x]), ylabel=tables.heading(y, lower[y]), title="means with 95 % intervals over images")
     figure.savefig(path, dpi=120)
 
