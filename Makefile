@@ -36,7 +36,7 @@ table5 table7 table8: $(VENV)/installed
 	$(PY) paper.py $(@:table%=%) $(if $(wildcard datasets/HGGT),--run)
 
 test: $(VENV)/installed-test
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
 fast: $(VENV)/installed-test
 	$(PY) -m pytest -q -m fast tests
