@@ -2,15 +2,15 @@
 
     PYTHONPATH=../shared/tools python experiment_lora.py [runs] [report]         both without a word; continues where it stopped
 
-Every seed's AMO network (first reward of experiment.py) is tuned by that reward in three ways, and judged where the reward on held-out photos
+Every seed's AMO network (first reward of experiment.py) is tuned by that reward in several ways, and judged where the reward on held-out photos
 has gained each of --gains:
     lora     adapters of rank 16 on the convolutions between the first and the last
     layers   the full weights of these convolutions: what the choice of layers does without the low rank
     naive    all weights
     lora64   adapters of rank 64, which is full rank here: the parametrisation without the low rank (thought of after the first three were seen)
-Analysis, fixed before the runs: experiment.py's metrics, test images, intervals and verdicts, as differences from the network before tuning
+Analysis, fixed before the runs of the first three: experiment.py's metrics, test images, intervals and verdicts, as differences from the network before tuning
 and from lora at the same gain; structured noise (quality.noise_peaks of SR after - SR before) on each test image against that of an unsharp mask
-of equal reward. The hypothesis is the paper's: naive tuning leaves structured noise and LoRA does not; `layers` tells whether the rank
+of as much reward, or of as much as sharpening can have. The hypothesis is the paper's: naive tuning leaves structured noise and LoRA does not; `layers` tells whether the rank
 does that. Last, the strength of the first seed's adapter from 0 to 1.5: reward against PSNR and VGG distance.
 """
 import argparse
@@ -92,18 +92,22 @@ def one_run(args, exp, variant, seed):
         weights = weights_at(exp, variant, gain, seed)
         file = args.results / f"{weights.stem}.json"
         if file.exists():
+            if json.loads(file.read_text())["tune"] != list(map(str, words)):
+                raise ValueError(f"{file}: made with other settings of the tuning: choose another --results, and --work in --experiment")
             continue
         if not weights.exists():
             compare.call(run.with_suffix(".log"), "finetune_lora.py", *words, "--base", base_of(exp, seed), "--out", run, "--stop-gain", gain, "--device",
                          exp.device, "--resume", "auto")
-            temporary = weights.with_suffix(".tmp")
-            shutil.copy(run / "weights" / "merged.pth", temporary)
-            temporary.replace(weights)
         val = [e for e in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if e["split"] == "val"]
         gained = [e["reward"] - val[0]["reward"] for e in val]
         at = next((i for i, g in enumerate(gained) if g >= gain), None)
         if at is None:
             raise ValueError(f"{run}: the reward gained {max(gained):.1f} at most, and {gain:g} is asked for: more --total-steps (--tune) or smaller --gains")
+        if not weights.exists():
+            step = runs.load_checkpoint(run / "ckpt" / "last.pt")["step"]
+            if step != val[at]["step"]:
+                raise ValueError(f"{run}: at step {step}, but the gain of {gain:g} was there at step {val[at]['step']}: remove this run to tune again")
+            runs.write_atomic(weights, lambda temporary: shutil.copy(run / "weights" / "merged.pth", temporary))
         judged = compare.evaluate(exp, weights, weights.with_suffix(".json"), [*exp.rewards, *exp.unseen, *compare.WITH_REFERENCE])
         runs.save_json(file, {"tune": list(map(str, words)), **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")},
                               "steps": val[at]["step"], "gain": gained[at], "lambda_q": runs.load_checkpoint(run / "ckpt" / "last.pt")["lambda_q"],
@@ -113,12 +117,15 @@ def one_run(args, exp, variant, seed):
 
 @torch.no_grad()
 def structured_noise(exp, before, after):
-    """{test image: {"peaks": of what tuning changed, "unsharp": of an unsharp mask of the network before with as much reward}}"""
+    """{test image: {"peaks": of what tuning changed; "unsharp": of an unsharp mask of the network before with as much reward; "equal": or of as
+    much as it can have; "grey_levels": how strong the peaks are, the root mean square of the change times the root of their share}}"""
     reward, nets, found = iqa.create_reward(exp.rewards[:1]), [archs.load_x4(path, "--work")[0] for path in (before, after)], {}
     for stem in data.list_images(exp.work / "test" / "lq"):
         lq, _ = compare.test_pair(exp, stem)
         old, new = (degradations.to_8bit(archs.upscale_tiled(net, lq)) for net in nets)
-        found[stem] = {"peaks": quality.noise_peaks(new - old).item(), "unsharp": quality.noise_peaks(quality.unsharp_like(old, new, reward) - old).item()}
+        (like, equal), peaks = quality.unsharp_like(old, new, reward), quality.noise_peaks(new - old).item()
+        strength = 255 * quality.luma(new - old).std().item() / (219 / 255) * peaks ** 0.5                       # luma of 16 to 235 as 0 to 255
+        found[stem] = {"peaks": peaks, "grey_levels": strength, "unsharp": quality.noise_peaks(like - old).item(), "equal": equal}
     return found
 
 
@@ -132,17 +139,20 @@ def report(args, exp):
     stems, metrics = sorted(results["before"][0]["scores"]), list(lower)
     values = {name: np.array([[[r["scores"][stem][m] for m in metrics] for stem in stems] for r in found]) for name, found in results.items()}
     noise = {name: np.array([[r["peaks"][stem]["peaks"] for stem in stems] for r in found]) for name, found in tuned.items()}           # (seeds, images)
-    unsharp = {name: np.array([[r["peaks"][stem]["unsharp"] for stem in stems] for r in found]) for name, found in tuned.items()}
+    unsharp, equal, strong = ({name: np.array([[r["peaks"][stem][key] for stem in stems] for r in found]) for name, found in tuned.items()}
+                              for key in ("unsharp", "equal", "grey_levels"))
     against = [(row(v, gain), row("lora", gain)) for gain in args.gains for v in VARIANTS if v != "lora"]
     summary = {"command": sys.argv, **runs.describe_machine(), "images": len(stems), "seeds": exp.seeds, "metrics": metrics, "lower_is_better": lower,
                "mean": {name: v.mean((0, 1)).tolist() for name, v in values.items()}, "seed_means": {name: v.mean(1).tolist() for name, v in values.items()},
                "tuning": {name: {key: [r[key] for r in found] for key in ("steps", "gain", "lambda_q")} for name, found in tuned.items()},
                "differences": {f"{a} - {b}": {m: tables.difference(values[a][..., k], values[b][..., k]) for k, m in enumerate(metrics)}
                                for a, b in [*((name, "before") for name in tuned), *against]},
-               "structured_noise": {name: {"mean": float(noise[name].mean()), "seeds": noise[name].mean(1).tolist(), "unsharp": float(unsharp[name].mean())}
+               "structured_noise": {name: {"mean": float(noise[name].mean()), "seeds": noise[name].mean(1).tolist(), "unsharp": float(unsharp[name].mean()),
+                                           "unsharp_equal": int(equal[name].sum()), "grey_levels": strong[name].mean(1).tolist()}
                                     for name in tuned},
                "structured_noise_differences": {f"{name} - its unsharp mask": tables.difference(noise[name], unsharp[name]) for name in tuned}
                | {f"{a} - {b}": tables.difference(noise[a], noise[b]) for a, b in against},
+               "grey_levels_differences": {f"{a} - {b}": tables.difference(strong[a], strong[b]) for a, b in against},
                "strength": strength(args, exp)}
     runs.save_json(args.results.with_suffix(".json"), summary)
     print(readme_tables(summary))
@@ -152,13 +162,18 @@ def report(args, exp):
 def readme_tables(summary):
     """The Markdown that README shows: metrics, differences, how far each tuning went, structured noise."""
     each = lambda numbers, form: " ".join(form.format(n) for n in numbers)
-    tuning = runs.markdown(["", "steps", "gain in validation", "lambda_q", "structured noise", "of an unsharp mask", "above .03 more"],
-                           [[name, each(t["steps"], "{}"), each(t["gain"], "{:.1f}"), each(t["lambda_q"], "{:.4f}"), f"{p['mean']:.3f}", f"{p['unsharp']:.3f}",
+    tuning = runs.markdown(["", "steps", "gain in validation", "lambda_q", "structured noise", "in grey levels", "of an unsharp mask",
+                            "of as much reward", "above .03 more"],
+                           [[name, each(t["steps"], "{}"), each(t["gain"], "{:.1f}"), each(t["lambda_q"], "{:.4f}"), f"{p['mean']:.3f}", f"{np.mean(p['grey_levels']):.2f}",
+                             f"{p['unsharp']:.3f}", f"{p['unsharp_equal']} of {len(t['steps']) * summary['images']}",
                              "yes" if p["mean"] > p["unsharp"] + quality.PEAKS_ABOVE_UNSHARP else "no"]
                             for (name, t), p in zip(summary["tuning"].items(), summary["structured_noise"].values())])
     noise = runs.markdown(["structured noise", "difference", "95 %", "verdict"],
                           [[pair, f"{d['mean']:+.3f}", f"[{d['low']:+.3f}, {d['high']:+.3f}]", d["verdict"]]
                            for pair, d in summary["structured_noise_differences"].items()])
+    noise += "\n\n" + runs.markdown(["in grey levels", "difference", "95 %", "verdict"],
+                                    [[pair, f"{d['mean']:+.2f}", f"[{d['low']:+.2f}, {d['high']:+.2f}]", d["verdict"]]
+                                     for pair, d in summary["grey_levels_differences"].items()])
     points = runs.markdown(["strength", "reward", "PSNR", "VGG distance"],
                            [[f"{p['scale']:g}", f"{p['reward']:.2f}", f"{p['psnr']:.2f}", f"{p['vgg']:.3f}"] for p in summary["strength"]])
     return "\n\n".join([compare.metric_tables(summary), tuning, noise, points])

@@ -25,7 +25,7 @@ TUNE = {  # Supp. 8.3
     "compact": dict(rank=16, lr=2e-4, milestones=[]),                             # CHOICE: the paper does not train it
 }
 TUNE |= {f"{name}-small": values | dict(rank=8, milestones=[]) for name, values in TUNE.items()}
-DEMO = dict(reward=["ranker"], watch=["piqe"], lambda_q="auto", lr=2e-3, total_steps=100, log_every=25, save_every=50, val_every=0,
+DEMO = dict(reward=["ranker"], watch=["piqe"], lr=2e-3, total_steps=100, log_every=25, save_every=50, val_every=0,
             sample_every=0, threads=1, workers=0)                                 # CHOICE: under 90 s on two cores
 OF_RUN = ("data", "val_photos", "load_size", "crop", "degradation", "jpeg_table", "usm", "sampler", "tau", "include_original",
           "drop_without_positive", "score_cache", "lambda_l1", "lambda_p", "vgg_weights", "d_features", "batch_size", "group_size", "pool_size",
@@ -53,9 +53,9 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, parents=[pre], allow_abbrev=False, conflict_handler="resolve", formatter_class=flags.Help)
     flags.add_training(p)
     g = p.add_argument_group("fine-tuning (Eq. 5)")
-    g.add_argument("--lambda-q", type=lambda_q, default=0.05,
-                   help="weight of the reward, for MUSIQ's 0-100 (Supp. 8.3); 1 where --reward gives weights; auto: the reward's gradient on the "
-                        "weights of the target layers is as long as that of the other losses, on average over the first batches")
+    g.add_argument("--lambda-q", type=lambda_q,
+                   help="weight of the reward; default 0.05, for MUSIQ's 0-100 (Supp. 8.3), 1 where --reward gives weights, auto with --demo. auto: the reward's "
+                        "gradient on the weights of the target layers is as long as that of L1 and perceptual loss, on average over the first batches")
     g.add_argument("--rank", type=int, help="[arch] of the adapters (Supp. 8.3)")
     g.add_argument("--alpha", type=flags.RATE, help="the update is alpha / rank * B A; default: the rank (CHOICE)")
     g.add_argument("--targets", metavar="REGEX", help="names of the layers to adapt; default: those of the paper, see lora.py")
@@ -64,7 +64,8 @@ def parse_args(argv=None):
     g.add_argument("--naive", action="store_const", const="all", dest="tune", help="the same as --tune all (Fig. 3 and 5)")
     g.add_argument("--gt-reward", nargs="+", metavar="NAME[=WEIGHT]", help="NR-IQA model that chooses the ground truths; default: the run's, else --reward")
     g.add_argument("--stop-gain", type=flags.WEIGHT, default=0.0, help="end when validation's reward is so much above the base's; 0: at --total-steps")
-    g.add_argument("--watch", nargs="*", default=["piqe"], metavar="NAME", help="no-reference metrics that validation reports and nothing optimises")
+    g.add_argument("--watch", nargs="*", default=["niqe", "piqe", "ranker"], metavar="NAME",
+                   help="no-reference metrics that validation reports and nothing optimises (CHOICE: piqe alone likes pixel grids)")
     g = p.add_argument_group("start and continue")
     g.add_argument("--init", type=Path, metavar="FILE", help="generator weights to start from instead of the run's")
     g.add_argument("--d-init", type=Path, metavar="FILE", help="discriminator weights instead of the run's; with --lambda-a > 0 only")
@@ -83,20 +84,22 @@ def parse_args(argv=None):
     if first.demo:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
-    weighted = any("=" in word for word in args.reward)
-    if weighted and args.lambda_q == p.get_default("lambda_q"):
-        args.lambda_q = 1.0
+    if args.reward == ["none"]:
+        if args.lambda_q == "auto" or args.stop_gain:
+            p.error(f"{'--stop-gain' if args.stop_gain else '--lambda-q auto'} looks at the reward: it needs a --reward")
+        args.lambda_q = 0.0
+    elif args.lambda_q is None:
+        args.lambda_q = 1.0 if any("=" in word for word in args.reward) else "auto" if first.demo else 0.05
     args.gt_reward = args.gt_reward or args.reward
+    if args.gt_reward == ["none"] and args.sampler in ("sma", "smp", "amo"):
+        p.error(f"{base}: no run there whose reward could choose the ground truths; make it with: python train.py --arch {arch} --sampler {args.sampler}, "
+                "or give --gt-reward")
     if args.name is None:
         more_p = args.lambda_p > of_run.get("lambda_p", 1.0)
         args.name = "-".join([*({"all": ["naive"], "layers": ["layers"], "lora": []}[args.tune]), *(["hp"] if more_p else []),
                               *([f"nnr{args.lambda_a / 0.1:g}" if args.reward == ["none"] else "ig"] if args.lambda_a else [])])
     rewards = "+".join(word.partition("=")[0].partition(":")[0] for word in args.reward)
     args.out = args.out or args.base.with_name(f"{args.base.name}+{rewards}" + (f"-{args.name}" if args.name else ""))
-    if args.reward == ["none"] and not args.lambda_a and args.lambda_q == "auto":
-        p.error("--lambda-q auto weighs the reward against the other losses: it needs a --reward")
-    if args.reward == ["none"] and args.stop_gain:
-        p.error("--stop-gain watches the reward: it needs a --reward")
     if args.rank < 1:
         p.error(f"--rank {args.rank}: must be at least 1")
     flags.check_training(p, argparse.Namespace(**vars(args) | {"reward": args.gt_reward}))
@@ -124,7 +127,7 @@ import quality
 import runs
 from train import FIXED as FIXED_TRAINING, adversarial_loss, learning_rate, make_pair, open_data, update_ema, validation_pair
 
-FIXED = (*FIXED_TRAINING, "gt_reward", "tune", "rank", "alpha", "targets", "base_sha256")
+FIXED = (*FIXED_TRAINING, "gt_reward", "lambda_q", "tune", "rank", "alpha", "targets", "base_sha256")
 
 
 def gradient_ratio(net, targets, dataset, losses, reward, lanes, args, gt_reward, seeds, world, batches=8):
@@ -155,7 +158,8 @@ def gradient_ratio(net, targets, dataset, losses, reward, lanes, args, gt_reward
 def validate(base, net, sets, metrics, args, seeds, world):
     """Means over the validation images, shared over processes: every metric in native units, psnr, and structured noise.
 
-    peaks: quality.noise_peaks of SR - base SR; unsharp_peaks: the same of a plain unsharp mask of the base with as much reward.
+    peaks: quality.noise_peaks of SR - base SR; unsharp_peaks: the same of a plain unsharp mask of the base with as much reward, or with as much as
+    such a mask can have; unsharp_equal: share of images where it has as much.
     """
     totals = Counter()
     for i in range(world.rank, len(sets.stems), world.size):
@@ -163,9 +167,9 @@ def validate(base, net, sets, metrics, args, seeds, world):
         sr, before = (degradations.to_8bit(archs.upscale_tiled(g, lq, tile=args.tile, overlap=32)) for g in (net, base))
         totals.update({name: metric(sr, gt).item() for name, metric in metrics.items()} | {"images": 1, "peaks": quality.noise_peaks(sr - before).item()})
         if "reward" in metrics:
-            like = quality.unsharp_like(before, sr, lambda x: metrics["reward"](x, None))
-            totals["unsharp_peaks"] += quality.noise_peaks(like - before).item()
-    names = [*metrics, "peaks", *(["unsharp_peaks"] if "reward" in metrics else [])]
+            like, equal = quality.unsharp_like(before, sr, lambda x: metrics["reward"](x, None))
+            totals.update({"unsharp_peaks": quality.noise_peaks(like - before).item(), "unsharp_equal": equal})
+    names = [*metrics, "peaks", *(["unsharp_peaks", "unsharp_equal"] if "reward" in metrics else [])]
     sums = world.reduce(torch.tensor([totals["images"], *(totals[n] for n in names)], dtype=torch.float64, device=world.device)).tolist()
     return {name: value / sums[0] for name, value in zip(names, sums[1:])}
 
@@ -173,16 +177,15 @@ def validate(base, net, sets, metrics, args, seeds, world):
 def verdict(before, after, metrics):
     """One line: did only what was optimised gain? before, after: what validate returned for the base and for the tuned network."""
     better = {m: (after[m] - before[m]) * (-1 if metric.lower_is_better else 1) > 0 for m, metric in metrics.items()}
-    others = [m for m in metrics if m not in ("reward", "psnr")]
-    worse = [m for m in others if not better[m]]
+    worse = [m for m in metrics if m not in ("reward", "psnr") and not better[m] and after[m] != before[m]]
     noisy = after["peaks"] > after.get("unsharp_peaks", 0) + quality.PEAKS_ABOVE_UNSHARP
     said = "; ".join(f"{m} {before[m]:.2f} -> {after[m]:.2f}" for m in metrics)
-    said += f"; peaks {after['peaks']:.3f}" + (f", unsharp mask of equal reward {after['unsharp_peaks']:.3f}" if "unsharp_peaks" in after else "")
-    if noisy:
-        return f"WARNING, structured noise: isolated peaks in the spectrum of what was changed. {said}"
-    if better.get("reward") and others and len(worse) == len(others):
-        return f"WARNING, the reward may be fooled: it rose while {', '.join(worse)} got worse. {said}"
-    return said
+    said += f"; peaks {after['peaks']:.3f}" + (f", of an unsharp mask {after['unsharp_peaks']:.3f} (of as much reward in {after['unsharp_equal']:.0%} of "
+                                                   "the images, else of as much as it can have)" if "unsharp_peaks" in after else "")
+    warnings = ["structured noise: isolated peaks in the spectrum of what was changed"] if noisy else []
+    if better.get("reward") and worse:
+        warnings.append(f"the reward may be fooled: it rose while {', '.join(worse)} got worse")
+    return "".join(f"WARNING, {w}. " for w in warnings) + said
 
 
 @torch.no_grad()
@@ -217,7 +220,7 @@ def main(args):
     reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights, need_gradient=True)
     gt_reward = reward if args.gt_reward == args.reward else None if args.gt_reward == ["none"] else iqa.create_reward(args.gt_reward, device)
     metrics = {} if reward is None else {"reward": quality.Metric(lambda sr, gt: reward(sr))}
-    metrics |= {name: quality.create_metric(name, device) for name in [*args.watch, "psnr"]}
+    metrics |= {name: quality.create_metric(name, device, flag="--watch") for name in [*args.watch, "psnr"]}
     sets, dataset, val_sets, _ = open_data(args, world, gt_reward, seeds)
     if args.stop_gain and val_sets is None:
         raise ValueError(f"--stop-gain needs validation images, and {args.data} has no Test split: hold out photos with --val-photos N")
@@ -386,16 +389,15 @@ def main(args):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))
             run.progress(step, args.total_steps, meter, lr, dict(zip(sets.versions, world.reduce(picked.clone()).tolist())))
         stopping = stop.requested(step)
-        if due(step, args.save_every) or due(step, args.weights_every) or stopping:
-            save(step, weights=due(step, args.weights_every))
-        if due(step, args.val_every) and val_sets is not None:
+        if due(step, args.val_every) and val_sets is not None:                     # before saving: a finished run has its verdict
             after = validate(base, ema, val_sets, metrics, args, seeds, world)
             run.say(f"step {step:07d} validation, {len(val_sets.stems)} images: {verdict(before, after, metrics)}")
             run.event(step, "val", **after)
-            if gained_enough():
-                save(step, weights=True)
-                run.say(f"reward +{after['reward'] - before['reward']:.2f} at step {step}: --stop-gain {args.stop_gain:g} is reached")
-                return
+        if due(step, args.save_every) or due(step, args.weights_every) or stopping or gained_enough():
+            save(step, weights=due(step, args.weights_every) or gained_enough())
+        if gained_enough():
+            run.say(f"reward +{after['reward'] - before['reward']:.2f} at step {step}: --stop-gain {args.stop_gain:g} is reached")
+            return
         if due(step, args.sample_every) and args.sample_every and world.is_main:
             sample_grid(base, ema, val_sets or sets, args, seeds, device, args.out / "samples" / f"{step:07d}.png")
         if stopping:

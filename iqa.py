@@ -247,7 +247,7 @@ def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag
         usable = [n for n, m in modes.items() if m == mode] + ["ranker"]
         near = [] if name in modes or name in SET_LEVEL else difflib.get_close_matches(name, usable, n=3, cutoff=0.4)
         raise ValueError(f"{flag} {name}: this {kind}; a reward judges one image without reference, for example {', '.join(near or ['musiq', 'ranker'])}")
-    local = f"{flag.removesuffix('s')}-weights" + f" {name}=" * (flag == "--metrics")                       # the flag that names a local file
+    local = {"--reward": "--reward-weights ", "--metrics": f"--metric-weights {name}="}.get(flag, "")         # the flag that names a local file
     options = {"as_loss": True, "loss_reduction": "none"} if need_gradient else {"check_input_range": False}
     if weights_file:
         _check_weights_file(weights_file, local)
@@ -261,8 +261,8 @@ def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag
         where = f"download {place[1]} and save it as {place[2]}" if place else \
             f"its files come from the Hugging Face hub ({' '.join(str(error).split())[:80]}); connect once or copy the hub's cache"
         own = place and Path(place[2]).parent.name == "pyiqa"                   # else torchvision's or timm's backbone
-        or_local = f", or name a local copy with {local}{'' if local.endswith('=') else ' '}FILE" if own else ""
-        remedy = "--reward ranker needs no download" if flag == "--reward" else "or leave it out of --metrics"
+        or_local = f", or name a local copy with {local}FILE" if own and local else ""
+        remedy = "--reward ranker needs no download" if flag == "--reward" else f"or leave it out of {flag}"
         raise OSError(f"{flag} {name}: weights are not here and could not be fetched: {where}{or_local}; {remedy}") from None
     except ImportError as error:
         package = "'setuptools<81'" if error.name == "pkg_resources" else error.name
@@ -271,7 +271,7 @@ def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag
         loaded = re.search(r"Loading pretrained model \S+ from (.+)", said.getvalue())
         if not (weights_file or loaded):
             raise
-        file = f"{local} {weights_file}" if weights_file else loaded[1]
+        file = f"{local}{weights_file}" if weights_file else loaded[1]
         remedy = "" if weights_file else ": remove it, to have it fetched again"
         raise ValueError(f"{file}: does not fit metric {name} ({' '.join(str(error).split())[:120]}){remedy}") from None
 
@@ -280,12 +280,12 @@ def _check_weights_file(path, flag):
     """Refuse what is missing, damaged, or would run code when loaded: pyiqa itself would unpickle anything."""
     from scipy.io import loadmat, matlab
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{flag} {path}: no such file")
+        raise FileNotFoundError(f"{flag}{path}: no such file")
     try:
         loadmat(path) if Path(path).suffix == ".mat" else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, TypeError, ValueError, KeyError, RuntimeError, EOFError, zlib.error, pickle.UnpicklingError,
             matlab.MatReadError) as error:
-        raise ValueError(f"{flag} {path}: not a plain weight file ({' '.join(str(error).split())[:80]})") from None
+        raise ValueError(f"{flag}{path}: not a plain weight file ({' '.join(str(error).split())[:80]})") from None
 
 
 def _probe(reward, name, device, need_gradient, flag):

@@ -64,22 +64,28 @@ def add_lora(net, targets, rank, alpha=None):
     """Freeze `net` and adapt every Linear and Conv2d whose dotted name matches the regular expression `targets`. -> their names
 
     alpha: None is `rank`, so that the update is B A itself (CHOICE: the paper gives none). A is drawn from torch's global generator.
-    ValueError if rank < 1, nothing matches, a match is another kind of layer, or the net is adapted already.
+    ValueError if rank < 1 or alpha <= 0, nothing matches, a match is another kind of layer, or the net is adapted already.
     """
     if rank < 1:
         raise ValueError(f"LoRA rank {rank}: must be at least 1")
+    alpha = rank if alpha is None else alpha
+    if not alpha > 0:
+        raise ValueError(f"LoRA alpha {alpha}: must be more than 0")
     if adapted(net):
         raise ValueError("this network has LoRA adapters already: merge or remove them first")
     found = matching_layers(net, targets)
     net.requires_grad_(False)
     for layer in found.values():
-        parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank, alpha or rank))
+        parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank, alpha))
     return list(found)
 
 
 def matching_layers(net, targets):
     """{name: layer} of the Linear and Conv2d layers whose dotted names match. ValueError if there is none, or a match is another kind."""
-    found = {name: layer for name, layer in net.named_modules() if re.search(targets, name)}
+    try:
+        found = {name: layer for name, layer in net.named_modules() if re.search(targets, name)}
+    except re.error as error:
+        raise ValueError(f"LoRA targets {targets!r}: not a regular expression ({error})") from None
     other = [f"{name} ({type(layer).__name__})" for name, layer in found.items() if not isinstance(layer, (nn.Linear, nn.Conv2d))]
     if not found or other:
         raise ValueError(f"LoRA targets {targets!r} match " + (f"{other[0]}, which is neither Linear nor Conv2d" if other else
@@ -134,7 +140,10 @@ def base_hash(net):
 
 
 def save_lora(path, net, ema=None):
-    """Write the adapters of `net`, and of its average `ema` as the ones to use if given, to one small file."""
+    """Write the adapters of `net`, and of its average `ema` as the ones to use if given, to one small file.
+
+    The average is over A and over B (CHOICE: the merged weights of it, B A of the averages, are what merged.pth holds), not over B A.
+    """
     lora = next(iter(adapted(net).values()))
     state = {"lora": lora_state_dict(net), "rank": lora.lora_A.shape[0], "alpha": lora.factor * lora.lora_A.shape[0],
              "targets": list(adapted(net)), "base_sha256": base_hash(net)}
@@ -188,6 +197,8 @@ def load_tuned(path, scale=1.0, base=None, key=None, pad_mode=None, flag="--base
     base is.
     """
     file = path / "lora" / "adapter.pth" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such adapter; finetune_lora.py leaves <run>/lora/adapter.pth")
     record = file.parent.parent / "args.json"
     made_by = json.loads(record.read_text())["args"] if record.is_file() else {}
     base = base or made_by.get("init") or made_by.get("base")

@@ -95,8 +95,11 @@ def noise_peaks(residual, window=64, low=0.2, times=8.0):
     return ((power - around) * peaks).sum((1, 2))
 
 
-def unsharp_like(base, sr, reward, amounts=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)):
-    """A plain unsharp mask (Gaussian, sigma 1.5) of `base` with at least the reward of `sr`, or with the highest it can have. (1, 3, H, W) -> same"""
+def unsharp_like(base, sr, reward, amounts=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)):
+    """A plain unsharp mask (Gaussian, sigma 1.5) of `base`, the weakest with at least the reward of `sr`, else the one with the highest.
+
+    (1, 3, H, W) twice -> the mask's image, and whether it has as much reward: sharpening alone often cannot earn what tuning can.
+    """
     blurred = degradations.blur(base, degradations.gaussian_kernel(9, 1.5))
     best, wanted = (-math.inf, base), reward(sr).item()
     for amount in amounts:
@@ -104,7 +107,7 @@ def unsharp_like(base, sr, reward, amounts=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0,
         best = max(best, (reward(image).item(), image), key=lambda pair: pair[0])
         if best[0] >= wanted:
             break
-    return best[1]
+    return best[1], best[0] >= wanted
 
 
 def check_pair(metric, sr, gt, border):
@@ -125,16 +128,16 @@ class Metric:
         return self.function(sr, gt)
 
 
-def create_metric(name, device, weights_file=None, border=4, y=False):
+def create_metric(name, device, weights_file=None, border=4, y=False, flag="--metrics"):
     """The Metric called `name`, for evaluation.
 
     name: psnr, ssim (y: on luma only), vgg (distance of VGG19 features, the loss of Eq. 1), flat_hf, a pyiqa metric (lpips, stlpips and dists
     are full-reference ones; niqe, musiq, ... are not), ranker, or module:function. border: pixels that full-reference metrics but
     vgg and flat_hf crop from every side (HGGT, LPIPS and DISTS included); no-reference ones see the whole image. weights_file: a
-    local copy of the weights. Raises as iqa.create_reward does.
+    local copy of the weights. flag: named in errors. Raises as iqa.create_reward does.
     """
     if "=" in name:
-        raise ValueError(f"--metrics {name}: a metric has no weight here; write {name.partition('=')[0]}")
+        raise ValueError(f"{flag} {name}: a metric has no weight here; write {name.partition('=')[0]}")
     if name == "vgg":
         distance = archs.VGGFeatureLoss(weights_file).to(device)
         each = lambda sr, gt: torch.stack([distance(a[None], b[None]) for a, b in zip(sr, gt)])
@@ -145,13 +148,13 @@ def create_metric(name, device, weights_file=None, border=4, y=False):
         function = {"psnr": psnr, "ssim": ssim}[name]
         return Metric(lambda sr, gt: function(luma(sr), luma(gt), border) if y else function(sr, gt, border), False, True, [name])
     if name != "ranker" and ":" not in name and iqa.pyiqa_modes().get(name) == "FR":
-        model = iqa.pyiqa_model(name, device, weights_file, mode="FR", flag="--metrics")
+        model = iqa.pyiqa_model(name, device, weights_file, mode="FR", flag=flag)
 
         @torch.no_grad()
         def judge(sr, gt):
             check_pair(name, sr, gt, border)
             return model(crop(sr, border), crop(gt, border)).reshape(-1).float()
         return Metric(judge, model.lower_better, True, [name, iqa.tensors_hash(model)])
-    reward = iqa.create_reward([name], device, weights_file, flag="--metrics")
+    reward = iqa.create_reward([name], device, weights_file, flag=flag)
     sign = -1 if getattr(next(iter(reward.models.values())), "lower_better", False) else 1
     return Metric(lambda sr, gt: sign * reward(sr), sign < 0, False, reward.identity())

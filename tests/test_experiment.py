@@ -178,6 +178,10 @@ def test_the_lora_experiment_in_small(small, tmp_path, monkeypatch):
         patch.setattr(compare, "call", lambda log, script, *words, **more: pytest.fail(f"{script} again"))
         experiment_lora.main(args, small)
     assert json.loads((tmp_path / "lora.json").read_text())["mean"] == summary["mean"]
+    with pytest.raises(ValueError, match="lora-1-0.5.json: made with other settings"):
+        experiment_lora.main(argparse.Namespace(**vars(args) | {"tune": [*args.tune, "--clip-grad", "1"], "stages": ["runs"]}), argparse.Namespace(**vars(small) | {"jobs": 1}))
+    with pytest.raises(ValueError, match="lora-1: at step .*, but the gain of 0.1 was there at step"):
+        experiment_lora.main(argparse.Namespace(**vars(args) | {"gains": [0.1], "stages": ["runs"]}), argparse.Namespace(**vars(small) | {"jobs": 1}))
     with pytest.raises(ValueError, match="the reward gained .* at most, and 1000 is asked for"):
         experiment_lora.main(argparse.Namespace(**vars(args) | {"gains": [0.5, 2, 1000], "stages": ["runs"]}),
                              argparse.Namespace(**vars(small) | {"jobs": 1}))

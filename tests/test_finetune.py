@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import archs
+import data
 import degradations
 import finetune_lora as ft
 import lora
@@ -70,7 +71,15 @@ def test_the_papers_settings(tmp_path, monkeypatch):
 def test_rows_of_the_paper_have_folders_of_their_own(words, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = ft.parse_args(words)
-    assert args.out.name == name and args.lambda_q == (1 if "nima=0.5" in words else 0.05)
+    assert args.out.name == name and args.lambda_q == (1 if "nima=0.5" in words else 0 if "none" in words else 0.05)
+
+
+@pytest.mark.fast
+def test_a_given_lambda_q_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, expected in ((["--reward", "musiq=1", "--lambda-q", "0.05"], 0.05), (["--demo"], "auto"), (["--demo", "--reward", "ranker=0.5"], 1),
+                            (["--demo", "--reward", "ranker=0.5", "--lambda-q", "auto"], "auto"), (["--demo", "--reward", "none", "--gt-reward", "ranker", "--lambda-a", "0.2"], 0)):
+        assert ft.parse_args(words).lambda_q == expected, words
 
 
 @pytest.mark.fast
@@ -84,7 +93,9 @@ def test_the_runs_settings_are_the_defaults_and_flags_win(base):
 
 
 def test_reward_rises_the_base_stays_and_the_files_fit_together(base, tmp_path, vgg_file):
-    tune(base, tmp_path / "out", steps=12)
+    tune(base, tmp_path / "out", "--sample-every", 6, steps=12)
+    for step in (6, 12):                                                          # base | tuned | original, one line per validation image
+        assert data.image_size(tmp_path / "out" / "samples" / f"{step:07d}.png")[0] == 3 * 3 * 64 + 2 * 4
     plain = archs.ARCHS["compact-small"]()
     archs.load_weights(plain, runs.find_weights(base, ""))
     val = events(tmp_path / "out", "val")
@@ -258,20 +269,28 @@ def test_unsharp_like_reaches_the_reward_or_the_most_it_can():
     contrast = lambda x: x.std((1, 2, 3)) * 100
     target = degradations.blur(image, degradations.gaussian_kernel(9, 1.5))
     wanted = (image + 0.9 * (image - target)).clamp(0, 1)
-    like = quality.unsharp_like(image, wanted, contrast)
-    assert contrast(like) >= contrast(wanted) and contrast(like) < contrast(wanted) * 1.1
-    assert torch.equal(quality.unsharp_like(image, wanted, lambda x: -x.std((1, 2, 3))), (image + 0.25 * (image - target)).clamp(0, 1).mul(255).round() / 255)
+    like, equal = quality.unsharp_like(image, wanted, contrast)
+    assert equal and contrast(like) >= contrast(wanted) and contrast(like) < contrast(wanted) * 1.1
+    eight_bit = image.mul(255).round() / 255
+    less, equal = quality.unsharp_like(image, target, lambda x: -x.std((1, 2, 3)))             # no sharpening gets there: the nearest is none
+    assert torch.equal(less, eight_bit) and not equal
+    same, equal = quality.unsharp_like(image, image * 0.5, contrast)                           # what has less reward than the base needs no mask
+    assert torch.equal(same, eight_bit) and equal
 
 
 @pytest.mark.fast
 def test_the_verdict_names_a_fooled_reward_and_structured_noise():
     metrics = {"reward": quality.Metric(None), "piqe": quality.Metric(None, lower_is_better=True), "ranker": quality.Metric(None), "psnr": quality.Metric(None)}
-    before = {"reward": 50.0, "piqe": 40.0, "ranker": 60.0, "psnr": 25.0, "peaks": 0.0, "unsharp_peaks": 0.0}
+    before = {"reward": 50.0, "piqe": 40.0, "ranker": 60.0, "psnr": 25.0, "peaks": 0.0, "unsharp_peaks": 0.0, "unsharp_equal": 0.5}
     say = lambda **after: ft.verdict(before, before | after, metrics)
-    assert "WARNING" not in say(reward=55.0, piqe=38.0, ranker=59.0) and "reward 50.00 -> 55.00" in say(reward=55.0, piqe=38.0)
+    assert "WARNING" not in say(reward=55.0, piqe=38.0, ranker=61.0, psnr=20.0) and "reward 50.00 -> 55.00" in say(reward=55.0, piqe=38.0)
+    assert "of as much reward in 50% of the images" in say()
     assert say(reward=55.0, piqe=41.0, ranker=59.0).startswith("WARNING, the reward may be fooled: it rose while piqe, ranker got worse")
+    assert say(reward=55.0, piqe=38.0, ranker=59.0).startswith("WARNING, the reward may be fooled: it rose while ranker got worse")
     assert "WARNING" not in say(reward=49.0, piqe=41.0, ranker=59.0)
     assert say(reward=55.0, piqe=30.0, peaks=0.2).startswith("WARNING, structured noise")
+    both = say(reward=55.0, piqe=41.0, peaks=0.2)
+    assert "WARNING, structured noise" in both and "WARNING, the reward may be fooled: it rose while piqe got worse" in both
     assert "WARNING" not in say(reward=55.0, piqe=30.0, peaks=0.2, unsharp_peaks=0.19)
 
 
@@ -280,6 +299,8 @@ def test_the_verdict_names_a_fooled_reward_and_structured_noise():
     (["--base", "/nowhere"], FileNotFoundError, "/nowhere: no such file or run; make it with: python train.py --arch compact-small --sampler amo"),
     (["--reward", "piqe"], ValueError, "--reward piqe: no usable gradient"),
     (["--targets", "mlp"], ValueError, "'mlp' match no layer"),
+    (["--targets", "("], ValueError, "not a regular expression"),
+    (["--watch", "musik"], ValueError, "--watch musik: this is unknown"),
     (["--d-init", "/nowhere.pth", "--lambda-a", "0.1"], FileNotFoundError, "/nowhere.pth: no such weights"),
     (["--reward", "test_rewards:nan_when_bright"], ValueError, "no usable gradient|not finite"),
     (["--arch", "rrdbnet-small"], ValueError, "ema_0000002.pth")])
@@ -296,11 +317,15 @@ def test_another_base_cannot_be_resumed(base, tmp_path):
     runs.save_weights(tmp_path / "other.pth", archs.ARCHS["compact-small"]().state_dict())
     with pytest.raises(ValueError, match="other settings .*base_sha256"):
         tune(base, tmp_path / "out", "--init", tmp_path / "other.pth", "--resume", steps=2)
+    with pytest.raises(ValueError, match="other settings .*lambda_q 0.01 -> 0.5"):
+        tune(base, tmp_path / "out", "--lambda-q", 0.5, "--resume", steps=2)
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("words, said", [(["--rank", "0"], "--rank 0: must be at least 1"), (["--lambda-q", "much"], "invalid number value: 'much'"),
-                                         (["--reward", "none", "--lambda-q", "auto", "--gt-reward", "musiq"], "it needs a --reward")])
+                                         (["--reward", "none", "--lambda-q", "auto", "--gt-reward", "musiq"], "it needs a --reward"),
+                                         (["--reward", "none", "--stop-gain", "3", "--gt-reward", "musiq"], "--stop-gain looks at the reward"),
+                                         (["--base", "runs/nowhere", "--reward", "none", "--lambda-a", "0.2"], "runs/nowhere: no run there whose reward")])
 def test_flags_are_checked_at_once(words, said, capsys):
     with pytest.raises(SystemExit):
         ft.parse_args(words)

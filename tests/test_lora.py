@@ -1,5 +1,6 @@
 """lora.py against peft, loralib and the formula written out; what it freezes, saves, merges and refuses."""
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +174,10 @@ def test_a_file_holds_adapters_only_and_fits_its_base_only(tmp_path):
 def test_refusals():
     with pytest.raises(ValueError, match="rank 0: must be at least 1"):
         lora.add_lora(build("compact-small"), "body", 0)
+    with pytest.raises(ValueError, match="alpha 0: must be more than 0"):
+        lora.add_lora(build("compact-small"), r"^body\.2$", 2, alpha=0)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such adapter"):
+        lora.load_tuned(Path("/nowhere"))
     with pytest.raises(ValueError, match="'mlp' match no layer of SRVGGNetCompact; its layers are called body.0, body.2"):
         lora.add_lora(build("compact-small"), "mlp", 2)
     with pytest.raises(ValueError, match=r"body\.1 \(PReLU\), which is neither"):

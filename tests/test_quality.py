@@ -73,7 +73,7 @@ def test_refusals_name_the_flag(tmp_path):
     with pytest.raises(ValueError, match="--metrics fid: this compares two sets"):
         quality.create_metric("fid", CPU)
     (tmp_path / "x.pth").write_text("<html>")
-    with pytest.raises(ValueError, match="--metric-weights lpips= .*x.pth: not a plain weight file"):
+    with pytest.raises(ValueError, match="--metric-weights lpips=.*x.pth: not a plain weight file"):
         quality.create_metric("lpips", CPU, tmp_path / "x.pth")
     metric = quality.create_metric("gmsd", CPU)                                # a full-reference metric without weights
     with pytest.raises(ValueError, match=r"gmsd of an output of \(40, 40\) pixels against a reference of \(44, 40\)"):
