@@ -88,12 +88,15 @@ def weights_at(exp, variant, gain, seed):
 def one_run(args, exp, variant, seed):
     """Tune to one gain after the other; at each: RESULTS/<variant>-<seed>-<gain>.json. Continues an interrupted tuning."""
     run, words = exp.work / "lora" / f"{variant}-{seed}", [*args.tune, *VARIANTS[variant], "--reward", exp.rewards[0]]
+    base = lora.base_hash(archs.load_x4(base_of(exp, seed), "--work")[0])
     for gain in args.gains:
         weights = weights_at(exp, variant, gain, seed)
         file = args.results / f"{weights.stem}.json"
         if file.exists():
-            if json.loads(file.read_text())["tune"] != list(map(str, words)):
-                raise ValueError(f"{file}: made with other settings of the tuning: choose another --results, and --work in --experiment")
+            record = json.loads(file.read_text())
+            if (record["tune"], record["base"]) != (list(map(str, words)), base):
+                raise ValueError(f"{file}: made {'with other settings of the tuning' if record['base'] == base else 'from another network'}: choose another --results, "
+                                 "and --work in --experiment")
             continue
         if not weights.exists():
             compare.call(run.with_suffix(".log"), "finetune_lora.py", *words, "--base", base_of(exp, seed), "--out", run, "--stop-gain", gain, "--device",
@@ -109,7 +112,7 @@ def one_run(args, exp, variant, seed):
                 raise ValueError(f"{run}: at step {step}, but the gain of {gain:g} was there at step {val[at]['step']}: remove this run to tune again")
             runs.write_atomic(weights, lambda temporary: shutil.copy(run / "weights" / "merged.pth", temporary))
         judged = compare.evaluate(exp, weights, weights.with_suffix(".json"), [*exp.rewards, *exp.unseen, *compare.WITH_REFERENCE])
-        runs.save_json(file, {"tune": list(map(str, words)), **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")},
+        runs.save_json(file, {"tune": list(map(str, words)), "base": base, **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")},
                               "steps": val[at]["step"], "gain": gained[at], "lambda_q": runs.load_checkpoint(run / "ckpt" / "last.pt")["lambda_q"],
                               "validation": val[:at + 1], "scores": judged["scores"][weights.stem],
                               "peaks": structured_noise(exp, base_of(exp, seed), weights)})

@@ -178,10 +178,10 @@ def verdict(before, after, metrics):
     """One line: did only what was optimised gain? before, after: what validate returned for the base and for the tuned network."""
     better = {m: (after[m] - before[m]) * (-1 if metric.lower_is_better else 1) > 0 for m, metric in metrics.items()}
     worse = [m for m in metrics if m not in ("reward", "psnr") and not better[m] and after[m] != before[m]]
-    noisy = after["peaks"] > after.get("unsharp_peaks", 0) + quality.PEAKS_ABOVE_UNSHARP
+    noisy = "unsharp_peaks" in after and after["peaks"] > after["unsharp_peaks"] + quality.PEAKS_ABOVE_UNSHARP
     said = "; ".join(f"{m} {before[m]:.2f} -> {after[m]:.2f}" for m in metrics)
     said += f"; peaks {after['peaks']:.3f}" + (f", of an unsharp mask {after['unsharp_peaks']:.3f} (of as much reward in {after['unsharp_equal']:.0%} of "
-                                                   "the images, else of as much as it can have)" if "unsharp_peaks" in after else "")
+                                                   "the images, else of as much as it can have)" if "unsharp_peaks" in after else " (no reward, so no unsharp mask to compare with)")
     warnings = ["structured noise: isolated peaks in the spectrum of what was changed"] if noisy else []
     if better.get("reward") and worse:
         warnings.append(f"the reward may be fooled: it rose while {', '.join(worse)} got worse")

@@ -246,7 +246,7 @@ def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag
         kind = "compares two sets of images" if name in SET_LEVEL else "is a full-reference metric" if name in modes else "is unknown"
         usable = [n for n, m in modes.items() if m == mode] + ["ranker"]
         near = [] if name in modes or name in SET_LEVEL else difflib.get_close_matches(name, usable, n=3, cutoff=0.4)
-        raise ValueError(f"{flag} {name}: this {kind}; a reward judges one image without reference, for example {', '.join(near or ['musiq', 'ranker'])}")
+        raise ValueError(f"{flag} {name}: this {kind}; wanted is one that judges a single image without reference, for example {', '.join(near or ['musiq', 'ranker'])}")
     local = {"--reward": "--reward-weights ", "--metrics": f"--metric-weights {name}="}.get(flag, "")         # the flag that names a local file
     options = {"as_loss": True, "loss_reduction": "none"} if need_gradient else {"check_input_range": False}
     if weights_file:

@@ -178,6 +178,11 @@ def test_the_lora_experiment_in_small(small, tmp_path, monkeypatch):
         patch.setattr(compare, "call", lambda log, script, *words, **more: pytest.fail(f"{script} again"))
         experiment_lora.main(args, small)
     assert json.loads((tmp_path / "lora.json").read_text())["mean"] == summary["mean"]
+    changed = json.loads((tmp_path / "lora" / "lora-1-0.5.json").read_text())
+    runs.save_json(tmp_path / "lora" / "lora-1-0.5.json", changed | {"base": "0"})
+    with pytest.raises(ValueError, match="lora-1-0.5.json: made from another network"):
+        experiment_lora.main(argparse.Namespace(**vars(args) | {"stages": ["runs"]}), argparse.Namespace(**vars(small) | {"jobs": 1}))
+    runs.save_json(tmp_path / "lora" / "lora-1-0.5.json", changed)
     with pytest.raises(ValueError, match="lora-1-0.5.json: made with other settings"):
         experiment_lora.main(argparse.Namespace(**vars(args) | {"tune": [*args.tune, "--clip-grad", "1"], "stages": ["runs"]}), argparse.Namespace(**vars(small) | {"jobs": 1}))
     with pytest.raises(ValueError, match="lora-1: at step .*, but the gain of 0.1 was there at step"):

@@ -292,6 +292,9 @@ def test_the_verdict_names_a_fooled_reward_and_structured_noise():
     both = say(reward=55.0, piqe=41.0, peaks=0.2)
     assert "WARNING, structured noise" in both and "WARNING, the reward may be fooled: it rose while piqe got worse" in both
     assert "WARNING" not in say(reward=55.0, piqe=30.0, peaks=0.2, unsharp_peaks=0.19)
+    without = {k: v for k, v in before.items() if not k.startswith(("unsharp", "reward"))}
+    said = ft.verdict(without, without | {"peaks": 0.2}, {m: v for m, v in metrics.items() if m != "reward"})
+    assert "WARNING" not in said and "no unsharp mask to compare with" in said
 
 
 @pytest.mark.fast
