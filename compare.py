@@ -84,7 +84,5 @@ def metric_tables(summary):
     spread = {row: np.std(v, axis=0, ddof=1) for row, v in summary["seed_means"].items() if len(v) > 1}
     means = runs.markdown(head, [[row, *(f"{v:.{d}f}" + (f" ± {spread[row][k]:.{d}f}" if row in spread else "")
                                               for k, (v, d) in enumerate(zip(mean, digits)))] for row, mean in summary["mean"].items()])
-    bold = lambda v: "**" * (v["verdict"] != "no evidence")
-    differences = runs.markdown(head, [[pair, *(f"{bold(v)}{v['mean']:+.{d}f}{bold(v)} [{v['low']:+.{d}f}, {v['high']:+.{d}f}]"
-                                               for v, d in zip((values[m] for m in metrics), digits))] for pair, values in summary["differences"].items()])
+    differences = runs.markdown(head, [[pair, *(tables.difference_cell(values[m], d) for m, d in zip(metrics, digits))] for pair, values in summary["differences"].items()])
     return means + "\n\n" + differences

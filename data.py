@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 
 import runs
@@ -108,6 +109,11 @@ def enlarged_crop(image, top, left, side, times):
     return image[0, :, top:top + side, left:left + side].repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
+def cut_to_x4(image):
+    """(..., H, W) -> the top left of it, sides multiples of 4: what has a x4 LR image."""
+    return image[..., :image.shape[-2] // 4 * 4, :image.shape[-1] // 4 * 4]
+
+
 def list_images(folder):
     """{stem: path} of a folder's image files, sorted by name. ValueError when two files share a stem or there is none."""
     found = {}
@@ -126,18 +132,11 @@ def thumbnail(image, side=48):
 
     Detail tells pictures apart where light and shade do not (two skies); its finest part is left out, which a shift by half a pixel changes.
     """
-    grey = F.interpolate(image.float().mean(0)[None, None], size=(side, side), mode="area")
-    both = torch.cat([grey, smooth(grey, 1) - smooth(grey, 3)])[:, 0]
-    both = both - both.mean((1, 2), keepdim=True)
-    return (both / both.flatten(1).norm(dim=1).clamp_min(1e-6)[:, None, None]).numpy()
-
-
-def smooth(image, sigma):
-    """Gaussian blur, sigma in pixels. (1, 1, H, W) -> same"""
-    kernel = torch.exp(-torch.arange(-3 * sigma, 3 * sigma + 1) ** 2 / (2 * sigma ** 2))
-    kernel, pad = kernel / kernel.sum(), 3 * sigma
-    image = F.conv2d(F.pad(image, (pad, pad, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
-    return F.conv2d(F.pad(image, (0, 0, pad, pad), mode="replicate"), kernel.view(1, 1, -1, 1))
+    grey = F.interpolate(image.float().mean(0)[None, None], size=(side, side), mode="area")[0, 0].numpy()
+    fine, coarse = (ndimage.gaussian_filter(grey, sigma, mode="nearest", truncate=3) for sigma in (1, 3))
+    both = np.stack([grey, fine - coarse])
+    both = both - both.mean((1, 2), keepdims=True)
+    return both / np.maximum(np.linalg.norm(both, axis=(1, 2), keepdims=True), 1e-6)
 
 
 def look_alike(some, many):

@@ -21,7 +21,6 @@ import flags
 DEMO = dict(weights=[Path("runs/compact-small-orig"), Path("runs/compact-small-amo")],
             lq=Path("datasets/demo/Test/Blind_Degradation_Benchmark_LQ/demo/Blind_LR"), gt=Path("datasets/demo/Test/GT/demo/untouched"),
             metrics=["ranker", "piqe", "psnr"], out_json=Path("runs/demo.json"), figure=Path("runs/demo.png"))
-NINE = "psnr ssim lpips stlpips dists musiq nima qalign topiq_nr".split()          # PAPER Sec. 5
 PROTOCOLS = {                                                                      # of full-reference metrics
     "hggt": dict(border=4, y=False, says="RGB, 4 pixels of border cropped, mean over an image's positive references"),
     "realsr": dict(border=4, y=False, says="RGB, 4 pixels of border cropped, one reference"),
@@ -74,7 +73,7 @@ def parse_args(argv=None):
     if args.diff:
         return args
     references = args.gt is not None or args.lq is None
-    args.metrics = args.metrics or [m for m in NINE if references or m not in flags.FULL_REFERENCE]
+    args.metrics = args.metrics or [m for m in flags.NINE if references or m not in flags.FULL_REFERENCE]
     needy = [m for m in args.metrics if m in flags.FULL_REFERENCE]
     if not references and needy:
         p.error(f"--metrics {' '.join(needy)}: compared with references: --gt DIR is needed")
@@ -163,7 +162,7 @@ def low_resolution(stem, item, args, device):
     if item["lq"] is not None:
         return load(item["lq"], device)
     gt = load(item["versions"][0], device)
-    gt = gt[..., :gt.shape[2] // 4 * 4, :gt.shape[3] // 4 * 4]
+    gt = data.cut_to_x4(gt)
     return degradations.degrade(gt, args.degradation, *([[runs.sample_seed(0, 0, k, f"test {stem}")] for k in (0, 1)]))
 
 
@@ -226,7 +225,7 @@ def read_cache(folder):
 @torch.no_grad()
 def score(rows, items, metrics, args, world):
     """-> {row: {stem: {metric: value}}}; what is not in the cache is computed, ranks share the images."""
-    cache, (border, y) = read_cache(args.cache), (PROTOCOLS[args.protocol][k] for k in ("border", "y"))
+    cache, (border, y), libraries = read_cache(args.cache), (PROTOCOLS[args.protocol][k] for k in ("border", "y")), versions()
     gold = "gold" in args.baselines
     found = {row: {} for row in [*rows, *(["gold"] if gold else [])]}
     args.cache.mkdir(parents=True, exist_ok=True)
@@ -236,13 +235,15 @@ def score(rows, items, metrics, args, world):
         for stem, item in tqdm(list(items.items())[world.rank::world.size], unit="img", disable=not world.is_main):
             seen = [digest(item["lq"] or item["versions"][0]), args.degradation]
             refs = [digest(path) for path in item["refs"]]
+            own = {row: identity(stem) for row, (_, identity, _) in rows.items()}
+            candidates = {path: digest(path) for path in item["versions"]} if gold else {}
             keys, srs = {}, {}
             for m, metric in metrics.items():
                 full = metric.full_reference
-                told = [metric.identity, versions(), [border, y, refs] if full else None]
-                keys |= {(row, m): digest([identity(stem), seen, told]) for row, (_, identity, _) in rows.items()}
-                if gold and not full:
-                    keys |= {(path, m): digest(["version", digest(path), told]) for path in item["versions"]}
+                told = [metric.identity, libraries, [border, y, refs] if full else None]
+                keys |= {(row, m): digest([who, seen, told]) for row, who in own.items()}
+                if not full:
+                    keys |= {(path, m): digest(["version", content, told]) for path, content in candidates.items()}
             todo = [k for k, key in keys.items() if key not in cache]
             if todo:
                 lq = low_resolution(stem, item, args, world.device)
@@ -251,8 +252,8 @@ def score(rows, items, metrics, args, world):
                 targets = [load(path, world.device) for path in item["refs"]] if any(metrics[m].full_reference for _, m in todo) else []
             for m in dict.fromkeys(m for _, m in todo):
                 whose = [who for who, mm in todo if mm == m]
-                for values in range(0, len(whose), args.batch_size):
-                    part = whose[values:values + args.batch_size]
+                for k in range(0, len(whose), args.batch_size):
+                    part = whose[k:k + args.batch_size]
                     for who, value in zip(part, judge(metrics[m], [srs[who] for who in part], targets)):
                         if not math.isfinite(value):
                             raise ValueError(f"{who}, image {stem}: {m} is {value}: leave this metric out, or look at the image")
@@ -275,9 +276,9 @@ def judge(metric, outputs, references):
     for group in groups:
         batch = torch.cat(group)
         if metric.full_reference:
-            values += torch.stack([metric.function(batch, gt.expand(len(batch), -1, -1, -1)).double().cpu() for gt in references]).mean(0).tolist()
+            values += torch.stack([metric(batch, gt.expand(len(batch), -1, -1, -1)).double().cpu() for gt in references]).mean(0).tolist()
         else:
-            values += metric.function(batch, None).double().tolist()
+            values += metric(batch, None).double().tolist()
     return values
 
 

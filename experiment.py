@@ -205,7 +205,7 @@ def make_test(args):
         for i, (stem, path) in enumerate(data.list_images(folder).items()):
             name = f"{folder.name}_{stem}.png"
             gt = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None].float() / 255
-            gt = gt[..., :gt.shape[2] // 4 * 4, :gt.shape[3] // 4 * 4]
+            gt = data.cut_to_x4(gt)
             if not (args.work / "test" / "lq" / name).exists():
                 seeds = [[runs.sample_seed(0, k, i, folder.name)] for k in (0, 1)]
                 for kind, image in (("gt", gt), ("lq", degradations.degrade(gt, "two-round", *seeds))):            # lq last: it says that both are there

@@ -106,14 +106,14 @@ def one_run(args, exp, variant, seed):
         at = next((i for i, g in enumerate(gained) if g >= gain), None)
         if at is None:
             raise ValueError(f"{run}: the reward gained {max(gained):.1f} at most, and {gain:g} is asked for: more --total-steps (--tune) or smaller --gains")
+        last = runs.load_checkpoint(run / "ckpt" / "last.pt")
         if not weights.exists():
-            step = runs.load_checkpoint(run / "ckpt" / "last.pt")["step"]
-            if step != val[at]["step"]:
-                raise ValueError(f"{run}: at step {step}, but the gain of {gain:g} was there at step {val[at]['step']}: remove this run to tune again")
+            if last["step"] != val[at]["step"]:
+                raise ValueError(f"{run}: at step {last['step']}, but the gain of {gain:g} was there at step {val[at]['step']}: remove this run to tune again")
             runs.write_atomic(weights, lambda temporary: shutil.copy(run / "weights" / "merged.pth", temporary))
         judged = compare.evaluate(exp, weights, weights.with_suffix(".json"), [*exp.rewards, *exp.unseen, *compare.WITH_REFERENCE])
         runs.save_json(file, {"tune": list(map(str, words)), "base": base, **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")},
-                              "steps": val[at]["step"], "gain": gained[at], "lambda_q": runs.load_checkpoint(run / "ckpt" / "last.pt")["lambda_q"],
+                              "steps": val[at]["step"], "gain": gained[at], "lambda_q": last["lambda_q"],
                               "validation": val[:at + 1], "scores": judged["scores"][weights.stem],
                               "peaks": structured_noise(exp, base_of(exp, seed), weights)})
 

@@ -34,6 +34,7 @@ TILE.__name__ = "whole number"
 COUNT, SIZE = number(int, 0), number(int, 1)                                      # 0 often means off
 WEIGHT, RATE = number(float, 0), number(float, 0, above=True)
 SHARE = number(float, 0, 1, below=True)                                           # in [0, 1): EMA decay, drop rate
+NINE = "psnr ssim lpips stlpips dists musiq nima qalign topiq_nr".split()          # PAPER Sec. 5: the columns of Tables 5, 7 and 8, in order
 FULL_REFERENCE = ("psnr", "ssim", "vgg", "flat_hf", "lpips", "stlpips", "dists")   # metrics that compare; pyiqa knows further ones
 CROP = re.compile(r"(.+):(\d+),(\d+),(\d+)")                                      # STEM:X,Y,SIDE
 

@@ -80,11 +80,10 @@ def parse_args(argv=None):
 ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
 
 import errno
-import glob
 import hashlib
 import json
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import torch
@@ -339,10 +338,9 @@ def remove_unfinished(args, done):
     """Patches of photos that were interrupted go, so that nothing stays of a photo that is not used any more or has changed."""
     for marker in (args.out / "records").glob("begun-*.json"):
         if marker.stem.removeprefix("begun-") not in done:
-            for stem in read_record(marker):
-                for file in image_folder(args.out).glob(f"*/{glob.escape(stem)}*.png*"):
-                    if file.name.split(".png")[0] in (stem, data.file_stem(stem, file.parent.name)):
-                        file.unlink()
+            for stem, folder in product(read_record(marker), image_folder(args.out).glob("*")):
+                for ending in (".png", ".png.tmp"):
+                    (folder / (data.file_stem(stem, folder.name) + ending)).unlink(missing_ok=True)
         marker.unlink()
 
 

@@ -8,12 +8,12 @@ import io
 import numpy as np
 from scipy import stats
 
+import flags
 import runs
 
 SHOWN = {"cnniqa_live:build": "CNNIQA-LIVE", "niqe": "NIQE", "brisque": "BRISQUE", "piqe": "PIQE", "ilniqe": "IL-NIQE", "psnr": "PSNR", "ssim": "SSIM",
          "vgg": "VGG distance", "flat_hf": "flat HF share", "lpips": "LPIPS", "stlpips": "LPIPS-ST", "dists": "DISTS", "musiq": "MUSIQ", "nima": "NIMA",
          "qalign": "Q-Align", "topiq_nr": "TOPIQ"}
-PAPER = ("psnr", "ssim", "lpips", "stlpips", "dists", "musiq", "nima", "qalign", "topiq_nr")            # columns of Tables 5, 7 and 8, in order
 GROUPS = {"FR low": ("psnr", "ssim"), "FR mid": ("lpips", "stlpips", "dists", "vgg")}                     # all else is NR high
 
 
@@ -41,9 +41,15 @@ def group(metric):
     return next((name for name, members in GROUPS.items() if metric in members), "NR high")
 
 
+def difference_cell(d, decimals):
+    """The mean, bold where the verdict is clear, and its interval."""
+    bold = "**" * (d["verdict"] != "no evidence")
+    return f"{bold}{d['mean']:+.{decimals}f}{bold} [{d['low']:+.{decimals}f}, {d['high']:+.{decimals}f}]"
+
+
 def ordered(metrics):
     """By group, in it the paper's columns in the paper's order, then the others as given."""
-    known = [m for m in PAPER if m in metrics] + [m for m in metrics if m not in PAPER]
+    known = [m for m in flags.NINE if m in metrics] + [m for m in metrics if m not in flags.NINE]
     return sorted(known, key=lambda m: [*GROUPS, "NR high"].index(group(m)))
 
 
@@ -100,9 +106,8 @@ def markdown(means, lower, differences=None):
     if differences:
         first = next(iter(means))
         decimals = {m: digits([row[m]["mean"] for row in means.values() if m in row]) for m in metrics}
-        cell = lambda d, n: "**" * (d["verdict"] != "no evidence") + f"{d['mean']:+.{n}f}" + "**" * (d["verdict"] != "no evidence") + f" [{d['low']:+.{n}f}, {d['high']:+.{n}f}]"
         parts.append(runs.markdown([f"minus {first}", *(heading(m, lower[m]) for m in metrics)],
-                                   [[row, *(cell(d[m], decimals[m]) if m in d else "–" for m in metrics)] for row, d in differences.items()]))
+                                   [[row, *(difference_cell(d[m], decimals[m]) if m in d else "–" for m in metrics)] for row, d in differences.items()]))
     return "\n\n".join(parts)
 
 

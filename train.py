@@ -135,7 +135,7 @@ def make_pair(batch, step, lanes, args, reward, seeds, device):
 def validation_pair(sets, i, args, seeds, device):
     """-> lq (1, 3, h, w), gt (1, 3, 4h, 4w) in [0, 1]: image i of a validation split, with its own LR image or always the same degradation."""
     gt = data.load_image(sets.path(sets.stems[i]))[None].to(device).float() / 255
-    gt = gt[..., :gt.shape[2] // 4 * 4, :gt.shape[3] // 4 * 4]
+    gt = data.cut_to_x4(gt)
     if sets.lq is not None:                                                        # LR images that came with the set
         return data.load_image(sets.lq[sets.stems[i]])[None].to(device).float() / 255, gt
     return degradations.degrade(gt, args.degradation, [seeds(0, i, "val")], [seeds(0, i, "val-group")], args.jpeg_table), gt

@@ -32,7 +32,7 @@ def test_commands_are_accepted_and_chain(table, rows, tmp_path, monkeypatch):
             assert finetune_lora.parse_args([*without, *(["--gt-reward", "musiq"] if "none" in without else [])]).out == folder              # its own name for that variant
         done.add(folder)
     assert len(judged.weights) == 2 * rows and set(judged.weights) <= done and judged.protocol == ("realsr" if table == 8 else "hggt")
-    assert judged.metrics == evaluate.NINE and ("gold" in judged.baselines) == (table != 8)
+    assert judged.metrics == evaluate.flags.NINE and ("gold" in judged.baselines) == (table != 8)
 
 
 @pytest.mark.fast
