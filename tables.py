@@ -82,8 +82,8 @@ def ranks(means, lower, metric, rivals):
     return {row: order.index(v) for row, v in values.items()}
 
 
-def cells(means, lower, marks, no_rivals=("reference", "gold")):
-    """(metrics, rows of formatted means); marks: (best, second best), each a format of the number."""
+def cells(means, lower, marks, no_rivals=("reference", "gold"), intervals=False):
+    """(metrics, rows of formatted means); marks: (best, second best), each a format of the number; intervals: [low, high] after it."""
     metrics = ordered(list(lower))
     rivals = [row for row in means if row not in no_rivals] or list(means)
     places = {m: ranks(means, lower, m, rivals) for m in metrics}
@@ -94,14 +94,16 @@ def cells(means, lower, marks, no_rivals=("reference", "gold")):
         for m in metrics:
             text = f"{row[m]['mean']:.{decimals[m]}f}" if m in row else "–"
             place = places[m].get(name)
-            shown.append(marks[place].format(text) if place in (0, 1) and (place == 0 or len(rivals) > 2) else text)
+            marked = marks[place].format(text) if place in (0, 1) and (place == 0 or len(rivals) > 2) else text
+            ends = f" [{row[m]['low']:.{decimals[m]}f}, {row[m]['high']:.{decimals[m]}f}]" if intervals and m in row else ""
+            shown.append(marked + ends)
         rows.append([name, *shown])
     return metrics, rows
 
 
 def markdown(means, lower, differences=None):
-    """Means, the best of each column bold and the second italic; then differences to the first row, bold where the verdict is clear."""
-    metrics, rows = cells(means, lower, ("**{}**", "*{}*"))
+    """Means with intervals, the best of each column bold and the second italic; then differences to the first row, bold where the verdict is clear."""
+    metrics, rows = cells(means, lower, ("**{}**", "*{}*"), intervals=True)
     parts = [runs.markdown(["", *(heading(m, lower[m]) for m in metrics)], rows)]
     if differences:
         first = next(iter(means))

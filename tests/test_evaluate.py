@@ -361,11 +361,11 @@ def test_processes_share_the_images(hggt, script):
 
 @pytest.mark.fast
 def test_places_and_intervals():
-    means = lambda *values: {f"r{k}": {"m": {"mean": v, "low": v, "high": v}} for k, v in enumerate(values)}
+    means = lambda *values: {f"r{k}": {"m": {"mean": v, "low": v - 0.5, "high": v + 0.25}} for k, v in enumerate(values)}
     lines = tables.markdown(means(1.0, 2.0, 3.0), {"m": True}).splitlines()
-    assert lines[0] == "|  | m ↓ |" and [line.split("|")[2].strip() for line in lines[2:]] == ["**1.00**", "*2.00*", "3.00"]
+    assert lines[0] == "|  | m ↓ |" and [line.split("|")[2].strip() for line in lines[2:]] == ["**1.00** [0.50, 1.25]", "*2.00* [1.50, 2.25]", "3.00 [2.50, 3.25]"]
     lines = tables.markdown(means(1.0, 1.0, 3.0) | {"gold": {"m": {"mean": 9.0, "low": 9, "high": 9}}}, {"m": False}).splitlines()
-    assert [line.split("|")[2].strip() for line in lines[2:]] == ["*1.00*", "*1.00*", "**3.00**", "9.00"]
+    assert [line.split("|")[2].split()[0] for line in lines[2:]] == ["*1.00*", "*1.00*", "**3.00**", "9.00"]
     from scipy import stats
     values = np.random.default_rng(3).normal(5, 2, 100)
     theirs = stats.ttest_1samp(values, 0).confidence_interval()

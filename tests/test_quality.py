@@ -1,4 +1,5 @@
 """quality.py: full-reference metrics against scikit-image, pyiqa and the lpips package, the protocol's border and luma, errors."""
+import csv
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import quality
 
 CPU = torch.device("cpu")
@@ -31,6 +33,21 @@ def test_luma_is_scikit_images_and_psnr_and_ssim_can_use_it():
                            ("ssim", lambda p, q: structural_similarity(p, q, data_range=1, gaussian_weights=True, use_sample_covariance=False))):
         metric = quality.create_metric(name, CPU, y=True)
         assert metric.full_reference and not metric.lower_is_better and metric(a, b).tolist() == pytest.approx([function(p[cut], q[cut]) for p, q in zip(x, y)], rel=1e-5)
+
+
+CALIBRATION = Path(__file__).resolve().parents[2] / "shared" / "data" / "calibration"
+
+
+@pytest.mark.fast
+@pytest.mark.skipif(not CALIBRATION.is_dir(), reason="needs ../shared/data/calibration")
+def test_psnr_and_ssim_are_the_published_values_of_five_tid2013_pairs():
+    """Published: PSNR over RGB; SSIM of MATLAB's rgb2gray, nothing cropped."""
+    with open(CALIBRATION / "results_official.csv") as file:
+        published = {row[0]: [float(v) for v in row[1:]] for row in list(csv.reader(file))[1:]}
+    pairs = [[data.load_image(CALIBRATION / folder / f"{name}.bmp")[None].double() / 255 for folder in ("dist", "ref")] for name in ("I03", "I04", "I06", "I08", "I19")]
+    grey = lambda x: (255 * x * x.new_tensor([0.2989, 0.5870, 0.1140]).view(3, 1, 1)).sum(1, keepdim=True).round() / 255
+    assert [quality.psnr(*pair, border=0).item() for pair in pairs] == pytest.approx(published["psnr"], abs=0.006)
+    assert [quality.ssim(*map(grey, pair), border=0).item() for pair in pairs] == pytest.approx(published["ssim"], abs=0.0002)
 
 
 LPIPS = """
