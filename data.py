@@ -127,6 +127,19 @@ def list_images(folder):
     return found
 
 
+def match_images(folder, stems, flag):
+    """{stem: file} of a folder with one file, <stem>.png or <stem>_<anything>.png, for each stem. FileNotFoundError or ValueError else; flag named in it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{flag} {folder}: no such folder")
+    found, files = list_images(folder), {}
+    for stem in stems:
+        fits = [path for name, path in found.items() if stem in (name, name.rpartition("_")[0])]
+        if len(fits) != 1:
+            raise ValueError(f"{flag} {folder}: {len(fits)} files for image {stem} ({', '.join(p.name for p in fits) or 'none'}); expected {stem}.png or {stem}_<anything>.png")
+        files[stem] = fits[0]
+    return files
+
+
 def thumbnail(image, side=48):
     """(3, H, W) uint8 -> (2, side, side): grey values, and their detail of 1 to 3 pixels; each of zero mean and unit norm.
 

@@ -186,7 +186,7 @@ def find_rows(args, items, device):
         identity = digest([lora.base_hash(net), str(getattr(net, "pad_mode", None)), args.tile])
         add_row(rows, name, partial(upscale, net, args.tile), lambda stem, identity=identity: identity, info | {"identity": identity})
     for folder in args.images:
-        files = output_files(folder, items)
+        files = data.match_images(folder, items, "--images")
         add_row(rows, folder.name, lambda stem, item, lq, files=files: load(files[stem], device), lambda stem, files=files: digest(files[stem]),
                 {"folder": str(folder), "identity": digest([digest(files[stem]) for stem in items])})
     return rows
@@ -200,19 +200,6 @@ def add_row(rows, name, function, identity, record):
 
 def upscale(net, tile, stem, item, lq):
     return archs.upscale_tiled(net, lq, tile=tile, overlap=32)
-
-
-def output_files(folder, items):
-    """{stem: file} of a folder of ready-made outputs. FileNotFoundError or ValueError where one is missing or named twice."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--images {folder}: no such folder")
-    found, files = data.list_images(folder), {}
-    for stem in items:
-        fits = [path for name, path in found.items() if name == stem or name.rpartition("_")[0] == stem]
-        if len(fits) != 1:
-            raise ValueError(f"--images {folder}: {len(fits)} files for image {stem} ({', '.join(p.name for p in fits) or 'none'}); expected {stem}.png or {stem}_<anything>.png")
-        files[stem] = fits[0]
-    return files
 
 
 # Scores

@@ -315,18 +315,19 @@ def _probe(reward, name, device, need_gradient, flag):
 
 # Static scores of whole images (samplers sma and smp)
 
-def score_images(paths, reward, cache, world, batch_size=8):
+def score_images(paths, reward, cache, world, batch_size=8, flag="--score-cache", failed=None):
     """Score every image whole, once: (len(paths),) float64 in the order given.
 
     Scores are appended to JSON lines under `cache`, one file per process, keyed by the reward's identity and the image's
     content, so an interrupted call continues and a changed image, weight file or library version is scored again. Ranks
-    share the work. The stat of a file stands in for its hash when size and modification time are as recorded.
+    share the work. The stat of a file stands in for its hash when size and modification time are as recorded. flag names `cache`
+    in errors. failed: a dict that gets {path: why} of images without a score (NaN), instead of a ValueError for the first.
     """
     identity = {"models": reward.identity(), "protocol": "whole image, 8-bit RGB", "versions": _versions(reward)}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     cache = Path(cache)
     if world.is_main:
-        runs.check_writable(cache, "--score-cache")
+        runs.check_writable(cache, flag)
     cache.mkdir(parents=True, exist_ok=True)
     by_stat, by_content = {}, {}
     for file in sorted(cache.glob(f"{key}.*.jsonl")):
@@ -336,7 +337,11 @@ def score_images(paths, reward, cache, world, batch_size=8):
                 by_stat[row["path"], row["size"], row["mtime"]] = by_content[row["sha256"]] = row["score"]
     world.barrier()                                                             # all have read what there was before anyone appends
     scores, todo = {}, []
+    lost = {}
     for i, path in list(enumerate(map(Path, paths)))[world.rank::world.size]:
+        if failed is not None and not path.is_file():
+            scores[i], lost[path] = math.nan, "no such image"
+            continue
         stat = path.stat()
         row = {"path": str(path.resolve()), "size": stat.st_size, "mtime": stat.st_mtime_ns}
         scores[i] = by_stat.get(tuple(row.values()))
@@ -353,19 +358,46 @@ def score_images(paths, reward, cache, world, batch_size=8):
                 row["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
                 scores[i] = by_content.get(row["sha256"])
             fresh = [(i, path) for i, path, _ in batch if scores[i] is None]
-            images = [data.load_image(path).float() / 255 for _, path in fresh]
-            same = 1 if len({im.shape for im in images}) > 1 else batch_size    # mixed sizes go one by one
-            values = [v for j in range(0, len(images), same) for v in reward(torch.stack(images[j:j + same]).to(world.device)).tolist()]
-            for (i, path), value in zip(fresh, values):
-                if not math.isfinite(value):
-                    raise ValueError(f"{path}: its score is not finite ({value}); choose another --reward or repair the image")
+            images = {}
+            for i, path in fresh:
+                try:
+                    images[i] = data.load_image(path).float() / 255
+                except (ValueError, OSError) as error:
+                    if failed is None:
+                        raise
+                    scores[i], lost[path] = math.nan, str(error)
+            for i, value in _score_batches(reward, images, batch_size, world.device, failed is not None):
+                path = paths[i]
+                if isinstance(value, Exception) or not math.isfinite(value):
+                    why = f"its score is not finite ({value})" if isinstance(value, float) else f"{type(value).__name__}: {value}"
+                    if failed is None:
+                        raise ValueError(f"{path}: {why}; choose another --reward or repair the image")
+                    value, lost[path] = math.nan, why
                 scores[i] = value
             for i, _, row in batch:
-                out.write(json.dumps(row | {"score": scores[i]}) + "\n")
+                if math.isfinite(scores[i]):
+                    out.write(json.dumps(row | {"score": scores[i]}) + "\n")
             out.flush()
             bar.update(len(batch))
     scores = {i: s for part in world.gather_objects(scores) for i, s in part.items()}
+    if failed is not None:
+        failed.update({str(path): why for part in world.gather_objects(lost) for path, why in part.items()})
     return torch.tensor([scores[i] for i in range(len(paths))], dtype=torch.float64)
+
+
+def _score_batches(reward, images, batch_size, device, singly):
+    """{i: (3, H, W)} -> [(i, score)]; images of mixed sizes go one by one. singly: so do those of a batch that fails, whose error stands for the score."""
+    same = 1 if len({image.shape for image in images.values()}) > 1 else batch_size
+    found, order = [], list(images)
+    for j in range(0, len(order), same):
+        part = order[j:j + same]
+        try:
+            found += zip(part, reward(torch.stack([images[i] for i in part]).to(device)).tolist())
+        except Exception as error:                                               # whatever a metric does on an odd image: it is reported
+            if not singly:
+                raise
+            found += [(part[0], error)] if len(part) == 1 else [pair for i in part for pair in _score_batches(reward, {i: images[i]}, 1, device, True)]
+    return found
 
 
 def _versions(reward):

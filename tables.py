@@ -4,6 +4,7 @@ A result is what evaluate.py writes as JSON: scores {row: {image: {metric: value
 """
 import csv
 import io
+import re
 
 import numpy as np
 from scipy import stats
@@ -123,6 +124,13 @@ def latex(means, lower):
     arrows = " & ".join(["", *(escape(SHOWN.get(m, m)) + (r" $\downarrow$" if lower[m] else r" $\uparrow$") for m in metrics)])
     body = " \\\\\n".join(" & ".join(map(escape, row)) for row in rows)
     return f"\\begin{{tabular}}{{l{'c' * len(metrics)}}}\n\\toprule\n{head} \\\\\n{arrows} \\\\\n\\midrule\n{body} \\\\\n\\bottomrule\n\\end{{tabular}}\n"
+
+
+def tabular(title, head, rows):
+    """Formatted cells as a LaTeX tabular with a comment for its title (needs booktabs)."""
+    escape = lambda cell: re.sub(r"([%_&#])", r"\\\1", str(cell)).replace("–", "--").replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$")
+    lines = [" & ".join(map(escape, row)) + r" \\" for row in [head, *rows]]
+    return "\n".join([f"% {title}", rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
 
 
 def to_csv(scores, lower):
