@@ -8,7 +8,6 @@ Images are (B, 3, H, W) float RGB in [0, 1], outputs are not clamped. Key names,
 public checkpoints (specs/hggt-training.md, section 4), so that weights load strictly in both directions. Nothing here knows
 how a network is trained. In shape comments N is the 64 tokens of a window, nW the number of windows, C the embedding.
 """
-import json
 import math
 import pickle
 import struct
@@ -502,7 +501,9 @@ def read_weights(path, key=None):
     if key != "none" and key not in content:
         raise ValueError(f"{path}: no key {key!r} in it, it has {names}")
     state = content if key == "none" else content[key]
-    is_state = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+    is_state = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in state.items())
+    if "lora" in content:
+        raise ValueError(f"{path}: an adapter of finetune_lora.py, not a network: upscale.py takes it with --lora, evaluate.py under the name adapter.pth")
     if not is_state or not state:
         raise ValueError(f"{path}: no state dict (it holds {names}); of a run take weights/ema_*.pth, not a training checkpoint")
     return {k.removeprefix("module."): v.float() if v.is_floating_point() else v for k, v in state.items()}, key
@@ -576,6 +577,7 @@ def load_strict(net, state, path):
                  if k in state and state[k].shape != v.shape]
     different += [f"{k} is missing" for k in wanted if k not in state]
     different += [f"{k} is not expected" for k in state if k not in wanted]
+    different += [f"{k} is {state[k].dtype} there" for k, v in wanted.items() if k in state and v.is_floating_point() and not state[k].is_floating_point()]
     if different:
         raise ValueError(f"{path}: the file is {describe(state)}, the network is {describe(wanted)}; "
                          f"{len(different)} keys differ, the first: {different[0]}")
@@ -622,7 +624,7 @@ def load_run(path, flag, key=None, pad_mode=None):
     """
     file = runs.find_weights(path, f"{flag} names weight files, or run folders that train.py made")
     record = Path(path) / "args.json"
-    made_by = json.loads(record.read_text()) if record.exists() else {"args": {}}
+    made_by = runs.read_record(record) if record.exists() else {"args": {}}
     net, info = load_generator(file, key, pad_mode or made_by["args"].get("pad_mode"))
     return net, {"file": str(file), **info, "trained_at": made_by.get("commit")}
 
@@ -637,20 +639,20 @@ def load_x4(path, flag, key=None, pad_mode=None):
 
 # whole images
 
-MIN_TILE = 64   # CHOICE: LR pixels; smaller tiles would be mostly overlap
+OVERLAP = 64    # CHOICE: LR pixels; seams of the four public nets below a tenth of a grey level (tests/test_archs.py)
 
 
 def tile_weights(size, tile, overlap, scale):
     """Tiles of one axis: [(start, stop, weight)] in LR pixels; the weights, (scale * (stop - start),), sum to 1 at every pixel.
 
-    Starts are multiples of 8, so that SwinIR's windows lie as in the whole image. Of an overlap the quarter at a tile's border,
-    which sees least of its surroundings, counts nothing; the inner half is a linear ramp.
+    Starts are multiples of 8, so that SwinIR's windows lie as in the whole image. Of an overlap the 3/8 at a tile's border,
+    which see least of their surroundings, count nothing; the quarter in the middle is a linear ramp.
     """
     stride = max((tile - overlap) // 8 * 8, 8)
     spans = [(start, min(start + tile, size)) for start in range(0, max(size - overlap, 1), stride)]
     total, ramps = torch.zeros(size * scale), []
     for start, stop in spans:
-        rise = (2 * (torch.arange((stop - start) * scale) + 0.5) / (overlap * scale) - 0.5).clamp(0, 1)   # overlap 0: all 1
+        rise = (4 * (torch.arange((stop - start) * scale) + 0.5) / (overlap * scale) - 1.5).clamp(0, 1)   # overlap 0: all 1
         ramp = torch.ones_like(rise)
         if start > 0:
             ramp = ramp * rise
@@ -662,16 +664,16 @@ def tile_weights(size, tile, overlap, scale):
 
 
 @torch.no_grad()
-def upscale_tiled(net, lq, scale=4, tile=256, overlap=16, batch=1, sink=None):
+def upscale_tiled(net, lq, scale=4, tile=256, overlap=OVERLAP, batch=1, sink=None):
     """Run a generator over images of any size, in overlapping tiles blended with linear ramps.
 
     lq: (B, 3, h, w) -> (B, 3, scale * h, scale * w) float32, not clamped. tile and overlap are LR pixels; tile 0 is the whole
     image, and an image no larger than a tile is not cut. batch: tiles of one size that go through the net at a time. Seams
-    shrink as the overlap grows towards twice the net's field of view. When a GPU's memory does not suffice the tile is halved,
-    down to MIN_TILE.
+    vanish where 3/8 of the overlap exceed the net's field of view, and shrink towards that. When memory does not suffice the tile
+    is halved, down to just more than twice the overlap.
     sink: takes the result instead, so that it need not be held as floats: sink(y, rows) with rows (B, 3, n, scale * w) of the output from
     row y on, top to bottom; from the top again when the tile was halved.
-    Raises ValueError if tile <= 2 * overlap, torch.OutOfMemoryError when the smallest tile does not fit either.
+    Raises ValueError if tile <= 2 * overlap, MemoryError when the smallest tile does not fit either.
     """
     if overlap < 0 or 0 < tile <= 2 * overlap:
         raise ValueError(f"tile {tile} must be 0 (whole image) or more than twice the overlap {overlap}")
@@ -686,11 +688,19 @@ def upscale_tiled(net, lq, scale=4, tile=256, overlap=16, batch=1, sink=None):
                 else:
                     sr[:, :, y:y + rows.shape[2]] = rows
             return sr
-        except torch.OutOfMemoryError:
-            tile = min(tile, max(lq.shape[2:])) // 2
-            if tile < max(MIN_TILE, 2 * overlap + 1):
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
                 raise
+            before, smallest = min(tile, max(lq.shape[2:])), 2 * overlap + 8
+            tile = max(before // 2, smallest)
+            if tile >= before:
+                raise MemoryError(f"memory does not suffice for a tile of {before} pixels ({' '.join(str(error).split())[:100]})") from None
         torch.cuda.empty_cache()                              # here, where the exception no longer holds the failed attempt
+
+
+def out_of_memory(error):
+    """Is this how PyTorch says that the memory of a GPU, or of the machine, does not suffice?"""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def upscaled_rows(net, lq, scale, tile, overlap, batch=1):

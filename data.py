@@ -92,8 +92,7 @@ def save_grid(path, rows):
             x, y = sum(widths[:c]) + gap * c, sum(heights[:r]) + gap * r
             draw.multiline_text((x + 2, y + 1), text, fill="black", spacing=1)
             sheet.paste(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), (x, y + strip))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, format="PNG")
+    runs.write_atomic(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
 def flattest(image, side):
@@ -118,7 +117,7 @@ def list_images(folder):
     """{stem: path} of a folder's image files, sorted by name. ValueError when two files share a stem or there is none."""
     found = {}
     for path in sorted(Path(folder).iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
             if path.stem in found:
                 raise ValueError(f"{path} and {found[path.stem].name}: two images of one name in {folder}: rename one")
             found[path.stem] = path

@@ -52,7 +52,7 @@ def parse_args(argv=None):
     g.add_argument("--metric-weights", nargs="*", default=[], metavar="NAME=FILE", help="local weight files of metrics")
     g.add_argument("--cache", type=Path, default=Path("runs/evaluation-cache"), metavar="DIR", help="scores of earlier calls")
     g = p.add_argument_group("computing")
-    g.add_argument("--tile", type=flags.TILE, default=256, help="LR tile in pixels, more than 64; 0: whole image")
+    g.add_argument("--tile", type=flags.TILE, default=256, help="LR tile in pixels, more than 128; 0: whole image")
     g.add_argument("--batch-size", type=flags.SIZE, default=8, help="outputs of one image that a metric sees at a time")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     g.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
@@ -199,7 +199,7 @@ def add_row(rows, name, function, identity, record):
 
 
 def upscale(net, tile, stem, item, lq):
-    return archs.upscale_tiled(net, lq, tile=tile, overlap=32)
+    return archs.upscale_tiled(net, lq, tile=tile)
 
 
 # Scores

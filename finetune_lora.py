@@ -164,7 +164,7 @@ def validate(base, net, sets, metrics, args, seeds, world):
     totals = Counter()
     for i in range(world.rank, len(sets.stems), world.size):
         lq, gt = validation_pair(sets, i, args, seeds, world.device)
-        sr, before = (degradations.to_8bit(archs.upscale_tiled(g, lq, tile=args.tile, overlap=32)) for g in (net, base))
+        sr, before = (degradations.to_8bit(archs.upscale_tiled(g, lq, tile=args.tile)) for g in (net, base))
         totals.update({name: metric(sr, gt).item() for name, metric in metrics.items()} | {"images": 1, "peaks": quality.noise_peaks(sr - before).item()})
         if "reward" in metrics:
             like, equal = quality.unsharp_like(before, sr, lambda x: metrics["reward"](x, None))
@@ -195,7 +195,7 @@ def sample_grid(base, net, sets, args, seeds, device, path, rows=4, side=64):
     for i in range(min(rows, len(sets.stems))):
         lq, gt = validation_pair(sets, i, args, seeds, device)
         y, x = data.flattest(gt, side)
-        images = {name: archs.upscale_tiled(g, lq, tile=args.tile, overlap=32).clamp(0, 1) for name, g in (("base", base), ("tuned", net))}
+        images = {name: archs.upscale_tiled(g, lq, tile=args.tile).clamp(0, 1) for name, g in (("base", base), ("tuned", net))}
         cells.append([(data.enlarged_crop(image, y, x, side, 3), name)
                       for name, image in (images | {"original": gt}).items()])
     data.save_grid(path, cells)

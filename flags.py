@@ -25,8 +25,8 @@ def number(kind, low=-math.inf, high=math.inf, above=False, below=False):
 def TILE(text):
     """An argparse type: side of an LR tile in pixels, 0 for the whole image."""
     value = COUNT(text)
-    if 0 < value <= 64:
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more than 64: tiles overlap by 32")
+    if 0 < value <= 128:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more than 128: tiles overlap by 64")
     return value
 
 
@@ -112,7 +112,7 @@ def add_training(p):
     g.add_argument("--weights-every", type=COUNT, default=50_000, help="steps between weight files (HGGT); 0: only at the end")
     g.add_argument("--val-every", type=COUNT, default=50_000, help="steps between validations (HGGT); 0: only at the end")
     g.add_argument("--sample-every", type=COUNT, default=5_000, help="steps between sample grids; 0: none")
-    g.add_argument("--tile", type=TILE, default=128, help="LR tile of the validation in pixels, more than 64; 0: whole image")
+    g.add_argument("--tile", type=TILE, default=256, help="LR tile of the validation in pixels, more than 128; 0: whole image")
     g.add_argument("--tensorboard", action=onoff, default=False, help="also write TensorBoard events")
 
 

@@ -34,7 +34,6 @@ def parse_args(argv=None):
 ARGS = parse_args() if __name__ == "__main__" else None                          # --help needs no torch: seconds
 
 import hashlib
-import json
 import math
 import re
 
@@ -165,6 +164,10 @@ def load_lora(net, path, scale=1.0):
                          f"these {base_hash(net)[:12]})")
     add_lora(net, "^(" + "|".join(map(re.escape, state["targets"])) + ")$", state["rank"], state["alpha"])
     values = state.get("lora_ema", state["lora"])
+    wanted = {key: value.shape for key, value in lora_state_dict(net).items()}
+    wrong = sorted(set(wanted) ^ set(values)) or [key for key, shape in wanted.items() if values[key].shape != shape]
+    if wrong:
+        raise ValueError(f"{path}: a damaged adapter ({len(wrong)} tensors are missing, left over or of another shape, first {wrong[0]})")
     for name, lora in adapted(net).items():
         lora.load_state_dict({key: values[f"{name}.{key}"] for key in ("lora_A", "lora_B")})
         lora.scale = scale
@@ -200,8 +203,11 @@ def load_tuned(path, scale=1.0, base=None, key=None, pad_mode=None, flag="--base
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such adapter; finetune_lora.py leaves <run>/lora/adapter.pth")
     record = file.parent.parent / "args.json"
-    made_by = json.loads(record.read_text())["args"] if record.is_file() else {}
-    base = base or made_by.get("init") or made_by.get("base")
+    made_by = runs.read_record(record)["args"] if record.is_file() else {}
+    recorded = made_by.get("init") or made_by.get("base")
+    if base is None and recorded and not Path(recorded).exists():
+        raise FileNotFoundError(f"{record}: was tuned from {recorded}, which is not here; call from the folder where it was trained, or name it with {flag}")
+    base = base or recorded
     if base is None:
         raise ValueError(f"{file}: no args.json of a run beside it to say what it belongs to; name the tuned weights with {flag}")
     net, info = archs.load_run(base, flag, key or made_by.get("weights_key"), pad_mode or made_by.get("pad_mode"))

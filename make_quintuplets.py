@@ -62,7 +62,7 @@ def parse_args(argv=None):
                    help="correlation of 48x48 thumbnails from which the second of two photos is dropped as a near-duplicate (CHOICE)")
     g.add_argument("--reward", default="ranker", help="quality model of the contact sheet's scores")
     g.add_argument("--seed", type=flags.COUNT, default=0, help="of the patches' jitter")
-    g.add_argument("--tile", type=flags.TILE, default=256, help="LR tile of the enhancers in pixels, more than 64; 0: whole photo")
+    g.add_argument("--tile", type=flags.TILE, default=256, help="LR tile of the enhancers in pixels, more than 128; 0: whole photo")
     g.add_argument("--tile-batch", type=flags.SIZE, default=1, help="tiles enhanced at a time")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     g.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads per process; 0: PyTorch's choice")
@@ -241,7 +241,7 @@ def enhance(photo, net, args):
     size = photo.shape[1:]
     reduced = [max(1, round(n * args.shrink)) for n in size]
     small = F.interpolate(photo[None], reduced, mode="bicubic", align_corners=False, antialias=True)
-    sr = archs.upscale_tiled(net, small.clamp(0, 1), tile=args.tile, overlap=32, batch=args.tile_batch).clamp(0, 1)
+    sr = archs.upscale_tiled(net, small.clamp(0, 1), tile=args.tile, batch=args.tile_batch).clamp(0, 1)
     if sr.shape[2:] != size:
         sr = F.interpolate(sr, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
     return degradations.to_8bit(sr)[0]
@@ -357,7 +357,7 @@ def build(args, world):
         raise FileNotFoundError(f"--photos {args.photos}: no such folder")
     nets, sources = load_enhancers(args.enhancers, world.device)
     keys = ("shrink", "soften", "tile", "patch", "step", "jitter", "min_std", "min_laplacian", "min_change", "similar", "seed")
-    settings = {k: getattr(args, k) for k in keys} | {"enhancers": {v: source["sha256"] for v, source in sources.items()}}
+    settings = {k: getattr(args, k) for k in keys} | {"overlap": archs.OVERLAP, "enhancers": {v: source["sha256"] for v, source in sources.items()}}
     records, started = args.out / "records", args.out / "records" / "settings.json"
     begun = (args.out / "Train").exists()                                         # else nothing was written that could be mixed up
     if started.exists():

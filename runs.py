@@ -32,7 +32,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)                  
 def cli(main):
     """Run a script's `main`: errors that our own code raises end in one line and exit code 2, anything else in a traceback.
 
-    A ValueError, OSError or ArithmeticError whose last frame is a `raise` of a file in this folder is a message to the user
+    A ValueError, OSError, ArithmeticError or MemoryError whose last frame is a `raise` of a file in this folder is a message to the user
     (bad data, missing file, ...). The same type coming out of torch or numpy is a bug and keeps its traceback.
     IQASR_TRACEBACK=1 shows the traceback of every error.
     """
@@ -41,7 +41,7 @@ def cli(main):
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(last.filename).resolve().parent == REPO and (last.line or "").lstrip().startswith("raise ")
         if os.environ.get("IQASR_TRACEBACK") or not (ours or isinstance(error, OSError) and error.filename):
@@ -168,8 +168,10 @@ def write_atomic(path, write):
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:     # a full disk does not say where
+            raise OSError(f"{path} cannot be written ({error.strerror})") from None
         raise
 
 
@@ -195,6 +197,17 @@ def check_output(path, flag):
 
 def save_json(path, value):
     write_atomic(path, lambda t: t.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def read_record(path):
+    """A run's args.json. ValueError when it is damaged."""
+    try:
+        record = json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); the run's weights can be named by their file") from None
+    if not isinstance(record, dict) or not isinstance(record.get("args"), dict):
+        raise ValueError(f"{path}: not the record of a run (no args in it); the run's weights can be named by their file")
+    return record
 
 
 def save_weights(path, params, params_ema=None):

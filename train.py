@@ -147,7 +147,7 @@ def validate(net, sets, args, reward, seeds, world):
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)             # count, PSNR, score
     for i in range(world.rank, len(sets.stems), world.size):
         lq, gt = validation_pair(sets, i, args, seeds, world.device)
-        sr = degradations.to_8bit(archs.upscale_tiled(net, lq, tile=args.tile, overlap=32))
+        sr = degradations.to_8bit(archs.upscale_tiled(net, lq, tile=args.tile))
         psnr = quality.psnr(sr, gt)[0]
         totals += torch.stack([torch.ones_like(psnr), psnr, reward(sr)[0].double() if reward else torch.zeros_like(psnr)])
     count, psnr, score = world.reduce(totals).tolist()

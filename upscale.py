@@ -28,10 +28,12 @@ def parse_args(argv=None):
     p.add_argument("--scale", type=flags.number(float), default=1.0, help="strength of --lora: 0 leaves the network as it is, 1 is as tuned")
     p.add_argument("--out", type=Path, default=Path("sr"), metavar="DIR", help="folder of the results, which keep their names")
     p.add_argument("--format", choices=[s[1:] for s in FORMATS], help="of the results; default: that of the image, png for formats not in this list")
-    p.add_argument("--overwrite", action="store_true", help="replace results that exist; without it they are errors")
-    p.add_argument("--tile", default="auto", type=lambda text: text if text == "auto" else flags.TILE(text),
-                   help="LR pixels, more than 64; 0: whole image; auto: by free memory. Halved when a GPU's memory does not suffice")
-    p.add_argument("--overlap", type=flags.COUNT, default=32, help="of tiles, LR pixels (CHOICE: seams below one grey level)")
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("--overwrite", action="store_true", help="replace results that exist; without it they are errors")
+    g.add_argument("--skip", action="store_true", help="leave results that exist: continue a call that was stopped")
+    p.add_argument("--tile", default="auto", type=tile, metavar="PIXELS",
+                   help="LR pixels, more than twice the overlap; 0: whole image; auto: by free memory, 512 at most. Halved when memory does not suffice")
+    p.add_argument("--overlap", type=flags.COUNT, default=64, help="of tiles, LR pixels (CHOICE: seams below one grey level, README)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     p.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
     args = p.parse_args(argv)
@@ -39,9 +41,16 @@ def parse_args(argv=None):
         p.error("which network? --weights names a weight file or a run folder")
     if args.scale != 1 and not args.lora:
         p.error("--scale is the strength of --lora: name the adapter")
-    if args.tile not in ("auto", 0) and args.tile <= 2 * args.overlap:
-        p.error(f"--tile {args.tile}: must be more than twice --overlap {args.overlap}")
+    if args.tile != 0 and (512 if args.tile == "auto" else args.tile) <= 2 * args.overlap:
+        p.error(f"--tile {args.tile}{' (512 at most)' * (args.tile == 'auto')}: must be more than twice --overlap {args.overlap}")
     return args
+
+
+def tile(text):
+    return text if text == "auto" else flags.COUNT(text)
+
+
+tile.__name__ = "whole number"
 
 
 ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
@@ -52,6 +61,7 @@ import os
 import sys
 
 import numpy as np
+import psutil
 import pyvips
 import torch
 from tqdm import tqdm
@@ -71,20 +81,27 @@ def find_images(words):
     found = []
     for word in words:
         path = Path(word)
-        paths = list(data.list_images(path).values()) if path.is_dir() else [path] if path.exists() else [Path(p) for p in sorted(glob.glob(word))]
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in data.IMAGE_SUFFIXES and not p.is_dir()) if path.is_dir() else []
+        if path.is_dir() and not inside:
+            raise FileNotFoundError(f"{path}: no images ({', '.join(data.IMAGE_SUFFIXES)}) directly in it")
+        paths = inside if inside else [path] if os.path.lexists(path) else [Path(p) for p in sorted(glob.glob(word))]
         if not paths:
             raise FileNotFoundError(f"{word}: no such file, folder or pattern")
-        found += [p for p in paths if p.is_file()]
+        found += [p for p in paths if not p.is_dir()]                            # a broken link is named when its turn comes
+    if not found:
+        raise FileNotFoundError(f"{' '.join(words)}: only folders there, no images")
     return list(dict.fromkeys(found))
 
 
 def read(path):
     """An image as pyvips shows it, upright, in grey or RGB with or without alpha, 8 or 16 bit. ValueError for anything else."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: a link to a file that is not there")
     try:
-        image = pyvips.Image.new_from_file(str(path), fail_on="truncated")
+        image = pyvips.Image.new_from_file(str(path), fail_on="error")
         pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
-        if pages > 1:
-            raise ValueError(f"{path}: {pages} pages or frames: give the one you want as a file of its own")
+        if pages > 1 or image.get("vips-loader") == "pngload" and animated_png(path):
+            raise ValueError(f"{path}: {f'{pages} pages or' if pages > 1 else 'several'} frames: give the one you want as a file of its own")
         if image.interpretation == "cmyk":
             image = image.icc_transform("srgb", embedded=True, input_profile="cmyk")
         image = image.autorot().copy_memory()                                     # what is damaged shows now
@@ -99,19 +116,39 @@ def read(path):
     return image
 
 
-def enlarge(net, image, factor, tile, overlap, device):
-    """pyvips image -> pyvips image: colours by the network, alpha bicubically; bit depth, profile and metadata of the image."""
+def animated_png(path):
+    """libvips shows the first frame of an animated PNG without a word; its animation control chunk stands before the pixels."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
+            if head[4:] == b"acTL":
+                return True
+            file.seek(int.from_bytes(head[:4]) + 4, 1)
+    return False
+
+
+def enlarge(net, image, factor, tile, overlap, device, stop):
+    """pyvips image -> pyvips image: colours by the network, alpha bicubically; bit depth, profile and metadata of the image.
+
+    ValueError where the network's output is not finite, KeyboardInterrupt when stop.received, between rows of tiles.
+    """
     alpha, colour = (image[image.bands - 1], image[:image.bands - 1]) if image.hasalpha() else (None, image)
     pixels, top = colour.numpy().reshape(image.height, image.width, -1), 255 if image.format == "uchar" else 65_535
     lq = torch.from_numpy(pixels.astype(np.float32) / top).permute(2, 0, 1)[None].expand(1, 3, -1, -1).to(device)
     sr = np.empty((image.height * factor, image.width * factor, pixels.shape[2]), pixels.dtype)
 
     def keep(y, rows):
+        if stop.received:
+            raise KeyboardInterrupt
+        if not rows.isfinite().all():
+            raise ValueError("the network's output is not finite: its weights are damaged, or --scale is too large")
         rows = rows.clamp(0, 1)
         rows = rows if sr.shape[2] == 3 else rows.mean(1, keepdim=True)           # a grey image stays grey
         sr[y:y + rows.shape[2]] = rows[0].mul(top).round().permute(1, 2, 0).cpu().numpy()
+        bar.update(y + rows.shape[2] - bar.n)                                     # backwards where the tile was halved
 
-    archs.upscale_tiled(net, lq, factor, tile, overlap, sink=keep)
+    with tqdm(total=sr.shape[0], unit="row", leave=False, disable=None) as bar:
+        archs.upscale_tiled(net, lq, factor, tile, overlap, sink=keep)
     result = pyvips.Image.new_from_array(sr, interpretation=colour.interpretation).copy(xres=image.xres, yres=image.yres)
     if alpha is not None:
         result = result.bandjoin(alpha.resize(factor, kernel="cubic").cast(image.format))
@@ -136,29 +173,36 @@ def check_result(path, image, factor, suffix, free):
 
 
 def free_memory(device):
-    """Bytes: of the GPU, or of the machine (infinite where the system does not tell)."""
+    """Bytes: of the GPU, or of the machine or container, file cache counted as free (infinite where psutil cannot tell)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")                                                # a container's own limit
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, AttributeError, OSError):                                 # not Linux
-        return math.inf
+        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):                                                 # none, or "max"
+        return free
 
 
-def auto_tile(device):
-    """Side whose activations take half of the free memory at most, between archs.MIN_TILE and 512 (CHOICE: more brings no speed)."""
+def auto_tile(device, overlap):
+    """Side whose activations take half of the free memory at most, between just more than two overlaps and 512 (CHOICE: more brings no speed)."""
     side = math.isqrt(int(min(free_memory(device) / 2 / LR_PIXEL, 512 ** 2)))
-    return max(archs.MIN_TILE + 8, side // 8 * 8)
+    return max(2 * overlap + 8, side // 8 * 8)
 
 
-def one_image(net, path, target, factor, args, device):
-    """Enlarge one file. -> None, or a remark."""
+def one_image(net, path, target, factor, args, device, stop):
+    """Enlarge one file. -> a remark, or nothing."""
+    if target.exists() and args.skip:
+        return "was there"
     if target.exists() and not args.overwrite:
-        raise ValueError(f"{target} exists: --overwrite replaces it, --out names another folder")
+        raise ValueError(f"{target} exists: --overwrite replaces it, --skip leaves it, --out names another folder")
     image = read(path)
     check_result(path, image, factor, target.suffix, free_memory(torch.device("cpu")))
-    tile = auto_tile(device) if args.tile == "auto" else args.tile
-    result = enlarge(net, image, factor, tile, args.overlap, device)
+    tile = auto_tile(device, args.overlap) if args.tile == "auto" else args.tile
+    try:
+        result = enlarge(net, image, factor, tile, args.overlap, device, stop)
+    except (ValueError, MemoryError) as error:
+        raise ValueError(f"{path}: {error}") from None
     remarks = []
     if image.format == "ushort" and target.suffix not in (".png", ".tif", ".tiff"):
         remarks.append(f"{target.suffix[1:]} has 8 bit only")
@@ -193,14 +237,16 @@ def main(args):
         net, info = archs.load_run(args.weights, "--weights", args.weights_key, args.pad_mode)
     net = net.to(world.device)
     print(f"{info['file']}: {info['arch']} x{info['scale']}, key {info['key']}" + (f" + {args.scale:g} x {args.lora}" if args.lora else ""))
-    failed = 0
+    failed, stop = 0, runs.StopSignal(world)                                      # a signal within libvips would be lost
     for path in tqdm(paths[world.rank::world.size], unit="img", disable=not world.is_main):
         try:
-            remark = one_image(net, path, targets[path], info["scale"], args, world.device)
+            remark = one_image(net, path, targets[path], info["scale"], args, world.device, stop)
             tqdm.write(f"{path} -> {targets[path]}" + (f" ({remark})" if remark else ""))
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:            # named; the other images are done
+        except (ValueError, OSError) as error:                                    # named; the other images are done
             failed += 1
             tqdm.write(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        if stop.received:
+            raise KeyboardInterrupt
     failed = sum(world.gather_objects(failed))
     if world.is_main:
         print(f"{len(paths) - failed} of {len(paths)} images written to {args.out}" + (f", {failed} failed" if failed else ""))

@@ -168,6 +168,26 @@ def test_a_file_holds_adapters_only_and_fits_its_base_only(tmp_path):
         lora.load_lora(build("compact-small"), tmp_path / "other.pth")
     with pytest.raises(FileNotFoundError, match="no such"):
         lora.load_lora(build("compact-small"), tmp_path / "none.pth")
+    first = next(iter(content["lora"]))
+    for damaged in ({"lora": {k: v for k, v in content["lora"].items() if k != first}}, {"targets": content["targets"][1:]}, {"lora": content["lora"] | {first: torch.zeros(1, 1)}}):
+        torch.save(content | damaged, tmp_path / "damaged.pth")
+        with pytest.raises(ValueError, match="damaged.pth: a damaged adapter"):
+            lora.load_lora(build("compact-small"), tmp_path / "damaged.pth")
+
+
+@pytest.mark.fast
+def test_a_damaged_record_and_a_base_that_is_elsewhere(tmp_path):
+    net = build("compact-small")
+    lora.add_lora(net, lora.default_targets(net), 2)
+    lora.save_lora(tmp_path / "run/lora/adapter.pth", net)
+    record = tmp_path / "run/args.json"
+    for text, message in (('{"args"', "args.json: damaged"), ("null", "args.json: not the record of a run"), ('{"x": 1}', "args.json: not the record of a run"),
+                          ('{"args": {"base": "runs/elsewhere"}}', "was tuned from runs/elsewhere, which is not here; call from the folder where it was trained, or name it with --base")):
+        record.write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            lora.load_tuned(tmp_path / "run")
+    with pytest.raises(ValueError, match="adapter.pth: an adapter of finetune_lora.py, not a network"):
+        archs.load_run(tmp_path / "run/lora/adapter.pth", "--weights")
 
 
 @pytest.mark.fast

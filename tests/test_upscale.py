@@ -1,6 +1,7 @@
 """upscale.py: pixels equal spandrel's, what of an image is kept, odd and broken inputs, memory."""
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -195,9 +196,87 @@ def test_a_pattern_and_an_adapter_at_any_strength(weights, photo, tmp_path):
 
 
 @pytest.mark.fast
+def test_damaged_tiff_animated_png_and_links_to_nothing(weights, photo, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    large = np.tile(photo, (6, 6, 1))
+    Image.fromarray(large).save(folder / "plain.tif")
+    (folder / "cut.tif").write_bytes((folder / "plain.tif").read_bytes()[:60_000])
+    Image.fromarray(large).save(folder / "packed.tif", compression="tiff_lzw")
+    packed = bytearray((folder / "packed.tif").read_bytes())
+    packed[9_000:9_040] = bytes(40)
+    (folder / "packed.tif").write_bytes(packed)
+    frames = [Image.fromarray(np.roll(photo, k, 0)) for k in range(2)]
+    frames[0].save(folder / "moving.png", save_all=True, append_images=frames[1:])
+    (folder / "gone.png").symlink_to(tmp_path / "nothing.png")
+    (folder / "folder.png").mkdir()
+    run(weights, folder, "--out", tmp_path / "sr", code=1)
+    said = capsys.readouterr()
+    for name, why in (("cut.tif", "not a readable image"), ("packed.tif", "not a readable image"), ("moving.png", "several frames"), ("gone.png", "a link to a file that is not there")):
+        assert f"{name}: {why}" in said.err
+    assert [p.name for p in (tmp_path / "sr").iterdir()] == ["plain.tif"] and "1 of 5 images written" in said.out
+    with pytest.raises(FileNotFoundError, match="folder.png: no images"):
+        upscale.main(upscale.parse_args(["--weights", str(weights), str(folder / "folder.png")]))
+
+
+@pytest.mark.fast
+def test_a_network_that_is_not_finite_writes_nothing(weights, photo, tmp_path, capsys):
+    state = torch.load(weights, weights_only=True)["params"]
+    runs.save_weights(tmp_path / "nan.pth", state | {"body.0.bias": state["body.0.bias"] * torch.nan})
+    torch.save({"params": {k: (10 * v).to(torch.int8) for k, v in state.items()}}, tmp_path / "int8.pth")
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    run(tmp_path / "nan.pth", tmp_path / "a.png", "--out", tmp_path / "sr", code=1)
+    assert "a.png: the network's output is not finite" in capsys.readouterr().err and not list((tmp_path / "sr").glob("*"))
+    with pytest.raises(ValueError, match="body.0.weight is torch.int8 there"):
+        run(tmp_path / "int8.pth", tmp_path / "a.png", "--out", tmp_path / "sr")
+
+
+@pytest.mark.fast
+def test_a_stopped_call_is_continued_and_a_signal_stops_between_tiles(weights, photo, tmp_path, capsys, monkeypatch):
+    for name in "ab":
+        Image.fromarray(photo).save(tmp_path / f"{name}.png")
+    args = ["--out", tmp_path / "sr", tmp_path / "a.png", tmp_path / "b.png"]
+    real = archs.upscale_tiled
+
+    def interrupted(net, lq, *words, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return real(net, lq, *words, **options)
+    monkeypatch.setattr(archs, "upscale_tiled", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        upscale.main(upscale.parse_args(["--weights", str(weights), "--device", "cpu", *map(str, args)]))
+    assert not list((tmp_path / "sr").glob("*"))
+    monkeypatch.setattr(archs, "upscale_tiled", real)
+    run(weights, *args[:3])
+    before = (tmp_path / "sr/a.png").stat().st_mtime_ns
+    run(weights, "--skip", *args)
+    assert "a.png (was there)" in capsys.readouterr().out and (tmp_path / "sr/a.png").stat().st_mtime_ns == before and (tmp_path / "sr/b.png").exists()
+
+
+@pytest.mark.fast
+def test_the_memory_of_the_machine_that_does_not_suffice(weights, photo, tmp_path, capsys, monkeypatch):
+    """As PyTorch says it on a CPU; the other image is done."""
+    Image.fromarray(np.tile(photo, (5, 1, 1))).save(tmp_path / "a.png")
+    Image.fromarray(photo).save(tmp_path / "b.png")
+    net, info = archs.load_run(weights, "--weights")
+    seen = []
+
+    class Greedy(torch.nn.Module):
+        def forward(self, x):
+            seen.append(max(x.shape[2:]))
+            if seen[-1] > 50:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+            return net(x)
+    monkeypatch.setattr(archs, "load_run", lambda *words: (Greedy(), info))
+    run(weights, "--out", tmp_path / "sr", tmp_path / "a.png", tmp_path / "b.png", code=1)
+    assert "a.png: memory does not suffice for a tile of 136 pixels" in capsys.readouterr().err and seen[:2] == [200, 136] and (tmp_path / "sr/b.png").exists()
+    run(weights, "--out", tmp_path / "sr", tmp_path / "a.png", "--overlap", 8, "--skip")
+    assert Image.open(tmp_path / "sr/a.png").size == (200, 800)
+
+
+@pytest.mark.fast
 def test_the_tile_fits_the_memory(monkeypatch):
-    tile = lambda gib: (monkeypatch.setattr(upscale, "free_memory", lambda device: gib * 2**30), upscale.auto_tile(torch.device("cpu")))[1]
-    assert tile(1000) == tile(float("inf")) == 512 and tile(0.01) == 72 and 72 < tile(1) < 512 and tile(1) % 8 == 0
+    tile = lambda gib: (monkeypatch.setattr(upscale, "free_memory", lambda device: gib * 2**30), upscale.auto_tile(torch.device("cpu"), 64))[1]
+    assert tile(1000) == tile(float("inf")) == 512 and tile(0.01) == 136 and 112 < tile(1) < 512 and tile(1) % 8 == 0
 
 
 def test_processes_share_the_images(weights, photo, tmp_path, script):
@@ -222,7 +301,7 @@ class Nearest(torch.nn.Module):
         return torch.nn.functional.interpolate(x, scale_factor=4, mode="nearest")
 archs.load_run = lambda *a: (Nearest(), dict(file="nearest", arch="nearest", scale=4, key=None))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-args = upscale.parse_args(["--weights", "x", "--device", "cpu", "--threads", "1", "--tile", "128", "--format", "tif", "--out", r"{tmp_path / 'sr'}", r"{tmp_path / 'a.png'}"])
+args = upscale.parse_args(["--weights", "x", "--device", "cpu", "--threads", "1", "--tile", "136", "--format", "tif", "--out", r"{tmp_path / 'sr'}", r"{tmp_path / 'a.png'}"])
 before = peak()
 try:
     upscale.main(args)
