@@ -171,7 +171,7 @@ def write_atomic(path, write):
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and not error.filename:     # a full disk does not say where
-            raise OSError(f"{path} cannot be written ({error.strerror})") from None
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
