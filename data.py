@@ -247,6 +247,10 @@ class Sets:
     def path(self, stem, version="original"):
         return self.files[version][file_stem(stem, version)]
 
+    def all_files(self):
+        """Every image file that is read from."""
+        return [self.path(stem, version) for stem in self.stems for version in self.versions]
+
     def hold_out(self, photos, seed):
         """-> (Sets without, Sets with only) `photos` photos drawn by seed. All patches of a photo stay on one side."""
         names = sorted({photo_of(s) for s in self.stems})

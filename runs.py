@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -258,6 +259,13 @@ def describe_machine():
     return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device}
 
 
+def peak_memory(device):
+    """GiB: allocated on this GPU at most, or resident of this process at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
 def markdown(head, rows):
     """A Markdown table."""
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
@@ -359,7 +367,7 @@ class Run:
         chosen = " ".join(f"{k} {v / seen:.0%}" for k, v in picked.items())
         self.say(f"step {step:07d}/{total:07d} | {losses} | lr {lr:.1e} | {speed:.2f} it/s | wait {waiting:.0%} | "
                  f"eta {(total - step) / speed / 3600:.2f}h | gt {chosen}")
-        self.event(step, "train", **terms, lr=lr, it_per_s=round(speed, 3), wait=round(waiting, 3), picked=picked)
+        self.event(step, "train", **terms, lr=lr, it_per_s=round(speed, 5), wait=round(waiting, 3), memory=round(peak_memory(self.world.device), 3), picked=picked)
 
     def save(self, step, state):
         """Replace ckpt/last.pt by {"step", "args", **state}; the other ranks wait until it is there."""

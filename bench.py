@@ -1,0 +1,339 @@
+"""Where a training step's time goes: ms per step of every part, images/s, share of the hardware's limit, peak memory.
+
+    python bench.py train --arch compact --batch-size 4 --reward ranker            any flags of train.py
+    python bench.py train --reward bench:untrained_musiq --sampler amo              MUSIQ's architecture without its weights: for times only
+    python bench.py finetune --arch compact --batch-size 4 --reward ranker          reward with gradient, LoRA
+    python bench.py evaluate --arch compact                                         tiled inference and metrics of one image
+    python bench.py data --data datasets/mine                                       images/s from PNG and from packed files, warm and cold
+    python bench.py compare before.json after.json                                  ratios, part by part
+
+`train` measures the parts one by one on the tensors of one batch (medians), and the whole step as train.py runs it, as a process of its own that
+leaves nothing behind. Without --data the quintuplets are made up: 24 of 512 x 512 pixels. Where an image is read from the disk the file cache is warm.
+"""
+import argparse
+from pathlib import Path
+
+import flags
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (("train", "a step of train.py; all its flags are taken"), ("finetune", "a step of finetune_lora.py's generator part; train.py's flags"),
+                       ("evaluate", "inference and metrics; train.py's --arch, --reward, --tile, --device, --threads"), ("data", "decoding and degradation; train.py's flags")):
+        c = commands.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=flags.Help)
+        c.add_argument("--repeats", type=flags.SIZE, default=5, help="measurements of each part; their median counts")
+        c.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+        if name == "train":
+            c.add_argument("--steps", type=flags.COUNT, default=20, help="whole steps, after as many warm-up ones; 0: parts only")
+            c.add_argument("--processes", type=flags.SIZE, default=1, help="of torchrun, for the whole steps")
+    c = commands.add_parser("compare", help="ratios of two results", description="ratios of two results", formatter_class=flags.Help)
+    c.add_argument("before", type=Path)
+    c.add_argument("after", type=Path)
+    args, rest = p.parse_known_args(argv)
+    if args.command == "compare" and rest:
+        p.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args, rest
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()                                                           # --help answers before torch is loaded
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import archs
+import data
+import degradations
+import iqa
+import lora
+import quality
+import runs
+import train
+
+
+def untrained_musiq(device):
+    """A reward of MUSIQ's architecture with random weights: costs what MUSIQ costs, means nothing."""
+    from pyiqa.archs.musiq_arch import MUSIQ
+    torch.manual_seed(0)
+    return MUSIQ(pretrained=False).to(device).eval()
+
+
+def synthetic_sets(root, count=24, side=512):
+    """Quintuplets of coloured noise with structure of every size, in HGGT's layout, under root."""
+    rng = np.random.default_rng(0)
+    for n in range(count):
+        layers = [F.interpolate(torch.from_numpy(rng.random((1, 3, max(2, side // k), max(2, side // k)))).float(), (side, side), mode="bicubic") for k in (128, 32, 8, 2)]
+        base = sum(layers)[0] / len(layers)
+        for k, version in enumerate(("original", "01", "02", "03", "04")):
+            image = (base + 0.02 * k * torch.from_numpy(rng.standard_normal((3, side, side))).float()).clamp(0, 1)
+            data.save_image(root / "Train" / "images" / "0" / version / f"{data.file_stem(f'photo{n}-0-0', version)}.png", image)
+
+
+def sync(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(function, repeats, device):
+    """Median ms of function(), after one call that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        sync(device)
+        started = time.perf_counter()
+        function()
+        sync(device)
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times[1:])
+
+
+def flops(function):
+    """Floating-point operations of function(), matrix products, convolutions and attention, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def peak_flops(device, precision):
+    """FLOP/s of a large matrix product: what this hardware reaches at best."""
+    side = 8192 if device.type == "cuda" else 1536
+    kind = torch.bfloat16 if precision == "bf16" and device.type == "cuda" else torch.float32
+    a, b = torch.randn(2, side, side, device=device, dtype=kind)
+    return 2 * side ** 3 / (min(timed(lambda: a @ b, 1, device) for _ in range(8)) / 1000)
+
+
+def setup(args):
+    """What train.py builds from these arguments -> world, reward, TrainingSet, generator, discriminator or None, VGG or None."""
+    world = runs.start_world(args.device, args.threads)
+    seeds = partial(runs.sample_seed, args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.benchmark = True
+    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, world.device, args.reward_weights)
+    _, dataset, _, _ = train.open_data(args, world, reward, seeds)
+    torch.manual_seed(0)
+    memory = torch.channels_last if args.channels_last else torch.contiguous_format
+    net_g = archs.ARCHS[args.arch](**({"drop_path": args.drop_path, "pad_mode": args.pad_mode} if args.arch.startswith("swinir") else {}))
+    net_g = net_g.to(world.device, memory_format=torch.contiguous_format if args.arch.startswith("swinir") else memory).train()
+    net_d = archs.UNetDiscriminatorSN(args.d_features).to(world.device, memory_format=memory).train() if args.lambda_a > 0 else None
+    vgg = archs.VGGFeatureLoss(args.vgg_weights).to(world.device, memory_format=memory) if args.lambda_p > 0 else None
+    return world, seeds, reward, dataset, net_g, net_d, vgg
+
+
+def train_parts(args, repeats):
+    """{part: ms per step} on one batch, and {part: FLOPs}."""
+    world, seeds, reward, dataset, net_g, net_d, vgg = setup(args)
+    device, lanes = world.device, range(args.batch_size)
+    measure, parts, work = partial(timed, repeats=repeats, device=device), {}, {}
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    parts["decode, one worker"] = measure(lambda: [dataset.sample(1, lane) for lane in lanes])
+    batch = data.collate([dataset.sample(1, lane) for lane in lanes])
+    moved = lambda: [batch[name].to(device).float() / 255 for name in ("original", "crops")]
+    parts["to the device"] = measure(moved)
+    original, crops = moved()
+    draws = [seeds(1, lane, "degrade") for lane in lanes], [seeds(1, lane // args.group_size, "degrade-group") for lane in lanes]
+    degrade = lambda: degradations.degrade(degradations.usm_sharpen(original) if args.usm else original, args.degradation, *draws, args.jpeg_table)
+    parts["degradation"] = measure(degrade)
+    lq, gt = train.crop_like(degrade(), batch["where"], args.crop), crops[:, 0]
+    if args.sampler == "amo" and crops.shape[1] > 1:
+        score = torch.no_grad()(lambda: reward(crops.flatten(0, 1)))
+        parts["scoring"], work["scoring"] = measure(score), flops(score)
+
+    def generator(backward=True):
+        with autocast():
+            sr = net_g(lq, **({"drop_path_seeds": list(lanes)} if args.drop_path else {}))
+        if backward:
+            F.l1_loss(sr.float(), gt).backward()
+        return sr
+    forward = measure(lambda: generator(False))
+    parts["G forward"] = forward
+    parts["G backward, L1"] = max(0.0, measure(generator) - forward)
+    work["G"] = flops(generator)
+    fake = generator(False).detach()
+
+    def through(loss):                                                            # from the SR image on
+        sr = fake.clone().requires_grad_()
+        with autocast():
+            value = loss(sr)
+        value.backward()
+    if vgg is not None:
+        perceptual = lambda: through(lambda sr: vgg(sr, gt))
+        parts["perceptual"], work["perceptual"] = measure(perceptual), flops(perceptual)
+    if net_d is not None:
+        def adversarial():
+            net_d.requires_grad_(False)
+            through(lambda sr: train.adversarial_loss(net_d(sr), True))
+            net_d.requires_grad_(True)
+
+        def discriminator():
+            for images, real in ((gt, True), (fake, False)):
+                with autocast():
+                    loss = train.adversarial_loss(net_d(images), real)
+                loss.backward()
+        for name, part in (("D in G's loss", adversarial), ("D", discriminator)):
+            parts[name], work[name] = measure(part), flops(part)
+    ema = archs.ARCHS[args.arch]().to(device).requires_grad_(False)
+    optimisers = [torch.optim.Adam(net.parameters(), lr=1e-9, betas=(0.9, 0.99)) for net in (net_g, net_d) if net is not None]
+    generator()
+
+    def update():
+        for optimiser in optimisers:
+            optimiser.step()
+        train.update_ema(ema, net_g, 0.999)
+    parts["optimiser, EMA"] = measure(update)
+    return world, parts, work
+
+
+def whole_steps(words, args, steps, processes):
+    """train.py itself: ms per step in the second half of 2 * steps, the share of waiting for data, peak memory in GiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs.save_weights(Path(folder) / "init.pth", archs.ARCHS[args.arch]().state_dict())
+        out = Path(folder) / "run"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+        command = [sys.executable, *launch, str(runs.REPO / "train.py"), *words, "--init", f"{folder}/init.pth", "--out", str(out), "--total-steps", str(2 * steps), "--log-every", str(steps),
+                   "--save-every", "0", "--weights-every", "0", "--val-every", "0", "--sample-every", "0"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{runs.REPO}:{os.environ.get('PYTHONPATH', '')}"})
+        if done.returncode:
+            raise ValueError(f"train.py ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+        last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][-1]
+        return {"ms": 1000 / last["it_per_s"], "wait": last["wait"], "memory": last["memory"]}
+
+
+def report(record, parts, work, peak, whole=None, batch=1):
+    """Print the table of parts and keep everything in the record."""
+    total = sum(parts.values())
+    rate = lambda name: f"{work[name] / (parts_of(parts, name) / 1000) / peak:.0%}" if work.get(name) else ""
+    print(runs.markdown(["part", "ms per step", "share", "GFLOP", "of the peak"],
+                        [[name, f"{ms:.1f}", f"{ms / total:.1%}", *(f"{work[key] / 1e9:.1f}" if (key := "G" if name == "G backward, L1" else name) in work else "",
+                                                                   rate(key) if key in work else "")] for name, ms in parts.items()]))
+    print(f"sum of the parts {total:.1f} ms; a matrix product reaches {peak / 1e9:.0f} GFLOP/s; G's work counts forward and backward")
+    record |= {"parts_ms": parts, "flops": work, "matrix_product_flops": peak}
+    if whole:
+        record["whole"] = whole
+        print(f"train.py: {whole['ms']:.1f} ms per step, {1000 * batch / whole['ms']:.2f} images/s, waiting for data {whole['wait']:.0%}, peak memory {whole['memory']:.2f} GiB, "
+              f"{sum(work.values()) / (whole['ms'] / 1000) / peak:.0%} of the peak")
+
+
+def parts_of(parts, name):
+    return parts["G forward"] + parts["G backward, L1"] if name == "G" else parts[name]
+
+
+def bench_train(args, words, options, record):
+    world, parts, work = train_parts(args, options.repeats)
+    record["peak_memory_parts"] = runs.peak_memory(world.device)
+    whole = whole_steps(words, args, options.steps, options.processes) if options.steps else None
+    report(record, parts, work, peak_flops(world.device, args.precision), whole, args.batch_size)
+
+
+def bench_finetune(args, words, options, record):
+    """The generator part of a fine-tuning step: LoRA forward and backward, the reward with a gradient to the pixels."""
+    world, seeds, reward, dataset, net_g, _, vgg = setup(args)
+    reward = iqa.create_reward(args.reward, world.device, args.reward_weights, need_gradient=True)
+    batch = data.collate([dataset.sample(1, lane) for lane in range(args.batch_size)])
+    crops = batch["crops"].to(world.device).float()[:, 0] / 255
+    lq = F.interpolate(crops, scale_factor=0.25, mode="area")
+    lora.add_lora(net_g, lora.default_targets(net_g), 16)
+    tuned = lora.lora_parameters(net_g)
+
+    def generator():
+        F.l1_loss(net_g(lq, **({"drop_path_seeds": [0] * len(lq)} if args.drop_path else {})), crops).backward()
+
+    def quality_loss():
+        sr = crops.clone().requires_grad_()
+        reward(sr).mean().backward()
+    optimiser = torch.optim.Adam(tuned, lr=1e-9)
+    measure, parts, work = partial(timed, repeats=options.repeats, device=world.device), {}, {}
+    for name, part in (("G with LoRA", generator), ("reward with gradient", quality_loss), ("optimiser", optimiser.step)):
+        parts[name] = measure(part)
+        work |= {name: flops(part)} if name != "optimiser" else {}
+    record["peak_memory_parts"] = runs.peak_memory(world.device)
+    report(record, parts, work, peak_flops(world.device, args.precision))
+
+
+def bench_evaluate(args, words, options, record):
+    """One 128 x 128 LR image: inference whole and in tiles, and metrics without downloads."""
+    world = runs.start_world(args.device, args.threads)
+    net = archs.ARCHS[args.arch]().to(world.device).eval()
+    lq = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).to(world.device)
+    sr = archs.upscale_tiled(net, lq).clamp(0, 1)
+    measure, parts = partial(timed, repeats=options.repeats, device=world.device), {}
+    parts["inference, whole"] = measure(lambda: archs.upscale_tiled(net, lq))
+    parts["inference, tiles of 136"] = measure(lambda: archs.upscale_tiled(net, lq.repeat(1, 1, 2, 2)[..., :200, :200], tile=136))
+    for name in ("psnr", "ssim", *([] if args.reward == ["none"] else args.reward)):
+        metric = quality.create_metric(name, world.device)
+        parts[name] = measure(lambda: metric(sr, sr))
+    record["peak_memory_parts"] = runs.peak_memory(world.device)
+    report(record, parts, {}, peak_flops(world.device, args.precision))
+
+
+def bench_data(args, words, options, record):
+    """Samples per second of one worker, warm and cold, and degraded images per second."""
+    world = runs.start_world(args.device, args.threads)
+    seeds = partial(runs.sample_seed, args.seed)
+    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, world.device, args.reward_weights)
+    _, dataset, _, _ = train.open_data(args, world, reward, seeds)
+    lanes, parts = range(args.batch_size), {}
+    read = lambda: data.collate([dataset.sample(1, lane) for lane in lanes])
+    cold = []
+    for _ in range(options.repeats):
+        forget(dataset)
+        started = time.perf_counter()
+        read()
+        cold.append(1000 * (time.perf_counter() - started))
+    parts["read a batch, cold"] = statistics.median(cold)
+    parts["read a batch, warm"] = timed(read, options.repeats, world.device)
+    original = read()["original"].to(world.device).float() / 255
+    draws = [seeds(1, lane, "degrade") for lane in lanes], [seeds(1, lane // args.group_size, "degrade-group") for lane in lanes]
+    for preset in ("one-round", "two-round"):
+        parts[f"degrade a batch, {preset}"] = timed(lambda: degradations.degrade(original, preset, *draws), options.repeats, world.device)
+    print(runs.markdown(["", "ms", "samples/s"], [[name, f"{ms:.2f}", f"{1000 * args.batch_size / ms:.1f}"] for name, ms in parts.items()]))
+    record |= {"parts_ms": parts, "packed": getattr(dataset.sets, "packed", None) is not None}
+
+
+def forget(dataset):
+    """Drop the data set's files from the system's cache, as far as the system does it on request."""
+    for path in dataset.sets.all_files():
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def compare(options):
+    before, after = (json.loads(path.read_text()) for path in (options.before, options.after))
+    rows = [[name, f"{before['parts_ms'][name]:.1f}", f"{after['parts_ms'][name]:.1f}", f"{before['parts_ms'][name] / after['parts_ms'][name]:.2f}"]
+            for name in before["parts_ms"] if after["parts_ms"].get(name)]
+    if "whole" in before and "whole" in after:
+        rows.append(["whole step", f"{before['whole']['ms']:.1f}", f"{after['whole']['ms']:.1f}", f"{before['whole']['ms'] / after['whole']['ms']:.2f}"])
+    print(runs.markdown(["", f"before ({before['commit'][:7]}), ms", f"after ({after['commit'][:7]}), ms", "ratio"], rows))
+    for key in ("device", "torch", "arguments"):
+        if before[key] != after[key]:
+            print(f"{key} differ: {before[key]} and {after[key]}")
+
+
+def main(options, words):
+    if options.command == "compare":
+        return compare(options)
+    with tempfile.TemporaryDirectory() as folder:
+        if "--data" not in words:
+            synthetic_sets(Path(folder))
+            words = [*words, "--data", folder]
+        if "--lambda-p" not in words and "--vgg-weights" not in words and options.command != "train":
+            words = [*words, "--lambda-p", "0"]                                   # not measured there: no download
+        args = train.parse_args(words)
+        record = {"command": sys.argv, "arguments": [word for word in words if word != folder], **runs.describe_machine(), "threads": args.threads or torch.get_num_threads()}
+        {"train": bench_train, "finetune": bench_finetune, "evaluate": bench_evaluate, "data": bench_data}[options.command](args, words, options, record)
+    if options.json:
+        runs.save_json(options.json, record)
+
+
+if __name__ == "__main__":
+    runs.cli(partial(main, *ARGS))
