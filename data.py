@@ -8,6 +8,7 @@ Layout (HGGT as released, and what make_quintuplets.py writes):
 Images are (3, H, W) uint8 RGB until they reach the device. Any number of enhanced folders (two digits) works; HGGT has four.
 """
 import contextlib
+import hashlib
 import json
 import re
 import signal
@@ -239,8 +240,8 @@ class Sets:
     {stem: path} of ready-made LR images, if any.
     """
 
-    def __init__(self, files, label_folder=None, lq=None, stems=None):
-        self.files, self.label_folder, self.lq = files, label_folder, lq
+    def __init__(self, files, label_folder=None, lq=None, stems=None, packed=None):
+        self.files, self.label_folder, self.lq, self.packed = files, label_folder, lq, packed
         self.versions = list(files)
         self.stems = sorted(files["original"]) if stems is None else stems
 
@@ -249,7 +250,16 @@ class Sets:
 
     def all_files(self):
         """Every image file that is read from."""
-        return [self.path(stem, version) for stem in self.stems for version in self.versions]
+        return [self.packed.file] if self.packed else [self.path(stem, version) for stem in self.stems for version in self.versions]
+
+    def read(self, stem, version):
+        """(3, H, W) uint8 array: a decoded image, or a view of the packed file, of which only what is copied leaves the disk."""
+        return self.packed.read(stem, version) if self.packed else load_image(self.path(stem, version)).numpy()
+
+    def signature(self):
+        """Hash over the names and file sizes of all images: what a packed file and an atlas belong to."""
+        lines = [f"{stem} {version} {self.path(stem, version).stat().st_size}" for stem in sorted(self.files["original"]) for version in self.versions]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def hold_out(self, photos, seed):
         """-> (Sets without, Sets with only) `photos` photos drawn by seed. All patches of a photo stay on one side."""
@@ -258,7 +268,7 @@ class Sets:
             raise ValueError(f"--val-photos {photos}: the data set has {len(names)} photos; hold out between 1 and {len(names) - 1}")
         held = set(np.random.default_rng(seed).permutation(names)[:photos].tolist())
         sides = [[s for s in self.stems if (photo_of(s) in held) == side] for side in (False, True)]
-        return tuple(Sets(self.files, self.label_folder, self.lq, stems) for stems in sides)
+        return tuple(Sets(self.files, self.label_folder, self.lq, stems, self.packed) for stems in sides)
 
     def labels(self):
         """Merged labels, (number of stems, number of versions) int64; column 0 is ORIGINAL."""
@@ -332,7 +342,84 @@ def find_sets(root, split):
         raise ValueError(f"{lq}: no LR image for {len(missing)} of the test set's originals, first {min(missing)}.png")
     for stem in sorted(files["original"]) if ready else []:
         check_lr_size(ready[stem], image_size(ready[stem]), image_size(files["original"][stem]))
-    return Sets(files, folders["labels"], ready)
+    sets = Sets(files, folders["labels"], ready)
+    if (Path(root) / "packed" / f"{split}.json").exists():
+        sets.packed = Packed(Path(root) / "packed", split, sets)
+    return sets
+
+
+class Packed:
+    """The decoded images of a split in one file that `prepare.py pack` wrote, memory-mapped; a sample reads crops, not images.
+
+    <folder>/<split>.bin: the images' bytes, (3, H, W) uint8, one after the other; <split>.json: {"signature", "images": {version: {stem: [offset, H, W]}}}.
+    ValueError where it is not whole or was made of other files.
+    """
+
+    def __init__(self, folder, split, sets):
+        self.file, index = folder / f"{split}.bin", folder / f"{split}.json"
+        remedy = f"remove {folder}, and to use it again: python prepare.py pack {folder.parent}"
+        try:
+            self.index = json.loads(index.read_text())
+            self.bytes = np.memmap(self.file, mode="r")
+            ends = [offset + 3 * h * w for images in self.index["images"].values() for offset, h, w in images.values()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: damaged ({' '.join(str(error).split())[:80]}): {remedy}") from None
+        if max(ends) != len(self.bytes):
+            raise ValueError(f"{self.file}: {len(self.bytes)} bytes, expected {max(ends)}: {remedy}")
+        if self.index["signature"] != sets.signature():
+            raise ValueError(f"{self.file}: was packed from other images than are there now: {remedy}")
+
+    def read(self, stem, version):
+        offset, h, w = self.index["images"][version][stem]
+        return self.bytes[offset:offset + 3 * h * w].reshape(3, h, w)
+
+
+class Atlas:
+    """The reward of every version's crops on a grid of positions, flipped and not, as `prepare.py atlas` computed it.
+
+    A .npy file of (stems, versions, 2, rows, columns) float32, memory-mapped, and its .json: what it belongs to. sets, crop: what is trained on;
+    reward: the Reward in use, None to take any. ValueError for an atlas of other data, crop, reward or weights, or one that is not finished.
+    """
+
+    def __init__(self, path, sets, crop, reward=None):
+        path = Path(path)
+        try:
+            about = json.loads(path.with_suffix(".json").read_text())
+            self.table, self.stride = np.load(path, mmap_mode="r"), about["stride"]
+            self.rows = {stem: k for k, stem in enumerate(about["stems"])}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"--atlas {path}: not an atlas ({' '.join(str(error).split())[:100]}); python prepare.py atlas makes one") from None
+        wanted = {"signature": sets.signature(), "versions": sets.versions, "crop": crop}
+        for what, value in wanted.items():
+            if about[what] != value:
+                raise ValueError(f"--atlas {path}: made of other {'images' if what == 'signature' else what} ({about[what]}, here {value}); make one of these: python prepare.py atlas")
+        if reward is not None and about["reward"] != reward.identity():
+            raise ValueError(f"--atlas {path}: of another reward ({', '.join(about['reward'])}) or other weights than --reward {' '.join(reward.models)}; "
+                             "make one of this reward, or name that one")
+        if not about["finished"]:
+            raise ValueError(f"--atlas {path}: not finished; the same `prepare.py atlas` command continues it")
+
+    @staticmethod
+    def open_all(words, sets, crop, reward=None):
+        """["FILE", "FILE=WEIGHT"] -> [(Atlas, weight)] of one grid. A single one must be of the reward in use."""
+        opened = []
+        for word in words:
+            file, _, weight = word.partition("=")
+            try:
+                opened.append((Atlas(file, sets, crop, reward if len(words) == 1 else None), float(weight) if weight else 1.0))
+            except ValueError as error:
+                raise ValueError(f"--atlas {word}: write FILE or FILE=WEIGHT" if "convert string" in str(error) else str(error)) from None
+        if len({(atlas.stride, atlas.table.shape) for atlas, _ in opened}) > 1:
+            raise ValueError(f"--atlas {' '.join(words)}: of different grids; make them with one --stride")
+        return opened
+
+    def position(self, u):
+        """Two uniform draws in [0, 1) -> top and left of a crop on the grid, in pixels."""
+        return tuple(int(u[i] * n) * self.stride for i, n in enumerate(self.table.shape[3:]))
+
+    def scores(self, stem, flipped, y, x):
+        """(versions,) float32 of the crops at this position of the (flipped) images."""
+        return torch.from_numpy(self.table[self.rows[stem], :, int(flipped), y // self.stride, x // self.stride].copy())
 
 
 def find_realsr(root):
@@ -421,13 +508,15 @@ class TrainingSet(Dataset):
     A sample is {"original": (3, H, W) uint8, "crops": (V, 3, crop, crop) uint8, "where": (2,) top and left of the crop,
     "candidates": (V,) bool, "version": (V,) index of each crop's version}. V is K for amo and 1 otherwise: only what the
     sampler needs is decoded. All images of a sample share flip, window and crop.
+    atlases: [(Atlas, weight)]: amo without a reward at hand. Crops lie on the atlas' grid, the weighted sum of the tables chooses, V is 1, and
+    the sample also has "score" (). margin: by so much an enhanced version must beat the original; tau: None arg max, else soft AMO.
     """
 
     def __init__(self, sets, sampler, seeds, batch_size, group_size, crop, load_size=0, tau=10.0, labels=None, scores=None,
-                 include_original=True, drop_without_positive=False, scale=4):
+                 include_original=True, drop_without_positive=False, scale=4, atlases=(), margin=0.0):
         self.sets, self.sampler, self.seeds = sets, sampler, seeds
         self.batch_size, self.group_size, self.crop, self.load_size = batch_size, group_size, crop, load_size
-        self.tau, self.scale = tau, scale
+        self.tau, self.scale, self.atlases, self.margin = tau, scale, list(atlases), margin
         codes = torch.full((len(sets.stems), len(sets.versions)), ORIGINAL) if labels is None else labels
         candidates = candidates_for(sampler, codes, include_original)
         keep = candidates.any(1)
@@ -466,37 +555,51 @@ class TrainingSet(Dataset):
     def sample(self, step, lane):
         index = self.index(step, lane)
         rng = {p: np.random.default_rng(self.seeds(step, lane, p)) for p in ("flip", "window", "sampler")}
-        candidates = self.candidates[index]
-        if self.sampler == "amo":
-            chosen = range(len(candidates))
-        else:
-            scores = None if self.scores is None else self.scores[index][None]
-            chosen = [int(pick_gt(self.sampler, candidates[None], scores, self.tau, rng["sampler"].random(1)))]
-            candidates = torch.ones(1, dtype=torch.bool)
-        images = self._load(self.stems[index], chosen)
-        h, w = images[0].shape[1:]
+        stem, candidates = self.stems[index], self.candidates[index]
+        original = self._read(stem, 0)
+
+        # where: a window of the image, mirrored or not, and in it the crop
+        h, w = original.shape[1:]
         if self.load_size:
             top, left = (int(rng["window"].integers(n - self.load_size + 1)) for n in (h, w))
             h = w = self.load_size
         else:
             top, left, h, w = 0, 0, h - h % self.scale, w - w % self.scale
-        images = {v: image[:, top:top + h, left:left + w] for v, image in images.items()}
-        if rng["flip"].random() < 0.5:                                          # HGGT options: horizontal flip only
-            images = {v: image.flip(2) for v, image in images.items()}
+        flipped = rng["flip"].random() < 0.5                                     # HGGT options: horizontal flip only
         u = np.random.default_rng(self.seeds(step, lane // self.group_size, "crop")).random(2)
-        y, x = (int(u[i] * ((n - self.crop) // self.scale + 1)) * self.scale for i, n in enumerate((h, w)))
-        return {"original": images[0].contiguous(), "where": torch.tensor([y, x]), "candidates": candidates,
-                "crops": torch.stack([images[v][:, y:y + self.crop, x:x + self.crop] for v in chosen]),
-                "version": torch.tensor(list(chosen))}
+        y, x = self.atlases[0][0].position(u) if self.atlases else (int(u[i] * ((n - self.crop) // self.scale + 1)) * self.scale for i, n in enumerate((h, w)))
 
-    def _load(self, stem, chosen):
-        """{version index: image} of the original and the chosen versions, each decoded once."""
-        images = {}
-        for v in sorted({0, *chosen}):
-            path = self.sets.path(stem, self.sets.versions[v])
-            images[v] = load_image(path)
-            check_size(path, images[v].shape[:0:-1], images[0].shape[:0:-1], max(self.crop, self.load_size))
-        return images
+        # what: the versions that the sampler needs
+        more, draw = {}, rng["sampler"].random(1)
+        if self.atlases:
+            scores = sum(weight * atlas.scores(stem, flipped, y, x) for atlas, weight in self.atlases)
+            handicapped = scores + self.margin * (torch.arange(len(scores)) == 0)
+            if self.tau is None:
+                chosen = [int(pick_gt("amo", candidates[None], handicapped[None]))]
+            else:
+                chosen = [int(pick_gt("sma", candidates[None], handicapped[None], self.tau, draw))]
+            more = {"score": scores[chosen[0]]}
+        elif self.sampler == "amo":
+            chosen = range(len(candidates))
+        else:
+            scores = None if self.scores is None else self.scores[index][None]
+            chosen = [int(pick_gt(self.sampler, candidates[None], scores, self.tau, draw))]
+        if len(chosen) == 1:
+            candidates = torch.ones(1, dtype=torch.bool)
+
+        def cut(image, y, x, height, width):                                      # as if the window had been mirrored first
+            part = image[:, top + y:top + y + height, left + (w - x - width if flipped else x):][:, :, :width]
+            return torch.from_numpy(np.array(part[:, :, ::-1] if flipped else part))
+        crops = [cut(original if v == 0 else self._read(stem, v, original), y, x, self.crop, self.crop) for v in chosen]
+        return {"original": cut(original, 0, 0, h, w), "where": torch.tensor([y, x]), "candidates": candidates, "crops": torch.stack(crops),
+                "version": torch.tensor(list(chosen)), **more}
+
+    def _read(self, stem, v, original=None):
+        """(3, H, W) uint8 array of version number v, as large as its original and as the crop needs."""
+        image = self.sets.read(stem, self.sets.versions[v])
+        size = image.shape[:0:-1]
+        check_size(self.sets.path(stem, self.sets.versions[v]), size, size if original is None else original.shape[:0:-1], max(self.crop, self.load_size))
+        return image
 
 
 def check_headers(dataset, world):
@@ -506,6 +609,8 @@ def check_headers(dataset, world):
     `prepare.py verify`.
     """
     sets, need = dataset.sets, max(dataset.crop, dataset.load_size)
+    if sets.packed:                                                               # its images were decoded once, and are as they were
+        return
     used = [v for k, v in enumerate(sets.versions) if k == 0 or dataset.candidates[:, k].any()]
 
     def check(stem):

@@ -73,7 +73,10 @@ def add_training(p):
     g.add_argument("--reward", nargs="+", default=["musiq"], metavar="NAME[=WEIGHT]",
                    help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none where the sampler needs none")
     g.add_argument("--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
-    g.add_argument("--tau", type=RATE, default=10.0, help="softmax temperature in score units; sma and smp only (Sec. 8.1)")
+    g.add_argument("--tau", type=RATE, help="softmax temperature in score units: default 10 for sma and smp (Sec. 8.1); with --atlas soft AMO, default arg max")
+    g.add_argument("--atlas", nargs="+", default=[], metavar="FILE[=WEIGHT]",
+                   help="amo from tables of `prepare.py atlas` instead of online scoring, on their grid of crops; several are summed")
+    g.add_argument("--margin", type=WEIGHT, default=0.0, help="with --atlas: score by which an enhanced version must beat the original (CHOICE: 0, the paper's arg max)")
     g.add_argument("--include-original", action=onoff, default=True, help="is the original in A_I? (Eq. 4: yes; Sec. 4.2 once: no)")
     g.add_argument("--drop-without-positive", action=onoff, default=False,
                    help="drop sets without a positive for every sampler; upos and smp always do (HGGT)")
@@ -118,7 +121,13 @@ def add_training(p):
 
 def check_training(p, args):
     """What argparse cannot see: combinations of add_training's flags that cannot work."""
-    if args.reward == ["none"] and args.sampler in ("sma", "smp", "amo"):
+    if args.atlas and (args.sampler != "amo" or args.load_size):
+        p.error("--atlas is for --sampler amo on whole images: without --load-size")
+    if args.margin and not args.atlas:
+        p.error("--margin is for amo with --atlas")
+    if args.tau is None and not args.atlas:
+        args.tau = 10.0
+    if args.reward == ["none"] and args.sampler in ("sma", "smp", "amo") and not args.atlas:
         p.error(f"--sampler {args.sampler} chooses by score: it needs a --reward")
     if args.drop_path and not args.arch.startswith("swinir"):
         p.error("--drop-path is SwinIR's: use 0 for convolutional nets")

@@ -84,7 +84,7 @@ import quality
 import runs
 
 FIXED = ("arch", "stage", "sampler", "reward", "degradation", "jpeg_table", "usm", "tau", "include_original", "drop_without_positive",
-         "batch_size", "group_size", "pool_size", "crop", "load_size", "drop_path", "pad_mode", "d_features",
+         "batch_size", "group_size", "pool_size", "crop", "load_size", "drop_path", "pad_mode", "d_features", "chosen_by",
          "seed", "discriminator", "samples")
 
 
@@ -113,6 +113,7 @@ def learning_rate(step, lr, milestones):
 def make_pair(batch, step, lanes, args, reward, seeds, device):
     """One fresh training pair per lane: lq (b, 3, p/4, p/4) and gt (b, 3, p, p) in [0, 1], which version was chosen (b,), and
     its score (b,), None unless the sampler is amo.
+    device: where the batch goes, if it is not there yet.
 
     The LR image is always made from the whole original, then cropped; AMO scores the aligned crops of all versions at once.
     """
@@ -123,8 +124,8 @@ def make_pair(batch, step, lanes, args, reward, seeds, device):
                               [seeds(step, lane // args.group_size, "degrade-group") for lane in lanes], args.jpeg_table)
     lq = crop_like(lq, batch["where"], args.crop)
     versions = batch["version"].to(device, non_blocking=True)                     # (b, V)
-    if args.sampler != "amo":
-        return lq, crops[:, 0], versions[:, 0], None
+    if versions.shape[1] == 1:                                                    # chosen when the sample was read
+        return lq, crops[:, 0], versions[:, 0], batch["score"].to(device, non_blocking=True) if "score" in batch else None
     with torch.no_grad():
         scores = reward(crops.flatten(0, 1)).view(versions.shape)
     index = data.pick_gt("amo", batch["candidates"].to(device, non_blocking=True), scores)[:, None]
@@ -181,18 +182,20 @@ def open_data(args, world, reward, seeds):
         sets, val_sets = sets.hold_out(args.val_photos, seeds(0, 0, "val-photos"))
     needs_labels = args.sampler in data.NEEDS_LABELS or args.drop_without_positive
 
-    def training_set(sets):
+    def training_set(sets, atlases=()):
         labels = sets.labels() if needs_labels else None
         scores = None
         if args.sampler in data.NEEDS_SCORES:
             paths = [sets.path(stem, version) for stem in sets.stems for version in sets.versions]
             scores = iqa.score_images(paths, reward, args.score_cache, world).view(len(sets.stems), -1)
         return data.TrainingSet(sets, args.sampler, seeds, args.batch_size, args.group_size, args.crop, args.load_size, args.tau,
-                                labels, scores, args.include_original, args.drop_without_positive)
+                                labels, scores, args.include_original, args.drop_without_positive,
+                                atlases=atlases, margin=args.margin)
 
-    dataset = training_set(sets)
+    dataset = training_set(sets, data.Atlas.open_all(args.atlas, sets, args.crop, reward))
     unlabelled = val_sets is not None and val_sets.label_folder is None and needs_labels
-    shown = dataset if val_sets is None or unlabelled else training_set(val_sets)
+    unscored = args.sampler == "amo" and reward is None                          # an atlas knows the training images only
+    shown = dataset if val_sets is None or unlabelled or unscored else training_set(val_sets)
     data.check_headers(dataset, world)
     for lane in range(min(4, len(shown), args.batch_size)):
         shown.sample(1, lane)                                                     # unsuitable test images are refused now, not hours later
@@ -217,7 +220,7 @@ def main(args):
         args.init, f"make it with: python train.py --stage psnr --arch {args.arch} --data PHOTOS, or name weights with --init FILE")
     reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights)
     sets, dataset, val_sets, shown = open_data(args, world, reward, seeds)
-    run.pin(samples=len(dataset))
+    run.pin(samples=len(dataset), **({"chosen_by": f"{' '.join(args.atlas)} margin {args.margin}"} if args.atlas else {}))
 
     # networks: raw_* are the plain modules that are saved, net_* what the loop calls
     start = "random start"

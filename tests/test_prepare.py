@@ -1,6 +1,7 @@
 """prepare.py verify: planted defects are found, each once and by name; a sound data set has none."""
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 import data
+import iqa
 import prepare
 import runs
 
@@ -237,3 +239,154 @@ def test_what_is_said_of_a_test_set_is_not_about_training(root, monkeypatch, cap
     prepare.main(prepare.parse_args(["verify", str(root)]))
     test = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Test:"))
     assert test.endswith("no labels: evaluate.py compares with the originals")
+
+
+# Packed images and the score atlas
+
+def batches_of(root, **options):
+    sets = data.find_sets(root, "Train")
+    dataset = data.TrainingSet(sets, options.pop("sampler", "amo"), partial(runs.sample_seed, 3), 4, 2, 32, **options)
+    return sets, [dataset.sample(step, lane) for step in (1, 2, 9) for lane in range(4)]
+
+
+def call(*words):
+    prepare.main(prepare.parse_args([str(word) for word in words]))
+
+
+@pytest.mark.parametrize("sampler, load_size", [("amo", 0), ("amo", 48), ("rand", 0), ("orig", 40)])
+def test_packed_and_unpacked_give_the_same_samples(quintuplets, tmp_path, sampler, load_size):
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    plain, expected = batches_of(root, sampler=sampler, load_size=load_size)
+    call("pack", root)
+    packed, found = batches_of(root, sampler=sampler, load_size=load_size)
+    assert plain.packed is None and packed.packed is not None and (root / "packed/Train.bin").stat().st_size == 30 * 3 * 64 * 64
+    for a, b in zip(expected, found):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    original = data.load_image(packed.path(packed.stems[2], "03"))
+    assert np.array_equal(packed.read(packed.stems[2], "03"), original.numpy())
+
+
+def test_packed_images_that_do_not_fit_are_refused(quintuplets, tmp_path):
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    call("pack", root)
+    whole = (root / "packed/Train.bin").read_bytes()
+    (root / "packed/Train.bin").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="Train.bin: 368639 bytes, expected 368640: remove .*packed, and to use it again: python prepare.py pack"):
+        data.find_sets(root, "Train")
+    (root / "packed/Train.bin").write_bytes(whole)
+    path = next((root / "Train/images/0-6/02").glob("*.png"))
+    data.save_image(path, torch.zeros(3, 64, 64))
+    with pytest.raises(ValueError, match="was packed from other images than are there now"):
+        data.find_sets(root, "Train")
+    (root / "packed/Train.json").write_text("{")
+    with pytest.raises(ValueError, match="Train.json: damaged"):
+        data.find_sets(root, "Train")
+    shutil.rmtree(root / "packed")
+    path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="damaged image"):
+        call("pack", root)
+    assert not list((root / "packed").glob("*"))                                   # nothing half-written
+
+
+def test_the_atlas_picks_what_scoring_every_crop_would(quintuplets, rewards, tmp_path):
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    for k, path in enumerate(sorted((root / "Train/images").rglob("*.png"))):      # each with another texture, so that no scores are equal
+        data.save_image(path, (data.load_image(path).float() + 4 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(k))).clamp(0, 255).byte())
+    for reward, file in (("ranker", "ranker-32-8.npy"), ("test_rewards:brightness", "test_rewards_brightness-32-8.npy")):
+        call("atlas", root, "--reward", reward, "--crop", 32, "--stride", 8, "--device", "cpu")
+        model, sets = iqa.create_reward([reward]), data.find_sets(root, "Train")
+        atlas = data.Atlas(root / "atlas" / file, sets, 32, model)
+        assert atlas.table.shape == (6, 5, 2, 5, 5)
+        dataset = data.TrainingSet(sets, "amo", partial(runs.sample_seed, 0), 4, 1, 32, tau=None, atlases=[(atlas, 1.0)])
+        everything = data.TrainingSet(sets, "amo", partial(runs.sample_seed, 0), 4, 1, 32)
+        seen = set()
+        for step in range(1, 8):
+            for lane in range(4):
+                sample, (y, x) = dataset.sample(step, lane), dataset.sample(step, lane)["where"].tolist()
+                assert y % 8 == x % 8 == 0 and sample["crops"].shape == (1, 3, 32, 32) and torch.equal(sample["original"], everything.sample(step, lane)["original"])
+                stem = dataset.names(step)[lane]
+                flipped = not np.array_equal(sample["original"].numpy(), sets.read(stem, "original"))
+                images = [sets.read(stem, version)[:, :, ::-1] if flipped else sets.read(stem, version) for version in sets.versions]
+                crops = torch.stack([torch.from_numpy(np.array(image[:, y:y + 32, x:x + 32])) for image in images])
+                scores = model(crops.float() / 255)
+                assert sample["version"].item() == scores.argmax() and torch.equal(sample["crops"][0], crops[scores.argmax()])
+                assert sample["score"] == pytest.approx(scores.max().item(), abs=1e-4)
+                seen.add((flipped, y, x))
+        assert len(seen) > 15
+
+
+def test_margin_temperature_and_sums_of_atlases(quintuplets, rewards, tmp_path):
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    call("atlas", root, "--reward", "test_rewards:brightness", "--crop", 32, "--stride", 16, "--device", "cpu")
+    call("atlas", root, "--reward", "test_rewards:brightness=-3", "--crop", 32, "--stride", 16, "--device", "cpu", "--out", tmp_path / "dark.npy")
+    sets = data.find_sets(root, "Train")
+    bright, dark = (data.Atlas(file, sets, 32) for file in (root / "atlas/test_rewards_brightness-32-16.npy", tmp_path / "dark.npy"))
+
+    def picked(atlases, **options):
+        dataset = data.TrainingSet(sets, "amo", partial(runs.sample_seed, 0), 4, 1, 32, atlases=atlases, **{"tau": None} | options)
+        return [sets.versions[dataset.sample(step, lane)["version"].item()] for step in range(1, 26) for lane in range(4)]
+    assert set(picked([(bright, 1.0)])) == {"02"} and set(picked([(dark, 1.0)])) == {"03"}
+    assert set(picked([(bright, 4.0), (dark, 1.0)])) == {"02"} and set(picked([(bright, 2.0), (dark, 1.0)])) == {"03"}
+    assert set(picked([(bright, 1.0)], margin=11.0)) == {"02"} and set(picked([(bright, 1.0)], margin=12.5)) == {"original"}        # 30 of 255 grey levels
+    soft = picked([(bright, 1.0)], tau=10.0)
+    weights = np.exp(np.array([0, 10, 30, -30, 5]) / 2.55 / 10)
+    assert np.abs(np.array([soft.count(v) for v in sets.versions]) / 100 - weights / weights.sum()).max() < 0.12 and len(set(soft)) == 5
+    files = [str(root / "atlas/test_rewards_brightness-32-16.npy"), f"{tmp_path / 'dark.npy'}=0.5"]
+    assert [w for _, w in data.Atlas.open_all(files, sets, 32)] == [1.0, 0.5]
+    with pytest.raises(ValueError, match="--atlas .*=much: write FILE or FILE=WEIGHT"):
+        data.Atlas.open_all([files[0] + "=much"], sets, 32)
+
+
+def test_an_atlas_of_something_else_is_refused_by_name(quintuplets, rewards, tmp_path):
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    words = ["atlas", root, "--reward", "test_rewards:brightness", "--crop", 32, "--stride", 16, "--device", "cpu"]
+    call(*words)
+    file, sets = root / "atlas/test_rewards_brightness-32-16.npy", data.find_sets(root, "Train")
+    with pytest.raises(ValueError, match="of another reward .test_rewards:brightness. or other weights than --reward ranker"):
+        data.Atlas(file, sets, 32, iqa.create_reward(["ranker"]))
+    with pytest.raises(ValueError, match=r"made of other crop \(32, here 48\)"):
+        data.Atlas(file, sets, 48)
+    with pytest.raises(ValueError, match="not an atlas"):
+        data.Atlas(tmp_path / "none.npy", sets, 32)
+    with pytest.raises(ValueError, match="begun with another stride: name another --out"):
+        call(*words[:-3], 8, *words[-2:], "--out", file)
+    path = next((root / "Train/images/0-6/02").glob("*.png"))
+    data.save_image(path, torch.zeros(3, 64, 64))
+    with pytest.raises(ValueError, match="made of other images"):
+        data.Atlas(file, data.find_sets(root, "Train"), 32)
+    with pytest.raises(ValueError, match="begun with another images"):
+        call(*words)
+
+
+def test_an_interrupted_atlas_continues(quintuplets, rewards, tmp_path, monkeypatch):
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    words = ["atlas", root, "--reward", "test_rewards:brightness", "--crop", 32, "--stride", 16, "--device", "cpu"]
+    real, count = prepare.score_crops, []
+
+    def counted(*args):
+        count.append(1)
+        if len(count) == 25:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(prepare, "score_crops", counted)
+    with pytest.raises(KeyboardInterrupt):
+        call(*words)
+    file = root / "atlas/test_rewards_brightness-32-16.npy"
+    with pytest.raises(ValueError, match="not finished; the same `prepare.py atlas` command continues it"):
+        data.Atlas(file, data.find_sets(root, "Train"), 32)
+    half = np.load(file)
+    assert np.isfinite(half[:2]).all() and np.isnan(half[3:]).all()
+    call(*words)
+    assert len(count) == 25 + 40 and np.array_equal(np.load(file)[:2], half[:2])  # 60 in all: two sets were whole, of the third 4 are done again
+    call(*words, "--out", tmp_path / "whole.npy")
+    assert np.array_equal(np.load(file), np.load(tmp_path / "whole.npy"))
+
+
+def test_two_processes_make_the_same_atlas(quintuplets, script, tmp_path):
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    words = ["atlas", root, "--reward", "ranker", "--crop", 32, "--stride", 16, "--device", "cpu"]
+    script("prepare.py", *words, "--out", tmp_path / "one.npy")
+    script("prepare.py", *words, "--out", tmp_path / "two.npy", processes=2)
+    assert np.array_equal(np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy"))
+    said = script("prepare.py", *words, "--compare", 20).stdout
+    assert said.count("the same winner in") == 2 and "of 20 random crops" in said

@@ -92,7 +92,7 @@ def test_every_preset_key_is_a_flag_and_every_choice_exists():
         assert set(settings) <= known
     assert set(PRESETS) == set(train.PSNR) == set(archs.ARCHS)
     assert {args.degradation for args in map(train.parse_args, (["--arch", a] for a in PRESETS))} <= set(degradations.PRESETS)
-    assert set(train.FIXED) - known == {"discriminator", "samples"}               # facts, not flags
+    assert set(train.FIXED) - known == {"discriminator", "samples", "chosen_by"}               # facts, not flags
 
 
 @pytest.mark.fast
@@ -504,3 +504,33 @@ def test_a_gpu_run_resumes_and_stays_finite(quintuplets, init, rewards, tmp_path
     train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=3, **words)))
     train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=6, **words) + ["--resume"]))
     assert len(losses(tmp_path / "run")) == 6
+
+
+def test_training_with_an_atlas_needs_no_reward_and_is_amo_on_its_grid(quintuplets, init, tmp_path, rewards):
+    """Brightness: 02 always wins. Another atlas on --resume is refused; a temperature makes the choice soft."""
+    import shutil
+
+    import prepare
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    prepare.main(prepare.parse_args(["atlas", str(root), "--reward", "test_rewards:brightness", "--crop", "32", "--stride", "16", "--device", "cpu"]))
+    file = root / "atlas/test_rewards_brightness-32-16.npy"
+    words = flags(root, init, tmp_path / "run", sampler="amo", total_steps=4, atlas=file, reward="none", load_size=0)
+    train.main(train.parse_args(words))
+    last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][-1]
+    assert {v for v, n in last["picked"].items() if n} == {"02"} and 45 < last["score"] < 100
+    for more, message in ((["--tau", "5"], "tau None -> 5.0"), (["--margin", "2"], "chosen_by '.*npy margin 0.0' -> '.*npy margin 2.0'")):
+        with pytest.raises(ValueError, match=message):
+            train.main(train.parse_args([*words, "--resume", *more]))
+    train.main(train.parse_args(flags(root, init, tmp_path / "soft", sampler="amo", total_steps=6, atlas=file, reward="none", load_size=0, tau=50)))
+    last = [json.loads(line) for line in (tmp_path / "soft/metrics.jsonl").read_text().splitlines()][-1]
+    assert len([v for v, n in last["picked"].items() if n]) > 2
+
+
+@pytest.mark.fast
+def test_flags_of_the_atlas(capsys):
+    for words, message in ((["--atlas", "a.npy", "--sampler", "rand"], "--atlas is for --sampler amo"), (["--atlas", "a.npy", "--load-size", "512"], "--atlas is for --sampler amo on whole images"),
+                           (["--margin", "2"], "--margin is for amo with --atlas"), (["--reward", "none"], "it needs a --reward")):
+        with pytest.raises(SystemExit):
+            train.parse_args(words)
+        assert message in capsys.readouterr().err
+    assert train.parse_args([]).tau == train.parse_args(["--sampler", "sma"]).tau == 10 and train.parse_args(["--atlas", "a.npy", "--reward", "none"]).tau is None
