@@ -5,6 +5,8 @@
     python bench.py finetune --arch compact --batch-size 4 --reward ranker          reward with gradient, LoRA
     python bench.py evaluate --arch compact                                         tiled inference and metrics of one image
     python bench.py data --data datasets/mine                                       images/s from PNG and from packed files, warm and cold
+    python bench.py samplers --atlas FILE --data DIR --reward bench:untrained_musiq  rand, AMO from an atlas, AMO online, in turn
+    python bench.py grow                                                            how time and memory grow with batch, crop, data; drift
     python bench.py compare before.json after.json                                  ratios, part by part
 
 `train` measures the parts one by one on the tensors of one batch (medians), and the whole step as train.py runs it, as a process of its own that
@@ -20,13 +22,19 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (("train", "a step of train.py; all its flags are taken"), ("finetune", "a step of finetune_lora.py's generator part; train.py's flags"),
-                       ("evaluate", "inference and metrics; train.py's --arch, --reward, --tile, --device, --threads"), ("data", "decoding and degradation; train.py's flags")):
+                       ("evaluate", "inference and metrics; train.py's --arch, --reward, --tile, --device, --threads"), ("data", "reading and degradation; train.py's flags"),
+                       ("samplers", "step times of samplers in alternating runs; train.py's flags"), ("grow", "time and memory against batch, crop and data set size; train.py's flags")):
         c = commands.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=flags.Help)
         c.add_argument("--repeats", type=flags.SIZE, default=5, help="measurements of each part; their median counts")
         c.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
-        if name == "train":
+        if name in ("train", "samplers", "grow"):
             c.add_argument("--steps", type=flags.COUNT, default=20, help="whole steps, after as many warm-up ones; 0: parts only")
+        if name == "train":
             c.add_argument("--processes", type=flags.SIZE, default=1, help="of torchrun, for the whole steps")
+        if name == "samplers":
+            c.add_argument("--online", type=flags.COUNT, default=2, help="measurements of AMO that scores online (slow)")
+        if name == "grow":
+            c.add_argument("--drift", type=flags.COUNT, default=2000, help="steps of the run that looks for drift; 0: none")
     c = commands.add_parser("compare", help="ratios of two results", description="ratios of two results", formatter_class=flags.Help)
     c.add_argument("before", type=Path)
     c.add_argument("after", type=Path)
@@ -194,19 +202,19 @@ def train_parts(args, repeats):
     return world, parts, work
 
 
-def whole_steps(words, args, steps, processes):
-    """train.py itself: ms per step in the second half of 2 * steps, the share of waiting for data, peak memory in GiB."""
+def whole_steps(words, args, steps, processes=1, windows=2):
+    """train.py itself: ms per step, share of waiting for data and peak memory in GiB of each window of so many steps but the first."""
     with tempfile.TemporaryDirectory() as folder:
         runs.save_weights(Path(folder) / "init.pth", archs.ARCHS[args.arch]().state_dict())
         out = Path(folder) / "run"
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-        command = [sys.executable, *launch, str(runs.REPO / "train.py"), *words, "--init", f"{folder}/init.pth", "--out", str(out), "--total-steps", str(2 * steps), "--log-every", str(steps),
+        command = [sys.executable, *launch, str(runs.REPO / "train.py"), *words, "--init", f"{folder}/init.pth", "--out", str(out), "--total-steps", str(windows * steps), "--log-every", str(steps),
                    "--save-every", "0", "--weights-every", "0", "--val-every", "0", "--sample-every", "0"]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{runs.REPO}:{os.environ.get('PYTHONPATH', '')}"})
         if done.returncode:
             raise ValueError(f"train.py ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
-        last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][-1]
-        return {"ms": 1000 / last["it_per_s"], "wait": last["wait"], "memory": last["memory"]}
+        events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
+        return [{"ms": 1000 / event["it_per_s"], "wait": event["wait"], "memory": event["memory"]} for event in events]
 
 
 def report(record, parts, work, peak, whole=None, batch=1):
@@ -231,7 +239,10 @@ def parts_of(parts, name):
 def bench_train(args, words, options, record):
     world, parts, work = train_parts(args, options.repeats)
     record["peak_memory_parts"] = runs.peak_memory(world.device)
-    whole = whole_steps(words, args, options.steps, options.processes) if options.steps else None
+    whole = whole_steps(words, args, options.steps, options.processes)[0] if options.steps else None
+    if options.processes > 1:
+        count = sum(p.numel() for net in (archs.ARCHS[args.arch](), archs.UNetDiscriminatorSN(args.d_features) if args.lambda_a > 0 else None) if net is not None for p in net.parameters())
+        print(f"{options.processes} processes: each holds the networks and {args.batch_size // options.processes} of {args.batch_size} samples, and reduces {4 * count / 1e6:.1f} MB of gradients per step")
     report(record, parts, work, peak_flops(world.device, args.precision), whole, args.batch_size)
 
 
@@ -300,6 +311,62 @@ def bench_data(args, words, options, record):
     record |= {"parts_ms": parts, "packed": getattr(dataset.sets, "packed", None) is not None}
 
 
+def bench_samplers(args, words, options, record):
+    """rand and AMO from an atlas in alternating runs of train.py; AMO that scores online a few times."""
+    if not args.atlas:
+        raise ValueError("bench.py samplers: --atlas FILE names the table of --data (python prepare.py atlas)")
+    plain = without(words, "--atlas", "--sampler")
+    kinds = {"rand": [*without(plain, "--reward"), "--reward", "none", "--sampler", "rand"], "amo, atlas": [*without(plain, "--reward"), "--reward", "none", "--sampler", "amo", "--atlas", *args.atlas],
+             "amo, online": [*plain, "--sampler", "amo"]}
+    times = {kind: [] for kind in kinds}
+    for k in range(max(options.repeats, options.online)):
+        for kind in list(kinds)[::-1 if k % 2 else 1]:                            # neither always goes first
+            if k < (options.online if kind == "amo, online" else options.repeats):
+                times[kind].append(whole_steps(kinds[kind], args, options.steps)[0]["ms"])
+                print(f"{kind}: {times[kind][-1]:.1f} ms per step", file=sys.stderr)
+    ratios = [a / b for a, b in zip(times["amo, atlas"], times["rand"])]
+    middle = {kind: statistics.median(values) for kind, values in times.items() if values}
+    print(runs.markdown(["sampler", "ms per step, median", "of rand", "runs"], [[kind, f"{ms:.1f}", f"{ms / middle['rand']:.3f}", len(times[kind])] for kind, ms in middle.items()]))
+    print(f"amo from the atlas over rand, {len(ratios)} alternating pairs: median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}"
+          + (f"; scoring online is {1 - middle['amo, atlas'] / middle['amo, online']:.0%} of its step" if "amo, online" in middle else ""))
+    record |= {"ms": times, "parts_ms": middle, "ratio": statistics.median(ratios)}
+
+
+def without(words, *flags):
+    """Command-line words without these flags and their values."""
+    kept, skip = [], False
+    for word in words:
+        skip = word in flags if word.startswith("--") else skip
+        kept += [] if skip else [word]
+    return kept
+
+
+def bench_grow(args, words, options, record):
+    """ms per step and memory for a batch, a crop and a data set 1, 2 and 4 times as large, each alone; then one long run."""
+    rows, side = [], args.crop
+
+    def measure(what, factor, *more, folder=None):
+        with tempfile.TemporaryDirectory() as made:
+            if folder is None:
+                synthetic_sets(Path(made), count=6 * factor if what == "sets" else 6, side=max(2 * side, 4 * side if what == "crop" else 0))
+            row = whole_steps([*without(words, "--data", *more[::2]), "--data", made, *more], args, options.steps)[0]
+        rows.append({"what": what, "factor": factor, **row})
+        print(f"{what} x{factor}: {row['ms']:.1f} ms, {row['memory']:.2f} GiB", file=sys.stderr)
+    for factor in (1, 2, 4):
+        measure("batch", factor, "--batch-size", str(args.batch_size * factor), "--pool-size", "0")
+        measure("crop", factor, "--crop", str(int(side * factor ** 0.5) // 8 * 8), "--pool-size", "0")
+        measure("sets", factor)
+    print(runs.markdown(["", "x1, ms", "x2", "x4", "x1, GiB", "x4, GiB"], [[what, *(f"{row['ms']:.1f}" for row in rows if row["what"] == what),
+                        *(f"{row['memory']:.2f}" for row in rows if row["what"] == what and row["factor"] != 2)] for what in ("batch", "crop", "sets")]))
+    record["grow"] = rows
+    if options.drift:
+        windows = whole_steps(words, args, options.drift // 20, windows=20)
+        slope = np.polyfit(np.arange(len(windows)), [w["ms"] for w in windows], 1)[0] * len(windows) / statistics.median(w["ms"] for w in windows)
+        print(f"{options.drift} steps: step time drifts by {slope:+.1%} over the run (windows from {min(w['ms'] for w in windows):.1f} to {max(w['ms'] for w in windows):.1f} ms), "
+              f"memory from {windows[0]['memory']:.3f} to {windows[-1]['memory']:.3f} GiB")
+        record["drift"] = windows
+
+
 def forget(dataset):
     """Drop the data set's files from the system's cache, as far as the system does it on request."""
     for path in dataset.sets.all_files():
@@ -330,7 +397,7 @@ def main(options, words):
             words = [*words, "--lambda-p", "0"]                                   # not measured there: no download
         args = train.parse_args(words)
         record = {"command": sys.argv, "arguments": [word for word in words if word != folder], **runs.describe_machine(), "threads": args.threads or torch.get_num_threads()}
-        {"train": bench_train, "finetune": bench_finetune, "evaluate": bench_evaluate, "data": bench_data}[options.command](args, words, options, record)
+        {"train": bench_train, "finetune": bench_finetune, "evaluate": bench_evaluate, "data": bench_data, "samplers": bench_samplers, "grow": bench_grow}[options.command](args, words, options, record)
     if options.json:
         runs.save_json(options.json, record)
 

@@ -1,0 +1,75 @@
+"""bench.py: counted work against hand-counted, every command in small, ratios, refusals."""
+import json
+
+import pytest
+import torch
+
+import bench
+import iqa
+
+SMALL = ["--arch", "compact-small", "--batch-size", "2", "--group-size", "2", "--pool-size", "4", "--crop", "32", "--lambda-p", "0", "--d-features", "4", "--workers", "0", "--threads", "1",
+         "--device", "cpu", "--reward", "ranker"]
+
+
+def run(*words):
+    bench.main(*bench.parse_args([str(word) for word in words]))
+
+
+@pytest.mark.fast
+def test_counted_operations_are_those_counted_by_hand():
+    conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+    x = torch.rand(2, 3, 16, 16, requires_grad=True)
+    forward = 2 * 2 * 16 * 16 * 8 * 3 * 9                                         # a multiplication and an addition each
+    assert bench.flops(lambda: conv(x)) == forward and bench.flops(lambda: conv(x).sum().backward()) == 3 * forward
+    a = torch.rand(32, 32)
+    assert bench.flops(lambda: a @ a) == 2 * 32 ** 3 and bench.peak_flops(torch.device("cpu"), "fp32") > 1e8
+
+
+@pytest.mark.fast
+def test_words_without_a_flag_and_its_values():
+    assert bench.without(["--a", "1", "2", "--b", "--c", "3"], "--a", "--c") == ["--b"]
+
+
+def test_parts_and_whole_steps_of_a_training(quintuplets, tmp_path, capsys):
+    run("train", *SMALL, "--data", quintuplets, "--repeats", 1, "--steps", 2, "--json", tmp_path / "a.json")
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert {"decode, one worker", "degradation", "scoring", "G forward", "G backward, L1", "D in G's loss", "D", "optimiser, EMA"} <= set(record["parts_ms"])
+    assert all(ms >= 0 for ms in record["parts_ms"].values()) and record["flops"]["D"] > record["flops"]["D in G's loss"] > 0
+    assert record["whole"]["ms"] > 0 and 0.2 < record["whole"]["memory"] < 8 and record["commit"] and str(quintuplets) in record["arguments"]
+    said = capsys.readouterr().out
+    assert "| D |" in said and "images/s, waiting for data" in said
+    (tmp_path / "b.json").write_text(json.dumps(record | {"parts_ms": {k: v / 2 for k, v in record["parts_ms"].items()}, "device": "another"}))
+    run("compare", tmp_path / "a.json", tmp_path / "b.json")
+    said = capsys.readouterr().out
+    assert said.count("| 2.00 |") >= 7 and "device differ" in said
+
+
+def test_the_other_commands(quintuplets, tmp_path, capsys):
+    for command, part in (("finetune", "reward with gradient"), ("evaluate", "inference, whole"), ("data", "read a batch, cold")):
+        run(command, *SMALL, "--data", quintuplets, "--repeats", 1, "--json", tmp_path / "x.json")
+        assert json.loads((tmp_path / "x.json").read_text())["parts_ms"][part] > 0 and part in capsys.readouterr().out
+
+
+def test_samplers_in_turn(quintuplets, tmp_path, capsys):
+    import shutil
+
+    import prepare
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    prepare.main(prepare.parse_args(["atlas", str(root), "--reward", "ranker", "--crop", "32", "--stride", "16", "--device", "cpu"]))
+    run("samplers", *SMALL, "--data", root, "--atlas", root / "atlas/ranker-32-16.npy", "--repeats", 1, "--online", 1, "--steps", 2, "--json", tmp_path / "s.json")
+    said, record = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())
+    assert {k: len(v) for k, v in record["ms"].items()} == {"rand": 1, "amo, atlas": 1, "amo, online": 1} and "1 alternating pairs" in said and "scoring online is" in said
+    with pytest.raises(ValueError, match="--atlas FILE names the table"):
+        run("samplers", *SMALL, "--data", root)
+
+
+def test_musiqs_architecture_without_weights_is_a_reward():
+    reward = iqa.create_reward(["bench:untrained_musiq"])
+    assert reward(torch.rand(2, 3, 64, 64)).shape == (2,)
+
+
+@pytest.mark.fast
+def test_help_and_unknown_flags(script):
+    assert "--steps" in script("bench.py", "train", "--help").stdout
+    done = script("bench.py", "train", "--arch", "compact-small", "--no-such-flag", check=False)
+    assert done.returncode == 2 and "unrecognized arguments: --no-such-flag" in done.stderr
