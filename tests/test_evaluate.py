@@ -89,7 +89,8 @@ def test_baselines_are_rows_of_their_own_and_the_reference_is_no_rival(pairs, ca
     assert list(result["mean"]) == ["reference", "net"]
     assert result["mean"]["reference"]["psnr"] == 100 and result["mean"]["reference"]["ssim"] == pytest.approx(1)
     table = capsys.readouterr().out.splitlines()
-    assert "**" not in table[2] and table[3].count("**") == 4
+    assert table[0] == "protocol hggt (RGB, 4 pixels of border cropped, mean over an image's references (HGGT: its positives)), mean of 3 images; FR low: PSNR, SSIM"
+    assert "| PSNR ↑ | SSIM ↑ |" in table[2] and "**" not in table[4] and table[5].count("**") == 4
     assert list(call(pairs, "--baselines")["mean"]) == ["net"]
     for flags, said in ((["--lq", "x", "--metrics", "ranker", "--baselines"], "nothing to score"), (["--lq", "x", "--baselines", "reference", "--metrics", "ranker"], "needs --gt"),
                         (["--lq", "x", "--metrics", "ranker", "flat_hf"], "flat_hf: compared with references")):
@@ -142,7 +143,7 @@ def test_lower_is_better_metrics_are_reported_in_native_units(pairs, monkeypatch
                                                (["--metrics", "mosaic"], ValueError, "unknown"),
                                                (["--metrics", "ranker=2"], ValueError, "no weight here; write ranker"),
                                                (["--figure", "/proc/x.png"], OSError, "--figure /proc cannot be written"),
-                                               (["--figure", "/tmp"], ValueError, "--figure /tmp: a folder; name a file"),
+                                               (["--out-json", "/tmp"], ValueError, "--out-json /tmp: a folder; name a file"),
                                                (["--metric-weights", "niqe=x"], ValueError, "NAME of --metrics")])
 def test_refusals(pairs, more, error, said):
     with pytest.raises(error, match=said):
@@ -153,8 +154,9 @@ def test_refusals(pairs, more, error, said):
 @pytest.mark.fast
 def test_missing_and_misfitting_references_are_named(pairs):
     data.save_image(pairs / "gt" / "2.png", torch.rand(3, 80, 72))
-    with pytest.raises(ValueError, match="must be x4"):
+    with pytest.raises(ValueError, match=r"bicubic, image 2: .*lq/2.png x4 has 72x84 pixels, its reference .*gt/2.png 72x80"):
         call(pairs)
+    assert not list((pairs / "cache").glob("*"))                                  # before any work
     (pairs / "gt" / "2.png").unlink()
     with pytest.raises(FileNotFoundError, match="no reference for 1 of 3 images, first 2"):
         call(pairs)
@@ -316,10 +318,11 @@ def test_the_files_it_writes(hggt, rewards, capsys):
           "--front", "psnr", "test_rewards:brightness", hggt / "front.png",
           "--page", hggt / "page.html", "--page-images", 2)
     lines = (hggt / "out.csv").read_text().splitlines()
-    assert lines[0] == "row,image,psnr,ssim,test_rewards:brightness" and len(lines) == 1 + 2 * 3 and lines[1].startswith("bicubic,a-0-0,")
+    assert lines[0] == "row,image,protocol,psnr,ssim,test_rewards:brightness" and len(lines) == 1 + 2 * 3 and lines[1].startswith("bicubic,a-0-0,hggt,")
     tex = (hggt / "out.tex").read_text()
     assert r"\multicolumn{2}{c}{FR low} & \multicolumn{1}{c}{NR high}" in tex and r"PSNR $\uparrow$" in tex and r"\textbf{" in tex and r"test\_rewards" in tex
-    assert data.load_image(hggt / "out.png").shape[2] == 5 * 256 + 4 * 4 and data.image_size(hggt / "front.png")[0] > 300         # LR, two rows, two positives
+    assert tex.startswith("% protocol hggt (RGB, ") and ", n = 3 images, commit " in tex.splitlines()[0]
+    assert data.load_image(hggt / "out.png").shape[2] == 4 * 256 + 3 * 4 and data.image_size(hggt / "front.png")[0] > 300         # LR, GT, two rows
     said = capsys.readouterr().out
     assert "| minus bicubic | PSNR ↑ | SSIM ↑ |" in said and said.count("wrote ") == 6 and (hggt / "page.html").read_text().count("data:image/webp") == 2 * 5
     with pytest.raises(ValueError, match="--crop a-0-0:60,0,32: the image has 80x80 pixels"):
@@ -340,7 +343,7 @@ def test_diff_says_why_two_tables_disagree(hggt, rewards, capsys):
     data.save_image(hggt / "set/Test/Blind/Blind_LR/a-0-0.png", torch.rand(3, 20, 20))
     judge(hggt, "--protocol", "y", "--baselines", "bicubic", "gold")
     said = diff(hggt / "one.json", hggt / "out.json")
-    for words in ("protocol: y is False in the first, True in the second", "images: 1 have other pixels (LR or reference), for example a-0-0", "net: other weights (",
+    for words in ("protocol: y is False in the first, True in the second", "images: 1 have other pixels (LR or reference), for example a-0-0", "net: hash of weights (or of ready-made images) is ",
                   "bicubic: scores differ by up to psnr", "rows: gold in the second only"):
         assert words in said, said
     (hggt / "bad.json").write_text("[]")
@@ -363,9 +366,9 @@ def test_processes_share_the_images(hggt, script):
 def test_places_and_intervals():
     means = lambda *values: {f"r{k}": {"m": {"mean": v, "low": v - 0.5, "high": v + 0.25}} for k, v in enumerate(values)}
     lines = tables.markdown(means(1.0, 2.0, 3.0), {"m": True}).splitlines()
-    assert lines[0] == "|  | m ↓ |" and [line.split("|")[2].strip() for line in lines[2:]] == ["**1.00** [0.50, 1.25]", "*2.00* [1.50, 2.25]", "3.00 [2.50, 3.25]"]
+    assert lines[:3] == ["NR high: m", "", "|  | m ↓ |"] and [line.split("|")[2].strip() for line in lines[4:]] == ["**1.00** [0.50, 1.25]", "*2.00* [1.50, 2.25]", "3.00 [2.50, 3.25]"]
     lines = tables.markdown(means(1.0, 1.0, 3.0) | {"gold": {"m": {"mean": 9.0, "low": 9, "high": 9}}}, {"m": False}).splitlines()
-    assert [line.split("|")[2].split()[0] for line in lines[2:]] == ["*1.00*", "*1.00*", "**3.00**", "9.00"]
+    assert [line.split("|")[2].split()[0] for line in lines[4:]] == ["*1.00*", "*1.00*", "**3.00**", "9.00"]
     from scipy import stats
     values = np.random.default_rng(3).normal(5, 2, 100)
     theirs = stats.ttest_1samp(values, 0).confidence_interval()
