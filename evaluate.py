@@ -55,8 +55,8 @@ def parse_args(argv=None):
     g.add_argument("--cache", type=Path, default=Path("runs/evaluation-cache"), metavar="DIR", help="scores of earlier calls")
     g = p.add_argument_group("computing")
     g.add_argument("--tile", type=flags.TILE, metavar="SIDE",
-                   help="LR tile in pixels; 0: whole image; default: 0 with --protocol realsr, as the papers test, else 256, which HGGT's images do not fill; "
-                        "where a GPU's memory does not suffice it is halved")
+                   help="LR tile in pixels; 0: whole image, as HGGT tests; default: 0 with --protocol realsr, else 256 (HGGT's test images have 128, so they stay whole); "
+                        "halved where a GPU's memory does not suffice")
     g.add_argument("--batch-size", type=flags.SIZE, default=8, help="outputs of one image that a metric sees at a time")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     g.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
