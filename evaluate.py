@@ -241,7 +241,7 @@ def create_metrics(args, device):
             metrics[m] = quality.create_metric(m, device, files.get(m), protocol["border"], protocol["y"])
         except (ValueError, OSError) as error:
             text = str(error).replace("--vgg-weights FILE, or do without the perceptual loss: --lambda-p 0", "--metric-weights vgg=FILE")
-            lost.append((type(error), f"{'' if '--metric' in text else f'--metrics {m}: '}{text}{hub_file(error)}"))
+            lost.append((type(error), f"{'' if text.startswith('--metric') else f'--metrics {m}: '}{text}{hub_file(error)}"))
     if lost:
         kind = OSError if all(issubclass(kind, OSError) for kind, _ in lost) else ValueError
         raise kind((f"{len(lost)} metrics cannot be had: " if len(lost) > 1 else "") + " || ".join(text for _, text in lost))
@@ -249,12 +249,16 @@ def create_metrics(args, device):
 
 
 def hub_file(error):
-    """What was asked of the Hugging Face hub, where an error began with that."""
+    """Which file of which repository was asked of the Hugging Face hub, and where its cache is, if that is what an error began with; else ""."""
     while error is not None:
         try:
-            return f"; asked for was {error.request.url}"
-        except (AttributeError, RuntimeError):                                    # httpx: the request of an error may be missing
-            error = error.__cause__ or error.__context__
+            url = str(error.request.url)
+        except (AttributeError, RuntimeError):                                    # httpx raises where an error has none
+            url = ""
+        if "huggingface" in url:
+            from huggingface_hub.constants import HF_HUB_CACHE
+            return f"; asked for was {url}; the hub's cache is {HF_HUB_CACHE}"
+        error = error.__cause__ or error.__context__
     return ""
 
 
