@@ -313,8 +313,8 @@ def main(args):
         return
     lower, machine = {m: metric.lower_is_better for m, metric in metrics.items()}, runs.describe_machine()
     means, differences = tables.summarise(scores, lower)
-    protocol = f"protocol {args.protocol} ({PROTOCOLS[args.protocol]['says']})"
-    print(f"{protocol}, mean of {len(items)} images; {tables.markdown(means, lower, differences)}")
+    protocol = f"protocol {args.protocol}: {PROTOCOLS[args.protocol]['says']}"
+    print(f"{protocol}; mean of {len(items)} images\n\n{tables.markdown(means, lower, differences)}\n")
     print("↑ higher is better, ↓ lower is better; best **bold**, second *italic*; 95 % bootstrap intervals over images; a difference in bold has an interval "
           "without zero and p < .05 in a paired t test, for any other there is no evidence")
     if args.out_json:
@@ -322,7 +322,7 @@ def main(args):
     if args.csv:
         runs.write_atomic(args.csv, lambda t: t.write_text(tables.to_csv(scores, lower, args.protocol)))
     if args.latex:
-        title = f"{protocol}, n = {len(items)} images, commit {machine['commit']}"
+        title = f"{protocol}; n = {len(items)} images; commit {machine['commit']}"
         runs.write_atomic(args.latex, lambda t: t.write_text(tables.latex(means, lower, title)))
     cells = partial(scoring.cells_of, items=items, rows=rows, degradation=args.degradation, device=world.device)
     if args.figure:

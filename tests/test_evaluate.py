@@ -94,8 +94,8 @@ def test_baselines_are_rows_of_their_own_and_the_reference_is_no_rival(pairs, ca
     assert list(result["mean"]) == ["reference", "net"]
     assert result["mean"]["reference"]["psnr"] == 100 and result["mean"]["reference"]["ssim"] == pytest.approx(1)
     table = capsys.readouterr().out.splitlines()
-    assert table[0] == "protocol hggt (RGB, 4 pixels of border cropped, mean over an image's references (HGGT: its positives)), mean of 3 images; FR low: PSNR, SSIM"
-    assert "| PSNR ↑ | SSIM ↑ |" in table[2] and "**" not in table[4] and table[5].count("**") == 4
+    assert table[0] == "protocol hggt: RGB, 4 pixels of border cropped, mean over an image's references (HGGT: its positives); mean of 3 images" and table[2] == "FR low: PSNR, SSIM"
+    assert "| PSNR ↑ | SSIM ↑ |" in table[4] and "**" not in table[6] and table[7].count("**") == 4
     assert list(call(pairs, "--baselines")["mean"]) == ["net"]
     for flags, said in ((["--lq", "x", "--metrics", "ranker", "--baselines"], "nothing to score"), (["--lq", "x", "--baselines", "reference", "--metrics", "ranker"], "needs --gt"),
                         (["--lq", "x", "--metrics", "ranker", "flat_hf"], "flat_hf: compared with references")):
@@ -326,7 +326,7 @@ def test_the_files_it_writes(hggt, rewards, capsys):
     assert lines[0] == "row,image,protocol,psnr,ssim,test_rewards:brightness" and len(lines) == 1 + 2 * 3 and lines[1].startswith("bicubic,a-0-0,hggt,")
     tex = (hggt / "out.tex").read_text()
     assert r"\multicolumn{2}{c}{FR low} & \multicolumn{1}{c}{NR high}" in tex and r"PSNR $\uparrow$" in tex and r"\textbf{" in tex and r"test\_rewards" in tex
-    assert tex.startswith("% protocol hggt (RGB, ") and ", n = 3 images, commit " in tex.splitlines()[0]
+    assert tex.startswith("% protocol hggt: RGB, ") and "; n = 3 images; commit " in tex.splitlines()[0]
     assert data.load_image(hggt / "out.png").shape[2] == 4 * 256 + 3 * 4 and data.image_size(hggt / "front.png")[0] > 300         # LR, GT, two rows
     said = capsys.readouterr().out
     assert "| minus bicubic | PSNR ↑ | SSIM ↑ |" in said and said.count("wrote ") == 6 and (hggt / "page.html").read_text().count("data:image/webp") == 2 * 5
