@@ -454,6 +454,8 @@ def test_crops_stand_in_columns_with_one_ground_truth_and_its_score(hggt, reward
             for k in (2, 3, 4) if label == "Positive" else (2, 3, 4, 5):
                 entries[f"Picture_{k}"]["Label"] = label
             runs.save_json(path, entries)
+    bright = (image(hggt, "a-0-0", "02")[0] + 0.2).clamp(0, 1)                    # so that the best is not the first
+    data.save_image(hggt / "set/Test/GT/Test-100/images/02/a-0-0_02.png", bright)
     words = ["--metrics", "ranker", "test_rewards:brightness", "--figure", hggt / "x.png", "--baselines", "bicubic", "gold", "--crop", "a-0-0:8,4,20", "c-0-0:0,0,64", "b-0-0:0,0,80"]
     result = judge(hggt, *words)
     (lines,) = grids
