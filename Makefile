@@ -31,9 +31,9 @@ demo-seeds: $(VENV)/installed
 	  --out-json $(JSON) --figure runs/demo-seeds.png
 	test "$(N)" != "0 1 2" || $(EVALUATE) --weights $(SEEDS)/orig-0 $(SEEDS)/amo-0 --figure results/demo.png
 
-# the paper's tables: every command that is left, run where HGGT is in place, else printed
+# the paper's tables: every command that is left, run where HGGT is in place, else printed; make table5 GPUS=8
 table5 table7 table8: $(VENV)/installed
-	$(PY) paper.py $(@:table%=%) $(if $(wildcard datasets/HGGT),--run)
+	$(PY) paper.py $(@:table%=%) $(if $(GPUS),--gpus $(GPUS)) $(if $(wildcard datasets/HGGT),--run)
 
 test: $(VENV)/installed-test
 	$(PY) -m pytest -q -n 2 --dist loadfile tests

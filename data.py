@@ -128,12 +128,12 @@ def list_images(folder):
 
 
 def match_images(folder, stems, flag):
-    """{stem: file} of a folder with one file, <stem>.png or <stem>_<anything>.png, for each stem. FileNotFoundError or ValueError else; flag named in it."""
+    """{stem: file} of a folder: <stem>.png, else the one file <stem>_<anything>.png. FileNotFoundError or ValueError where there is none or several; flag named in it."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{flag} {folder}: no such folder")
     found, files = list_images(folder), {}
     for stem in stems:
-        fits = [path for name, path in found.items() if stem in (name, name.rpartition("_")[0])]
+        fits = [found[stem]] if stem in found else [path for name, path in found.items() if stem == name.rpartition("_")[0]]
         if len(fits) != 1:
             raise ValueError(f"{flag} {folder}: {len(fits)} files for image {stem} ({', '.join(p.name for p in fits) or 'none'}); expected {stem}.png or {stem}_<anything>.png")
         files[stem] = fits[0]

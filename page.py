@@ -27,7 +27,8 @@ def write(path, title, images, scores, lower, means):
     table = "".join(f"<tr><th>{html.escape(row)}</th>" + "".join(f"<td>{cells[m]['mean']:.3f}</td>" if m in cells else "<td>–</td>" for m in metrics) + "</tr>"
                     for row, cells in means.items())
     head = "".join(f"<th>{html.escape(tables.heading(m, lower[m]))}</th>" for m in metrics)
-    text = TEMPLATE.replace("TITLE", html.escape(title)).replace("HEAD", head).replace("BODY", table)
+    groups = "".join(f'<th class="group" colspan="{n}">{name}</th>' for name, n in tables.spans(metrics))
+    text = TEMPLATE.replace("TITLE", html.escape(title)).replace("GROUPS", groups).replace("HEAD", head).replace("BODY", table)
     text = text.replace("CONTENT", json.dumps(content).replace("</", "<\\/"))
     runs.write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -38,7 +39,7 @@ TEMPLATE = """<!doctype html>
 body { font: 14px system-ui, sans-serif; margin: 0; color: #222; background: #f6f6f6 }
 header, nav { padding: 8px 12px; background: #fff; border-bottom: 1px solid #ccc }
 h1 { font-size: 16px; margin: 0 0 6px }
-table { border-collapse: collapse } th, td { padding: 1px 8px; text-align: right } th:first-child { text-align: left }
+table { border-collapse: collapse } th, td { padding: 1px 8px; text-align: right } th:first-child { text-align: left } th.group { text-align: center; border-bottom: 1px solid #ccc }
 nav label { margin-right: 12px }
 main { display: grid; grid-template-columns: 220px 1fr; height: calc(100vh - 40px) }
 #list { overflow-y: auto; background: #fff; border-right: 1px solid #ccc; margin: 0; padding: 0; list-style: none }
@@ -53,7 +54,7 @@ figure { margin: 0 } figcaption { white-space: pre-line; font-size: 12px; min-he
 #line { position: absolute; top: 0; bottom: 0; width: 2px; background: #fff; box-shadow: 0 0 3px #000; pointer-events: none }
 #split { width: 616px; display: block; margin: 4px 0 }
 </style></head><body>
-<header><h1>TITLE</h1><table><tr><th></th>HEAD</tr>BODY</table></header>
+<header><h1>TITLE</h1><table><tr><th></th>GROUPS</tr><tr><th></th>HEAD</tr>BODY</table></header>
 <nav><label>sort by <select id="metric"></select></label><label>of <select id="of"></select></label><label>minus <select id="minus"></select></label>
 <label><input type="checkbox" id="up"> smallest first</label><button id="reset">whole image</button> <span>wheel: zoom, drag: move</span></nav>
 <main><ul id="list"></ul><div id="view"><div id="slider"><label>left <select id="left"></select></label> <label>right <select id="right"></select></label>
@@ -68,7 +69,8 @@ let current = data.images[0].stem, zoom = null, x = 0, y = 0;            // zoom
 fill($("metric"), data.metrics.map(m => [m.name, m.shown]));
 fill($("of"), data.rows.map(r => [r, r]));
 fill($("minus"), [["", "nothing"], ...data.rows.map(r => [r, r])]);
-$("of").value = data.rows[data.rows.length - 1];
+const scored = data.rows.filter(r => data.metrics[0].name in data.images[0].scores[r]);         // gold has no full-reference scores
+$("of").value = (scored.length ? scored : data.rows).at(-1);
 const image = () => data.images.find(i => i.stem === current);
 const key = i => { const s = i.scores, m = $("metric").value, a = s[$("of").value][m], r = $("minus").value; return r ? a - s[r][m] : a; };
 

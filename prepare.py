@@ -89,7 +89,7 @@ SPLITS = ("Train", "Test")
 # after one or two rounds of degradations.py at least .84 and .74 (n = 95 patches of 256 px), other photos at most .73 and .46 (8,556 pairs).
 OTHER_GREY, OTHER_DETAIL = 0.8, 0.5
 WITHOUT_LABELS = {"Train": "upos and smp cannot train on it", "Test": "evaluate.py compares with the originals"}
-WITHOUT_POSITIVE = {"Train": "upos and smp leave them out", "Test": "evaluate.py has no reference for them and stops"}
+WITHOUT_POSITIVE = {"Train": "upos and smp leave them out", "Test": "evaluate.py has no reference for them: its full-reference metrics stop"}
 
 
 @dataclass

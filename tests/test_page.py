@@ -65,3 +65,22 @@ def test_in_chromium(written):
         assert tab.evaluate("() => document.getElementById('over').naturalWidth") == 30
         assert errors == []
         browser.close()
+
+
+@pytest.mark.fast
+def test_groups_of_columns_stand_above_the_table(written):
+    assert '<tr><th></th><th class="group" colspan="1">FR low</th></tr><tr><th></th><th>PSNR ↑</th></tr>' in written.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here (Debian: apt-get install chromium)")
+def test_it_does_not_open_sorted_by_a_row_without_scores(tmp_path):
+    from playwright.sync_api import sync_playwright
+    scores = {"net": {"a": {"psnr": 20.0, "ranker": 1.0}, "b": {"psnr": 22.0, "ranker": 2.0}}, "gold": {"a": {"ranker": 3.0}, "b": {"ranker": 2.0}}}
+    lower = {"psnr": False, "ranker": False}
+    page.write(tmp_path / "p.html", "t", {stem: {"LR": torch.rand(3, 8, 8), "net": torch.rand(3, 32, 32)} for stem in "ab"}, scores, lower, tables.summarise(scores, lower)[0])
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"])
+        tab = browser.new_page()
+        tab.goto((tmp_path / "p.html").as_uri())
+        assert tab.locator("#of").input_value() == "net" and [text.split("\n")[0] for text in tab.locator("#list button").all_inner_texts()] == ["b", "a"]
+        browser.close()

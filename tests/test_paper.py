@@ -51,7 +51,55 @@ def test_finished_runs_are_skipped_and_a_failure_stops_the_chain(tmp_path, capsy
     assert f"# swinir: psnr stage: finished, {psnr}" in said and "--stage psnr" not in said
 
 
-def test_run_stops_at_the_first_failure(tmp_path):
-    done = subprocess.run([sys.executable, "paper.py", "8", "--run", "--archs", "swinir", "--runs", str(tmp_path), "--gpus", "1", "--photos", str(tmp_path / "none")],
-                          cwd=paper.Path(paper.__file__).parent, capture_output=True, text=True)
-    assert done.returncode not in (0, None) and "no such folder" in done.stderr and "psnr stage ended with" in done.stderr and "OrigsOnly" not in done.stdout
+@pytest.fixture
+def in_place(tmp_path):
+    """What a table needs, in name only, as words of paper.py."""
+    for folder in ("HGGT/Train", "HGGT/Test", "photos", "RealSR/Canon/Test/4"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "RealSR" / "Canon" / "Test" / "4" / "Canon_001_HR.png").touch()
+    return ["--archs", "swinir", "--gpus", "1", "--runs", tmp_path / "runs", "--data", tmp_path / "HGGT", "--photos", tmp_path / "photos", "--realsr", tmp_path / "RealSR"]
+
+
+def test_run_stops_at_the_first_failure(in_place):
+    done = subprocess.run([sys.executable, "paper.py", "8", "--run", *map(str, in_place)], cwd=paper.Path(paper.__file__).parent, capture_output=True, text=True)
+    assert done.returncode not in (0, None) and "photos: no images" in done.stderr and "psnr stage ended with" in done.stderr and "OrigsOnly" not in done.stdout
+
+
+@pytest.mark.fast
+def test_run_names_all_that_is_missing_before_training_begins(in_place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(paper.subprocess, "run", lambda *words, **more: pytest.fail("training began"))
+    words = lambda table, *more: paper.parse_args([table, "--run", *map(str, in_place), *map(str, more)])
+    with pytest.raises(SystemExit) as stopped:
+        paper.main(words("8", "--photos", tmp_path / "none", "--data", tmp_path / "nothing", "--realsr", tmp_path / "HGGT"))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and all(f"{flag} {tmp_path}" in said for flag in ("--photos", "--data", "--realsr"))
+    with pytest.raises(SystemExit):
+        paper.main(words("5", "--init", f"swinir={tmp_path / 'none.pth'}", "--photos", tmp_path / "none"))
+    said = capsys.readouterr().err
+    assert "none.pth: no such file" in said and "--photos" not in said              # no psnr stage: no photographs
+
+
+@pytest.mark.fast
+def test_a_public_psnr_network_stands_in_for_the_psnr_stage(capsys):
+    args = paper.parse_args(["5", "--init", "swinir=public.pth"])
+    words = {title: list(map(str, words)) for title, _, words in paper.stages(args)}
+    assert "swinir: psnr stage" not in words and "rrdbnet: psnr stage" in words
+    assert "public.pth" in words["swinir: AMO"] and "public.pth" not in words["rrdbnet: AMO"]
+    for word in ("public.pth", "compact=public.pth", "swinir="):
+        with pytest.raises(SystemExit):
+            paper.parse_args(["5", "--init", word])
+        assert f"--init {word}: write ARCH=FILE" in capsys.readouterr().err
+
+
+@pytest.mark.fast
+def test_rows_carry_the_papers_names():
+    *_, (_, _, words) = paper.stages(paper.parse_args(["5"]))
+    args = evaluate.parse_args(list(map(str, words[2:])))
+    named = dict(zip(args.names, args.weights))
+    assert len(named) == 20 and named["SwinIR OrigsOnly"].name == "swinir-orig" and named["Real-ESRGAN UPos + FT_HP"].name == "rrdbnet-upos+musiq-hp"
+
+
+@pytest.mark.fast
+def test_make_passes_the_number_of_gpus():
+    said = subprocess.run(["make", "-n", "-o", ".venv/installed", "table5", "GPUS=8"], cwd=paper.Path(paper.__file__).parent, capture_output=True, text=True).stdout
+    assert "paper.py 5 --gpus 8" in said
