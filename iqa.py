@@ -167,7 +167,7 @@ class Reward(nn.Module):
         """What the scores depend on: per model its name, weight, and a hash over its tensors (and a user's own source file)."""
         parts = {}
         for name, model in self.models.items():
-            parts[name] = {"weight": self.weights[name], "hash": tensors_hash(model, getattr(model, "reward_source", b""))}
+            parts[name] = {"weight": self.weights[name], "hash": tensors_hash(_plain(model), getattr(model, "reward_source", b""))}
         return parts
 
 
@@ -181,14 +181,40 @@ def tensors_hash(model, source=b""):
     return digest.hexdigest()[:16]
 
 
-def create_reward(words, device="cpu", weights_file=None, need_gradient=False, flag="--reward"):
+class _Fused(nn.Module):
+    """A MUSIQ metric of pyiqa whose batches of square images go through musiq.py; all others go through the metric itself."""
+
+    def __init__(self, metric, bf16):
+        super().__init__()
+        import musiq                                                            # imports pyiqa
+        self.metric, self.fused = metric, musiq.FusedMUSIQ.from_pyiqa(metric.net, bf16)
+        self.reward_source = b"bf16" if bf16 else b""                           # in fp32 the scores are those of the metric
+
+    def forward(self, x):
+        if x.shape[2] != x.shape[3]:
+            return self.metric(x)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True), \
+                torch.set_grad_enabled(self.metric.as_loss and torch.is_grad_enabled()):             # both as the metric does
+            return self.fused(x)
+
+
+def _plain(model):
+    """The model as pyiqa made it."""
+    return model.metric if isinstance(model, _Fused) else model
+
+
+def create_reward(words, device="cpu", weights_file=None, need_gradient=False, flag="--reward", fused=False):
     """Build Q from `--reward` words: a pyiqa NR metric, `ranker`, or `module:function` of the user's own; several are summed.
 
     module:function is called with the device and returns a callable (B, 3, H, W) in [0, 1] -> (B,); it may carry
     `lower_better = True`. weights_file: a local weight file for the one pyiqa metric named. need_gradient: the models are
     created differentiable and each is probed with a backward pass on a natural and on a random image. flag: named in errors.
+    fused: every MUSIQ of pyiqa (names musiq*) scores square images through musiq.py, equal and faster, and images of any other shape
+    through pyiqa's own model; "bf16": the square ones in bfloat16, whose scores are close but not equal, so that identity() differs.
     ValueError for a full-reference, unknown, set-level or (if a gradient is needed) non-differentiable metric.
     """
+    if fused not in (False, True, "bf16"):
+        raise ValueError(f"fused must be False, True or 'bf16', got {fused!r}")
     parsed = parse_rewards(words)
     if weights_file and len(parsed) > 1:
         raise ValueError("--reward-weights names the weights of one metric: give one --reward")
@@ -200,6 +226,7 @@ def create_reward(words, device="cpu", weights_file=None, need_gradient=False, f
             model = _user_model(name, device, flag)
         else:
             model = pyiqa_model(name, device, weights_file, need_gradient, flag=flag)
+            model = _Fused(model, fused == "bf16") if fused and name.startswith("musiq") else model
         key = name.replace(".", "_")                                            # ModuleDict keys may hold no dot
         models[key], weights[key] = model.to(device), weight
     reward = Reward(models, weights).to(device)
@@ -402,6 +429,6 @@ def _score_batches(reward, images, batch_size, device, singly):
 
 def _versions(reward):
     names = {"torch": torch.__version__}
-    if "pyiqa" in sys.modules and any(type(m).__module__.startswith("pyiqa") for m in reward.models.values()):
+    if "pyiqa" in sys.modules and any(type(_plain(m)).__module__.startswith("pyiqa") for m in reward.models.values()):
         names["pyiqa"] = importlib.metadata.version("pyiqa")
     return names

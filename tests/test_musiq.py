@@ -1,0 +1,233 @@
+"""musiq.py against pyiqa's MUSIQ with random weights, and create_reward(fused=...) around it."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from skimage import data as photos
+
+pytest.importorskip("pyiqa")
+
+from pyiqa.archs.musiq_arch import MUSIQ
+
+import iqa
+import musiq
+import runs
+
+
+def random_musiq(num_class=1, **options):
+    """pyiqa's MUSIQ with random weights of a realistic scale: attention is not uniform, and scores differ over images."""
+    generator = torch.Generator().manual_seed(num_class)
+    net = MUSIQ(pretrained=False, num_class=num_class, **options)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if p.ndim in (2, 4):
+                p.normal_(0, p[0].numel() ** -0.5, generator=generator).mul_(1.5 if ".query." in name or ".key." in name else 1)
+            else:
+                p.normal_(0, 0.1, generator=generator).add_(1 if p.ndim == 1 and name.endswith("weight") else 0)
+        if num_class == 1:
+            net.head.weight.mul_(10)
+            net.head.bias.fill_(50)
+        else:
+            net.head[0].weight.mul_(2)
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def nets():
+    """{head: (pyiqa's, fused)}: one class as koniq10k, spaq and paq2piq have, ten as ava."""
+    found = {name: random_musiq(classes) for name, classes in (("koniq10k", 1), ("ava", 10))}
+    return {name: (net, musiq.FusedMUSIQ.from_pyiqa(net)) for name, net in found.items()}
+
+
+def crops(n, side, width=None):
+    """(n, 3, side, width or side) in [0, 1]: places of a photograph."""
+    photo = torch.from_numpy(photos.astronaut().copy()).permute(2, 0, 1).float() / 255
+    width = width or side
+    return torch.stack([photo[:, 21 * k:21 * k + side, 31 * k:31 * k + width] for k in range(n)])
+
+
+def noise(n, side):
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(side))
+
+
+def with_gradient(net, x):
+    x = x.clone().requires_grad_(True)
+    scores = net(x).flatten()
+    return scores.detach(), torch.autograd.grad(scores.sum(), x)[0]
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("head", ["koniq10k", "ava"])
+@pytest.mark.parametrize("side", [256, 224, 192, 384, 200, 20])                  # 200 and 20: pyiqa pads pixels to whole patches
+def test_scores_equal_those_of_pyiqa(nets, head, side):
+    net, fused = nets[head]
+    with torch.no_grad():
+        x = crops(5, side)
+        expected = net(x)[:, 0]
+        assert expected.std() > 1e-2 * expected.mean()
+        for k in (1, 5):
+            scores = fused(x[:k])
+            assert scores.shape == (k,) and scores.dtype == torch.float32
+            assert (scores - expected[:k]).abs().max() < 1e-5 * max(1, expected.std())               # absolute, or of the spread over crops
+
+
+@pytest.mark.parametrize("head", ["koniq10k", "ava"])
+@pytest.mark.parametrize("side", [192, 256])
+def test_pixel_gradients_equal_those_of_pyiqa(nets, head, side):
+    net, fused = nets[head]
+    patches = fused.patches(noise(1, side) * 2 - 1)[0]
+    with torch.no_grad():
+        stem = net.block1(net.root_pool(net.gn_root(net.conv_root(patches)))).permute(0, 2, 3, 1).flatten(1)
+    if not torch.equal(stem, torch.cat([fused.features(p) for p in patches.requires_grad_(True).tensor_split(-(-len(patches) // musiq.PATCHES))]).detach()):
+        pytest.skip("this CPU's convolutions round by batch size: ReLUs and maxima near a tie then pass other gradients, in pyiqa too")
+    for x in (crops(2, side), noise(1, side)):
+        (expected, gradient), (scores, own) = with_gradient(net, x), with_gradient(fused, x)
+        assert (scores - expected).abs().max() < 2e-5 and gradient.abs().sum() > 0
+        assert relative(own, gradient) < 1e-4
+
+
+def test_in_float64_both_are_the_same_function(nets):
+    net = random_musiq().double()
+    fused = musiq.FusedMUSIQ.from_pyiqa(net)
+    x = noise(2, 200).double()
+    (expected, gradient), (scores, own) = with_gradient(net, x), with_gradient(fused, x)
+    assert (scores - expected).abs().max() < 1e-10 and relative(own, gradient) < 1e-10
+
+
+@pytest.mark.parametrize("head", ["koniq10k", "ava"])
+def test_bfloat16_is_close(nets, head):
+    net, _ = nets[head]
+    fused = musiq.FusedMUSIQ.from_pyiqa(net, bf16=True)
+    x = crops(5, 256)
+    (expected, gradient), (scores, own) = with_gradient(net, x), with_gradient(fused, x)
+    assert scores.dtype == own.dtype == torch.float32 and torch.isfinite(own).all()
+    assert 0 < (scores - expected).abs().max() < 0.25 * expected.std()           # a quarter of the spread over crops of one photo
+    assert torch.nn.functional.cosine_similarity(own.flatten(), gradient.flatten(), 0) > 0.9
+
+
+def test_other_shapes_and_other_models_are_refused_by_name(nets):
+    _, fused = nets["koniq10k"]
+    for bad in (crops(1, 64, 96), crops(1, 64)[0], crops(1, 64)[:, :1]):
+        with pytest.raises(ValueError, match=r"square \(B, 3, S, S\) RGB, got .*use pyiqa's MUSIQ"):
+            fused(bad)
+    with pytest.raises(ValueError, match="made from pyiqa's MUSIQ .*got Linear"):
+        musiq.FusedMUSIQ.from_pyiqa(torch.nn.Linear(1, 1))
+
+
+def test_a_mask_is_refused_and_options_without_one_are_followed():
+    padded = musiq.FusedMUSIQ.from_pyiqa(random_musiq(num_layers=2, max_seq_len_from_original_res=9))
+    for side, what in ((64, "masks"), (192, "cuts")):                            # 4 patches padded to 9, 36 cut to 9
+        with pytest.raises(ValueError, match=f"pyiqa masks or cuts patches of {side}x{side}"):
+            padded(crops(1, side))
+    for options in ({"max_seq_len_from_original_res": None}, {"longer_side_lengths": [160]}, {"use_scale_emb": False}):
+        net = random_musiq(num_layers=2, **options)
+        with torch.no_grad():
+            assert torch.allclose(musiq.FusedMUSIQ.from_pyiqa(net)(crops(2, 96)), net(crops(2, 96))[:, 0], rtol=0, atol=2e-5)
+    with torch.no_grad():                                                        # 96 pixels are 9 patches: neither padded nor cut
+        assert torch.isfinite(padded(crops(1, 96))).all()
+
+
+def test_one_size_is_laid_out_once(nets, monkeypatch):
+    fused = musiq.FusedMUSIQ.from_pyiqa(nets["koniq10k"][0])
+    calls, layout = [], musiq.get_multiscale_patches
+
+    def spy(x, **options):
+        calls.append(x.shape[2])
+        return layout(x, **options)
+    monkeypatch.setattr(musiq, "get_multiscale_patches", spy)
+    standardised = [b.data_ptr() for b in fused.buffers()]
+    with torch.inference_mode():                                                 # what it caches must serve a backward pass later
+        first = fused(crops(1, 64))
+    assert with_gradient(fused, crops(1, 64))[0] == pytest.approx(first, abs=1e-5)
+    with torch.no_grad():
+        fused(crops(1, 96)), fused(crops(2, 64)), fused(crops(1, 96))
+    assert calls == [64, 96] and [b.data_ptr() for b in fused.buffers()] == standardised
+    with torch.no_grad():
+        for side in range(32, 32 + musiq.SIZES):
+            fused.embeddings(side, torch.device("cpu"))
+    assert len(fused._embeddings) == musiq.SIZES
+
+
+def test_it_is_frozen_stays_in_eval_mode_and_leaves_pyiqa_alone():
+    net = random_musiq(num_layers=1).requires_grad_(True)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    fused = musiq.FusedMUSIQ.from_pyiqa(net, bf16=True).train()
+    assert not any(m.training for m in fused.modules()) and not any(p.requires_grad for p in fused.parameters())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in net.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and before.keys() == net.state_dict().keys()
+    assert not set(p.data_ptr() for p in net.parameters()) & set(p.data_ptr() for p in fused.parameters())
+
+
+# create_reward
+
+@pytest.fixture(scope="module")
+def musiq_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("musiq") / "random.pth"
+    torch.save(random_musiq().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rewards_of(musiq_file):
+    return {fused: iqa.create_reward(["musiq"], weights_file=musiq_file, need_gradient=True, fused=fused) for fused in (False, True, "bf16")}
+
+
+def test_fused_reward_equals_the_plain_one_and_other_shapes_go_through_pyiqa(rewards_of):
+    plain, fused = rewards_of[False], rewards_of[True]
+    model = fused.models["musiq"]
+    seen = []
+    model.metric.register_forward_hook(lambda *_: seen.append("pyiqa"))
+    model.fused.register_forward_hook(lambda *_: seen.append("fused"))
+    with torch.no_grad():
+        for x in (crops(2, 128), crops(2, 96, 128), crops(1, 128, 96)):
+            assert torch.allclose(fused(x), plain(x), rtol=0, atol=2e-5) and fused(x).shape == (len(x),)
+    assert seen == ["fused", "fused"] + ["pyiqa"] * 4
+    x = crops(1, 96, 128)
+    assert torch.equal(with_gradient(fused, x)[1], with_gradient(plain, x)[1])
+    assert relative(with_gradient(fused, crops(1, 96))[1], with_gradient(plain, crops(1, 96))[1]) < 2e-2      # ties: see above
+    assert not any(m.training for m in fused.train().modules())
+
+
+def test_a_reward_without_gradients_gives_none_even_where_they_are_enabled(musiq_file):
+    reward = iqa.create_reward(["musiq"], weights_file=musiq_file, fused=True)
+    assert not reward(crops(1, 64).requires_grad_(True)).requires_grad           # as pyiqa's metric
+
+
+def test_identity_and_versions_are_those_of_the_plain_reward_in_fp32_only(rewards_of):
+    plain, fused, half = (rewards_of[key] for key in (False, True, "bf16"))
+    assert plain.identity() == fused.identity() != half.identity()
+    assert iqa._versions(plain) == iqa._versions(fused) and "pyiqa" in iqa._versions(half)
+    with torch.no_grad():
+        difference = (half(crops(3, 128)) - plain(crops(3, 128))).abs().max()
+    assert 0 < difference < 0.5
+
+
+def test_only_musiq_is_fused_and_an_unknown_word_is_refused():
+    assert type(iqa.create_reward(["ranker"], fused=True).models["ranker"]) is iqa.Ranker
+    with pytest.raises(ValueError, match="fused must be False, True or 'bf16', got 'fp16'"):
+        iqa.create_reward(["ranker"], fused="fp16")
+
+
+AVA = """
+import sys; sys.path.insert(0, {repo!r})
+import torch; torch.set_num_threads(1)
+import iqa
+x = torch.rand(2, 3, 96, 96)
+plain, fused = (iqa.create_reward(["musiq-ava"], fused=fused) for fused in (False, True))
+with torch.no_grad():
+    print(type(fused.models["musiq-ava"]).__name__, (plain(x) - fused(x)).abs().max().item() < 1e-5, plain.identity() == fused.identity())
+"""
+
+
+def test_a_variant_with_another_head_is_fused(tmp_path):
+    place = tmp_path / "hub/pyiqa/musiq_ava_ckpt-e8d3f067.pth"                   # pyiqa takes a file of ten classes from TORCH_HOME only
+    place.parent.mkdir(parents=True)
+    torch.save(random_musiq(10).state_dict(), place)
+    result = subprocess.run([sys.executable, "-c", AVA.format(repo=str(runs.REPO))], capture_output=True, text=True, timeout=120,
+                            env={**os.environ, "TORCH_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    assert result.stdout.split()[-3:] == ["_Fused", "True", "True"], result.stderr
