@@ -1,7 +1,7 @@
 """Where a training step's time goes: ms per step of every part, images/s, share of the hardware's limit, peak memory.
 
     python bench.py train --arch compact --batch-size 4 --reward ranker            any flags of train.py
-    python bench.py train --reward bench:untrained_musiq --sampler amo              MUSIQ's architecture without its weights: for times only
+    python bench.py train --reward bench:untrained_musiq --sampler amo              MUSIQ's architecture without its weights: for times only (bench:untrained_fused: by musiq.py)
     python bench.py finetune --arch compact --batch-size 4 --reward ranker          reward with gradient, LoRA
     python bench.py evaluate --arch compact                                         tiled inference and metrics of one image
     python bench.py data --data datasets/mine                                       images/s from PNG and from packed files, warm and cold
@@ -78,6 +78,12 @@ def untrained_musiq(device):
     return MUSIQ(pretrained=False).to(device).eval()
 
 
+def untrained_fused(device):
+    """The same through musiq.py."""
+    from musiq import FusedMUSIQ
+    return FusedMUSIQ.from_pyiqa(untrained_musiq(device))
+
+
 def synthetic_sets(root, count=24, side=512):
     """Quintuplets of coloured noise with structure of every size, in HGGT's layout, under root."""
     rng = np.random.default_rng(0)
@@ -127,7 +133,7 @@ def setup(args):
     seeds = partial(runs.sample_seed, args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.backends.cudnn.benchmark = True
-    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, world.device, args.reward_weights)
+    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, world.device, args.reward_weights, fused=flags.FUSED[args.musiq])
     _, dataset, _, _ = train.open_data(args, world, reward, seeds)
     torch.manual_seed(0)
     memory = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -249,7 +255,7 @@ def bench_train(args, words, options, record):
 def bench_finetune(args, words, options, record):
     """The generator part of a fine-tuning step: LoRA forward and backward, the reward with a gradient to the pixels."""
     world, seeds, reward, dataset, net_g, _, vgg = setup(args)
-    reward = iqa.create_reward(args.reward, world.device, args.reward_weights, need_gradient=True)
+    reward = iqa.create_reward(args.reward, world.device, args.reward_weights, need_gradient=True, fused=flags.FUSED[args.musiq])
     batch = data.collate([dataset.sample(1, lane) for lane in range(args.batch_size)])
     crops = batch["crops"].to(world.device).float()[:, 0] / 255
     lq = F.interpolate(crops, scale_factor=0.25, mode="area")
@@ -291,7 +297,7 @@ def bench_data(args, words, options, record):
     """Samples per second of one worker, warm and cold, and degraded images per second."""
     world = runs.start_world(args.device, args.threads)
     seeds = partial(runs.sample_seed, args.seed)
-    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, world.device, args.reward_weights)
+    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, world.device, args.reward_weights, fused=flags.FUSED[args.musiq])
     _, dataset, _, _ = train.open_data(args, world, reward, seeds)
     lanes, parts = range(args.batch_size), {}
     read = lambda: data.collate([dataset.sample(1, lane) for lane in lanes])

@@ -217,8 +217,8 @@ def main(args):
         raise ValueError(f"--total-steps {args.total_steps}: {args.out} is already at step {run.start_step}")
     init = runs.find_weights(args.init or args.base, f"make it with: python train.py --arch {args.arch} --sampler {args.sampler}, or name weights with --init FILE")
     d_init = None if args.lambda_a == 0 else args.d_init or runs.find_discriminator(args.base)
-    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights, need_gradient=True)
-    gt_reward = reward if args.gt_reward == args.reward else None if args.gt_reward == ["none"] else iqa.create_reward(args.gt_reward, device)
+    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights, need_gradient=True, fused=flags.FUSED[args.musiq])
+    gt_reward = reward if args.gt_reward == args.reward else None if args.gt_reward == ["none"] else iqa.create_reward(args.gt_reward, device, fused=flags.FUSED[args.musiq])
     metrics = {} if reward is None else {"reward": quality.Metric(lambda sr, gt: reward(sr))}
     metrics |= {name: quality.create_metric(name, device, flag="--watch") for name in [*args.watch, "psnr"]}
     sets, dataset, val_sets, _ = open_data(args, world, gt_reward, seeds)

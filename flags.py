@@ -38,6 +38,8 @@ NINE = "psnr ssim lpips stlpips dists musiq nima qalign topiq_nr".split()       
 FULL_REFERENCE = ("psnr", "ssim", "vgg", "flat_hf", "lpips", "stlpips", "dists")   # metrics that compare; pyiqa knows further ones
 CROP = re.compile(r"(.+):(\d+),(\d+),(\d+)")                                      # STEM:X,Y,SIDE
 
+FUSED = {"fused": True, "fused-bf16": "bf16", "pyiqa": False}                      # --musiq, as iqa.create_reward takes it
+
 PRESETS = {  # what differs per backbone; HGGT options for 4 GPUs: batch and pool are summed over them, group is one GPU's batch
     "swinir": dict(degradation="one-round", batch_size=32, group_size=8, pool_size=640, drop_path=0.1,
                    milestones=[200_000, 250_000, 275_000, 287_500]),
@@ -108,6 +110,8 @@ def add_training(p):
     g.add_argument("--threads", type=COUNT, default=0, help="CPU threads per process; 0: PyTorch's choice")
     g.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="bf16 keeps losses, reward and weights in fp32")
     g.add_argument("--channels-last", action=onoff, default=True, help="memory format of the convolutional networks, so not of SwinIR")
+    g.add_argument("--musiq", choices=list(FUSED), default="fused",
+                   help="how MUSIQ scores crops: fused is musiq.py, equal to pyiqa's in 1e-5 and faster; fused-bf16 is close only; pyiqa its own code")
     g.add_argument("--compile", action=onoff, default=False, help="torch.compile generator and discriminator")
     g = p.add_argument_group("output")
     g.add_argument("--log-every", type=SIZE, default=100, help="steps between progress lines")

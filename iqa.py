@@ -279,6 +279,8 @@ def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag
     if weights_file:
         _check_weights_file(weights_file, local)
         options["pretrained_model_path"] = str(weights_file)
+        if name == "musiq-ava":
+            options["num_class"] = 10                                           # pyiqa knows that of its own download only
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

@@ -346,7 +346,7 @@ def score_crops(reward, image, where, crop, batch_size, device):
 def atlas(args):
     world = runs.start_world(args.device, args.threads)
     sets = data.find_sets(args.data, "Train")
-    reward = iqa.create_reward(args.reward, world.device, args.reward_weights)
+    reward = iqa.create_reward(args.reward, world.device, args.reward_weights, fused=True)
     if args.compare:
         return compare(args, world, sets, reward)
     out = args.out or args.data / "atlas" / f"{'+'.join(re.sub(r'[^0-9A-Za-z_.-]', '_', name) for name, _ in iqa.parse_rewards(args.reward))}-{args.crop}-{args.stride}.npy"

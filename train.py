@@ -218,7 +218,7 @@ def main(args):
         raise ValueError(f"--total-steps {args.total_steps}: {args.out} is already at step {run.start_step}")
     init = None if run.checkpoint or args.init is None else runs.find_weights(
         args.init, f"make it with: python train.py --stage psnr --arch {args.arch} --data PHOTOS, or name weights with --init FILE")
-    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights)
+    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights, fused=flags.FUSED[args.musiq])
     sets, dataset, val_sets, shown = open_data(args, world, reward, seeds)
     run.pin(samples=len(dataset), **({"chosen_by": f"{' '.join(args.atlas)} margin {args.margin}"} if args.atlas else {}))
 

@@ -233,6 +233,15 @@ def musiq_file(tmp_path_factory):
     return path
 
 
+def test_a_local_file_of_musiq_ava_has_ten_classes(tmp_path):
+    from pyiqa.archs.musiq_arch import MUSIQ
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(MUSIQ(pretrained=False, num_class=10).state_dict(), tmp_path / "ava.pth")
+    score = iqa.create_reward(["musiq-ava"], weights_file=tmp_path / "ava.pth")(images(1, 64))
+    assert 1 < score.item() < 10                                                  # the mean of a distribution over 1 to 10
+
+
 def test_musiq_with_a_local_file_scores_multi_scale_in_eval_mode_and_passes_gradients(musiq_file, monkeypatch):
     import pyiqa.archs.musiq_arch as arch
     reward = iqa.create_reward(["musiq"], weights_file=musiq_file, need_gradient=True).train()
