@@ -52,6 +52,13 @@ def judge_pairs(run, ties="out"):
     return margin, agreement.agree(margin, run.pairs["score"], ties), pd.factorize(run.pairs["photo"])[0] if "photo" in run.pairs else None
 
 
+def together(photos):
+    """The photos of several runs as numbers that do not meet; None where one run does not know them."""
+    if any(p is None for p in photos):
+        return None
+    return np.concatenate([p + sum(q.max() + 1 for q in photos[:k]) for k, p in enumerate(photos)])
+
+
 def write_csv(path, frame, **options):
     runs.write_atomic(path, lambda t: frame.to_csv(t, **options))
 
@@ -174,15 +181,15 @@ def complement(args):
     metrics = [m for m in found[0].metrics if all(m in run.metrics for run in found)]
     if args.fails not in metrics:
         raise ValueError(f"--fails {args.fails}: not scored; choose one of {', '.join(metrics)}")
-    parts = [judge_pairs(run)[1][:, [run.metrics.index(m) for m in metrics]] for run in found]
-    sets = [*zip([run.name for run in found], parts, [agreement.TABLE3.get(run.about.get("paper"), {}) if args.fails == "musiq" else {} for run in found])]
+    parts, photos = [judge_pairs(run)[1][:, [run.metrics.index(m) for m in metrics]] for run in found], [judge_pairs(run)[2] for run in found]
+    sets = [*zip([run.name for run in found], parts, photos, [agreement.TABLE3.get(run.about.get("paper"), {}) if args.fails == "musiq" else {} for run in found])]
     if len(found) > 1:
-        sets.append(("all together", np.concatenate(parts), {}))
-    for name, agreed, reported in sets:
+        sets.append(("all together", np.concatenate(parts), together(photos), {}))
+    for name, agreed, photo, reported in sets:
         share, count = agreement.complement(agreed, metrics)
-        order = share.loc[args.fails].drop(args.fails).sort_values(ascending=False)
-        rows = [[shown(m), count.loc[args.fails, m], percent(v, *agreement.wilson(round(v * count.loc[args.fails, m]), count.loc[args.fails, m])) if v == v else "–",
-                 *([reported.get(m, "–")] if reported else [])] for m, v in order.items()]
+        order, failing = share.loc[args.fails].drop(args.fails).sort_values(ascending=False), agreed[:, metrics.index(args.fails)] == 0
+        cell = lambda m: percent(*agreement.share(agreed[failing, metrics.index(m)], None if photo is None else photo[failing])) if count.loc[args.fails, m] else "–"
+        rows = [[shown(m), count.loc[args.fails, m], cell(m), *([reported.get(m, "–")] if reported else [])] for m in order.index]
         report.table(f"{name}: pairs on which {shown(args.fails)} fails", ["metric", "n", "accuracy, %", *(["paper, %"] if reported else [])], rows, name.replace(" ", "-"), share)
         shares.append(share)
 
@@ -196,8 +203,8 @@ def complement(args):
         axis.tick_params(axis="x", rotation=90)
         axis.set_title(wrapped(f"{sets[-1][0]}: {'; '.join(dict.fromkeys(run.truth for run in found))}", 45), fontsize=8)
     plot(report.out / "complement.png", heat_map, figsize=(4 + 0.35 * len(metrics), 3 + 0.3 * len(metrics)))
-    report.text("accuracy on the pairs with a consensus that the named metric gets wrong (two equal scores included); Wilson intervals, pairs taken as independent; the matrix is in the .csv files and complement.png")
-    report.record["share"] = {name: json.loads(share.to_json(orient="index")) for (name, _, _), share in zip(sets, shares)}
+    report.text("accuracy on the pairs with a consensus that the named metric gets wrong (two equal scores included); Wilson intervals, widened where needed to t over photos where they are known; the matrix is in the .csv files and complement.png")
+    report.record["share"] = {name: json.loads(share.to_json(orient="index")) for (name, *_), share in zip(sets, shares)}
     report.save()
     return shares[-1]
 
@@ -344,9 +351,6 @@ def recommend(args):
     if not with_pairs or len(metrics) < 2:
         raise ValueError("recommend needs a folder with pairs, and two metrics scored in every folder")
     agreed = [judge_pairs(run)[1][:, [run.metrics.index(m) for m in metrics]] for run in with_pairs]
-    photos, photo = [judge_pairs(run)[2] for run in with_pairs], None
-    if all(p is not None for p in photos):
-        photo = np.concatenate([p + sum(q.max() + 1 for q in photos[:k]) for k, p in enumerate(photos)])
     speed = {m: next((run.about["metrics"][m].get("speed") for run in found if run.about["metrics"][m].get("speed")), None) for m in metrics}
     unknown = [m for m in metrics if speed[m] is None]
     table = pd.DataFrame({"accuracy": [np.mean([np.nanmean(part[:, k]) for part in agreed]) for k in range(len(metrics))]}, metrics)
@@ -361,13 +365,13 @@ def recommend(args):
     table["forward"] = [speed[m]["forward"] if speed[m] else np.nan for m in metrics]
     table["backward"] = [(speed[m]["backward"] or np.nan) if speed[m] else np.nan for m in metrics]
     table["differentiable"] = [bool(speed[m]["differentiable"]) if speed[m] else True for m in metrics]
-    together = np.concatenate(agreed)
+    pooled, photo = np.concatenate(agreed), together([judge_pairs(run)[2] for run in with_pairs])
     usable = table[table.differentiable].accuracy
     best = usable.idxmax() if len(usable) else None
-    pairs = agreement.paired(together, metrics, photo)
+    pairs = agreement.paired(pooled, metrics, photo)
     worse = {r.b if r.a == best else r.a for r in pairs[pairs.differs].itertuples() if best in (r.a, r.b)}
     table["worse"] = [m in worse for m in metrics]
-    share, _ = agreement.complement(together, metrics)
+    share, _ = agreement.complement(pooled, metrics)
     train, keep = agreement.recommend(table, share)
     report = Report(args.out or args.runs[0], "recommend", [run.truth for run in found])
     table["where_it_fails"] = share.loc[train] if train else np.nan
@@ -379,7 +383,7 @@ def recommend(args):
     if unknown:
         report.text(f"speed not measured, taken as differentiable: {', '.join(unknown)} (ready scores, or --no-speed)")
     report.text(f"images/s: four random 256x256 crops, {next((s['device'] for s in speed.values() if s), 'not measured')}; accuracy: mean over {', '.join(run.name for run in with_pairs)}, each counting the same")
-    report.text(f"Train with {train}; keep {', '.join(keep)} for evaluation." if train else "No metric here has a usable gradient: none to tune a network with; `--sampler amo` can still choose ground truths by "
+    report.text(f"By these preferences: train with {train}; keep {', '.join(keep)} for evaluation." if train else "No metric here has a usable gradient: none to tune a network with; `--sampler amo` can still choose ground truths by "
                 f"{table.accuracy.idxmax()}.")
     report.record |= {"train": train, "keep": keep, "table": json.loads(table.to_json(orient="index"))}
     report.save()
