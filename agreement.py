@@ -264,10 +264,10 @@ def recommend(table, share):
     """The paper's reasoning (Sec. 3, Supp. 7.1) as a rule -> (metric to train with, [metrics to keep for evaluation]).
 
     table by metric: accuracy, worse (is it clearly less accurate than the best differentiable one?), pm (NaN: not known), differentiable. share: as
-    complement's. Train with: differentiable, not clearly worse, then the least positive misalignment, else the highest accuracy. Keep: the two
-    others that are right most often where it fails, and the one with the next least positive misalignment.
+    complement's. Train with: differentiable, right more often than chance, not clearly worse, then the least positive misalignment, else the highest
+    accuracy. Keep: the two others that are right most often where it fails, and the one with the next least positive misalignment.
     """
-    usable = table[table.differentiable & ~table.worse]
+    usable = table[table.differentiable & ~table.worse & (table.accuracy > 0.5)]
     if usable.empty:
         return None, []
     train = usable.sort_values(["pm", "accuracy"], ascending=[True, False]).index[0]

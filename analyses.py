@@ -376,14 +376,14 @@ def recommend(args):
     report = Report(args.out or args.runs[0], "recommend", [run.truth for run in found])
     table["where_it_fails"] = share.loc[train] if train else np.nan
     number = lambda v, text: "–" if v != v else text.format(v)
-    report.table("metrics", ["metric", "accuracy, %", f"clearly less than {shown(best)}", "PM ↓", "NM ↓", "images/s", "with gradient", "differentiable", f"right where {shown(train)} fails, %"],
+    report.table("metrics", ["metric", "accuracy, %", f"clearly less than {shown(best)}", "PM ↓", "NM ↓", "images/s", "with gradient", "differentiable", f"right where {shown(train)} fails, %" if train else "–"],
                  [[shown(m), percent(r.accuracy), "yes" if r.worse else "no", number(r.pm, "{:.2f}"), number(r.nm, "{:.2f}"), number(r.forward, "{:.1f}"), number(r.backward, "{:.1f}"),
                    "not measured" if m in unknown else "yes" if r.differentiable else "no", percent(r.where_it_fails) if m != train else ""]
                   for m, r in zip(table.sort_values("accuracy", ascending=False).index, table.sort_values("accuracy", ascending=False).itertuples())], "metrics", table)
     if unknown:
         report.text(f"speed not measured, taken as differentiable: {', '.join(unknown)} (ready scores, or --no-speed)")
     report.text(f"images/s: four random 256x256 crops, {next((s['device'] for s in speed.values() if s), 'not measured')}; accuracy: mean over {', '.join(run.name for run in with_pairs)}, each counting the same")
-    report.text(f"By these preferences: train with {train}; keep {', '.join(keep)} for evaluation." if train else "No metric here has a usable gradient: none to tune a network with; `--sampler amo` can still choose ground truths by "
-                f"{table.accuracy.idxmax()}.")
+    report.text(f"By these preferences: train with {train}; keep {', '.join(keep)} for evaluation." if train else
+                "None of these to train with: none is differentiable, right more often than chance, and not clearly worse than the best one that is.")
     report.record |= {"train": train, "keep": keep, "table": json.loads(table.to_json(orient="index"))}
     report.save()

@@ -145,7 +145,7 @@ def test_the_rule_decides_on_the_papers_numbers_as_the_paper_did():
     share.loc["musiq"] = pd.Series({m: np.mean([t[m] for t in agreement.TABLE3.values()]) for m in agreement.TABLE3["test"]})
     train, keep = agreement.recommend(table, share)
     assert train == "musiq" and set(keep) == {"nima", "qalign", "topiq_nr"}
-    assert agreement.recommend(table.assign(differentiable=False), share) == (None, [])
+    assert agreement.recommend(table.assign(differentiable=False), share) == agreement.recommend(table.assign(accuracy=0.4), share) == (None, [])
 
 
 @pytest.mark.skipif(not LABELS.is_dir(), reason="needs ../shared/data/labels")
