@@ -57,7 +57,8 @@ class FusedMUSIQ(nn.Module):
         self.eval()
         block = net.block1
         for name, conv in (("root", net.conv_root), ("conv1", block.conv1), ("conv2", block.conv2), ("conv3", block.conv3), ("proj", block.conv_proj)):
-            weight = conv.weight - conv.weight.mean((1, 2, 3), keepdim=True)     # as pyiqa's StdConv
+            weight = conv.weight.detach()                                        # as pyiqa's StdConv
+            weight = weight - weight.mean((1, 2, 3), keepdim=True)
             self.register_buffer(name, weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5))
         del block.conv1, block.conv2, block.conv3, block.conv_proj
         if bf16:

@@ -193,6 +193,14 @@ def test_fused_reward_equals_the_plain_one_and_other_shapes_go_through_pyiqa(rew
     assert not any(m.training for m in fused.train().modules())
 
 
+def test_a_net_that_is_not_frozen_can_be_differentiated_again_and_again():
+    torch.manual_seed(0)
+    fused = musiq.FusedMUSIQ.from_pyiqa(MUSIQ(pretrained=False).eval())
+    x = torch.rand(1, 3, 64, 64, requires_grad=True)
+    first, second = (torch.autograd.grad(fused(x).sum(), x)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.any()
+
+
 def test_a_reward_without_gradients_gives_none_even_where_they_are_enabled(musiq_file):
     reward = iqa.create_reward(["musiq"], weights_file=musiq_file, fused=True)
     assert not reward(crops(1, 64).requires_grad_(True)).requires_grad           # as pyiqa's metric
