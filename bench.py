@@ -7,6 +7,7 @@
     python bench.py data --data datasets/mine                                       images/s from PNG and from packed files, warm and cold
     python bench.py samplers --atlas FILE --data DIR --reward bench:untrained_musiq  rand, AMO from an atlas, AMO online, in turn
     python bench.py grow                                                            how time and memory grow with batch, crop, data; drift
+    python bench.py ranks                                                           what every process of torchrun holds and sends, counted
     python bench.py compare before.json after.json                                  ratios, part by part
 
 `train` measures the parts one by one on the tensors of one batch (medians), and the whole step as train.py runs it, as a process of its own that
@@ -35,11 +36,12 @@ def parse_args(argv=None):
             c.add_argument("--online", type=flags.COUNT, default=2, help="measurements of AMO that scores online (slow)")
         if name == "grow":
             c.add_argument("--drift", type=flags.COUNT, default=2000, help="steps of the run that looks for drift; 0: none")
+    commands.add_parser("ranks", help="memory and communication of a process, counted", description="memory and communication of a process, counted")
     c = commands.add_parser("compare", help="ratios of two results", description="ratios of two results", formatter_class=flags.Help)
     c.add_argument("before", type=Path)
     c.add_argument("after", type=Path)
     args, rest = p.parse_known_args(argv)
-    if args.command == "compare" and rest:
+    if args.command in ("compare", "ranks") and rest:
         p.error(f"unrecognized arguments: {' '.join(rest)}")
     return args, rest
 
@@ -48,6 +50,7 @@ if __name__ == "__main__":
     ARGS = parse_args()                                                           # --help answers before torch is loaded
 
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -374,8 +377,21 @@ def bench_grow(args, words, options, record):
         record["drift"] = windows
 
 
+def ranks():
+    """Counted for the paper's settings and four GPUs: a process holds weights, gradients, two moments of Adam and the generator's EMA, and its share of the pool."""
+    rows = []
+    for arch in ("swinir", "rrdbnet", "compact"):
+        preset = flags.PRESETS[arch]
+        g, d = (sum(p.numel() for p in net.parameters()) for net in (archs.ARCHS[arch](), archs.UNetDiscriminatorSN()))
+        pool = preset["pool_size"] / 4 * 3 * (256 ** 2 + 64 ** 2)
+        rows.append([arch, f"{g:,}", f"{d:,}", f"{4 * (5 * g + 4 * d) / 1e6:.0f}", f"{pool / 1e6:.0f}", f"{4 * (g + d) / 1e6:.1f}", preset["batch_size"] // 4])
+    print(runs.markdown(["arch", "G", "D", "networks and optimiser, MB", "pool, MB", "gradients reduced per step, MB", "samples per process and step"], rows))
+
+
 def forget(dataset):
-    """Drop the data set's files from the system's cache, as far as the system does it on request."""
+    """Drop the data set's files from the system's cache, as far as the system does it on request (a virtual machine's host may keep them)."""
+    if dataset.sets.packed:
+        dataset.sets.packed.bytes._mmap.madvise(mmap.MADV_DONTNEED)               # what is mapped would stay
     for path in dataset.sets.all_files():
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -396,6 +412,8 @@ def compare(options):
 def main(options, words):
     if options.command == "compare":
         return compare(options)
+    if options.command == "ranks":
+        return ranks()
     with tempfile.TemporaryDirectory() as folder:
         if "--data" not in words:
             synthetic_sets(Path(folder))

@@ -73,3 +73,12 @@ def test_help_and_unknown_flags(script):
     assert "--steps" in script("bench.py", "train", "--help").stdout
     done = script("bench.py", "train", "--arch", "compact-small", "--no-such-flag", check=False)
     assert done.returncode == 2 and "unrecognized arguments: --no-such-flag" in done.stderr
+
+
+@pytest.mark.fast
+def test_what_a_process_holds_is_counted(capsys):
+    import archs
+    run("ranks")
+    said = capsys.readouterr().out
+    g, d = (sum(p.numel() for p in net.parameters()) for net in (archs.SwinIR(), archs.UNetDiscriminatorSN()))
+    assert f"| swinir | {g:,} | {d:,} | {4 * (5 * g + 4 * d) / 1e6:.0f} | {160 * 3 * (65536 + 4096) / 1e6:.0f} | {4 * (g + d) / 1e6:.1f} | 8 |" in said
