@@ -14,6 +14,7 @@ import data
 
 SYNTHETIC = "SYNTHETIC, no human judged"                                          # begins the `truth` of preferences without people
 TIE = 1e-6                                                                       # votes this near to 0.5 are no consensus
+MARGIN = 0.01                                                                    # CHOICE: accuracies nearer than this are equal for `recommend`
 COLUMNS = "left=left,right=right,score=score"                                    # what the scripts of this repository write
 OPTIONAL = ("left_method", "right_method", "photo")
 QUALITY = {data.NEGATIVE: 0, data.SIMILAR: 1, data.ORIGINAL: 1, data.POSITIVE: 2}
@@ -22,9 +23,9 @@ QUALITY = {data.NEGATIVE: 0, data.SIMILAR: 1, data.ORIGINAL: 1, data.POSITIVE: 2
 # Files
 
 def read_csv(path, flag, **options):
-    """pandas.read_csv; one line for what cannot be read. .tsv and .txt may be separated by tabs."""
+    """pandas.read_csv of strings as they stand; one line for what cannot be read. A .tsv file is separated by tabs."""
     try:
-        return pd.read_csv(path, sep="\t" if str(path).endswith(".tsv") else ",", skipinitialspace=True, **options)
+        return pd.read_csv(path, sep="\t" if str(path).endswith(".tsv") else ",", skipinitialspace=True, dtype=object, keep_default_na=False, index_col=False, **options)
     except FileNotFoundError:
         raise FileNotFoundError(f"{flag} {path}: no such file") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -50,14 +51,15 @@ def parse_columns(text):
     return {k: v for k, v in words.items() if v}
 
 
-def read_pairs(path, columns=COLUMNS, pattern=None):
+def read_pairs(path, columns=COLUMNS, pattern=None, photo_pattern=None):
     """A preference CSV -> (pairs, left_out): DataFrame of left, right, score and the optional columns, and lines that say what was left out.
 
-    pattern: regular expression whose group finds the method in the name of an image. ValueError where nothing usable is left.
+    pattern, photo_pattern: regular expressions whose group finds the method, and the photo, in the name of an image. ValueError where nothing usable
+    is left, or most votes look like per cent.
     """
     names = parse_columns(columns)
     numbered = all(v.isdigit() for v in names.values())
-    table = read_csv(path, "--pairs", header=None if numbered else "infer", dtype=object)
+    table = read_csv(path, "--pairs", header=None if numbered else "infer")
     where = {role: int(name) if numbered else name for role, name in names.items()}
     absent = [str(name) for name in where.values() if name not in table.columns]
     if absent:
@@ -65,7 +67,9 @@ def read_pairs(path, columns=COLUMNS, pattern=None):
     pairs = pd.DataFrame({role: table[name] for role, name in where.items()})
     pairs["score"] = pd.to_numeric(pairs["score"], errors="coerce")
     for side in ("left", "right"):
-        pairs[side] = pairs[side].map(lambda name: name.strip() if isinstance(name, str) else name)
+        pairs[side] = pairs[side].str.strip()
+    if ((pairs.score > 1) & (pairs.score <= 100)).mean() > 0.5:
+        raise ValueError(f"--columns {columns}: most votes of {path} lie between 1 and 100, as per cent do: divide them by 100 (a vote is the fraction that prefers the second image)")
     if "left_method" in names and "right_method" not in names:                    # one column names the pair
         pairs["right_method"] = ""
     left_out = []
@@ -77,28 +81,44 @@ def read_pairs(path, columns=COLUMNS, pattern=None):
             left_out.append(f"{int(bad.sum())} pairs left out: {why} (first: line {pairs.index[bad][0] + (1 if numbered else 2)}, {first.left} {first.right} {first.score})")
             pairs = pairs[~bad]
 
-    drop(pairs.left.isna() | pairs.right.isna(), "an image is not named")
+    drop((pairs.left == "") | (pairs.right == ""), "an image is not named")
     drop(pairs.score.isna(), "the score is no number")
     drop((pairs.score < 0) | (pairs.score > 1), "the score is outside [0, 1]")
     drop(pairs.left == pairs.right, "an image against itself")
-    pairs = pairs.astype({"left": str, "right": str})
     first = np.where(pairs.left < pairs.right, pairs.left + "\0" + pairs.right, pairs.right + "\0" + pairs.left)
-    drop(pd.Series(first, pairs.index).duplicated(), "named before")
+    drop(pd.Series(first, pairs.index).duplicated(), "named before; the first vote counts")
     if pairs.empty:
         raise ValueError(f"--pairs {path}: no usable pair; {'; '.join(left_out) or 'the file has no rows'}")
     if pattern:
-        try:
-            groups = re.compile(pattern).groups
-        except re.error as error:
-            raise ValueError(f"--method-pattern {pattern}: not a regular expression ({error})") from None
-        if groups != 1:
-            raise ValueError(f"--method-pattern {pattern}: has {groups} groups; put the method's name, and only it, in parentheses")
         for side in ("left", "right"):
-            found = pairs[side].str.extract(pattern, expand=True)
-            if found[0].isna().any():
-                raise ValueError(f"--method-pattern {pattern}: no match in {pairs[side][found[0].isna()].iloc[0]}")
-            pairs[f"{side}_method"] = found[0]
+            pairs[f"{side}_method"] = find_in(pairs[side], pattern, "--method-pattern")
+    if photo_pattern:
+        pairs["photo"] = find_in(pairs["left"], photo_pattern, "--photo-pattern")
     return pairs.reset_index(drop=True), left_out
+
+
+def find_in(names, pattern, flag):
+    """The group of a regular expression in each name. ValueError where there is none."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"{flag} {pattern}: not a regular expression ({error})") from None
+    if groups != 1:
+        raise ValueError(f"{flag} {pattern}: has {groups} groups; put what is wanted, and only it, in parentheses")
+    found = names.str.extract(pattern, expand=True)[0]
+    if found.isna().any():
+        raise ValueError(f"{flag} {pattern}: no match in {names[found.isna()].iloc[0]}")
+    return found
+
+
+def photo_codes(pairs):
+    """The photos of pairs as whole numbers, None where they are not known; a pair whose photo is not named stands for itself."""
+    if "photo" not in pairs:
+        return None
+    codes = pd.factorize(pairs["photo"].where(pairs["photo"] != ""))[0]
+    unnamed = codes < 0
+    codes[unnamed] = codes.max(initial=-1) + 1 + np.arange(unnamed.sum())
+    return codes
 
 
 def read_scores(path):
@@ -195,14 +215,15 @@ def accuracy(agreed, margin, metrics, photo=None):
 def paired(agreed, metrics, photo=None):
     """DataFrame, one row per two metrics, on the pairs that both judged: n, only_a and only_b (pairs one alone gets right), difference, p, q.
 
-    p: McNemar's exact test; with photos a t test on their sums. q: p after Benjamini-Hochberg over all rows; `differs` is q < 0.05.
+    p: McNemar's exact test; with photos the larger of it and of a t test on their sums. q: p after Benjamini-Hochberg over all rows; `differs` is q < 0.05.
     """
     rows = []
     for i in range(len(metrics)):
         for j in range(i + 1, len(metrics)):
             delta = agreed[:, i] - agreed[:, j]
             n, a, b = (~np.isnan(delta)).sum(), (delta == 1).sum(), (delta == -1).sum()
-            p = min(1.0, 2 * stats.binom.cdf(min(a, b), a + b, 0.5)) if photo is None else over_photos(delta, photo)[3]
+            p = min(1.0, 2 * stats.binom.cdf(min(a, b), a + b, 0.5))
+            p = p if photo is None else np.fmax(p, over_photos(delta, photo)[3])
             rows.append({"a": metrics[i], "b": metrics[j], "n": int(n), "only_a": int(a), "only_b": int(b), "difference": (a - b) / n if n else np.nan, "p": p})
     table = pd.DataFrame(rows, columns=["a", "b", "n", "only_a", "only_b", "difference", "p"])
     known = table.p.notna()
@@ -263,11 +284,14 @@ def misalignment(labels, quality, original_similar=True):
 def recommend(table, share):
     """The paper's reasoning (Sec. 3, Supp. 7.1) as a rule -> (metric to train with, [metrics to keep for evaluation]).
 
-    table by metric: accuracy, worse (is it clearly less accurate than the best differentiable one?), pm (NaN: not known), differentiable. share: as
-    complement's. Train with: differentiable, right more often than chance, not clearly worse, then the least positive misalignment, else the highest
-    accuracy. Keep: the two others that are right most often where it fails, and the one with the next least positive misalignment.
+    table by metric: accuracy, pm (NaN: not known), differentiable, less (does a test say that it is less accurate than the best differentiable one?).
+    share: as complement's. Only metrics that are right more often than chance count. Train with: differentiable; no less accurate than the best such one,
+    by test and by MARGIN; of these the least positive misalignment, else the highest accuracy. Keep: the two others that are right most often
+    where it fails, and the one with the next least positive misalignment.
     """
-    usable = table[table.differentiable & ~table.worse & (table.accuracy > 0.5)]
+    table = table[table.accuracy > 0.5]
+    usable = table[table.differentiable]
+    usable = usable[~(usable.less & (usable.accuracy < usable.accuracy.max() - MARGIN))]
     if usable.empty:
         return None, []
     train = usable.sort_values(["pm", "accuracy"], ascending=[True, False]).index[0]

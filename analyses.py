@@ -34,22 +34,33 @@ def load_run(folder, kind=None, wanted=None):
         raise FileNotFoundError(f"{folder}: no scores.csv in it; make it with: python analyze_iqa.py score --out {folder} ...")
     about = json.loads((folder / "about.json").read_text())
     scores, _ = agreement.read_scores(folder / "scores.csv")
+    folder = folder.resolve()
     unknown = [m for m in wanted or [] if m not in scores.columns]
     if unknown:
         raise ValueError(f"--metrics {' '.join(unknown)}: not scored in {folder}; it has {', '.join(scores.columns)}")
     scores = scores[wanted or list(scores.columns)]
-    frames = {name: agreement.read_csv(folder / f"{name}.csv", "RUN", dtype={"photo": str, "version": str, "set": str}) if (folder / f"{name}.csv").exists() else None
-              for name in ("pairs", "sets")}
+    frames = {name: agreement.read_csv(folder / f"{name}.csv", "RUN") if (folder / f"{name}.csv").exists() else None for name in ("pairs", "sets")}
+    if frames["pairs"] is not None:
+        frames["pairs"]["score"] = frames["pairs"]["score"].astype(float)
     if kind and frames[kind] is None:
         raise ValueError(f"{folder}: no {kind}.csv in it; this analysis needs `score --{kind}`")
     return SimpleNamespace(folder=folder, name=folder.name, about=about, truth=about["truth"], scores=scores, metrics=list(scores.columns),
                            lower={m for m in scores.columns if about["metrics"][m]["lower_is_better"]}, **frames)
 
 
+def load_runs(args, kind=None):
+    """load_run of every folder; ValueError for two of one name, whose files would be one."""
+    found = [load_run(folder, kind, args.metrics) for folder in args.runs]
+    names = [run.name for run in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two runs are called {max(names, key=names.count)}: rename a folder")
+    return found
+
+
 def judge_pairs(run, ties="out"):
     """-> margins, agreement (pairs, metrics), and the photos of the pairs as numbers (None: not known)."""
     margin = agreement.margins(run.pairs, run.scores, run.lower)
-    return margin, agreement.agree(margin, run.pairs["score"], ties), pd.factorize(run.pairs["photo"])[0] if "photo" in run.pairs else None
+    return margin, agreement.agree(margin, run.pairs["score"], ties), agreement.photo_codes(run.pairs)
 
 
 def together(photos):
@@ -69,8 +80,8 @@ class Report:
     def __init__(self, out, name, truth):
         self.out, self.name, self.parts, self.latex, self.record = out, name, [], [], {"command": sys.argv, **runs.describe_machine(), "truth": truth}
         runs.check_writable(out, "--out")
-        out.mkdir(parents=True, exist_ok=True)
-        self.text(f"Preferences: {'; '.join(dict.fromkeys(truth))}")
+        self.truth = "; ".join(dict.fromkeys(truth))
+        self.text(f"Preferences: {self.truth}")
 
     def text(self, line):
         self.parts.append(line)
@@ -80,13 +91,13 @@ class Report:
         self.parts += [f"**{title}**", runs.markdown(head, rows)]
         self.latex.append(tables.tabular(title, head, rows))
         if csv:
-            write_csv(self.out / f"{self.name}-{csv}.csv", frame)
+            write_csv(self.out / f"{self.name}-{csv}.csv", frame.assign(preferences=self.truth))
 
     def save(self):
         text = "\n\n".join(self.parts) + "\n"
         print(text)
         runs.write_atomic(self.out / f"{self.name}.md", lambda t: t.write_text(text))
-        runs.write_atomic(self.out / f"{self.name}.tex", lambda t: t.write_text("\n".join(self.latex)))
+        runs.write_atomic(self.out / f"{self.name}.tex", lambda t: t.write_text("\n".join([f"% Preferences: {self.truth}", *self.latex])))
         runs.save_json(self.out / f"{self.name}.json", self.record)
         print(f"wrote {self.out}/{self.name}.md and, beside it, .tex, .csv, .json and .png")
 
@@ -116,12 +127,16 @@ def plot(path, draw, **size):
 # Pairs
 
 def sbs(args):
-    found = [load_run(folder, "pairs", args.metrics) for folder in args.runs]
+    found = load_runs(args, "pairs")
     report = Report(args.out or args.runs[0], "sbs", [run.truth for run in found])
     results = []
     for run in found:
         margin, agreed, photo = judge_pairs(run)
         result = agreement.accuracy(agreed, margin, run.metrics, photo)
+        if not result.n.any():
+            raise ValueError(f"{run.folder}: no pair has two scores and a consensus; {'; '.join(run.about['left_out']) or 'look at scores.csv'}")
+        if photo is not None and photo.max() == 0:
+            report.text(f"{run.name}: all pairs show one photo, and are taken as independent")
         strict = agreement.accuracy(judge_pairs(run, "wrong")[1], margin, run.metrics).accuracy
         reported = agreement.REPORTED.get(run.about.get("paper"), {})
         consensus = int((np.abs(run.pairs["score"] - 0.5) > agreement.TIE).sum())
@@ -176,7 +191,7 @@ def bars(axis, result, title, truth, reported):
 
 
 def complement(args):
-    found = [load_run(folder, "pairs", args.metrics) for folder in args.runs]
+    found = load_runs(args, "pairs")
     report, shares = Report(args.out or args.runs[0], "complement", [run.truth for run in found]), []
     metrics = [m for m in found[0].metrics if all(m in run.metrics for run in found)]
     if args.fails not in metrics:
@@ -194,8 +209,9 @@ def complement(args):
         shares.append(share)
 
     def heat_map(figure, axis):
-        values = 100 * shares[-1].to_numpy()
-        figure.colorbar(axis.imshow(values, cmap="viridis", vmin=0, vmax=100), label="agrees with people, %")
+        values = 100 * shares[-1].to_numpy(copy=True)
+        np.fill_diagonal(values, np.nan)
+        figure.colorbar(axis.imshow(values, cmap="viridis", vmin=0, vmax=100), label="agrees with the preferences, %")
         for i, j in np.argwhere(~np.isnan(values)) if len(metrics) <= 20 else []:
             axis.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", fontsize=7, color="black" if values[i, j] > 60 else "white")
         axis.set(xticks=range(len(metrics)), yticks=range(len(metrics)), xticklabels=map(shown, metrics), yticklabels=map(shown, metrics), xlabel="this metric, ...",
@@ -221,6 +237,7 @@ def bapps(args):
         if numbers.isna().any(axis=None) or not numbers.vote.between(0, 1).all():
             row = int((numbers.isna().any(axis=1) | ~numbers.vote.between(0, 1)).idxmax())
             raise ValueError(f"bapps {name}: line {row + 1} is not name, distance, distance, 2AFC, vote in [0, 1]: {', '.join(map(str, table.iloc[row]))}")
+        table[["d0", "d1", "vote"]] = numbers
         if not table.name.equals(first.name) or not np.allclose(table.vote, first.vote):
             raise ValueError(f"bapps {name}: other pairs or votes than {names[0]}; paired tests need the same in each file")
     votes = first.vote.to_numpy()
@@ -244,31 +261,38 @@ def bapps(args):
 
 
 def disagree(args):
-    run = load_run(args.runs[0], "pairs", args.metrics)
+    """PNG: the pairs, or else the quintuplets, on which the first two metrics differ most, in standard deviations of each."""
+    run = load_run(args.runs[0], wanted=args.metrics)
     if len(run.metrics) < 2:
         raise ValueError("disagree compares two metrics: --metrics A B")
     a, b = run.metrics[:2]
-    margin = judge_pairs(run)[0][:, :2]
-    z = margin / np.nanstd(margin, axis=0)
-    apart = np.where(np.sign(z[:, 0]) * np.sign(z[:, 1]) < 0, np.abs(z[:, 0] - z[:, 1]), np.nan)
+    synthetic = " (synthetic)" * run.truth.startswith(agreement.SYNTHETIC)
+
+    def cell(name, text):
+        image = data.load_image(args.images / name).float()[None] / 255
+        image = torch.nn.functional.interpolate(image, scale_factor=args.side / max(image.shape[2:]), mode="bicubic", antialias=True).clamp(0, 1)
+        said = " ".join(f"{shown(m)} {run.scores.loc[name, m]:.2f}{' (low is good)' * (m in run.lower)}" for m in (a, b))
+        return image[0], f"{Path(name).parent.name}/{Path(name).name}\n{said}\n{text}{synthetic}"
+    if run.pairs is not None:
+        z = judge_pairs(run)[0][:, :2]
+        z = z / np.nanstd(z, axis=0)
+        apart = np.where(z[:, 0] * z[:, 1] < 0, np.abs(z[:, 0] - z[:, 1]), np.nan)
+        rows = lambda i: [cell(run.pairs.left[i], f"preferred by {1 - run.pairs.score[i]:.0%}"), cell(run.pairs.right[i], f"preferred by {run.pairs.score[i]:.0%}")]
+    else:
+        _, qualities, _ = read_sets(run)
+        z = (qualities[:, :, :2] - np.nanmean(qualities[:, :, :2], (0, 1))) / np.nanstd(qualities[:, :, :2], (0, 1))
+        best, every = np.nan_to_num(z, nan=-np.inf).argmax(1), np.arange(len(z))
+        apart = sum(z[every, best[:, k], k] - z[every, best[:, 1 - k], k] for k in (0, 1))         # how much each loses by the other's choice
+        apart = np.where(best[:, 0] != best[:, 1], apart, np.nan)
+        groups = [group for _, group in run.sets.groupby("set")]
+        rows = lambda i: [cell(r.image, f"{r.version}: {r.label}") for r in groups[i].itertuples()]
     order = [i for i in np.argsort(-apart) if not np.isnan(apart[i])][:args.count]
     if not order:
-        raise ValueError(f"disagree: {a} and {b} prefer the same image of every pair")
-    lines, synthetic = [], " (synthetic)" * run.truth.startswith(agreement.SYNTHETIC)
-    for i in order:
-        pair = run.pairs.iloc[i]
-        said = lambda name: " ".join(f"{shown(m)} {run.scores.loc[name, m]:.2f}" for m in (a, b))
-        cells = []
-        for side, share in ((pair.left, 1 - pair.score), (pair.right, pair.score)):
-            image = data.load_image(args.images / side).float()[None] / 255
-            scale = args.side / max(image.shape[2:])
-            image = torch.nn.functional.interpolate(image, scale_factor=scale, mode="bicubic", antialias=True).clamp(0, 1) if scale < 1 else image
-            cells.append((image[0], f"{Path(side).parent.name}/{Path(side).name}\n{said(side)}\npreferred by {share:.0%}{synthetic}"))
-        lines.append(cells)
+        raise ValueError(f"disagree: {a} and {b} prefer the same image everywhere")
     path = (args.out or args.runs[0]) / f"disagree-{a}-{b}.png".replace(":", "_")
     runs.check_output(path, "--out")
-    data.save_grid(path, lines)
-    print(f"{run.truth}: {np.isfinite(apart).sum()} of {len(apart)} pairs where {a} and {b} prefer different images; the {len(order)} furthest apart (in standard deviations of each): {path}")
+    data.save_grid(path, [rows(i) for i in order])
+    print(f"{run.truth}: {np.isfinite(apart).sum()} of {len(apart)} on which {a} and {b} prefer different images; the {len(order)} furthest apart: {path}")
 
 
 # Quintuplets
@@ -288,7 +312,7 @@ def hggt(args):
     run = load_run(args.runs[0], "sets", args.metrics)
     labels, qualities, photos = read_sets(run)
     report = Report(args.out or args.runs[0], "hggt", [run.truth])
-    reported = agreement.TABLE4 if not run.truth.startswith(agreement.SYNTHETIC) else {}
+    reported = agreement.TABLE4 if run.about.get("paper") == "hggt" else {}
     has = {word: int((labels == code).any(1).sum()) for word, code in data.LABELS.items()}
     report.text(f"{len(labels)} quintuplets: {has['Positive']} with a positive, {has['Similar']} with a similar, {has['Negative']} with a negative version")
     if not has["Negative"]:
@@ -345,7 +369,7 @@ def hggt(args):
 # Both
 
 def recommend(args):
-    found = [load_run(folder, wanted=args.metrics) for folder in args.runs]
+    found = load_runs(args)
     metrics = [m for m in found[0].metrics if all(m in run.metrics for run in found)]
     with_pairs, with_sets = ([run for run in found if getattr(run, kind) is not None] for kind in ("pairs", "sets"))
     if not with_pairs or len(metrics) < 2:
@@ -367,17 +391,17 @@ def recommend(args):
     table["differentiable"] = [bool(speed[m]["differentiable"]) if speed[m] else True for m in metrics]
     pooled, photo = np.concatenate(agreed), together([judge_pairs(run)[2] for run in with_pairs])
     usable = table[table.differentiable].accuracy
-    best = usable.idxmax() if len(usable) else None
+    best = usable.idxmax() if len(usable) else None                               # with it the others are compared
     pairs = agreement.paired(pooled, metrics, photo)
-    worse = {r.b if r.a == best else r.a for r in pairs[pairs.differs].itertuples() if best in (r.a, r.b)}
-    table["worse"] = [m in worse for m in metrics]
+    less = {r.b for r in pairs[pairs.differs].itertuples() if r.a == best and r.difference > 0} | {r.a for r in pairs[pairs.differs].itertuples() if r.b == best and r.difference < 0}
+    table["less"] = [m in less for m in metrics]
     share, _ = agreement.complement(pooled, metrics)
     train, keep = agreement.recommend(table, share)
     report = Report(args.out or args.runs[0], "recommend", [run.truth for run in found])
     table["where_it_fails"] = share.loc[train] if train else np.nan
     number = lambda v, text: "–" if v != v else text.format(v)
-    report.table("metrics", ["metric", "accuracy, %", f"clearly less than {shown(best)}", "PM ↓", "NM ↓", "images/s", "with gradient", "differentiable", f"right where {shown(train)} fails, %" if train else "–"],
-                 [[shown(m), percent(r.accuracy), "yes" if r.worse else "no", number(r.pm, "{:.2f}"), number(r.nm, "{:.2f}"), number(r.forward, "{:.1f}"), number(r.backward, "{:.1f}"),
+    report.table("metrics", ["metric", "accuracy, %", f"less than {shown(best)} by test", "PM ↓", "NM ↓", "images/s", "with gradient", "differentiable", f"right where {shown(train)} fails, %" if train else "–"],
+                 [[shown(m), percent(r.accuracy), "yes" if r.less else "no", number(r.pm, "{:.2f}"), number(r.nm, "{:.2f}"), number(r.forward, "{:.1f}"), number(r.backward, "{:.1f}"),
                    "not measured" if m in unknown else "yes" if r.differentiable else "no", percent(r.where_it_fails) if m != train else ""]
                   for m, r in zip(table.sort_values("accuracy", ascending=False).index, table.sort_values("accuracy", ascending=False).itertuples())], "metrics", table)
     if unknown:

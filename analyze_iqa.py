@@ -6,7 +6,7 @@
     python analyze_iqa.py score --pairs test.csv --images SBS180K --phase1 runs/phase1 --top 7 --paper test --out runs/sbs-test
     python analyze_iqa.py sbs runs/sbs-train runs/sbs-test                              Table 2
     python analyze_iqa.py complement runs/sbs-train runs/sbs-test --fails musiq         Table 3
-    python analyze_iqa.py score --sets datasets/HGGT --out runs/hggt-scores && python analyze_iqa.py hggt runs/hggt-scores             Table 4
+    python analyze_iqa.py score --sets datasets/HGGT --paper hggt --out runs/hggt-scores && python analyze_iqa.py hggt runs/hggt-scores             Table 4
     python analyze_iqa.py recommend runs/sbs-test runs/hggt-scores                      which metric to train with, which to keep
     python analyze_iqa.py bapps FILES                                                   ready distances with votes of people
 
@@ -39,12 +39,13 @@ def parse_args(argv=None):
     g.add_argument("--columns", default="left=left,right=right,score=score", metavar="left=A,right=B,score=C[,methods=D[+E]][,photo=F]",
                    help="names of the columns, or their numbers from 0 where there is no header; photo: pairs of one photo are not independent")
     g.add_argument("--method-pattern", metavar="REGEX", help="finds the SR method in the name of an image, for --draw; instead of methods=")
+    g.add_argument("--photo-pattern", metavar="REGEX", help="finds the photo in the name of the left image; instead of photo=")
     g.add_argument("--draw", type=flags.SIZE, metavar="N", help="only so many pairs of every two methods (the paper's phase I: 3)")
     g.add_argument("--seed", type=flags.COUNT, default=0, help="of --draw")
     g.add_argument("--sets", type=Path, metavar="DIR", help="labelled quintuplets in HGGT's layout")
     g.add_argument("--split", choices=["Train", "Test"], default="Train", help="of --sets")
     g.add_argument("--all-sets", action="store_true", help="also quintuplets without a negative, which the paper leaves out")
-    g.add_argument("--paper", choices=["phase1", "train", "test"], help="which of the paper's columns stands beside the results of --pairs")
+    g.add_argument("--paper", choices=["phase1", "train", "test", "hggt"], help="which of the paper's results stands beside those of SBS180K (phase1, train, test) or of HGGT's training sets with a negative")
     g = c.add_argument_group("scores")
     g.add_argument("--images", type=Path, default=Path("."), metavar="DIR", help="what the image names of --pairs are relative to")
     g.add_argument("--metrics", nargs="+", metavar="NAME", help="pyiqa's no-reference metrics, ranker, module:function; default: the paper's 42 for --draw, else its 7")
@@ -66,10 +67,10 @@ def parse_args(argv=None):
     c.add_argument("--fails", default="musiq", metavar="NAME", help="the metric that fails")
     command("hggt", "rank correlation and misalignment on quintuplets (Table 4)", "one folder of `score --sets`")
     c = command("recommend", "which metric to train with, which to keep for evaluation", "folders of `score`, pairs and quintuplets")
-    c = command("disagree", "a sheet of the pairs on which two metrics disagree most", "one folder of `score --pairs`")
+    c = command("disagree", "a sheet of the pairs, or quintuplets, on which two metrics disagree most", "one folder of `score`")
     c.add_argument("--images", type=Path, default=Path("."), metavar="DIR", help="what the image names are relative to")
-    c.add_argument("--count", type=flags.SIZE, default=8, help="pairs on the sheet")
-    c.add_argument("--side", type=flags.number(int, 32), default=256, help="longer side of an image on the sheet in pixels")
+    c.add_argument("--count", type=flags.SIZE, default=8, help="pairs or quintuplets on the sheet")
+    c.add_argument("--side", type=flags.number(int, 32), default=256, help="to which the longer side of an image is resized on the sheet, pixels")
     c = command("bapps", "accuracy and 2AFC score of full-reference distances on BAPPS's votes")
     c.add_argument("files", type=Path, nargs="+", metavar="CSV", help="name, distance of the first, of the second, 2AFC score, vote; no header")
     c.add_argument("--out", type=Path, default=Path("runs/bapps"), metavar="DIR", help="where the tables go")
@@ -117,9 +118,10 @@ def score(args):
     world = runs.start_world(args.device, args.threads)
     about_file = args.out / "about.json"
     about = json.loads(about_file.read_text()) if about_file.exists() else {"truth": None, "metrics": {}, "left_out": []}
-    frames, left_out = find_images(args, about)
+    frames, left_out = find_images(args, about, print if world.is_main else lambda text: None)
+    if args.paper and about["truth"].startswith(agreement.SYNTHETIC):
+        raise ValueError(f"--paper {args.paper}: these preferences are synthetic; the paper's are people's")
     names = list(dict.fromkeys(name for frame in frames.values() for column in ("left", "right", "image") if column in frame for name in frame[column]))
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.scores:
         scores, more = agreement.read_scores(args.scores)
         unknown = [m for m in args.lower if m not in scores.columns]
@@ -130,6 +132,9 @@ def score(args):
     else:
         scores, metrics, more = compute(args, names, about, world)
         left_out += more
+        if (args.out / "scores.csv").exists():                                    # metrics scored in an earlier call stay
+            before, _ = agreement.read_scores(args.out / "scores.csv")
+            scores = scores.join(before.reindex(scores.index)[[m for m in before.columns if m not in scores.columns]])
     if not world.is_main:
         return
     absent = [name for name in names if name not in scores.index]
@@ -146,9 +151,12 @@ def score(args):
     print(f"{args.out}: {len(names)} images, {len(scores.columns)} metrics; next: python analyze_iqa.py {'hggt' if 'sets' in frames else 'sbs'} {args.out}")
 
 
-def find_images(args, about):
+def find_images(args, about, say):
     """-> {"pairs" or "sets": DataFrame}, lines of what was left out. A folder that `synthetic` made, or that was begun, brings its own."""
     own = {name: args.out / f"{name}.csv" for name in ("pairs", "sets")}
+    other = own["sets"] if args.pairs else own["pairs"]
+    if (args.pairs or args.sets) and other.exists():
+        raise ValueError(f"{args.out} holds {other.name}: name another --out for {'--pairs' if args.pairs else '--sets'}")
     if args.sets:
         sets = data.find_sets(args.sets, args.split)
         if sets is None:
@@ -160,19 +168,21 @@ def find_images(args, about):
         words = {data.ORIGINAL: "original"} | {code: word.lower() for word, code in data.LABELS.items()}
         rows = [(sets.stems[i], version, str(sets.path(sets.stems[i], version)), words[labels[i, k]], data.photo_of(sets.stems[i]))
                 for i in chosen for k, version in enumerate(sets.versions)]
-        print(f"{len(chosen)} of {len(labels)} quintuplets" + ("" if args.all_sets else " have a negative"))
+        say(f"{len(chosen)} of {len(labels)} quintuplets" + ("" if args.all_sets else " have a negative"))
         about["truth"] = f"labels of {args.sets}, {args.split}"
         return {"sets": pd.DataFrame(rows, columns=["set", "version", "image", "label", "photo"])}, []
     if args.pairs:
-        pairs, left_out = agreement.read_pairs(args.pairs, args.columns, args.method_pattern)
+        pairs, left_out = agreement.read_pairs(args.pairs, args.columns, args.method_pattern, args.photo_pattern)
         if args.draw:
             whole, pairs = len(pairs), agreement.draw(pairs, args.draw, args.seed)
-            print(f"{len(pairs)} of {whole} pairs: {args.draw} of every two methods, seed {args.seed}")
+            say(f"{len(pairs)} of {whole} pairs: {args.draw} of every two methods, seed {args.seed}")
         for row in pairs.head(3).itertuples():
-            print(f"understood: {row.score:.0%} of people prefer {row.right} to {row.left}" + (f" ({row.right_method} to {row.left_method})" if "left_method" in pairs else ""))
-        about["truth"] = f"votes of {args.pairs}"
+            say(f"understood: {row.score:.0%} of people prefer {row.right} to {row.left}" + (f" ({row.right_method} to {row.left_method})" if "left_method" in pairs else ""))
+        beside = args.pairs.parent / "about.json"                                 # a copy of synthetic preferences stays synthetic
+        made = json.loads(beside.read_text()).get("truth") or "" if beside.exists() else ""
+        about["truth"] = made if made.startswith(agreement.SYNTHETIC) else f"votes of {args.pairs}"
         return {"pairs": pairs}, left_out
-    found = {name: agreement.read_csv(path, "--out", dtype={"photo": str, "version": str, "set": str}) for name, path in own.items() if path.exists()}
+    found = {name: agreement.read_csv(path, "--out") for name, path in own.items() if path.exists()}
     if not found:
         raise ValueError(f"{args.out} has neither pairs.csv nor sets.csv: name preferences with --pairs CSV or --sets DIR")
     return found, [line for line in about["left_out"] if line.partition(" ")[2].startswith("pairs")]
@@ -203,7 +213,11 @@ def compute(args, names, about, world):
         failed = {}
         values = iqa.score_images([paths[i] for i in order], reward, args.out / "cache", world, args.batch_size, "--out", failed).numpy()
         if np.isnan(values).all():
-            raise ValueError(f"--metrics {metric}: fails on every image, first: {next(iter(failed.values()))}")
+            text = f"--metrics {metric}: fails on every image, first: {next(iter(failed.values()))}"
+            if not args.keep_going:
+                raise ValueError(f"{text} (--keep-going leaves such a metric out)")
+            left_out.append(f"metric {metric} left out: {text}")
+            continue
         left_out += [f"{metric}: {len(failed)} of {len(paths)} images have no score (first: {path}: {why})" for path, why in list(failed.items())[:1]]
         column = np.empty(len(names))
         column[order] = -values if lower else values
@@ -211,7 +225,7 @@ def compute(args, names, about, world):
         identity = reward.identity()
         before = about["metrics"].get(metric, {})
         speed = before.get("speed") if before.get("identity") == identity else None
-        metrics[metric] = {"lower_is_better": lower, "identity": identity, "speed": speed or (measure(metric, files.get(metric), reward, world.device) if args.speed else None)}
+        metrics[metric] = {"lower_is_better": lower, "identity": identity, "speed": speed or (measure(metric, files.get(metric), reward, world.device) if args.speed and world.is_main else None)}
     if not columns:
         raise ValueError("no metric is left: " + "; ".join(left_out))
     return pd.DataFrame(columns, index=names), metrics, left_out

@@ -61,9 +61,15 @@ def test_pairs_of_one_photo_are_not_independent():
     alone, together = agreement.share(right), agreement.share(right, np.repeat(np.arange(10), 30))
     assert together[1] < alone[1] - 0.1 and together[2] > alone[2] + 0.1
     assert agreement.share(np.ones(8), np.arange(8) // 4) == agreement.share(np.ones(8))                  # no spread is no certainty
+    four = agreement.paired(np.array([[1.0, 0.0]] * 4), ["a", "b"], np.arange(4))
+    assert four.p[0] == 0.125                                                     # McNemar's: no spread over photos is no certainty
     once = agreement.paired(np.stack([values > 0.3, values > 0.6], 1).astype(float), ["a", "b"], np.arange(50))
     often = agreement.paired(np.repeat(np.stack([values > 0.3, values > 0.6], 1).astype(float), 20, 0), ["a", "b"], np.repeat(np.arange(50), 20))
-    assert once.p[0] == pytest.approx(often.p[0])
+    delta = (values > 0.3) * 1.0 - (values > 0.6)
+    assert often.p[0] == pytest.approx(stats.ttest_1samp(delta, 0).pvalue) < once.p[0]
+    assert once.p[0] == pytest.approx(stats.binomtest(int(delta.sum()), int(delta.sum())).pvalue)
+    pairs = pd.DataFrame({"photo": ["x", "", "y", "", "x"]})
+    assert agreement.photo_codes(pairs).tolist() == [0, 2, 1, 3, 0] and agreement.photo_codes(pairs.drop(columns="photo")) is None
 
 
 def test_the_matrix_of_failures_against_counting():
@@ -138,14 +144,20 @@ def test_table_6_has_1136_pairs():
     assert sorted(agreement.TOP7) == sorted(sorted(agreement.TABLE6, key=agreement.TABLE6.get)[-7:])
 
 
-def test_the_rule_decides_on_the_papers_numbers_as_the_paper_did():
-    table = pd.DataFrame({"accuracy": [np.mean([t[m] for t in agreement.TABLE2.values()]) for m in agreement.TOP7], "pm": [agreement.TABLE4[m]["pm"] for m in agreement.TOP7],
-                          "differentiable": True, "worse": [m in ("liqe", "arniqa-tid", "topiq_nr") for m in agreement.TOP7]}, agreement.TOP7)
+@pytest.mark.parametrize("seen", [["train"], ["test"], ["train", "test"]])
+def test_the_rule_decides_on_the_papers_numbers_as_the_paper_did(seen):
+    """Every difference taken as tested: 0.45 points on the training pairs are less than the margin."""
+    accuracy = {m: np.mean([agreement.TABLE2[run][m] for run in seen]) / 100 for m in agreement.TOP7}
+    best = max(accuracy, key=accuracy.get)
+    table = pd.DataFrame({"accuracy": accuracy, "pm": {m: agreement.TABLE4[m]["pm"] for m in agreement.TOP7}, "differentiable": True, "less": {m: m != best for m in agreement.TOP7}})
     share = pd.DataFrame(np.nan, agreement.TOP7, agreement.TOP7)
     share.loc["musiq"] = pd.Series({m: np.mean([t[m] for t in agreement.TABLE3.values()]) for m in agreement.TABLE3["test"]})
     train, keep = agreement.recommend(table, share)
     assert train == "musiq" and set(keep) == {"nima", "qalign", "topiq_nr"}
     assert agreement.recommend(table.assign(differentiable=False), share) == agreement.recommend(table.assign(accuracy=0.4), share) == (None, [])
+    contrary = table.copy()
+    contrary.loc["nima", "accuracy"] = 0.03                                       # always right where others fail, and nearly always wrong
+    assert "nima" not in agreement.recommend(contrary, share.fillna(0).assign(nima=1.0))[1]
 
 
 @pytest.mark.skipif(not LABELS.is_dir(), reason="needs ../shared/data/labels")
@@ -165,21 +177,24 @@ def test_a_preference_file_with_every_fault(tmp_path):
     columns = "left=first,right=second,score=vote"
     pairs, left_out = agreement.read_pairs(tmp_path / "p.csv", columns + ",methods=pair")
     assert pairs[["left", "right", "score"]].values.tolist() == [["A/1.png", "B/1.png", 0.8], ["A/7.png", "B/7.png", 0.0]] and len(agreement.draw(pairs, 1, 0)) == 1
-    for text in ("2 pairs left out: named before (first: line 3,", "1 pairs left out: the score is outside [0, 1] (first: line 5, A/2.png B/2.png 1.4", "2 pairs left out: the score is no number (first: line 6",
+    for text in ("2 pairs left out: named before; the first vote counts (first: line 3,", "1 pairs left out: the score is outside [0, 1] (first: line 5, A/2.png B/2.png 1.4", "2 pairs left out: the score is no number (first: line 6",
                  "1 pairs left out: an image is not named (first: line 7", "1 pairs left out: an image against itself (first: line 8"):
         assert any(line.startswith(text) for line in left_out), (text, left_out)
     named, _ = agreement.read_pairs(tmp_path / "p.csv", columns, r"^([^/]+)/")
     assert named.left_method.tolist() == ["A", "A"] and named.right_method.tolist() == ["B", "B"]
+    assert agreement.read_pairs(tmp_path / "p.csv", columns, None, r"/(\d)\.png$")[0].photo.tolist() == ["1", "7"]
     (tmp_path / "n.csv").write_text("A/1.png,B/1.png,0.8\n")
     assert len(agreement.read_pairs(tmp_path / "n.csv", "left=0,right=1,score=2")[0]) == 1
+    (tmp_path / "odd.csv").write_text("left,right,score\n0001,NA,0.8,\n2,nan,0.1,\n")
+    assert agreement.read_pairs(tmp_path / "odd.csv")[0][["left", "right"]].values.tolist() == [["0001", "NA"], ["2", "nan"]]      # names, and a comma too many
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "bytes.csv").write_bytes(bytes(range(128, 256)))
-    (tmp_path / "percent.csv").write_text("left,right,score\na,b,80\n")
+    (tmp_path / "percent.csv").write_text("left,right,score\na,b,80\na,c,1\nb,c,60\n")
     for file, words, message in (("p.csv", "left=first,right=second,score=votes", "has no column votes; it has first, second, vote, pair"),
                                  ("p.csv", "left=first,right=second", "score is missing"), ("p.csv", "left=first,right=second,score=vote,who=x", "who is unknown"),
                                  ("p.csv", "left=0,right=second,score=vote", "names or numbers, not both"), ("none.csv", columns, "no such file"),
                                  ("empty.csv", columns, "not a CSV file"), ("bytes.csv", columns, "not a CSV file"),
-                                 ("percent.csv", agreement.COLUMNS, "no usable pair; 1 pairs left out: the score is outside")):
+                                 ("percent.csv", agreement.COLUMNS, "most votes of .*percent.csv lie between 1 and 100")):
         with pytest.raises((ValueError, OSError), match=message.replace("[", r"\[")):
             agreement.read_pairs(tmp_path / file, words)
     for pattern, message in (("(", "not a regular expression"), (".*", "has 0 groups"), ("^(C)/", "no match in A/1.png")):

@@ -62,7 +62,7 @@ def test_pairs_from_images_to_tables(preferences, rewards, capsys):
     assert (preferences / "run/disagree-test_rewards_brightness-ranker.png").exists()
     run("recommend", preferences / "run")
     advice = json.loads((preferences / "run/recommend.json").read_text())
-    assert advice["train"] in ("ranker", "test_rewards:brightness") and len(advice["keep"]) == 1 and advice["table"]["ranker"]["backward"] > 0
+    assert advice["train"] == "test_rewards:brightness" and advice["keep"] == [] and advice["table"]["ranker"]["backward"] > 0      # ranker is right in 21 %
     with pytest.raises(ValueError, match="--fails musiq: not scored; choose one of test_rewards:brightness, ranker"):
         run("complement", preferences / "run")
     with pytest.raises(ValueError, match="no sets.csv in it"):
@@ -96,7 +96,7 @@ def test_what_cannot_be_scored_is_named_and_left_out(preferences, monkeypatch, c
         score(preferences, metrics=("ranker", "musiq-nonsense"))
     for path in (preferences / "images").glob("*/*.png"):
         data.save_image(path, torch.full((3, 64, 64), 0.9))
-    with pytest.raises(ValueError, match=r"odd_metric:build: fails on every image, first: no such image"):
+    with pytest.raises(ValueError, match="odd_metric:build: fails on every image, first: no such image .--keep-going"):
         score(preferences, metrics=["odd_metric:build"])
     with pytest.raises(FileNotFoundError, match="--images .*: none of the 6 images is in it, for example "):
         run("score", "--pairs", preferences / "votes.csv", *ARGS, "--images", preferences, "--out", preferences / "run", "--metrics", "ranker")
@@ -258,3 +258,35 @@ def test_help_names_the_commands_and_bad_words_end_in_one_line(tmp_path, script)
         assert command in script("analyze_iqa.py", "--help").stdout
         if command == "score":
             assert "(default: 7)" in script("analyze_iqa.py", command, "--help").stdout
+
+
+def test_synthetic_stays_synthetic_and_the_papers_values_stay_where_they_belong(preferences, quintuplets, rewards, tmp_path):
+    made = preferences / "made"
+    run("synthetic", "--candidates", *(sorted((quintuplets / "Train/images/0-6").glob("0[12]"))), quintuplets / "Train/images/0-6/original", "--gt", quintuplets / "Train/images/0-6/original", "--out", made)
+    with pytest.raises(ValueError, match="--paper train: these preferences are synthetic"):
+        run("score", "--out", made, "--metrics", "test_rewards:brightness", "--paper", "train")
+    run("score", "--pairs", made / "pairs.csv", "--out", tmp_path / "copy", "--metrics", "test_rewards:brightness", "--device", "cpu")
+    run("sbs", tmp_path / "copy")
+    for name in ("sbs.md", "sbs.tex", "sbs-copy.csv"):
+        assert "SYNTHETIC, no human judged" in (tmp_path / "copy" / name).read_text(), name
+    run("score", "--sets", quintuplets, "--all-sets", "--out", tmp_path / "sets", "--metrics", "ranker", "--device", "cpu")
+    run("hggt", tmp_path / "sets")
+    assert "paper" not in (tmp_path / "sets/hggt.md").read_text()
+    run("score", "--sets", quintuplets, "--all-sets", "--out", tmp_path / "sets", "--metrics", "test_rewards:brightness", "--paper", "hggt", "--device", "cpu", "--no-speed")
+    run("hggt", tmp_path / "sets")
+    assert "paper: SRC / PM / NM" in (tmp_path / "sets/hggt.md").read_text()
+    assert list(pd.read_csv(tmp_path / "sets/scores.csv")) == ["image", "test_rewards:brightness", "ranker"]                     # what was scored before stays
+    run("disagree", tmp_path / "sets", "--metrics", "test_rewards:brightness", "ranker", "--side", 64)
+    assert (tmp_path / "sets/disagree-test_rewards_brightness-ranker.png").exists()
+    with pytest.raises(ValueError, match="holds sets.csv: name another --out for --pairs"):
+        run("score", "--pairs", made / "pairs.csv", "--out", tmp_path / "sets", "--metrics", "ranker")
+    with pytest.raises(ValueError, match="two runs are called copy"):
+        run("sbs", tmp_path / "copy", tmp_path / "copy")
+
+
+def test_names_that_look_like_numbers(preferences):
+    pd.DataFrame({"left": ["0001", "0002"], "right": ["0002", "0003"], "score": [1.0, 0.0]}).to_csv(preferences / "n.csv", index=False)
+    pd.DataFrame({"image": ["0001", "0002", "0003"], "m": [1, 2, 3]}).to_csv(preferences / "s.csv", index=False)
+    run("score", "--pairs", preferences / "n.csv", "--scores", preferences / "s.csv", "--out", preferences / "r")
+    run("sbs", preferences / "r")
+    assert json.loads((preferences / "r/sbs.json").read_text())["accuracy"][0]["m"] == pytest.approx({"n": 2, "accuracy": 0.5, "low": 0.0945, "high": 0.9055, "ties": 0}, abs=1e-4)
