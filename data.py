@@ -396,6 +396,7 @@ class Atlas:
         if reward is not None and about["reward"] != reward.identity():
             raise ValueError(f"--atlas {path}: of another reward ({', '.join(about['reward'])}) or other weights than --reward {' '.join(reward.models)}; "
                              "make one of this reward, or name that one")
+        self.told = " ".join(f"{name}:{part['hash']}x{part['weight']:g}" for name, part in about["reward"].items()) + f" stride {self.stride}"
         if not about["finished"]:
             raise ValueError(f"--atlas {path}: not finished; the same `prepare.py atlas` command continues it")
 

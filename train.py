@@ -220,7 +220,7 @@ def main(args):
         args.init, f"make it with: python train.py --stage psnr --arch {args.arch} --data PHOTOS, or name weights with --init FILE")
     reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights, fused=flags.FUSED[args.musiq])
     sets, dataset, val_sets, shown = open_data(args, world, reward, seeds)
-    run.pin(samples=len(dataset), **({"chosen_by": f"{' '.join(args.atlas)} margin {args.margin}"} if args.atlas else {}))
+    run.pin(samples=len(dataset), **({"chosen_by": " + ".join(f"{w:g} {a.told}" for a, w in dataset.atlases) + f" margin {args.margin:g}"} if args.atlas else {}))
 
     # networks: raw_* are the plain modules that are saved, net_* what the loop calls
     start = "random start"
