@@ -222,8 +222,9 @@ def whole_steps(words, args, steps, processes=1, windows=2):
                    "--save-every", "0", "--weights-every", "0", "--val-every", "0", "--sample-every", "0"]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{runs.REPO}:{os.environ.get('PYTHONPATH', '')}"})
         if done.returncode:
-            raise ValueError(f"train.py ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
-        events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
+            said = done.stderr.strip().splitlines() or ["no output"]
+            raise ValueError(f"train.py ended with {done.returncode}: {([line for line in said if 'error:' in line] or said)[-1]}")
+        events = [event for event in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if event["split"] == "train"][1:]
         return [{"ms": 1000 / event["it_per_s"], "wait": event["wait"], "memory": event["memory"]} for event in events]
 
 
@@ -289,7 +290,8 @@ def bench_evaluate(args, words, options, record):
     sr = archs.upscale_tiled(net, lq).clamp(0, 1)
     measure, parts = partial(timed, repeats=options.repeats, device=world.device), {}
     parts["inference, whole"] = measure(lambda: archs.upscale_tiled(net, lq))
-    parts["inference, tiles of 136"] = measure(lambda: archs.upscale_tiled(net, lq.repeat(1, 1, 2, 2)[..., :200, :200], tile=136))
+    wide = lq.repeat(1, 1, 2, 3)                                                  # 256 x 384
+    parts[f"inference of 256 x 384, tile {args.tile}"] = measure(lambda: archs.upscale_tiled(net, wide, tile=args.tile))
     for name in ("psnr", "ssim", *([] if args.reward == ["none"] else args.reward)):
         metric = quality.create_metric(name, world.device)
         parts[name] = measure(lambda: metric(sr, sr))
@@ -398,7 +400,11 @@ def forget(dataset):
 
 
 def compare(options):
-    before, after = (json.loads(path.read_text()) for path in (options.before, options.after))
+    try:
+        before, after = (json.loads(path.read_text()) for path in (options.before, options.after))
+        before["parts_ms"], after["parts_ms"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"bench.py compare: takes two files of --json with parts ({error})") from None
     rows = [[name, f"{before['parts_ms'][name]:.1f}", f"{after['parts_ms'][name]:.1f}", f"{before['parts_ms'][name] / after['parts_ms'][name]:.2f}"]
             for name in before["parts_ms"] if after["parts_ms"].get(name)]
     if "whole" in before and "whole" in after:
@@ -421,7 +427,7 @@ def main(options, words):
         if "--lambda-p" not in words and "--vgg-weights" not in words and options.command != "train":
             words = [*words, "--lambda-p", "0"]                                   # not measured there: no download
         args = train.parse_args(words)
-        record = {"command": sys.argv, "arguments": [word for word in words if word != folder], **runs.describe_machine(), "threads": args.threads or torch.get_num_threads()}
+        record = {"command": sys.argv, "arguments": without(words, "--data") if folder in words else words, **runs.describe_machine(), "threads": args.threads or torch.get_num_threads()}
         {"train": bench_train, "finetune": bench_finetune, "evaluate": bench_evaluate, "data": bench_data, "samplers": bench_samplers, "grow": bench_grow}[options.command](args, words, options, record)
     if options.json:
         runs.save_json(options.json, record)

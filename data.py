@@ -257,9 +257,20 @@ class Sets:
         return self.packed.read(stem, version) if self.packed else load_image(self.path(stem, version)).numpy()
 
     def signature(self):
-        """Hash over the names and file sizes of all images: what a packed file and an atlas belong to."""
-        lines = [f"{stem} {version} {self.path(stem, version).stat().st_size}" for stem in sorted(self.files["original"]) for version in self.versions]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        """Hash over all images' names, file sizes, and 256 bytes at the beginning, middle and end: what a packed file and an atlas belong to.
+
+        An image that changed elsewhere only, and kept its size, goes unnoticed: a PNG's or JPEG's bytes do not do that, a BMP's may.
+        """
+        def sample(name):
+            with open(self.path(*name), "rb") as file:
+                size = file.seek(0, 2)
+                parts = [(file.seek(at), file.read(256))[1] for at in (0, size // 2, max(0, size - 256))]
+            return f"{name} {size} ".encode() + b"".join(parts)
+        digest = hashlib.sha256()
+        with ThreadPoolExecutor(8) as pool:
+            for part in pool.map(sample, [(stem, version) for stem in sorted(self.files["original"]) for version in self.versions]):
+                digest.update(part)
+        return digest.hexdigest()[:16]
 
     def hold_out(self, photos, seed):
         """-> (Sets without, Sets with only) `photos` photos drawn by seed. All patches of a photo stay on one side."""
@@ -359,19 +370,27 @@ class Packed:
         self.file, index = folder / f"{split}.bin", folder / f"{split}.json"
         remedy = f"remove {folder}, and to use it again: python prepare.py pack {folder.parent}"
         try:
-            self.index = json.loads(index.read_text())
-            self.bytes = np.memmap(self.file, mode="r")
-            ends = [offset + 3 * h * w for images in self.index["images"].values() for offset, h, w in images.values()]
+            about = json.loads(index.read_text())
+            self.index, self.bytes = about["images"], np.memmap(self.file, mode="r")
+            ends = [offset + 3 * h * w for version in sets.versions for offset, h, w in self.index[version].values()]
+            size, signature = max(ends), about["signature"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: damaged ({' '.join(str(error).split())[:80]}): {remedy}") from None
-        if max(ends) != len(self.bytes):
-            raise ValueError(f"{self.file}: {len(self.bytes)} bytes, expected {max(ends)}: {remedy}")
-        if self.index["signature"] != sets.signature():
+        if size != len(self.bytes):
+            raise ValueError(f"{self.file}: {len(self.bytes)} bytes, expected {size}: {remedy}")
+        if signature != sets.signature():
             raise ValueError(f"{self.file}: was packed from other images than are there now: {remedy}")
 
     def read(self, stem, version):
-        offset, h, w = self.index["images"][version][stem]
+        offset, h, w = self.index[version][stem]
         return self.bytes[offset:offset + 3 * h * w].reshape(3, h, w)
+
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if k != "bytes"}             # a worker process maps the file again
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.bytes = np.memmap(self.file, mode="r")
 
 
 class Atlas:
@@ -387,16 +406,19 @@ class Atlas:
             about = json.loads(path.with_suffix(".json").read_text())
             self.table, self.stride = np.load(path, mmap_mode="r"), about["stride"]
             self.rows = {stem: k for k, stem in enumerate(about["stems"])}
+            known = {k: about[k] for k in ("signature", "versions", "crop", "reward", "finished")}
+            if list(self.table.shape) != about["shape"] or self.table.dtype != np.float32:
+                raise ValueError(f"a table of {self.table.shape}, expected {about['shape']}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"--atlas {path}: not an atlas ({' '.join(str(error).split())[:100]}); python prepare.py atlas makes one") from None
+            raise ValueError(f"--atlas {path}: not a whole atlas ({' '.join(str(error).split())[:100]}); remove what is there, and python prepare.py atlas makes one") from None
         wanted = {"signature": sets.signature(), "versions": sets.versions, "crop": crop}
         for what, value in wanted.items():
-            if about[what] != value:
+            if known[what] != value:
                 raise ValueError(f"--atlas {path}: made of other {'images' if what == 'signature' else what} ({about[what]}, here {value}); make one of these: python prepare.py atlas")
         if reward is not None and about["reward"] != reward.identity():
             raise ValueError(f"--atlas {path}: of another reward ({', '.join(about['reward'])}) or other weights than --reward {' '.join(reward.models)}; "
                              "make one of this reward, or name that one")
-        self.told = " ".join(f"{name}:{part['hash']}x{part['weight']:g}" for name, part in about["reward"].items()) + f" stride {self.stride}"
+        self.told = " ".join(f"{name}:{part['hash']}x{part['weight']:g}" for name, part in about["reward"].items()) + f" stride {self.stride} table {about.get('table')}"
         if not about["finished"]:
             raise ValueError(f"--atlas {path}: not finished; the same `prepare.py atlas` command continues it")
 
@@ -407,9 +429,12 @@ class Atlas:
         for word in words:
             file, _, weight = word.partition("=")
             try:
-                opened.append((Atlas(file, sets, crop, reward if len(words) == 1 else None), float(weight) if weight else 1.0))
-            except ValueError as error:
-                raise ValueError(f"--atlas {word}: write FILE or FILE=WEIGHT" if "convert string" in str(error) else str(error)) from None
+                number = float(weight) if weight else 1.0
+            except ValueError:
+                number = np.nan
+            if not np.isfinite(number):
+                raise ValueError(f"--atlas {word}: write FILE or FILE=WEIGHT")
+            opened.append((Atlas(file, sets, crop, reward if len(words) == 1 else None), number))
         if len({(atlas.stride, atlas.table.shape) for atlas, _ in opened}) > 1:
             raise ValueError(f"--atlas {' '.join(words)}: of different grids; make them with one --stride")
         return opened
@@ -611,7 +636,12 @@ def check_headers(dataset, world):
     `prepare.py verify`.
     """
     sets, need = dataset.sets, max(dataset.crop, dataset.load_size)
-    if sets.packed:                                                               # its images were decoded once, and are as they were
+    if sets.packed:                                                               # decoded once: sizes are in its index
+        for stem in dataset.stems:
+            sizes = {version: sets.packed.index[version][stem][:0:-1] for version in sets.versions}
+            for k, version in enumerate(sets.versions):
+                if k == 0 or dataset.candidates[:, k].any():
+                    check_size(sets.path(stem, version), sizes[version], sizes["original"], need)
         return
     used = [v for k, v in enumerate(sets.versions) if k == 0 or dataset.candidates[:, k].any()]
 

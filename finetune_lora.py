@@ -28,7 +28,7 @@ TUNE |= {f"{name}-small": values | dict(rank=8, milestones=[]) for name, values 
 DEMO = dict(reward=["ranker"], watch=["piqe"], lr=2e-3, total_steps=100, log_every=25, save_every=50, val_every=0,
             sample_every=0, threads=1, workers=0)                                 # CHOICE: under 90 s on two cores
 OF_RUN = ("data", "val_photos", "load_size", "crop", "degradation", "jpeg_table", "usm", "sampler", "tau", "include_original",
-          "drop_without_positive", "score_cache", "lambda_l1", "lambda_p", "vgg_weights", "d_features", "batch_size", "group_size", "pool_size",
+          "atlas", "margin", "drop_without_positive", "score_cache", "lambda_l1", "lambda_p", "vgg_weights", "d_features", "batch_size", "group_size", "pool_size",
           "ema_decay", "drop_path", "pad_mode", "seed")                           # "as stage 2" (Supp. 8.3)
 
 
@@ -79,6 +79,8 @@ def parse_args(argv=None):
     if (base / "args.json").is_file():
         trained = json.loads((base / "args.json").read_text())["args"]
         of_run = {k: v for k, v in trained.items() if k in OF_RUN}                # argparse turns strings into paths
+        if not of_run.get("atlas"):
+            of_run["tau"] = trained.get("tau") if trained.get("sampler") in ("sma", "smp") else None          # an atlas given now means arg max, unless told
         p.set_defaults(**of_run, gt_reward=trained["reward"])
     p.set_defaults(**TUNE[arch], lambda_a=0.0, total_steps=20_000, save_every=1_000, weights_every=0, val_every=2_000, sample_every=1_000)
     if first.demo:
@@ -91,7 +93,7 @@ def parse_args(argv=None):
     elif args.lambda_q is None:
         args.lambda_q = 1.0 if any("=" in word for word in args.reward) else "auto" if first.demo else 0.05
     args.gt_reward = args.gt_reward or args.reward
-    if args.gt_reward == ["none"] and args.sampler in ("sma", "smp", "amo"):
+    if args.gt_reward == ["none"] and args.sampler in ("sma", "smp", "amo") and not args.atlas:
         p.error(f"{base}: no run there whose reward could choose the ground truths; make it with: python train.py --arch {arch} --sampler {args.sampler}, "
                 "or give --gt-reward")
     if args.name is None:
@@ -102,7 +104,9 @@ def parse_args(argv=None):
     args.out = args.out or args.base.with_name(f"{args.base.name}+{rewards}" + (f"-{args.name}" if args.name else ""))
     if args.rank < 1:
         p.error(f"--rank {args.rank}: must be at least 1")
-    flags.check_training(p, argparse.Namespace(**vars(args) | {"reward": args.gt_reward}))
+    checked = argparse.Namespace(**vars(args) | {"reward": args.gt_reward})
+    flags.check_training(p, checked)
+    args.tau = checked.tau                                                        # its default depends on the sampler
     return args
 
 
@@ -125,7 +129,7 @@ import iqa
 import lora
 import quality
 import runs
-from train import FIXED as FIXED_TRAINING, adversarial_loss, learning_rate, make_pair, open_data, update_ema, validation_pair
+from train import FIXED as FIXED_TRAINING, adversarial_loss, chosen_by, learning_rate, make_pair, open_data, update_ema, validation_pair
 
 FIXED = (*FIXED_TRAINING, "gt_reward", "lambda_q", "tune", "rank", "alpha", "targets", "base_sha256")
 
@@ -224,7 +228,7 @@ def main(args):
     sets, dataset, val_sets, _ = open_data(args, world, gt_reward, seeds)
     if args.stop_gain and val_sets is None:
         raise ValueError(f"--stop-gain needs validation images, and {args.data} has no Test split: hold out photos with --val-photos N")
-    run.pin(samples=len(dataset))
+    run.pin(samples=len(dataset), **chosen_by(dataset, run))
 
     # networks: the base stays as it is, raw_g is what is tuned
     torch.manual_seed(args.seed)                                                  # initial A; nothing else uses this state

@@ -124,7 +124,7 @@ def add_training(p):
 
 
 def check_training(p, args):
-    """What argparse cannot see: combinations of add_training's flags that cannot work."""
+    """What argparse cannot see: combinations of add_training's flags that cannot work. Fills args.tau."""
     if args.atlas and (args.sampler != "amo" or args.load_size):
         p.error("--atlas is for --sampler amo on whole images: without --load-size")
     if args.margin and not args.atlas:

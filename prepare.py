@@ -6,7 +6,7 @@
     python prepare.py atlas datasets/HGGT --reward musiq        the reward of every crop on a grid: train.py --sampler amo --atlas FILE
     python prepare.py atlas datasets/HGGT --reward musiq --compare 500          how often the grid's winner is that of online scoring
 
-pack writes DATA/packed/Train.bin (HGGT: 79 GB) and .json, and refuses to be used once an image has changed. atlas writes DATA/atlas/<reward>-<crop>-<stride>.npy and
+pack writes DATA/packed/Train.bin (HGGT: 79 GB) and .json, and is refused once an image has changed (by name, size and samples of its bytes). atlas writes DATA/atlas/<reward>-<crop>-<stride>.npy and
 .json: (sets, versions, 2, rows, columns) scores, the second axis for the flipped image. HGGT, stride 32, crop 256: 16.4 million scorings and 65 MB, a third of the online scorings
 of one run (300,000 steps of 32 samples of 5 versions). An interrupted atlas continues, torchrun shares the sets.
 
@@ -22,6 +22,7 @@ more; a wrong LR or version that happens to resemble its original in light and s
 import argparse
 import hashlib
 import json
+import math
 import re
 import shutil
 import sys
@@ -64,6 +65,8 @@ def parse_args(argv=None):
     v.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     v.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
     args = p.parse_args(argv)
+    if args.job == "atlas" and args.out and args.out.suffix != ".npy":
+        p.error(f"--out {args.out}: name a file that ends in .npy")
     if args.job == "atlas" and args.stride % 4:
         p.error(f"--stride {args.stride}: crops lie on multiples of 4, so must the grid")
     return args
@@ -292,19 +295,22 @@ def verify(root, workers=8, similar=SIMILAR):
 # Packed images
 
 def pack(args):
+    folder = args.data / "packed"
+    (folder / f"{args.split}.json").unlink(missing_ok=True)                       # an older one may not fit any more; without its index nothing reads it
     sets = data.find_sets(args.data, args.split)
     if sets is None:
         raise FileNotFoundError(f"{args.data}: no {args.split} split in it")
-    sets.packed, folder = None, args.data / "packed"
     names = [(version, stem) for stem in sets.stems for version in sets.versions]
     sizes = [data.image_size(sets.path(stem, version)) for version, stem in names]
+    of = {stem: size for (version, stem), size in zip(names, sizes) if version == "original"}
+    for (version, stem), size in zip(names, sizes):
+        data.check_size(sets.path(stem, version), size, of[stem])
     total = sum(3 * w * h for w, h in sizes)
     runs.check_writable(folder, "pack")
     folder.mkdir(exist_ok=True)
     free = shutil.disk_usage(folder).free
     if total > free:
         raise OSError(f"{folder}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-    (folder / f"{args.split}.json").unlink(missing_ok=True)                       # what is there is whole, or has no index
     index, offset = {version: {} for version in sets.versions}, 0
 
     def write(temporary):
@@ -317,7 +323,7 @@ def pack(args):
                     out.write(image.tobytes())
     runs.write_atomic(folder / f"{args.split}.bin", write)
     runs.save_json(folder / f"{args.split}.json", {"signature": sets.signature(), "images": index})
-    print(f"{folder / args.split}.bin: {len(names)} images, {total / 1e9:.2f} GB; train.py uses it from now on, until the folder is removed")
+    print(f"{folder / args.split}.bin: {len(names)} images, {total / 1e9:.2f} GB; {'train.py' if args.split == 'Train' else 'its sample grids'} use it from now on, until the folder is removed")
 
 
 # The score atlas
@@ -352,17 +358,25 @@ def atlas(args):
     out = args.out or args.data / "atlas" / f"{'+'.join(re.sub(r'[^0-9A-Za-z_.-]', '_', name) for name, _ in iqa.parse_rewards(args.reward))}-{args.crop}-{args.stride}.npy"
     _, rows, columns = positions(read(sets, sets.stems[0], "original").shape, args.crop, args.stride)
     shape = (len(sets.stems), len(sets.versions), 2, rows, columns)
-    about = {"reward": reward.identity(), "crop": args.crop, "stride": args.stride, "signature": sets.signature(), "versions": sets.versions, "stems": sets.stems, **runs.describe_machine()}
+    about = {"reward": reward.identity(), "crop": args.crop, "stride": args.stride, "signature": sets.signature(), "versions": sets.versions, "stems": sets.stems, "shape": list(shape), **runs.describe_machine()}
     record = out.with_suffix(".json")
     if world.is_main:
         runs.check_output(out, "--out")
         if record.exists():
-            before = json.loads(record.read_text())
-            other = [k for k in ("reward", "crop", "stride", "signature", "versions", "stems") if before[k] != about[k]]
-            if other:
-                raise ValueError(f"{out}: begun with another {' and '.join('images' if k == 'signature' else k for k in other)}: name another --out, or remove it")
+            try:
+                before, there = json.loads(record.read_text()), np.load(out, mmap_mode="r").shape
+                other = [k for k in ("reward", "crop", "stride", "signature", "versions", "stems") if before[k] != about[k]]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{out}: damaged ({' '.join(str(error).split())[:80]}): remove it and {record}") from None
+            if other or there != shape:
+                raise ValueError(f"{out}: begun with another {' and '.join('images' if k == 'signature' else k for k in other) or 'shape'}: name another --out, or remove it")
+        elif out.exists():
+            raise ValueError(f"{out}: is there, but not {record.name}, which would say what it is: name another --out, or remove it")
         else:
             out.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(out.parent).free
+            if 4 * math.prod(shape) + 4096 > free:
+                raise OSError(f"{out}: {4 * math.prod(shape) / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
             table = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape)
             table[:] = np.nan                                                     # not yet scored
             table.flush()
@@ -385,13 +399,16 @@ def atlas(args):
         table.flush()                                                             # a set counts once its last version is there
     world.barrier()
     if world.is_main:
-        runs.save_json(record, about | {"finished": True})
+        if np.isnan(table).any():
+            raise ValueError(f"{out}: {np.isnan(table).any((1, 2, 3, 4)).sum()} sets have no scores, although every process has ended: the same command continues")
+        runs.save_json(record, about | {"finished": True, "table": hashlib.sha256(table.tobytes()).hexdigest()[:12]})
         winner = np.bincount(table[:].argmax(1).ravel(), minlength=len(sets.versions)) / table[:, 0].size
         print(f"{out}: {table.size} scores, {table.nbytes / 1e6:.1f} MB; winners: " + ", ".join(f"{v} {w:.0%}" for v, w in zip(sets.versions, winner)))
 
 
 def compare(args, world, sets, reward):
     """Agreement of arg max: random crops scored online against the nearest position of the grid, at this stride and twice it."""
+    positions(read(sets, sets.stems[0], "original").shape, args.crop, args.stride)              # refuses images smaller than the crop
     rng = np.random.default_rng(args.seed)
     same, gaps = {args.stride: 0, 2 * args.stride: 0}, {args.stride: [], 2 * args.stride: []}
     for _ in tqdm(range(args.compare), unit="crop", disable=not world.is_main):

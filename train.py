@@ -105,6 +105,13 @@ def crop_like(lq, where, size, scale=4):
     return torch.stack(rows)
 
 
+def chosen_by(dataset, run):
+    """What a run's atlases are, to be pinned: {} for a run that scores online, from its beginning to its end."""
+    told = " + ".join(f"{weight:g} {atlas.told}" for atlas, weight in dataset.atlases)
+    pinned = bool(run.checkpoint and "chosen_by" in run.checkpoint["args"])
+    return {"chosen_by": f"{told} margin {dataset.margin:g}" if told else "online"} if told or pinned else {}
+
+
 def learning_rate(step, lr, milestones):
     """HGGT's scheduler starts at step 2, so milestone m acts from step m + 1."""
     return lr * 0.5 ** sum(step > m for m in milestones)
@@ -220,7 +227,7 @@ def main(args):
         args.init, f"make it with: python train.py --stage psnr --arch {args.arch} --data PHOTOS, or name weights with --init FILE")
     reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights, fused=flags.FUSED[args.musiq])
     sets, dataset, val_sets, shown = open_data(args, world, reward, seeds)
-    run.pin(samples=len(dataset), **({"chosen_by": " + ".join(f"{w:g} {a.told}" for a, w in dataset.atlases) + f" margin {args.margin:g}"} if args.atlas else {}))
+    run.pin(samples=len(dataset), **chosen_by(dataset, run))
 
     # networks: raw_* are the plain modules that are saved, net_* what the loop calls
     start = "random start"

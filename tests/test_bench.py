@@ -82,3 +82,19 @@ def test_what_a_process_holds_is_counted(capsys):
     said = capsys.readouterr().out
     g, d = (sum(p.numel() for p in net.parameters()) for net in (archs.SwinIR(), archs.UNetDiscriminatorSN()))
     assert f"| swinir | {g:,} | {d:,} | {4 * (5 * g + 4 * d) / 1e6:.0f} | {160 * 3 * (65536 + 4096) / 1e6:.0f} | {4 * (g + d) / 1e6:.1f} | 8 |" in said
+
+
+def test_whole_steps_of_a_set_with_a_test_split(quintuplets, tmp_path):
+    """train.py validates at its last step there."""
+    import shutil
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    shutil.copytree(root / "Train/images/0-6", root / "Test/GT/images/t")
+    for path in list((root / "Train/images").rglob("photo2*")):
+        path.unlink()
+    for path in list((root / "Test").rglob("photo[01]*")):
+        path.unlink()
+    run("train", *SMALL, "--data", root, "--repeats", 1, "--steps", 2, "--json", tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["whole"]["ms"] > 0
+    with pytest.raises(ValueError, match="takes two files of --json with parts"):
+        (tmp_path / "b.json").write_text("{}")
+        run("compare", tmp_path / "a.json", tmp_path / "b.json")

@@ -347,3 +347,21 @@ def build(device):
 """)
     with pytest.raises(FloatingPointError, match="q is not finite at step 3; .* Samples: photo"):
         tune(base, tmp_path / "out", "--sampler", "orig", reward="late_nan:build", steps=4)
+
+
+@pytest.mark.fast
+def test_an_atlas_comes_with_its_run_and_a_new_one_means_arg_max(tmp_path):
+    import train
+    base = tmp_path / "run"
+    base.mkdir()
+
+    def tuned(trained, *words):
+        record = {k: v if isinstance(v, (str, int, float, bool, list, type(None))) else str(v) for k, v in vars(train.parse_args(["--arch", "compact-small", *trained])).items()}
+        (base / "args.json").write_text(json.dumps({"args": record}))
+        args = ft.parse_args(["--arch", "compact-small", "--base", str(base), "--reward", "ranker", *words])
+        return args.atlas, args.margin, args.tau, args.gt_reward
+    assert tuned(["--atlas", "a.npy", "--reward", "none", "--margin", "2"]) == (["a.npy"], 2, None, ["none"])
+    assert tuned(["--atlas", "a.npy", "--reward", "none", "--tau", "5"]) == (["a.npy"], 0, 5, ["none"])
+    assert tuned(["--reward", "ranker"], "--atlas", "b.npy") == (["b.npy"], 0, None, ["ranker"])
+    assert tuned(["--reward", "ranker"]) == ([], 0, 10, ["ranker"])
+    assert tuned(["--sampler", "sma", "--tau", "7", "--reward", "ranker"])[2] == 7

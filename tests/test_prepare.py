@@ -346,7 +346,7 @@ def test_an_atlas_of_something_else_is_refused_by_name(quintuplets, rewards, tmp
         data.Atlas(file, sets, 32, iqa.create_reward(["ranker"]))
     with pytest.raises(ValueError, match=r"made of other crop \(32, here 48\)"):
         data.Atlas(file, sets, 48)
-    with pytest.raises(ValueError, match="not an atlas"):
+    with pytest.raises(ValueError, match="not a whole atlas"):
         data.Atlas(tmp_path / "none.npy", sets, 32)
     with pytest.raises(ValueError, match="begun with another stride: name another --out"):
         call(*words[:-3], 8, *words[-2:], "--out", file)
@@ -390,3 +390,75 @@ def test_two_processes_make_the_same_atlas(quintuplets, script, tmp_path):
     assert np.array_equal(np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy"))
     said = script("prepare.py", *words, "--compare", 20).stdout
     assert said.count("the same winner in") == 2 and "of 20 random crops" in said
+
+
+def test_a_damaged_or_foreign_table_is_never_completed(quintuplets, rewards, tmp_path):
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    words = ["atlas", root, "--reward", "test_rewards:brightness", "--crop", 32, "--stride", 16, "--device", "cpu"]
+    call(*words)
+    file, sets = root / "atlas/test_rewards_brightness-32-16.npy", data.find_sets(root, "Train")
+    whole, record = file.read_bytes(), file.with_suffix(".json")
+    file.write_bytes(whole[:-1000])
+    with pytest.raises(ValueError, match="damaged .*: remove it and"):
+        call(*words)
+    with pytest.raises(ValueError, match="not a whole atlas"):
+        data.Atlas(file, sets, 32)
+    np.save(file, np.zeros((6, 5, 2, 2, 2), np.float32))
+    with pytest.raises(ValueError, match="begun with another shape"):
+        call(*words)
+    with pytest.raises(ValueError, match="not a whole atlas .a table of"):
+        data.Atlas(file, sets, 32)
+    file.write_bytes(whole)
+    about = json.loads(record.read_text())
+    record.write_text(json.dumps({k: v for k, v in about.items() if k != "versions"}))
+    with pytest.raises(ValueError, match="damaged"):
+        call(*words)
+    with pytest.raises(ValueError, match="not a whole atlas"):
+        data.Atlas(file, sets, 32)
+    record.unlink()
+    with pytest.raises(ValueError, match="is there, but not .*json, which would say what it is"):
+        call(*words)
+    with pytest.raises(SystemExit):
+        prepare.parse_args(["atlas", str(root), "--out", "x.json"])
+    with pytest.raises(ValueError, match="--crop 96: larger than the images"):
+        call(*words[:4], "--crop", 96, "--compare", 3, "--device", "cpu")
+    record.write_text(json.dumps(about))
+    for word in (f"{file}=nan", f"{file}=much"):
+        with pytest.raises(ValueError, match="write FILE or FILE=WEIGHT"):
+            data.Atlas.open_all([word], sets, 32)
+
+
+def test_packed_images_of_one_size_and_other_bytes_are_noticed_and_packed_again(quintuplets, tmp_path):
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    for path in list((root / "Train/images").rglob("*.png")):
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    call("pack", root)
+    path = next((root / "Train/images/0-6/02").glob("*.bmp"))
+    size = path.stat().st_size
+    Image.new("RGB", (64, 64), "red").save(path)
+    assert path.stat().st_size == size
+    with pytest.raises(ValueError, match="was packed from other images"):
+        data.find_sets(root, "Train")
+    call("pack", root)
+    sets = data.find_sets(root, "Train")
+    assert (sets.read(path.stem[:-3], "02")[0] == 255).all()
+    import pickle
+    again = pickle.dumps(sets.packed)
+    assert len(again) < 20_000 and np.array_equal(pickle.loads(again).read(path.stem[:-3], "02"), sets.read(path.stem[:-3], "02"))
+    Image.new("RGB", (64, 60), "red").save(path)
+    with pytest.raises(ValueError, match="64x60 pixels but its original has 64x64"):
+        call("pack", root)
+    assert data.find_sets(root, "Train").packed is None                            # the old index is gone
+    index = root / "packed/Train.json"
+    Image.new("RGB", (64, 64), "red").save(path)
+    call("pack", root)
+    with pytest.raises(ValueError, match="smaller than the 80-pixel crop"):
+        data.check_headers(data.TrainingSet(data.find_sets(root, "Train"), "amo", partial(runs.sample_seed, 3), 4, 2, 80), runs.World(0, 1, torch.device("cpu")))
+    for damage in ({"images": {}}, {"signature": None}):
+        content = json.loads(index.read_text())
+        whole = index.read_text()
+        index.write_text(json.dumps({k: v for k, v in (content | damage).items() if v is not None}))
+        with pytest.raises(ValueError, match="Train.json: damaged"):
+            data.find_sets(root, "Train")
+        index.write_text(whole)

@@ -518,10 +518,12 @@ def test_training_with_an_atlas_needs_no_reward_and_is_amo_on_its_grid(quintuple
     train.main(train.parse_args(words))
     last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][-1]
     assert {v for v, n in last["picked"].items() if n} == {"02"} and 45 < last["score"] < 100
-    for more, message in ((["--tau", "5"], "tau None -> 5.0"), (["--margin", "2"], "chosen_by '1 test_rewards:brightness:.* stride 16 margin 0' -> '.* margin 2'")):
+    for more, message in ((["--tau", "5"], "tau None -> 5.0"), (["--margin", "2"], "chosen_by '1 test_rewards:brightness:.* stride 16 table .* margin 0' -> '.* margin 2'")):
         with pytest.raises(ValueError, match=message):
             train.main(train.parse_args([*words, "--resume", *more]))
-    train.main(train.parse_args(flags(root, init, tmp_path / "soft", sampler="amo", total_steps=6, atlas=file, reward="none", load_size=0, tau=50)))
+    train.main(train.parse_args(flags(root, init, tmp_path / "soft", sampler="amo", total_steps=6, atlas=file, load_size=0, tau=10)))
+    with pytest.raises(ValueError, match="chosen_by .* -> 'online'"):             # without the atlas it would go on by other ground truths
+        train.main(train.parse_args([*flags(root, init, tmp_path / "soft", sampler="amo", total_steps=8, load_size=0), "--resume"]))
     last = [json.loads(line) for line in (tmp_path / "soft/metrics.jsonl").read_text().splitlines()][-1]
     assert len([v for v, n in last["picked"].items() if n]) > 2
 
