@@ -61,6 +61,7 @@ def parse_args(argv=None):
     v.add_argument("--compare", type=flags.COUNT, default=0, metavar="N",
                    help="make nothing: score N random training crops online and say how often the nearest position of the grid, and of one twice as coarse, has the same winner")
     v.add_argument("--seed", type=flags.COUNT, default=0, help="of --compare")
+    v.add_argument("--out-json", type=Path, metavar="FILE", help="write what --compare found here")
     v.add_argument("--out", type=Path, metavar="FILE", help=".npy to make (default: DIR/atlas/<reward>-<crop>-<stride>.npy)")
     v.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     v.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
@@ -421,6 +422,9 @@ def compare(args, world, sets, reward):
         for k, stride in enumerate(same, 1):
             same[stride] += int(best[k] == best[0])
             gaps[stride].append((scores[best[0], 0] - scores[best[k], 0]).item())
+    record = {"command": sys.argv, **runs.describe_machine(), "reward": reward.identity(), "crop": args.crop, "n": args.compare, "seed": args.seed, "same_winner": same}
+    if args.out_json and world.is_main:
+        runs.save_json(args.out_json, record | {"lost_score": {stride: float(np.mean([g for g in gap if g] or [0])) for stride, gap in gaps.items()}})
     for stride, count in same.items():
         low, high = stats.binomtest(count, args.compare).proportion_ci(method="wilson")
         print(f"stride {stride}: the same winner in {count / args.compare:.1%} [{low:.1%}, {high:.1%}] of {args.compare} random crops; where it differs the online score of the grid's choice "

@@ -388,8 +388,10 @@ def test_two_processes_make_the_same_atlas(quintuplets, script, tmp_path):
     script("prepare.py", *words, "--out", tmp_path / "one.npy")
     script("prepare.py", *words, "--out", tmp_path / "two.npy", processes=2)
     assert np.array_equal(np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy"))
-    said = script("prepare.py", *words, "--compare", 20).stdout
+    said = script("prepare.py", *words, "--compare", 20, "--out-json", tmp_path / "c.json").stdout
     assert said.count("the same winner in") == 2 and "of 20 random crops" in said
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert found["n"] == 20 and f"stride 16: the same winner in {found['same_winner']['16'] / 20:.1%}" in said
 
 
 def test_a_damaged_or_foreign_table_is_never_completed(quintuplets, rewards, tmp_path):
