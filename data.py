@@ -240,9 +240,9 @@ class Sets:
     {stem: path} of ready-made LR images, if any.
     """
 
-    def __init__(self, files, label_folder=None, lq=None, stems=None, packed=None):
+    def __init__(self, files, label_folder=None, lq=None, stems=None, packed=None, signed=None):
         self.files, self.label_folder, self.lq, self.packed = files, label_folder, lq, packed
-        self.versions = list(files)
+        self.versions, self.signed = list(files), signed
         self.stems = sorted(files["original"]) if stems is None else stems
 
     def path(self, stem, version="original"):
@@ -266,11 +266,14 @@ class Sets:
                 size = file.seek(0, 2)
                 parts = [(file.seek(at), file.read(256))[1] for at in (0, size // 2, max(0, size - 256))]
             return f"{name} {size} ".encode() + b"".join(parts)
+        if self.signed:                                                           # computed once: all files are opened for it
+            return self.signed
         digest = hashlib.sha256()
         with ThreadPoolExecutor(8) as pool:
             for part in pool.map(sample, [(stem, version) for stem in sorted(self.files["original"]) for version in self.versions]):
                 digest.update(part)
-        return digest.hexdigest()[:16]
+        self.signed = digest.hexdigest()[:16]
+        return self.signed
 
     def hold_out(self, photos, seed):
         """-> (Sets without, Sets with only) `photos` photos drawn by seed. All patches of a photo stay on one side."""
@@ -279,7 +282,7 @@ class Sets:
             raise ValueError(f"--val-photos {photos}: the data set has {len(names)} photos; hold out between 1 and {len(names) - 1}")
         held = set(np.random.default_rng(seed).permutation(names)[:photos].tolist())
         sides = [[s for s in self.stems if (photo_of(s) in held) == side] for side in (False, True)]
-        return tuple(Sets(self.files, self.label_folder, self.lq, stems, self.packed) for stems in sides)
+        return tuple(Sets(self.files, self.label_folder, self.lq, stems, self.packed, self.signed) for stems in sides)
 
     def labels(self):
         """Merged labels, (number of stems, number of versions) int64; column 0 is ORIGINAL."""
