@@ -57,10 +57,10 @@ def load_runs(args, kind=None):
     return found
 
 
-def judge_pairs(run, ties="out"):
+def judge_pairs(run):
     """-> margins, agreement (pairs, metrics), and the photos of the pairs as numbers (None: not known)."""
     margin = agreement.margins(run.pairs, run.scores, run.lower)
-    return margin, agreement.agree(margin, run.pairs["score"], ties), agreement.photo_codes(run.pairs)
+    return margin, agreement.agree(margin, run.pairs["score"]), agreement.photo_codes(run.pairs)
 
 
 def together(photos):
@@ -137,7 +137,7 @@ def sbs(args):
             raise ValueError(f"{run.folder}: no pair has two scores and a consensus; {'; '.join(run.about['left_out']) or 'look at scores.csv'}")
         if photo is not None and photo.max() == 0:
             report.text(f"{run.name}: all pairs show one photo, and are taken as independent")
-        strict = agreement.accuracy(judge_pairs(run, "wrong")[1], margin, run.metrics).accuracy
+        strict = agreement.accuracy(agreement.agree(margin, run.pairs["score"], "wrong"), margin, run.metrics).accuracy
         reported = agreement.REPORTED.get(run.about.get("paper"), {})
         consensus = int((np.abs(run.pairs["score"] - 0.5) > agreement.TIE).sum())
         rows = [[shown(m), r.n, percent(r.accuracy, r.low, r.high), percent(strict[m]), r.ties, *([reported.get(m, "–")] if reported else [])]
@@ -196,7 +196,8 @@ def complement(args):
     metrics = [m for m in found[0].metrics if all(m in run.metrics for run in found)]
     if args.fails not in metrics:
         raise ValueError(f"--fails {args.fails}: not scored; choose one of {', '.join(metrics)}")
-    parts, photos = [judge_pairs(run)[1][:, [run.metrics.index(m) for m in metrics]] for run in found], [judge_pairs(run)[2] for run in found]
+    _, agreed, photos = zip(*map(judge_pairs, found))
+    parts = [part[:, [run.metrics.index(m) for m in metrics]] for run, part in zip(found, agreed)]
     sets = [*zip([run.name for run in found], parts, photos, [agreement.TABLE3.get(run.about.get("paper"), {}) if args.fails == "musiq" else {} for run in found])]
     if len(found) > 1:
         sets.append(("all together", np.concatenate(parts), together(photos), {}))
@@ -374,7 +375,8 @@ def recommend(args):
     with_pairs, with_sets = ([run for run in found if getattr(run, kind) is not None] for kind in ("pairs", "sets"))
     if not with_pairs or len(metrics) < 2:
         raise ValueError("recommend needs a folder with pairs, and two metrics scored in every folder")
-    agreed = [judge_pairs(run)[1][:, [run.metrics.index(m) for m in metrics]] for run in with_pairs]
+    _, agreed, photos = zip(*map(judge_pairs, with_pairs))
+    agreed = [part[:, [run.metrics.index(m) for m in metrics]] for run, part in zip(with_pairs, agreed)]
     speed = {m: next((run.about["metrics"][m].get("speed") for run in found if run.about["metrics"][m].get("speed")), None) for m in metrics}
     unknown = [m for m in metrics if speed[m] is None]
     table = pd.DataFrame({"accuracy": [np.mean([np.nanmean(part[:, k]) for part in agreed]) for k in range(len(metrics))]}, metrics)
@@ -389,7 +391,7 @@ def recommend(args):
     table["forward"] = [speed[m]["forward"] if speed[m] else np.nan for m in metrics]
     table["backward"] = [(speed[m]["backward"] or np.nan) if speed[m] else np.nan for m in metrics]
     table["differentiable"] = [bool(speed[m]["differentiable"]) if speed[m] else True for m in metrics]
-    pooled, photo = np.concatenate(agreed), together([judge_pairs(run)[2] for run in with_pairs])
+    pooled, photo = np.concatenate(agreed), together(photos)
     usable = table[table.differentiable].accuracy
     best = usable.idxmax() if len(usable) else None                               # with it the others are compared
     pairs = agreement.paired(pooled, metrics, photo)

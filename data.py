@@ -409,20 +409,20 @@ class Atlas:
             about = json.loads(path.with_suffix(".json").read_text())
             self.table, self.stride = np.load(path, mmap_mode="r"), about["stride"]
             self.rows = {stem: k for k, stem in enumerate(about["stems"])}
-            known = {k: about[k] for k in ("signature", "versions", "crop", "reward", "finished")}
+            belongs, rewards, finished = {k: about[k] for k in ("signature", "versions", "crop")}, about["reward"], about["finished"]
             if list(self.table.shape) != about["shape"] or self.table.dtype != np.float32:
                 raise ValueError(f"a table of {self.table.shape}, expected {about['shape']}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"--atlas {path}: not a whole atlas ({' '.join(str(error).split())[:100]}); remove what is there, and python prepare.py atlas makes one") from None
         wanted = {"signature": sets.signature(), "versions": sets.versions, "crop": crop}
         for what, value in wanted.items():
-            if known[what] != value:
-                raise ValueError(f"--atlas {path}: made of other {'images' if what == 'signature' else what} ({about[what]}, here {value}); make one of these: python prepare.py atlas")
-        if reward is not None and about["reward"] != reward.identity():
-            raise ValueError(f"--atlas {path}: of another reward ({', '.join(about['reward'])}) or other weights than --reward {' '.join(reward.models)}; "
+            if belongs[what] != value:
+                raise ValueError(f"--atlas {path}: made of other {'images' if what == 'signature' else what} ({belongs[what]}, here {value}); make one of these: python prepare.py atlas")
+        if reward is not None and rewards != reward.identity():
+            raise ValueError(f"--atlas {path}: of another reward ({', '.join(rewards)}) or other weights than --reward {' '.join(reward.models)}; "
                              "make one of this reward, or name that one")
-        self.told = " ".join(f"{name}:{part['hash']}x{part['weight']:g}" for name, part in about["reward"].items()) + f" stride {self.stride} table {about.get('table')}"
-        if not about["finished"]:
+        self.told = " ".join(f"{name}:{part['hash']}x{part['weight']:g}" for name, part in rewards.items()) + f" stride {self.stride} table {about.get('table')}"
+        if not finished:
             raise ValueError(f"--atlas {path}: not finished; the same `prepare.py atlas` command continues it")
 
     @staticmethod

@@ -331,8 +331,7 @@ def pack(args):
 
 def read(sets, stem, version):
     """(3, H, W) uint8 array, sides cut to multiples of 4: what training crops from."""
-    image = sets.read(stem, version)
-    return image[:, :image.shape[1] // 4 * 4, :image.shape[2] // 4 * 4]
+    return data.cut_to_x4(sets.read(stem, version))
 
 
 def positions(shape, crop, stride):

@@ -120,7 +120,6 @@ def learning_rate(step, lr, milestones):
 def make_pair(batch, step, lanes, args, reward, seeds, device):
     """One fresh training pair per lane: lq (b, 3, p/4, p/4) and gt (b, 3, p, p) in [0, 1], which version was chosen (b,), and
     its score (b,), None unless the sampler is amo.
-    device: where the batch goes, if it is not there yet.
 
     The LR image is always made from the whole original, then cropped; AMO scores the aligned crops of all versions at once.
     """

@@ -272,13 +272,19 @@ def test_a_second_call_computes_only_what_is_new(hggt, rewards, monkeypatch):
     assert sum(count().values()) == 1
 
 
-@pytest.mark.fast
-def test_rows_from_folders_and_from_adapters(hggt, rewards):
+def adapted(hggt):
+    """The network of the fixture with adapters that change it."""
     torch.manual_seed(0)
     net, _ = archs.load_generator(hggt / "net.pth")
     lora.add_lora(net, lora.default_targets(net), rank=2)
     for adapter in lora.adapted(net).values():
         torch.nn.init.normal_(adapter.lora_B, 0, 0.1)
+    return net
+
+
+@pytest.mark.fast
+def test_rows_from_folders_and_from_adapters(hggt, rewards):
+    net = adapted(hggt)
     lora.save_lora(hggt / "tuned" / "lora" / "adapter.pth", net)
     runs.save_json(hggt / "tuned" / "args.json", {"args": {"init": str(hggt / "net.pth"), "base": "runs/none"}})
     runs.save_weights(hggt / "tuned" / "weights" / "merged.pth", lora.merged_state_dict(net))
@@ -569,11 +575,7 @@ def test_a_difference_of_few_images_needs_students_t_test_too():
 
 @pytest.mark.fast
 def test_an_adapter_without_its_run_folder_and_at_several_strengths(hggt, rewards):
-    torch.manual_seed(0)
-    net, _ = archs.load_generator(hggt / "net.pth")
-    lora.add_lora(net, lora.default_targets(net), rank=2)
-    for adapter in lora.adapted(net).values():
-        torch.nn.init.normal_(adapter.lora_B, 0, 0.1)
+    net = adapted(hggt)
     lora.save_lora(hggt / "sent" / "adapter.pth", net)
     with pytest.raises(ValueError, match="name the tuned weights with --base"):
         judge(hggt, "--weights", hggt / "sent" / "adapter.pth")
