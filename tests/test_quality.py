@@ -50,6 +50,19 @@ def test_psnr_and_ssim_are_the_published_values_of_five_tid2013_pairs():
     assert [quality.ssim(*map(grey, pair), border=0).item() for pair in pairs] == pytest.approx(published["ssim"], abs=0.0002)
 
 
+@pytest.mark.skipif(not CALIBRATION.is_dir(), reason="needs ../shared/data/calibration")
+def test_ilniqe_is_the_published_one_of_five_tid2013_images():
+    """Values of pyiqa 0.1.16 (shared/data/README.md): the published ones of MATLAB differ from pyiqa's by up to 4 %."""
+    metric = quality.create_metric("ilniqe", CPU, CALIBRATION.parent / "weights/iqa/ILNIQE_templateModel.mat")
+    assert metric.lower_is_better and not metric.full_reference
+    images = [data.load_image(CALIBRATION / "dist" / f"{name}.bmp")[None].float() / 255 for name in ("I03", "I04", "I06", "I08", "I19")]
+    scores = [metric(image, None).item() for image in images]
+    assert scores == pytest.approx([115.6177, 24.0712, 19.7533, 22.3366, 54.8366], rel=0.002)
+    with open(CALIBRATION / "results_official.csv") as file:
+        published = next([float(v) for v in row[1:]] for row in csv.reader(file) if row[0] == "ilniqe")
+    assert scores == pytest.approx(published, rel=0.04)
+
+
 LPIPS = """
 import json, sys, torch, lpips
 sys.path.insert(0, sys.argv[2])
