@@ -49,6 +49,9 @@ PRESETS = {
                     poisson_scale=(0.05, 0.5), jpeg_quality=(85, 95)),
         HGGT | dict(kernel_sizes=(3, 5), blur_sigma=(0.1, 0.4), resize_range=(0.9, 1.1), gaussian_sigma=(0, 4),
                     poisson_scale=(0.0, 0.3), jpeg_quality=(87, 95), blur_prob=0.8)]),
+    "blur": dict(pad_kernels_to=21, final_sinc_prob=0.0, final_sinc_sizes=(3,), rounds=[  # CHOICE, nobody's: much blur, little else (selfsup.py on a CPU)
+        REALESRGAN | dict(kernel_sizes=(21,), sinc_prob=0.0, families=dict(iso=0.5, aniso=0.5), blur_sigma=(0.2, 4.0), resize_prob=(0.0, 0.0, 1.0), resize_range=(1.0, 1.0),
+                          gaussian_sigma=(0, 6), gaussian_prob=1.0, poisson_scale=(0.0, 0.1), jpeg_quality=(60, 95))]),
     "realesrgan": dict(pad_kernels_to=21, final_sinc_prob=0.8, final_sinc_sizes=tuple(range(7, 22, 2)), rounds=[
         REALESRGAN | dict(blur_sigma=(0.2, 3.0), resize_prob=(0.2, 0.7, 0.1), resize_range=(0.15, 1.5), gaussian_sigma=(1, 30),
                           poisson_scale=(0.05, 3.0)),

@@ -24,6 +24,7 @@ DEMO = dict(weights=[Path("runs/compact-small-orig"), Path("runs/compact-small-a
 PROTOCOLS = {                                                                      # of full-reference metrics
     "hggt": dict(border=4, y=False, says="RGB, 4 pixels of border cropped, mean over an image's references (HGGT: its positives)"),
     "realsr": dict(border=4, y=False, says="RGB, 4 pixels of border cropped, one reference"),
+    "whole-y": dict(border=0, y=True, says="PSNR and SSIM on Y of BT.601, all others on RGB, nothing cropped"),
     "y": dict(border=4, y=True, says="PSNR and SSIM on Y of BT.601, all others on RGB, 4 pixels of border cropped"),
 }
 
@@ -47,6 +48,7 @@ def parse_args(argv=None):
     g.add_argument("--data", type=Path, default=Path("datasets/HGGT"), metavar="DIR", help="HGGT, a set of its layout, or RealSR v3 (<camera>/Test/4)")
     g.add_argument("--lq", type=Path, metavar="DIR", help="folder of low-resolution images, instead of --data")
     g.add_argument("--gt", type=Path, metavar="DIR", help="folder of references of the same names")
+    g.add_argument("--only", type=Path, metavar="FILE", help="text file of image names, one per line: score these alone")
     g.add_argument("--degradation", choices=["one-round", "two-round"], help="make the LR images from the originals, always the same; default: those of the set")
     g.add_argument("--protocol", choices=list(PROTOCOLS), default="hggt", help="; ".join(f"{k}: {v['says']}" for k, v in PROTOCOLS.items()))
     g = p.add_argument_group("metrics")
@@ -158,6 +160,17 @@ def find_items(args, world):
         refs = [sets.path(stem, v) for v, code in zip(sets.versions, codes) if code == data.POSITIVE] if sets.label_folder else [sets.path(stem)]
         items[stem] = {"lq": None if args.degradation else sets.lq[stem], "refs": refs, "versions": [sets.path(stem, v) for v in sets.versions]}
     return items
+
+
+def choose(items, file):
+    """The items that --only FILE names."""
+    if not file.is_file():
+        raise FileNotFoundError(f"--only {file}: no such file")
+    names = file.read_text().split()
+    unknown = [name for name in names if name not in items]
+    if unknown or not names:
+        raise ValueError(f"--only {file}: " + (f"no image is called {unknown[0]}" if unknown else "names no image"))
+    return {name: items[name] for name in names}
 
 
 def find_pairs(args, world):
@@ -296,6 +309,8 @@ def main(args):
         runs.check_output(path, flag)
     runs.check_writable(args.cache, "--cache")
     items = find_items(args, world)
+    if args.only:
+        items = choose(items, args.only)
     crops = pictures.find_crops(args.crop, items)
     metrics = create_metrics(args, world.device)
     needy, without = [m for m, metric in metrics.items() if metric.full_reference], [stem for stem, item in items.items() if not item["refs"]]

@@ -360,13 +360,13 @@ class Run:
                         self.tensorboard.add_scalar(f"{split}/{name}", value, step)
 
     def progress(self, step, total, meter, lr, picked):
-        """The line that grep and eyes read, and the same numbers as an event. picked: {version: times chosen so far}."""
+        """The line that grep and eyes read, and the same numbers as an event. picked: {version: times chosen so far}, {} where nothing is chosen."""
         terms, speed, waiting = meter.read()
         losses = " ".join(f"{k} {v:.4g}" for k, v in terms.items())
         seen = max(1.0, sum(picked.values()))
         chosen = " ".join(f"{k} {v / seen:.0%}" for k, v in picked.items())
         self.say(f"step {step:07d}/{total:07d} | {losses} | lr {lr:.1e} | {speed:.2f} it/s | wait {waiting:.0%} | "
-                 f"eta {(total - step) / speed / 3600:.2f}h | gt {chosen}")
+                 f"eta {(total - step) / speed / 3600:.2f}h" + (f" | gt {chosen}" if picked else ""))
         self.event(step, "train", **terms, lr=lr, it_per_s=round(speed, 5), wait=round(waiting, 3), memory=round(peak_memory(self.world.device), 3), picked=picked)
 
     def save(self, step, state):

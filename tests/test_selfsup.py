@@ -1,0 +1,582 @@
+"""selfsup.py: the reconstruction network, controller, FAR, losses, encoders, and the stages as a user runs them (specification, section 12)."""
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import archs
+import data
+import degradations
+import features
+import reconstruction as rec
+import runs
+import selfsup
+
+SMALL = dict(width=8, blocks=(1, 1, 2), dim=16)
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return rec.Reconstruction(**SMALL, far_channels=32).eval()
+
+
+def pair(b=2, h=32, w=32, seed=0):
+    hr = torch.rand(b, 3, 4 * h, 4 * w, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(hr, scale_factor=0.25, mode="area"), hr
+
+
+# Networks
+
+@pytest.mark.fast
+def test_sizes_of_the_paper():
+    parts = rec.Reconstruction()
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    assert [round(count(part) / 1e6, 2) for part in (parts.e_deg, parts.e_img, parts.r)] == [4.72, 0.44, 0.83]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("h, w", [(32, 32), (48, 48), (64, 64), (32, 48), (33, 47)])
+@pytest.mark.parametrize("image_encoder", [True, False])
+def test_shapes(h, w, image_encoder):
+    net = rec.Reconstruction(**SMALL, image_encoder=image_encoder)
+    lq, hr = pair(2, h, w)
+    again, far = net(lq, hr, torch.ones(2, 16), noise=rec.noise_maps(net, [1, 2], (h, w), "cpu"))
+    assert again.shape == lq.shape and far is None and net.e_deg(lq).shape == (2, 16)
+
+
+@pytest.mark.fast
+def test_lway_has_no_far():
+    with pytest.raises(ValueError, match="LWay has none"):
+        rec.Reconstruction(**SMALL, image_encoder=False, far_channels=4)
+
+
+@pytest.mark.fast
+def test_modulated_convolution_against_its_definition():
+    """StyleGAN2's: the kernel of each sample is scaled by its style along the input, brought to unit length along the output, and then used."""
+    torch.manual_seed(0)
+    layer, x, z = rec.ModulatedConv(6, 5), torch.randn(3, 6, 9, 7), torch.randn(3, 5)
+    for sample in range(3):
+        kernel = layer.weight * layer.style(z[sample])[None, :, None, None]
+        kernel = kernel / (kernel.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        expected = F.conv2d(x[sample:sample + 1], kernel, layer.bias, padding=1)
+        torch.testing.assert_close(layer(x, z)[sample:sample + 1], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.fast
+def test_a_sample_does_not_depend_on_the_batch(net):
+    lq, hr = pair(4)
+    s, e_clip, noise = torch.randn(4, 16), torch.rand(4, 32, 8, 8), rec.noise_maps(net, range(4), (32, 32), "cpu")
+    again, far = net(lq, hr, s, e_clip, noise)
+    for k in range(4):
+        one, one_far = net(lq[k:k + 1], hr[k:k + 1], s[k:k + 1], e_clip[k:k + 1], noise[k:k + 1])
+        torch.testing.assert_close(one[0], again[k], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one_far[0], far[k], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.fast
+def test_shuffled_embeddings_are_those_of_the_neighbours(net):
+    lq, hr = pair(3)
+    with torch.no_grad():
+        embeddings = net.e_deg(lq)
+        expected = net.r(net.e_img(hr), embeddings[[2, 0, 1]])
+    torch.testing.assert_close(net(lq, hr, 1.0, shuffle=True)[0], expected)
+    assert (expected - net(lq, hr, 1.0)[0]).abs().max() > 1e-6
+
+
+@pytest.mark.fast
+def test_embeddings_differ_from_the_start():
+    """With PyTorch's default initialisation they hardly do, and R learns to do without."""
+    torch.manual_seed(0)
+    lq = torch.cat([pair(1, seed=k)[0] * (0.2 + 0.1 * k) for k in range(8)])
+    assert rec.DegradationEncoder(16, 3, 64)(lq).std(0).mean() > 0.05
+
+
+# Controller
+
+@pytest.mark.fast
+def test_hqi_is_one_for_the_enlarged_image():
+    lq, _ = pair()
+    for distance in (features.Proxy(), lambda a, b: (a - b).abs().mean((1, 2, 3))):
+        d = rec.hqi_distance(distance, lq, F.interpolate(lq, scale_factor=4, mode="bicubic"))
+        torch.testing.assert_close(d, torch.zeros(2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.fast
+def test_signs_of_eq_8():
+    """Sharp HR is far from the enlarged LR, a blurred one near: pre-training gives the sharp one the larger s, fine-tuning the blurred one."""
+    from skimage.data import astronaut
+    sharp = torch.from_numpy(astronaut()[:256, 128:384].copy()).permute(2, 0, 1)[None].float() / 255
+    lq = F.interpolate(sharp, scale_factor=0.25, mode="area")
+    blurred = degradations.blur(sharp, degradations.gaussian_kernel(21, 3.0))
+    d = {name: rec.hqi_distance(features.Proxy(), lq, hr) for name, hr in (("sharp", sharp), ("blurred", blurred))}
+    assert d["sharp"] > d["blurred"] + 0.1
+    s = lambda rule, which, **more: rec.controller(rule, d[which], torch.zeros(1, 4), **more)[0, 0]
+    assert s("eq8", "sharp", pretrain=True) > s("eq8", "blurred", pretrain=True)
+    assert s("eq8", "blurred") > s("eq8", "sharp")
+    assert s("flip", "sharp") > s("flip", "blurred")
+    assert s("shifted", "blurred", shift=(0.4, 0.5)) > s("shifted", "sharp", shift=(0.4, 0.5))
+    torch.testing.assert_close(s("eq8", "sharp") + s("flip", "sharp"), torch.tensor(1.0))
+    assert rec.controller("shifted", torch.tensor([0.5]), torch.zeros(1, 4), shift=(0.4, 0.5))[0, 0] == pytest.approx(0.4)       # as in pre-training
+
+
+@pytest.mark.fast
+def test_without_controller_s_is_one(net):
+    lq, hr = pair()
+    assert rec.controller("one", None, torch.randn(2, 16)) == 1
+    torch.testing.assert_close(net(lq, hr, 1.0)[0], net(lq, hr, torch.ones(2, 16))[0])
+
+
+@pytest.mark.fast
+def test_the_controller_is_no_loss():
+    lq, hr = pair()
+    assert not rec.hqi_distance(features.Proxy(), lq, hr.requires_grad_()).requires_grad
+
+
+# FAR
+
+@pytest.mark.fast
+def test_descriptors_are_a_gram_matrix_s():
+    f = torch.randn(2, 5, 4, 6)
+    mean, largest = rec.descriptors(f)
+    for k in range(2):
+        flat = f[k].reshape(5, 24).numpy()
+        gram = flat @ flat.T / 24
+        np.testing.assert_allclose(mean[k], gram.mean(1), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(largest[k], gram.max(1), rtol=1e-4, atol=1e-6)
+        others = gram[~np.eye(5, dtype=bool)].reshape(5, 4)
+        np.testing.assert_allclose(rec.descriptors(f, offdiag=True)[0][k], others.mean(1), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(rec.descriptors(f, offdiag=True)[1][k], others.max(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.fast
+def test_descriptors_do_not_see_where_things_are():
+    f = torch.randn(1, 5, 4, 6)
+    shuffled = f.flatten(2)[..., torch.randperm(24)].view_as(f)
+    for a, b in zip(rec.descriptors(f), rec.descriptors(shuffled)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    repeated = f.repeat(1, 1, 2, 3)                                               # a larger image of the same statistics
+    for a, b in zip(rec.descriptors(f), rec.descriptors(repeated)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.fast
+def test_far_by_hand(net):
+    lq, hr = pair()
+    encoder = features.RandomFeatures()
+    e_im, e_cl = net.e_img(hr), encoder(hr)
+    expected = [torch.linalg.norm(layer(ours) - theirs, dim=1) for layer, ours, theirs in zip((net.t_a, net.t_m), rec.descriptors(e_im), rec.descriptors(e_cl))]
+    torch.testing.assert_close(net(lq, hr, 1.0, e_cl)[1], sum(expected), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.fast
+def test_gradient_of_far_reaches_the_network(net):
+    """Through both encoders together as the sum of each alone; nothing where it is cut."""
+    lq, _ = pair()
+    m, encoder, grads = archs.SRVGGNetCompact(num_feat=8, num_conv=1), features.RandomFeatures().requires_grad_(False), {}
+    for path in ("both", "im", "cl"):
+        sr = m(lq)
+        net(lq, sr, 1.0, encoder(sr), path=path)[1].mean().backward()
+        grads[path] = torch.cat([p.grad.flatten() for p in m.parameters()])
+        m.zero_grad()
+    assert all(g.abs().max() > 0 for g in grads.values())
+    torch.testing.assert_close(grads["both"], grads["im"] + grads["cl"], atol=1e-5, rtol=1e-3)
+
+
+# Losses
+
+@pytest.mark.fast
+def test_high_frequency_map():
+    assert not rec.high_frequency_map(torch.full((1, 3, 16, 16), 0.3)).any()                 # no 0 / 0
+    edge = torch.zeros(1, 3, 17, 15)
+    edge[..., 7:] = 1
+    weight = rec.high_frequency_map(edge)
+    assert weight.shape == (1, 1, 17, 15) and weight.min() == 0 and weight.max() == 1
+    assert weight[..., 6:8].min() == 1 and weight[..., :6].max() == 0 and weight[..., 8:].max() == 0
+
+
+@pytest.mark.fast
+def test_wavelet_against_pywavelets():
+    pywt = pytest.importorskip("pywt")
+    lq = torch.rand(1, 3, 16, 12)
+    luma = (lq[0] * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0).numpy()
+    detail = np.sqrt(sum(band ** 2 for band in pywt.dwt2(luma, "haar")[1]))
+    detail = (detail - detail.min()) / (detail.max() - detail.min())
+    np.testing.assert_allclose(rec.high_frequency_map(lq)[0, 0, ::2, ::2], detail, atol=1e-5)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("make", [features.Proxy, lambda: features.VGGCosine(FILE, 3)])
+def test_distances(make, vgg_file):
+    global FILE
+    FILE = vgg_file
+    distance = make()
+    a, b = torch.rand(2, 3, 32, 40), torch.rand(2, 3, 32, 40)
+    assert torch.allclose(distance(a, a), torch.zeros(2), atol=1e-5)
+    value = distance(a, b)
+    assert value.shape == (2,) and (value > 0.01).all() and (value <= 1).all()
+    torch.testing.assert_close(value, distance(b, a))
+    assert (distance(a, b, torch.zeros(2, 1, 32, 40)) == 0).all()
+    torch.testing.assert_close(distance(a, b, torch.ones(2, 1, 32, 40)), value, rtol=0.05, atol=0.01)         # the mean of an enlarged map is nearly its mean
+    left = torch.zeros(2, 1, 32, 40)
+    left[..., :20] = 1
+    mixed = torch.cat([a[..., :20], b[..., 20:]], 3)                              # equal to a on the left, but for the border
+    assert (distance(a, mixed, left) < 0.5 * distance(a, mixed, 1 - left)).all()
+
+
+@pytest.mark.fast
+def test_vgg_distance_by_hand(vgg_file):
+    distance, a, b = features.VGGCosine(vgg_file, 2), torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
+    vgg = archs.VGGFeatureLoss(vgg_file)
+    tap = lambda x, n: F.relu(vgg.features[:n]((x - vgg.mean) / vgg.std))
+    expected = sum(1 - F.cosine_similarity(tap(a, n), tap(b, n), dim=1).mean() for n in (3, 8)) / 2
+    torch.testing.assert_close(distance(a, b)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_lpips_is_the_package_s(monkeypatch):
+    import lpips
+    torch.manual_seed(0)
+    model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    monkeypatch.setattr(lpips, "LPIPS", lambda **_: model)
+    ours, a, b = features.LPIPS("alex").eval(), torch.rand(2, 3, 64, 72), torch.rand(2, 3, 64, 72)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(a, b), model(2 * a - 1, 2 * b - 1).flatten())
+        weight = torch.rand(2, 1, 64, 72)
+        model.spatial = True
+        torch.testing.assert_close(ours(a, b, weight), (model(2 * a - 1, 2 * b - 1) * weight).mean((1, 2, 3)))
+
+
+def test_missing_lpips_weights(monkeypatch, tmp_path):
+    import lpips
+
+    def fails(**_):
+        raise OSError("no route")
+    monkeypatch.setattr(lpips, "LPIPS", fails)
+    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af.pth.*--distance vgg"):
+        features.LPIPS("vgg")
+
+
+# Established encoders
+
+def test_clip_against_pyiqa(tmp_path):
+    """The same features as an independent implementation, from its key names."""
+    from pyiqa.archs.clip_model import ModifiedResNet
+    torch.manual_seed(0)
+    theirs = ModifiedResNet((3, 4, 6, 3), 1024, 32).eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.5, 2)
+    torch.save({f"visual.{k}": v for k, v in theirs.state_dict().items()}, tmp_path / "clip.pth")
+    x = torch.rand(1, 3, 96, 64)
+    for k, layer in enumerate(("stem", "layer1", "layer2", "layer3")):
+        ours = features.create_encoder("clip", layer, clip_weights=tmp_path / "clip.pth")
+        with torch.no_grad():
+            expected = theirs.forward_features((x - ours.mean) / ours.std)[k]
+            torch.testing.assert_close(ours.train()(x), expected, atol=1e-4, rtol=1e-4)
+        assert ours.channels == expected.shape[1] and not any(p.requires_grad for p in ours.parameters())
+
+
+def test_clip_from_a_torchscript_archive(tmp_path):
+    """OpenAI's RN50.pt is one, in half precision."""
+    from pyiqa.archs.clip_model import ModifiedResNet
+    torch.manual_seed(0)
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.visual = ModifiedResNet((3, 4, 6, 3), 1024, 32)
+
+        def forward(self, x):
+            return self.visual.bn1(self.visual.conv1(x))
+    model = Both().eval()
+    torch.jit.trace(model, torch.rand(1, 3, 32, 32)).save(str(tmp_path / "RN50.pt"))
+    state = features.clip_state(tmp_path / "RN50.pt")
+    assert torch.equal(state["conv1.weight"], model.visual.conv1.weight)
+
+
+def test_missing_clip_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(FileNotFoundError, match=r"RN50.pt is not here.*save https.* as .*clip/RN50.pt.*--clip-weights FILE.*--far-enc vgg"):
+        features.clip_state()
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="not CLIP's RN50"):
+        features.clip_state(tmp_path / "x.pth")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("arch", ["swinir-small", "rrdbnet-small", "compact-small"])
+def test_features_of_a_network(arch):
+    net = archs.ARCHS[arch]().eval()
+    encoder = features.create_encoder("sr", sr=net)
+    x = torch.rand(1, 3, 32, 32, requires_grad=True)
+    found = encoder(x)
+    assert found.shape[1] == encoder.channels == 32 and found.shape[2] >= 32
+    found.square().mean().backward()
+    assert x.grad.abs().max() > 0
+
+
+# Stages
+
+TINY = "--patch 16 --load-size 64 --degradation two-round --batch-size 4 --group-size 2 --val-photos 1 --width 8 --blocks 1 1 1 --dim 16 --distance proxy --far-enc rand --workers 0 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """4 photos of 96 x 96, their degraded quarter in lq/, themselves in gt/."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for k in range(4):
+        small = torch.from_numpy(rng.random((1, 3, 12, 12))).float()
+        hr = (F.interpolate(small, size=(96, 96), mode="bicubic") + 0.05 * torch.from_numpy(rng.standard_normal((1, 3, 96, 96)))).clamp(0, 1).float()
+        data.save_image(root / "gt" / f"p{k}.png", hr[0])
+        data.save_image(root / "lq" / f"p{k}.png", F.interpolate(hr, scale_factor=0.25, mode="area")[0])
+    torch.manual_seed(0)
+    runs.save_weights(root / "sr.pth", archs.SRVGGNetCompact(num_feat=8, num_conv=2).state_dict())
+    runs.save_weights(root / "x2.pth", archs.SRVGGNetCompact(num_feat=8, num_conv=2, upscale=2).state_dict())
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """Run folders of pretrain: method, plain (no controller, no FAR), lway."""
+    root = tmp_path_factory.mktemp("rec")
+    for name, words in (("method", []), ("plain", ["--s-rule", "one", "--no-far"]), ("lway", ["--arch", "lway"])):
+        selfsup.main(selfsup.parse_args(["pretrain", "--hr", str(photos / "gt"), "--out", str(root / name), *TINY, "--total-steps", "3", *words]))
+    return root
+
+
+def tune(photos, rec_path, out, *words):
+    selfsup.main(selfsup.parse_args(["finetune", "--rec", str(rec_path), "--sr", str(photos / "sr.pth"), "--lr-dir", str(photos / "lq"), "--out", str(out), "--patch", "16", "--batch-size", "2",
+                                     "--total-steps", "4", "--val-every", "2", "--lr", "1e-3", "--workers", "0", "--device", "cpu", *map(str, words)]))
+    return torch.load(sorted((out / "weights").glob("ema_*.pth"))[-1], weights_only=True)
+
+
+def test_pretrain_leaves_a_network(trained):
+    for name in ("method", "plain", "lway"):
+        net, settings = rec.load_reconstruction(trained / name / "weights" / "rec.pth")
+        assert not any(p.requires_grad for p in net.parameters()) and not net.training
+        assert hasattr(net, "t_a") == (name == "method") and settings["s_rule"] == ("eq8" if name == "method" else "one")
+        assert isinstance(net.e_img, torch.nn.Identity) == (name == "lway")
+    events = [json.loads(line) for line in (trained / "method" / "metrics.jsonl").read_text().splitlines()]
+    assert {"psnr", "psnr_shuffled", "psnr_bicubic", "d", "far", "l1", "percep"} <= set(events[-1])
+
+
+def test_pretrain_resumes_bitwise(photos, tmp_path):
+    words = ["pretrain", "--hr", str(photos / "gt"), *TINY, "--save-every", "2", "--total-steps", "5"]
+    selfsup.main(selfsup.parse_args([*words, "--out", str(tmp_path / "whole")]))
+    selfsup.main(selfsup.parse_args([*words, "--out", str(tmp_path / "cut")]))
+    last = torch.load(tmp_path / "cut" / "ckpt" / "last.pt", weights_only=True)
+    assert last["step"] == 5
+    import copy
+    import selfsup_pretrain
+    stopped = tmp_path / "stopped"
+    args = selfsup.parse_args([*words, "--out", str(stopped)])
+    real = selfsup_pretrain.runs.StopSignal.requested
+    selfsup_pretrain.runs.StopSignal.requested = lambda self, step: step == 3
+    try:
+        selfsup.main(copy.copy(args))
+    finally:
+        selfsup_pretrain.runs.StopSignal.requested = real
+    assert torch.load(stopped / "ckpt" / "last.pt", weights_only=True)["step"] == 3 and not (stopped / "weights").exists()
+    selfsup.main(selfsup.parse_args([*words, "--out", str(stopped), "--resume"]))
+    one, other = (torch.load(folder / "weights" / "rec.pth", weights_only=True) for folder in (tmp_path / "whole", stopped))
+    assert all(torch.equal(one["params"][k], other["params"][k]) for k in one["params"])
+    assert all(torch.equal(one["params_ema"][k], other["params_ema"][k]) for k in one["params"]) and one["settings"] == other["settings"]
+
+
+def test_weight_of_far_is_frozen_after_the_first_steps(trained):
+    last = torch.load(trained / "method" / "ckpt" / "last.pt", weights_only=True)
+    assert rec.load_reconstruction(trained / "method" / "weights" / "rec.pth")[1]["lambda_pt"] == pytest.approx((last["balance"][0] / last["balance"][1]).item())
+    events = [e for e in map(json.loads, (trained / "method" / "metrics.jsonl").read_text().splitlines()) if e["split"] == "train"]
+    assert events[-1]["far"] * 3 == pytest.approx(last["balance"][1].item(), rel=1e-4)        # sums of three steps
+
+
+def test_finetune_changes_the_network_alone(photos, trained, tmp_path):
+    before = torch.load(photos / "sr.pth", weights_only=True)["params"]
+    frozen = (trained / "method" / "weights" / "rec.pth").read_bytes()
+    seen = {}
+    import selfsup_finetune
+    real = selfsup_finetune.adapt
+
+    def adapt(args, world, seeds, autocast, judge, *rest):
+        seen["before"] = {k: v.clone() for k, v in judge.net.state_dict().items()} | {f"enc {k}": v.clone() for k, v in judge.encoder.state_dict().items()}
+        real(args, world, seeds, autocast, judge, *rest)
+        seen["after"] = judge.net.state_dict() | {f"enc {k}": v for k, v in judge.encoder.state_dict().items()}
+    selfsup_finetune.adapt = adapt
+    try:
+        after = tune(photos, trained / "method", tmp_path / "out", "--gt-dir", photos / "gt")
+    finally:
+        selfsup_finetune.adapt = real
+    assert all(torch.equal(seen["before"][k], seen["after"][k]) for k in seen["before"]) and (trained / "method" / "weights" / "rec.pth").read_bytes() == frozen
+    assert all(not torch.equal(before[k], after["params"][k]) for k in before if k.endswith("weight"))
+    decayed = before["body.0.weight"]                                             # EMA: .999 of itself every step; the raw weights in between are not kept
+    assert (after["params_ema"]["body.0.weight"] - decayed).abs().max() < 0.01 * (after["params"]["body.0.weight"] - decayed).abs().max()
+
+
+def test_ema_formula():
+    from train import update_ema
+    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = 0.9 * a.weight.detach().clone() + 0.1 * b.weight.detach()
+    update_ema(a, b, 0.9)
+    torch.testing.assert_close(a.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("name, words", [("plain", []), ("lway", []), ("method", ["--s-rule", "flip"]), ("method", ["--s-rule", "shifted"]), ("method", ["--no-far"]), ("method", ["--no-hf"]),
+                                         ("method", ["--stop", "far", "--patience", "2"]), ("method", ["--hold-out", "1"])])
+def test_switches(photos, trained, tmp_path, name, words):
+    tune(photos, trained / name, tmp_path / "out", *words)
+    events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    last = [e for e in events if e["split"] == "ema"][-1]
+    assert ("far" in last) == (name == "method" and "--no-far" not in words) and np.isfinite(last["rec"]) and last["drift"] > 0
+    if "--hold-out" in words:
+        held, adapted = ((tmp_path / "out" / f"{n}.txt").read_text().split() for n in ("held_out", "adapted"))
+        assert len(held) == 1 and len(adapted) == 3 and not set(held) & set(adapted)
+
+
+def test_finetune_resumes_bitwise(photos, trained, tmp_path):
+    import selfsup_finetune
+    whole = tune(photos, trained / "method", tmp_path / "whole", "--gt-dir", photos / "gt", "--stop", "val-gt")
+    real = selfsup_finetune.runs.StopSignal.requested
+    selfsup_finetune.runs.StopSignal.requested = lambda self, step: step == 3
+    try:
+        with pytest.raises(IndexError):                                           # stopped: no weights yet
+            tune(photos, trained / "method", tmp_path / "cut", "--gt-dir", photos / "gt", "--stop", "val-gt")
+    finally:
+        selfsup_finetune.runs.StopSignal.requested = real
+    cut = tune(photos, trained / "method", tmp_path / "cut", "--gt-dir", photos / "gt", "--stop", "val-gt", "--resume")
+    for key in ("params", "params_ema"):
+        assert all(torch.equal(whole[key][k], cut[key][k]) for k in whole[key])
+    told = lambda out: [{k: v for k, v in e.items() if k not in ("it_per_s", "wait", "memory")} for e in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if e["split"] != "train"]
+    assert told(tmp_path / "whole") == told(tmp_path / "cut")
+
+
+def test_per_image(photos, trained, tmp_path):
+    selfsup.main(selfsup.parse_args(["finetune", "--rec", str(trained / "method"), "--sr", str(photos / "sr.pth"), "--lr-dir", str(photos / "lq"), "--out", str(tmp_path / "out"), "--patch", "16",
+                                     "--batch-size", "2", "--total-steps", "2", "--lr", "1e-3", "--workers", "0", "--per-image", "--device", "cpu"]))
+    assert [data.image_size(path) for path in sorted((tmp_path / "out" / "sr").glob("*.png"))] == [(96, 96)] * 4
+    weights = [torch.load(tmp_path / "out" / f"p{k}" / "weights" / "ema_0000002.pth", weights_only=True)["params"]["body.0.weight"] for k in (0, 1)]
+    assert not torch.equal(*weights)
+
+
+def test_the_result_loads_everywhere(photos, trained, tmp_path, script):
+    import spandrel
+    tune(photos, trained / "method", tmp_path / "out")
+    file = tmp_path / "out" / "weights" / "ema_0000004.pth"
+    net, _ = archs.load_x4(tmp_path / "out", "--sr")
+    lq = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(spandrel.ModelLoader().load_from_file(file).model(lq), net(lq), atol=1e-5, rtol=1e-4)
+    script("upscale.py", "--weights", tmp_path / "out", photos / "lq" / "p0.png", "--out", tmp_path / "sr")
+    assert data.image_size(tmp_path / "sr" / "p0.png") == (96, 96)
+    said = script("selfsup.py", "eval", "--weights", photos / "sr.pth", tmp_path / "out", "--lr-dir", photos / "lq", "--gt-dir", photos / "gt", "--metrics", "psnr", "ssim", "--cache", tmp_path / "cache",
+                  "--out-json", tmp_path / "r.json").stdout
+    assert "nothing cropped" in said
+    result = json.loads((tmp_path / "r.json").read_text())
+    from skimage.color import rgb2ycbcr
+    from skimage.metrics import peak_signal_noise_ratio
+    upscaled = data.load_image(tmp_path / "sr" / "p0.png").permute(1, 2, 0).numpy()
+    truth = data.load_image(photos / "gt" / "p0.png").permute(1, 2, 0).numpy()
+    expected = peak_signal_noise_ratio(*(rgb2ycbcr(image)[..., 0] for image in (truth, upscaled)), data_range=255)
+    assert result["scores"]["out"]["p0"]["psnr"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_domain_and_probes(photos, trained, tmp_path, capsys):
+    call = lambda *words: selfsup.main(selfsup.parse_args([str(word) for word in words]))
+    call("domain", "--hr", photos / "gt", "--out", tmp_path / "domain")
+    assert {p.name for p in (tmp_path / "domain" / "lq").iterdir()} == {f"p{k}.png" for k in range(4)}
+    assert data.image_size(tmp_path / "domain" / "lq" / "p0.png") == (24, 24)
+    again = tmp_path / "again"
+    call("domain", "--hr", photos / "gt", "--out", again)
+    assert all((again / "lq" / f"p{k}.png").read_bytes() == (tmp_path / "domain" / "lq" / f"p{k}.png").read_bytes() for k in range(4))
+    call("probe", "fig7", "--rec", trained / "method", trained / "plain", "--hr", photos / "gt", "--crops", "8", "--out", tmp_path / "fig7")
+    lines = json.loads((tmp_path / "fig7.json").read_text())["lines"]
+    assert len(lines) == 3 and all(len(line["psnr"]) == 11 for line in lines.values())
+    call("probe", "fig8", "--rec", trained / "method", "--hr", photos / "gt", "--crops", "8", "--out", tmp_path / "fig8", "--sr", photos / "sr.pth", "--lr-dir", photos / "lq")
+    found = json.loads((tmp_path / "fig8.json").read_text())["lines"]["method"]
+    assert set(found["auc"]) == {"blur", "noise", "jpeg", "second order"} and len(found["clean"]) == 8 and len(found["sr.pth"]) == 4
+    tune(photos, trained / "method", tmp_path / "tuned", "--gt-dir", photos / "gt")
+    call("probe", "fig9", "--runs", tmp_path / "tuned", "--out", tmp_path / "fig9")
+    for n in (7, 8, 9):
+        assert min(data.image_size(tmp_path / f"fig{n}.png")) > 200
+
+
+@pytest.mark.fast
+def test_area_under_the_curve():
+    import selfsup_probe
+    assert selfsup_probe.area(np.array([1, 2, 3.0]), np.array([4, 5.0])) == 1
+    assert selfsup_probe.area(np.array([1, 2, 3.0]), np.array([2, 2.0])) == 0.5
+    rng = np.random.default_rng(0)
+    clean, worse = rng.normal(0, 1, 40), rng.normal(1, 1, 40)
+    value, low, high = selfsup_probe.area_with_interval(clean, worse, np.repeat(np.arange(10), 4))
+    brute = np.mean([(b > a) + 0.5 * (b == a) for a in clean for b in worse])
+    assert value == pytest.approx(brute) and low < value < high
+
+
+# Errors
+
+@pytest.mark.parametrize("words, message", [
+    (["--patch", "32"], r"24x24 pixels, smaller than a patch: --patch 24 or less"),
+    (["--sr", "X2"], r"--sr .*x2.pth: a x2 checkpoint, expected a x4 one"),
+    (["--lr-dir", "EMPTY"], r"no images"),
+    (["--lr-dir", "nowhere"], r"--lr-dir nowhere: no such folder"),
+    (["--rec", "nowhere"], r"no reconstruction network there; make it with"),
+    (["--rec", "WIDE"], r"weights of another width than its settings say"),
+    (["--rec", "SR"], r"not a reconstruction network"),
+    (["--rec", "PLAIN", "--far"], r"was trained without; selfsup.py pretrain --far"),
+    (["--rec", "PLAIN", "--s-rule", "eq8"], r"was trained without a controller"),
+    (["--s-rule", "one"], r"was trained with a controller"),
+    (["--gt-dir", "LQ"], r"expected four times its LR image's 24x24"),
+    (["--out", "LQ"], r"exists and is not empty"),
+])
+def test_errors_of_finetune(photos, trained, tmp_path, words, message):
+    (tmp_path / "empty").mkdir()
+    content = torch.load(trained / "method" / "weights" / "rec.pth", weights_only=True)
+    content["settings"]["sizes"]["width"] = 12
+    torch.save(content, tmp_path / "wide.pth")
+    places = {"X2": photos / "x2.pth", "EMPTY": tmp_path / "empty", "WIDE": tmp_path / "wide.pth", "SR": photos / "sr.pth", "PLAIN": trained / "plain", "LQ": photos / "lq"}
+    with pytest.raises((ValueError, OSError), match=message):
+        tune(photos, trained / "method", tmp_path / "out", *[places.get(word, word) for word in words])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("words, message", [
+    (["pretrain", "--arch", "lway", "--far"], "LWay has none"), (["pretrain", "--load-size", "128"], "at least 256"), (["finetune", "--lr-dir", "x"], "--sr is needed"),
+    (["finetune", "--sr", "a", "--lr-dir", "x", "--stop", "val-gt"], "--gt-dir DIR is needed"), (["probe", "fig7"], "--rec is needed"), (["probe"], "which figure"), ([], "which stage"),
+    (["pretrain", "--patches", "3"], "unrecognized"), (["pretrain", "--far-enc", "sr"], "--far-sr"), (["domain"], "--hr is needed")])
+def test_errors_of_flags(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        selfsup.parse_args(words)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.fast
+def test_switches_of_the_tables():
+    parse = lambda *words: selfsup.parse_args(["pretrain", *words])
+    assert (parse().s_rule, parse().far, parse().arch) == ("eq8", True, "hra")
+    assert (parse("--arch", "lway").s_rule, parse("--arch=lway").far) == ("one", False)
+    defaults = parse()
+    assert (defaults.lr, defaults.total_steps, defaults.ema_decay, defaults.blocks, defaults.dim, defaults.patch) == (2e-4, 500_000, 0.999, [16, 6, 4], 512, 64)
+    tuned = selfsup.parse_args(["finetune", "--sr", "a.pth", "--lr-dir", "b"])
+    assert (tuned.total_steps, tuned.ema_decay, tuned.hf, tuned.stop, str(tuned.out)) == (300, 0.999, True, "fixed", "runs/a+b")
+
+
+def test_two_processes_learn_what_one_learns(photos, tmp_path, script):
+    words = ["pretrain", "--hr", photos / "gt", *TINY, "--total-steps", "3"]
+    script("selfsup.py", *words, "--out", tmp_path / "one")
+    script("selfsup.py", *words, "--out", tmp_path / "two", processes=2)
+    one, two = (torch.load(tmp_path / n / "weights" / "rec.pth", weights_only=True)["params"] for n in ("one", "two"))
+    for k in one:
+        torch.testing.assert_close(one[k], two[k], atol=2e-4, rtol=1e-3)
+    tuned = ["finetune", "--rec", tmp_path / "one", "--sr", photos / "sr.pth", "--lr-dir", photos / "lq", "--gt-dir", photos / "gt", "--patch", "16", "--batch-size", "2", "--total-steps", "2", "--lr", "1e-4",
+             "--workers", "0", "--device", "cpu"]
+    for name, processes in (("a", 1), ("b", 2)):
+        script("selfsup.py", *tuned, "--out", tmp_path / name, processes=processes)
+    a, b = (torch.load(tmp_path / n / "weights" / "ema_0000002.pth", weights_only=True)["params"] for n in "ab")
+    start = torch.load(photos / "sr.pth", weights_only=True)["params"]
+    flat = lambda state: torch.cat([state[k].flatten() for k in start])
+    assert (flat(a) - flat(b)).abs().mean() < 0.02 * (flat(a) - flat(start)).abs().mean()        # Adam's first steps turn a rounding of zero into a step
