@@ -261,7 +261,7 @@ class SwinIR(nn.Module):
         rates = np.linspace(0, self.drop_path, blocks)[:, None]
         draws = np.stack([np.random.default_rng(int(seed)).random((blocks, 2)) for seed in seeds], axis=1)   # (blocks, B, 2)
         keep = (draws >= rates[:, None]) / (1 - rates[:, None])
-        return self.masks[key], torch.from_numpy(keep).to(self.mean).unbind(0)
+        return self.masks[key], runs.to_device(torch.from_numpy(keep).to(self.mean.dtype), self.mean.device).unbind(0)
 
 
 # RRDBNet (ESRGAN, Wang et al., 2018; Real-ESRGAN, Wang et al., 2021)

@@ -709,6 +709,36 @@ def batches(dataset, first, last, lanes, workers, pin_memory):
         yield batch
 
 
+def prefetch(batches, device):
+    """The same batches; on CUDA on the device, each copied on a stream of its own while the step before it computes.
+
+    `where` stays on the CPU, where it is read. An error met one batch ahead waits for its own step. On a CPU nothing is done ahead.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)
+
+    def fetch():
+        try:
+            batch = next(batches, None)
+        except (ValueError, OSError) as error:
+            return error
+        with torch.cuda.stream(side):
+            return batch and {name: t if name == "where" else t.to(device, non_blocking=True) for name, t in batch.items()}
+    coming = fetch()
+    while coming is not None:
+        batch = coming
+        if isinstance(batch, Exception):
+            raise batch
+        main = torch.cuda.current_stream(device)
+        main.wait_stream(side)                                                    # for this batch alone: the next is not yet on its way
+        for name in batch.keys() - {"where"}:
+            batch[name].record_stream(main)                                       # else its memory is given away while `main` still reads it
+        coming = fetch()
+        yield batch
+
+
 class TrainingPool:
     """HGGT's training-pair pool (spec 2.4): pairs wait a random number of steps, so that a batch mixes degradations.
 
@@ -730,13 +760,10 @@ class TrainingPool:
         fresh = tuple((t * 255).round().byte() if t.is_floating_point() else t for t in pair)
         if self.held is None:
             self.held = tuple(t.new_zeros((len(t), self.slots, *t.shape[1:])) for t in fresh)
-        rows = torch.arange(len(self.lanes))
-        if step <= self.slots:
-            slot = torch.full_like(rows, step - 1)
-            taken = fresh
-        else:
-            slot = torch.tensor([np.random.default_rng(self.seeds(step, lane, "pool")).integers(self.slots) for lane in self.lanes])
-            taken = tuple(held[rows, slot] for held in self.held)
+        filling = step <= self.slots
+        slot = [step - 1 if filling else np.random.default_rng(self.seeds(step, lane, "pool")).integers(self.slots) for lane in self.lanes]
+        rows, slot = runs.to_device(torch.tensor([range(len(slot)), slot]), self.held[0].device)
+        taken = fresh if filling else tuple(held[rows, slot] for held in self.held)
         for held, new in zip(self.held, fresh):
             held[rows, slot] = new
         return tuple(t.float() / 255 if p.is_floating_point() else t for t, p in zip(taken, pair))

@@ -259,6 +259,7 @@ def main(args):
     if state["picked"] and world.is_main:
         picked += torch.tensor(state["picked"], device=device)
     batches = data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda")
+    batches = data.prefetch(batches, device)
     if run.start_step < args.total_steps:
         batches = itertools.chain([next(batches)], batches)                       # a first batch that cannot be read leaves no folder
     run.open()
