@@ -112,6 +112,7 @@ def add_training(p):
     g.add_argument("--channels-last", action=onoff, default=True, help="memory format of the convolutional networks, so not of SwinIR")
     g.add_argument("--musiq", choices=list(FUSED), default="fused",
                    help="how MUSIQ scores crops: fused is musiq.py, equal to pyiqa's in 1e-5 and faster; fused-bf16 is close only; pyiqa its own code")
+    g.add_argument("--fused-adam", action=onoff, default=False, help="PyTorch's fused Adam: the same update, rounded otherwise (CHOICE: off, so that runs stay bitwise what they were)")
     g.add_argument("--compile", action=onoff, default=False, help="torch.compile generator and discriminator")
     g = p.add_argument_group("output")
     g.add_argument("--log-every", type=SIZE, default=100, help="steps between progress lines")
