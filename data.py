@@ -374,18 +374,23 @@ class Packed:
         remedy = f"remove {folder}, and to use it again: python prepare.py pack {folder.parent}"
         try:
             about = json.loads(index.read_text())
-            self.index, self.bytes = about["images"], np.memmap(self.file, mode="r")
-            ends = [offset + 3 * h * w for version in sets.versions for offset, h, w in self.index[version].values()]
-            size, signature = max(ends), about["signature"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            images, self.bytes, signature = about["images"], np.memmap(self.file, mode="r"), about["signature"]
+            self.rows, self.columns = {stem: k for k, stem in enumerate(images["original"])}, {version: k for k, version in enumerate(sets.versions)}
+            self.index = np.array([[images[version][stem] for version in self.columns] for stem in self.rows])     # (stems, versions, 3): offset, H, W; not an object each
+            size = int((self.index[..., 0] + 3 * self.index[..., 1] * self.index[..., 2]).max())
+        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: damaged ({' '.join(str(error).split())[:80]}): {remedy}") from None
         if size != len(self.bytes):
             raise ValueError(f"{self.file}: {len(self.bytes)} bytes, expected {size}: {remedy}")
         if signature != sets.signature():
             raise ValueError(f"{self.file}: was packed from other images than are there now: {remedy}")
 
+    def place(self, stem, version):
+        """Offset in the file, height and width of an image."""
+        return self.index[self.rows[stem], self.columns[version]].tolist()
+
     def read(self, stem, version):
-        offset, h, w = self.index[version][stem]
+        offset, h, w = self.place(stem, version)
         return self.bytes[offset:offset + 3 * h * w].reshape(3, h, w)
 
     def __getstate__(self):
@@ -639,14 +644,13 @@ def check_headers(dataset, world):
     `prepare.py verify`.
     """
     sets, need = dataset.sets, max(dataset.crop, dataset.load_size)
+    used = [v for k, v in enumerate(sets.versions) if k == 0 or dataset.candidates[:, k].any()]
     if sets.packed:                                                               # decoded once: sizes are in its index
         for stem in dataset.stems:
-            sizes = {version: sets.packed.index[version][stem][:0:-1] for version in sets.versions}
-            for k, version in enumerate(sets.versions):
-                if k == 0 or dataset.candidates[:, k].any():
-                    check_size(sets.path(stem, version), sizes[version], sizes["original"], need)
+            sizes = {version: sets.packed.place(stem, version)[:0:-1] for version in used}
+            for version in used:
+                check_size(sets.path(stem, version), sizes[version], sizes["original"], need)
         return
-    used = [v for k, v in enumerate(sets.versions) if k == 0 or dataset.candidates[:, k].any()]
 
     def check(stem):
         sizes = {}
