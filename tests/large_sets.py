@@ -22,6 +22,7 @@ import torch
 import data
 import runs
 
+torch.set_num_threads(1)
 VERSIONS, SIDE, STRIDE, CROP = ["original", "01", "02", "03", "04"], 512, 32, 256
 
 
