@@ -414,7 +414,8 @@ class Atlas:
             about = json.loads(path.with_suffix(".json").read_text())
             self.table, self.stride = np.load(path, mmap_mode="r"), about["stride"]
             self.rows = {stem: k for k, stem in enumerate(about["stems"])}
-            belongs, rewards, finished = {k: about[k] for k in ("signature", "versions", "crop")}, about["reward"], about["finished"]
+            self.rewards = rewards = about["reward"]
+            belongs, finished = {k: about[k] for k in ("signature", "versions", "crop")}, about["finished"]
             if list(self.table.shape) != about["shape"] or self.table.dtype != np.float32:
                 raise ValueError(f"a table of {self.table.shape}, expected {about['shape']}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -432,7 +433,7 @@ class Atlas:
 
     @staticmethod
     def open_all(words, sets, crop, reward=None):
-        """["FILE", "FILE=WEIGHT"] -> [(Atlas, weight)] of one grid. A single one must be of the reward in use."""
+        """["FILE", "FILE=WEIGHT"] -> [(Atlas, weight)] of one grid. What they sum up to must be the reward in use, if there is one."""
         opened = []
         for word in words:
             file, _, weight = word.partition("=")
@@ -445,6 +446,14 @@ class Atlas:
             opened.append((Atlas(file, sets, crop, reward if len(words) == 1 else None), number))
         if len({(atlas.stride, atlas.table.shape) for atlas, _ in opened}) > 1:
             raise ValueError(f"--atlas {' '.join(words)}: of different grids; make them with one --stride")
+        if reward is not None and len(opened) > 1:
+            total, wanted = {}, {(name, part["hash"]): part["weight"] for name, part in reward.identity().items()}
+            for atlas, weight in opened:
+                for name, part in atlas.rewards.items():
+                    total[name, part["hash"]] = total.get((name, part["hash"]), 0.0) + weight * part["weight"]
+            if total.keys() != wanted.keys() or any(not np.isclose(total[key], wanted[key]) for key in total):
+                told = lambda parts: " ".join(f"{name}={weight:g} ({digest})" for (name, digest), weight in parts.items())
+                raise ValueError(f"--atlas {' '.join(words)}: the sum of {told(total)}, but --reward is {told(wanted)}: name the same sum, or none")
         return opened
 
     def position(self, u):

@@ -333,6 +333,13 @@ def test_margin_temperature_and_sums_of_atlases(quintuplets, rewards, tmp_path):
     assert np.abs(np.array([soft.count(v) for v in sets.versions]) / 100 - weights / weights.sum()).max() < 0.12 and len(set(soft)) == 5
     files = [str(root / "atlas/test_rewards_brightness-32-16.npy"), f"{tmp_path / 'dark.npy'}=0.5"]
     assert [w for _, w in data.Atlas.open_all(files, sets, 32)] == [1.0, 0.5]
+    data.Atlas.open_all(files, sets, 32, iqa.create_reward(["test_rewards:brightness=-0.5"]))                      # 1 - 0.5 * 3
+    call("atlas", root, "--reward", "ranker", "--crop", 32, "--stride", 16, "--device", "cpu", "--out", tmp_path / "ranker.npy")
+    mixed = [files[0] + "=2", f"{tmp_path / 'ranker.npy'}=0.5"]
+    data.Atlas.open_all(mixed, sets, 32, iqa.create_reward(["ranker=0.5", "test_rewards:brightness=2"]))
+    for other in (["ranker=0.5"], ["ranker", "test_rewards:brightness=2"]):
+        with pytest.raises(ValueError, match=r"the sum of test_rewards:brightness=2 \(\w+\) ranker=0.5 \(\w+\), but --reward is ranker=.*: name the same sum, or none"):
+            data.Atlas.open_all(mixed, sets, 32, iqa.create_reward(other))
     with pytest.raises(ValueError, match="--atlas .*=much: write FILE or FILE=WEIGHT"):
         data.Atlas.open_all([files[0] + "=much"], sets, 32)
 
