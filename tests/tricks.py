@@ -9,7 +9,6 @@ norm, not two). "faster" is the median of the old times over that of the new one
 """
 import argparse
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -158,12 +157,18 @@ def vgg(repeats, device, found, sizes):
 
 
 def memory_of(name, file, batch, side, device):
-    """Print by how many MB a loss raises the peak."""
+    """Print by how many MB the peak of a loss lies above what is held before."""
     kinds = perceptual(file, int(batch), int(side), device)
-    peak = lambda: torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
-    before = peak()
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kinds[name]()
+        return print((torch.cuda.max_memory_allocated() - held) / 2 ** 20)
+    status = lambda key: int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 2 ** 10
+    Path("/proc/self/clear_refs").write_text("5")                                # the peak begins anew
+    held = status("VmRSS")
     kinds[name]()
-    print(peak() - before)
+    print(status("VmHWM") - held)
 
 
 def discriminator(repeats, device, found, sizes):
@@ -191,7 +196,7 @@ def main(args):
     found, scale = [], 8 if device.type == "cuda" else 1
     adam(args.repeats, device, found)
     heads(args.repeats, device, found, scale)
-    vgg(args.repeats, device, found, [(2 * scale, 128), (4 * scale, 64)])
+    vgg(args.repeats, device, found, [(2 * scale, 128), (4 * scale, 128)])
     discriminator(args.repeats, device, found, [(16, 4 * scale, 128), (64, 2 * scale, 128)])
     print(runs.markdown(["", "trick", "faster", "range", "n", "apart", "memory"],
                         [[f["what"], f["trick"], f"{f['faster']:.2f}", f"{f['least']:.2f} to {f['most']:.2f}", f["n"], f"{f['apart']:.0e}" if "apart" in f else "",
