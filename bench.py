@@ -149,7 +149,7 @@ def setup(args):
 
 
 def train_parts(args, repeats):
-    """{part: ms per step} on one batch, and {part: FLOPs}."""
+    """{part: ms per step} on one batch, {part: FLOPs}, and ms of both kinds of Adam."""
     world, seeds, reward, dataset, net_g, net_d, vgg = setup(args)
     device, lanes = world.device, range(args.batch_size)
     measure, parts, work = partial(timed, repeats=repeats, device=device), {}, {}
@@ -201,15 +201,13 @@ def train_parts(args, repeats):
         for name, part in (("D in G's loss", adversarial), ("D", discriminator)):
             parts[name], work[name] = measure(part), flops(part)
     ema = archs.ARCHS[args.arch]().to(device).requires_grad_(False)
-    optimisers = [torch.optim.Adam(net.parameters(), lr=1e-9, betas=(0.9, 0.99)) for net in (net_g, net_d) if net is not None]
     generator()
-
-    def update():
-        for optimiser in optimisers:
-            optimiser.step()
-        train.update_ema(ema, net_g, 0.999)
-    parts["optimiser, EMA"] = measure(update)
-    return world, parts, work
+    adam_ms = {}
+    for kind in ("plain", "fused"):
+        optimisers = [train.adam(net.parameters(), 1e-9, kind == "fused") for net in (net_g, net_d) if net is not None]
+        adam_ms[kind] = measure(lambda: [optimiser.step() for optimiser in optimisers])
+    parts["optimiser, EMA"] = adam_ms["fused" if args.fused_adam else "plain"] + measure(lambda: train.update_ema(ema, net_g, 0.999))
+    return world, parts, work, adam_ms
 
 
 def whole_steps(words, args, steps, processes=1, windows=2):
@@ -248,13 +246,14 @@ def parts_of(parts, name):
 
 
 def bench_train(args, words, options, record):
-    world, parts, work = train_parts(args, options.repeats)
+    world, parts, work, record["adam_ms"] = train_parts(args, options.repeats)
     record["peak_memory_parts"] = runs.peak_memory(world.device)
     whole = whole_steps(words, args, options.steps, options.processes)[0] if options.steps else None
     if options.processes > 1:
         count = sum(p.numel() for net in (archs.ARCHS[args.arch](), archs.UNetDiscriminatorSN(args.d_features) if args.lambda_a > 0 else None) if net is not None for p in net.parameters())
         print(f"{options.processes} processes: each holds the networks and {args.batch_size // options.processes} of {args.batch_size} samples, and reduces {4 * count / 1e6:.1f} MB of gradients per step")
     report(record, parts, work, peak_flops(world.device, args.precision), whole, args.batch_size)
+    print(f"Adam alone: {record['adam_ms']['plain']:.1f} ms, with --fused-adam {record['adam_ms']['fused']:.1f} ms")
 
 
 def bench_finetune(args, words, options, record):

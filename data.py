@@ -374,18 +374,23 @@ class Packed:
         remedy = f"remove {folder}, and to use it again: python prepare.py pack {folder.parent}"
         try:
             about = json.loads(index.read_text())
-            self.index, self.bytes = about["images"], np.memmap(self.file, mode="r")
-            ends = [offset + 3 * h * w for version in sets.versions for offset, h, w in self.index[version].values()]
-            size, signature = max(ends), about["signature"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            images, self.bytes, signature = about["images"], np.memmap(self.file, mode="r"), about["signature"]
+            self.rows, self.columns = {stem: k for k, stem in enumerate(images["original"])}, {version: k for k, version in enumerate(sets.versions)}
+            self.index = np.array([[images[version][stem] for version in self.columns] for stem in self.rows])     # (stems, versions, 3): offset, H, W; not an object each
+            size = int((self.index[..., 0] + 3 * self.index[..., 1] * self.index[..., 2]).max())
+        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: damaged ({' '.join(str(error).split())[:80]}): {remedy}") from None
         if size != len(self.bytes):
             raise ValueError(f"{self.file}: {len(self.bytes)} bytes, expected {size}: {remedy}")
         if signature != sets.signature():
             raise ValueError(f"{self.file}: was packed from other images than are there now: {remedy}")
 
+    def place(self, stem, version):
+        """Offset in the file, height and width of an image."""
+        return self.index[self.rows[stem], self.columns[version]].tolist()
+
     def read(self, stem, version):
-        offset, h, w = self.index[version][stem]
+        offset, h, w = self.place(stem, version)
         return self.bytes[offset:offset + 3 * h * w].reshape(3, h, w)
 
     def __getstate__(self):
@@ -409,7 +414,8 @@ class Atlas:
             about = json.loads(path.with_suffix(".json").read_text())
             self.table, self.stride = np.load(path, mmap_mode="r"), about["stride"]
             self.rows = {stem: k for k, stem in enumerate(about["stems"])}
-            belongs, rewards, finished = {k: about[k] for k in ("signature", "versions", "crop")}, about["reward"], about["finished"]
+            self.rewards = rewards = about["reward"]
+            belongs, finished = {k: about[k] for k in ("signature", "versions", "crop")}, about["finished"]
             if list(self.table.shape) != about["shape"] or self.table.dtype != np.float32:
                 raise ValueError(f"a table of {self.table.shape}, expected {about['shape']}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -427,7 +433,7 @@ class Atlas:
 
     @staticmethod
     def open_all(words, sets, crop, reward=None):
-        """["FILE", "FILE=WEIGHT"] -> [(Atlas, weight)] of one grid. A single one must be of the reward in use."""
+        """["FILE", "FILE=WEIGHT"] -> [(Atlas, weight)] of one grid. What they sum up to must be the reward in use, if there is one."""
         opened = []
         for word in words:
             file, _, weight = word.partition("=")
@@ -440,6 +446,14 @@ class Atlas:
             opened.append((Atlas(file, sets, crop, reward if len(words) == 1 else None), number))
         if len({(atlas.stride, atlas.table.shape) for atlas, _ in opened}) > 1:
             raise ValueError(f"--atlas {' '.join(words)}: of different grids; make them with one --stride")
+        if reward is not None and len(opened) > 1:
+            total, wanted = {}, {(name, part["hash"]): part["weight"] for name, part in reward.identity().items()}
+            for atlas, weight in opened:
+                for name, part in atlas.rewards.items():
+                    total[name, part["hash"]] = total.get((name, part["hash"]), 0.0) + weight * part["weight"]
+            if total.keys() != wanted.keys() or any(not np.isclose(total[key], wanted[key]) for key in total):
+                told = lambda parts: " ".join(f"{name}={weight:g} ({digest})" for (name, digest), weight in parts.items())
+                raise ValueError(f"--atlas {' '.join(words)}: the sum of {told(total)}, but --reward is {told(wanted)}: name the same sum, or none")
         return opened
 
     def position(self, u):
@@ -639,14 +653,13 @@ def check_headers(dataset, world):
     `prepare.py verify`.
     """
     sets, need = dataset.sets, max(dataset.crop, dataset.load_size)
+    used = [v for k, v in enumerate(sets.versions) if k == 0 or dataset.candidates[:, k].any()]
     if sets.packed:                                                               # decoded once: sizes are in its index
         for stem in dataset.stems:
-            sizes = {version: sets.packed.index[version][stem][:0:-1] for version in sets.versions}
-            for k, version in enumerate(sets.versions):
-                if k == 0 or dataset.candidates[:, k].any():
-                    check_size(sets.path(stem, version), sizes[version], sizes["original"], need)
+            sizes = {version: sets.packed.place(stem, version)[:0:-1] for version in used}
+            for version in used:
+                check_size(sets.path(stem, version), sizes[version], sizes["original"], need)
         return
-    used = [v for k, v in enumerate(sets.versions) if k == 0 or dataset.candidates[:, k].any()]
 
     def check(stem):
         sizes = {}
@@ -709,6 +722,36 @@ def batches(dataset, first, last, lanes, workers, pin_memory):
         yield batch
 
 
+def prefetch(batches, device):
+    """The same batches; on CUDA on the device, each copied on a stream of its own while the step before it computes.
+
+    `where` stays on the CPU, where it is read. An error met one batch ahead waits for its own step. On a CPU nothing is done ahead.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)
+
+    def fetch():
+        try:
+            batch = next(batches, None)
+        except (ValueError, OSError) as error:
+            return error
+        with torch.cuda.stream(side):
+            return batch and {name: t if name == "where" else t.to(device, non_blocking=True) for name, t in batch.items()}
+    coming = fetch()
+    while coming is not None:
+        batch = coming
+        if isinstance(batch, Exception):
+            raise batch
+        main = torch.cuda.current_stream(device)
+        main.wait_stream(side)                                                    # for this batch alone: the next is not yet on its way
+        for name in batch.keys() - {"where"}:
+            batch[name].record_stream(main)                                       # else its memory is given away while `main` still reads it
+        coming = fetch()
+        yield batch
+
+
 class TrainingPool:
     """HGGT's training-pair pool (spec 2.4): pairs wait a random number of steps, so that a batch mixes degradations.
 
@@ -730,13 +773,10 @@ class TrainingPool:
         fresh = tuple((t * 255).round().byte() if t.is_floating_point() else t for t in pair)
         if self.held is None:
             self.held = tuple(t.new_zeros((len(t), self.slots, *t.shape[1:])) for t in fresh)
-        rows = torch.arange(len(self.lanes))
-        if step <= self.slots:
-            slot = torch.full_like(rows, step - 1)
-            taken = fresh
-        else:
-            slot = torch.tensor([np.random.default_rng(self.seeds(step, lane, "pool")).integers(self.slots) for lane in self.lanes])
-            taken = tuple(held[rows, slot] for held in self.held)
+        filling = step <= self.slots
+        slot = [step - 1 if filling else np.random.default_rng(self.seeds(step, lane, "pool")).integers(self.slots) for lane in self.lanes]
+        rows, slot = runs.to_device(torch.tensor([range(len(slot)), slot]), self.held[0].device)
+        taken = fresh if filling else tuple(held[rows, slot] for held in self.held)
         for held, new in zip(self.held, fresh):
             held[rows, slot] = new
         return tuple(t.float() / 255 if p.is_floating_point() else t for t, p in zip(taken, pair))

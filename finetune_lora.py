@@ -129,7 +129,7 @@ import iqa
 import lora
 import quality
 import runs
-from train import FIXED as FIXED_TRAINING, adversarial_loss, chosen_by, learning_rate, make_pair, open_data, update_ema, validation_pair
+from train import FIXED as FIXED_TRAINING, adam, adversarial_loss, chosen_by, learning_rate, make_pair, open_data, restore, update_ema, validation_pair
 
 FIXED = (*FIXED_TRAINING, "gt_reward", "lambda_q", "tune", "rank", "alpha", "targets", "base_sha256")
 
@@ -250,22 +250,22 @@ def main(args):
             p.requires_grad_(True)
     raw_g = raw_g.to(device, memory_format=memory_g)
     ema = copy.deepcopy(raw_g).eval().requires_grad_(False)
-    opt_g = torch.optim.Adam(tuned, lr=args.lr, betas=(0.9, 0.99))                # HGGT
+    opt_g = adam(tuned, args.lr, args.fused_adam)
     vgg = archs.VGGFeatureLoss(args.vgg_weights).to(device, memory_format=memory) if args.lambda_p > 0 else None
     raw_d = None
     if args.lambda_a > 0:
         raw_d = archs.UNetDiscriminatorSN(args.d_features)
         archs.load_weights(raw_d, d_init)
         raw_d = raw_d.to(device, memory_format=memory)
-        opt_d = torch.optim.Adam(raw_d.parameters(), lr=args.lr, betas=(0.9, 0.99))
+        opt_d = adam(raw_d.parameters(), args.lr, args.fused_adam)
     state = run.checkpoint or {"pool": None, "meter": None, "picked": None, "lambda_q": args.lambda_q, "before": None, "after": None}
     if run.checkpoint:
         raw_g.load_state_dict(state["net_g"])
         ema.load_state_dict(state["ema"])
-        opt_g.load_state_dict(state["opt_g"])
+        restore(opt_g, state["opt_g"])
         if raw_d is not None:
             raw_d.load_state_dict(state["net_d"])
-            opt_d.load_state_dict(state["opt_d"])
+            restore(opt_d, state["opt_d"])
     weight_q, before, after = state["lambda_q"], state["before"], state["after"]             # validation of the base, the last one
     pool = data.TrainingPool(args.pool_size, args.batch_size, lanes, seeds, state["pool"], device)
     meter = runs.Meter(world, state["meter"])
@@ -273,6 +273,7 @@ def main(args):
     if state["picked"] and world.is_main:
         picked += torch.tensor(state["picked"], device=device)
     batches = data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda")
+    batches = data.prefetch(batches, device)
     if run.start_step < args.total_steps:
         batches = itertools.chain([next(batches)], batches)                       # a first batch that cannot be read leaves no folder
 

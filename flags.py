@@ -77,7 +77,7 @@ def add_training(p):
     g.add_argument("--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
     g.add_argument("--tau", type=RATE, help="softmax temperature in score units: default 10 for sma and smp (Sec. 8.1); with --atlas soft AMO, default arg max")
     g.add_argument("--atlas", nargs="+", default=[], metavar="FILE[=WEIGHT]",
-                   help="amo from tables of `prepare.py atlas` instead of online scoring, on their grid of crops; several are summed, and then not compared with --reward")
+                   help="amo from tables of `prepare.py atlas` instead of online scoring, on their grid of crops; several are summed, and --reward must be the same sum, or none")
     g.add_argument("--margin", type=WEIGHT, default=0.0, help="with --atlas: score by which an enhanced version must beat the original (CHOICE: 0, the paper's arg max)")
     g.add_argument("--include-original", action=onoff, default=True, help="is the original in A_I? (Eq. 4: yes; Sec. 4.2 once: no)")
     g.add_argument("--drop-without-positive", action=onoff, default=False,
@@ -112,6 +112,7 @@ def add_training(p):
     g.add_argument("--channels-last", action=onoff, default=True, help="memory format of the convolutional networks, so not of SwinIR")
     g.add_argument("--musiq", choices=list(FUSED), default="fused",
                    help="how MUSIQ scores crops: fused is musiq.py, equal to pyiqa's in 1e-5 and faster; fused-bf16 is close only; pyiqa its own code")
+    g.add_argument("--fused-adam", action=onoff, default=False, help="PyTorch's fused Adam: the same update, rounded otherwise (CHOICE: off, so that runs stay bitwise what they were)")
     g.add_argument("--compile", action=onoff, default=False, help="torch.compile generator and discriminator")
     g = p.add_argument_group("output")
     g.add_argument("--log-every", type=SIZE, default=100, help="steps between progress lines")

@@ -134,6 +134,11 @@ def start_world(device="auto", threads=0):
     return World(rank, size, torch.device(device))
 
 
+def to_device(tensor, device):
+    """Copy a CPU tensor to the device; through pinned memory, since a plain copy waits until the GPU has done all its work."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class StopSignal:
     """SIGTERM, SIGUSR1 (what Slurm sends before the time limit) and Ctrl-C ask for a clean stop; a second Ctrl-C stops at once."""
 
@@ -148,7 +153,7 @@ class StopSignal:
         self.received = True
 
     def requested(self, step):
-        """Has any process been told to stop? With several processes they agree every `every` steps (one tiny all-reduce)."""
+        """Has any process been told to stop? With several processes they agree every `every` steps (one tiny all-reduce, and on CUDA a sync)."""
         if self.world.size == 1:
             return self.received
         if step % self.every:

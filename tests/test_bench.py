@@ -37,7 +37,8 @@ def test_parts_and_whole_steps_of_a_training(quintuplets, tmp_path, capsys):
     assert all(ms >= 0 for ms in record["parts_ms"].values()) and record["flops"]["D"] > record["flops"]["D in G's loss"] > 0
     assert record["whole"]["ms"] > 0 and 0.2 < record["whole"]["memory"] < 8 and record["commit"] and str(quintuplets) in record["arguments"]
     said = capsys.readouterr().out
-    assert "| D |" in said and "images/s, waiting for data" in said
+    assert "| D |" in said and "images/s, waiting for data" in said and "with --fused-adam" in said
+    assert record["adam_ms"].keys() == {"plain", "fused"} and record["parts_ms"]["optimiser, EMA"] > record["adam_ms"]["plain"] > 0
     (tmp_path / "b.json").write_text(json.dumps(record | {"parts_ms": {k: v / 2 for k, v in record["parts_ms"].items()}, "device": "another"}))
     run("compare", tmp_path / "a.json", tmp_path / "b.json")
     said = capsys.readouterr().out

@@ -596,6 +596,77 @@ def test_error_in_a_worker_process_arrives_as_the_same_line(root, sets):
     assert said[0] == said[1] and "\n" not in said[0]
 
 
+def test_batches_are_fetched_one_ahead_on_a_stream_and_errors_wait_for_their_own_step(monkeypatch):
+    """With a stand-in for CUDA: batch n is awaited before n + 1 is fetched, which happens before n is used; `where` stays; a CPU fetches nothing ahead."""
+    log = []
+
+    class Image:
+        def __init__(self, step):
+            self.step = step
+
+        def to(self, device, non_blocking):
+            assert device.type == "cuda" and non_blocking
+            log.append(f"copy {self.step} on {streams[-1]}")
+            return self
+
+        def record_stream(self, stream):
+            log.append(f"{stream} keeps {self.step}")
+
+    class Stream(str):
+        def wait_stream(self, other):
+            log.append(f"{self} waits for {other}")
+
+    class use:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            streams.append(self.stream)
+
+        def __exit__(self, *error):
+            streams.pop()
+    streams = [Stream("main")]
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
+
+    def source():
+        for step in (1, 2):
+            yield {"original": Image(step), "where": f"where {step}"}
+        raise ValueError("3.png: damaged image")
+    on_gpu = data.prefetch(source(), torch.device("cuda"))
+    for step in (1, 2):
+        batch = next(on_gpu)
+        assert batch["original"].step == step and batch["where"] == f"where {step}"
+        log.append(f"step {step}")
+    with pytest.raises(ValueError, match="3.png"):
+        next(on_gpu)
+    assert log == ["copy 1 on side", "main waits for side", "main keeps 1", "copy 2 on side", "step 1", "main waits for side", "main keeps 2", "step 2"]
+    assert len(list(data.prefetch(iter([{"original": Image(1), "where": 0}] * 3), torch.device("cuda")))) == 3
+
+    left = iter([{"n": n} for n in range(4)])
+    on_cpu = data.prefetch(left, torch.device("cpu"))
+    assert next(on_cpu) == {"n": 0} and next(left) == {"n": 1} and [b["n"] for b in on_cpu] == [2, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_fetched_ahead_are_those_of_the_loader(sets, workers):
+    plain_batches = list(data.batches(plain(sets), 1, 40, range(4), workers, True))
+    device, count = torch.device("cuda"), 0
+    busy = torch.rand(2000, 2000, device=device)
+    for batch, expected in zip(data.prefetch(data.batches(plain(sets), 1, 40, range(4), workers, True), device), plain_batches, strict=True):
+        for _ in range(20):
+            busy = busy @ busy / 1000                                             # work that the next copy overtakes
+        again = {name: t.clone() for name, t in batch.items()}                    # read by the main stream, late
+        batch = None                                                              # its memory may be given away only after that
+        assert again["original"].is_cuda and not again["where"].is_cuda
+        assert again.keys() == expected.keys() and all(torch.equal(again[k].cpu(), expected[k]) for k in expected)
+        count += 1
+    assert count == 40
+
+
 def test_saved_images_are_read_back(tmp_path):
     image = coordinates(12, 20, 3)
     data.save_image(tmp_path / "new/folder/a.png", image)

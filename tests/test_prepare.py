@@ -333,6 +333,13 @@ def test_margin_temperature_and_sums_of_atlases(quintuplets, rewards, tmp_path):
     assert np.abs(np.array([soft.count(v) for v in sets.versions]) / 100 - weights / weights.sum()).max() < 0.12 and len(set(soft)) == 5
     files = [str(root / "atlas/test_rewards_brightness-32-16.npy"), f"{tmp_path / 'dark.npy'}=0.5"]
     assert [w for _, w in data.Atlas.open_all(files, sets, 32)] == [1.0, 0.5]
+    data.Atlas.open_all(files, sets, 32, iqa.create_reward(["test_rewards:brightness=-0.5"]))                      # 1 - 0.5 * 3
+    call("atlas", root, "--reward", "ranker", "--crop", 32, "--stride", 16, "--device", "cpu", "--out", tmp_path / "ranker.npy")
+    mixed = [files[0] + "=2", f"{tmp_path / 'ranker.npy'}=0.5"]
+    data.Atlas.open_all(mixed, sets, 32, iqa.create_reward(["ranker=0.5", "test_rewards:brightness=2"]))
+    for other in (["ranker=0.5"], ["ranker", "test_rewards:brightness=2"]):
+        with pytest.raises(ValueError, match=r"the sum of test_rewards:brightness=2 \(\w+\) ranker=0.5 \(\w+\), but --reward is ranker=.*: name the same sum, or none"):
+            data.Atlas.open_all(mixed, sets, 32, iqa.create_reward(other))
     with pytest.raises(ValueError, match="--atlas .*=much: write FILE or FILE=WEIGHT"):
         data.Atlas.open_all([files[0] + "=much"], sets, 32)
 
@@ -464,3 +471,15 @@ def test_packed_images_of_one_size_and_other_bytes_are_noticed_and_packed_again(
         with pytest.raises(ValueError, match="Train.json: damaged"):
             data.find_sets(root, "Train")
         index.write_text(whole)
+
+
+def test_what_a_packed_set_costs_is_linear_in_its_size():
+    """tests/large_sets.py in small: sizes are checked without a look at all sets for every set, and an image's place is a few bytes, not an object."""
+    import large_sets
+    looked = []
+    any_of = torch.Tensor.any
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "any", lambda self, *a: looked.append(self.shape) or any_of(self, *a))
+        found = large_sets.measure(400, samples=3)
+    assert sum(shape == (400,) for shape in looked) <= 5 and found["sample, ms"] > 0
+    assert found["index of packed, MB"] * 2 ** 20 < 400 * 250

@@ -377,6 +377,24 @@ def test_a_signal_to_the_process_group_saves_and_resume_ends_as_undisturbed(quin
     assert all(equal(a[k], b[k]) for k in a if k != "args")
 
 
+def test_fused_adam_makes_the_same_update_and_resumes_bitwise_and_from_the_other(quintuplets, init, rewards, tmp_path):
+    """Equal up to rounding, not bitwise; a checkpoint goes on with the kind that the new command names."""
+    run = lambda name, steps, *more: train.main(train.parse_args([*flags(quintuplets, init, tmp_path / name, total_steps=steps), *more]))
+    run("whole", 4, "--fused-adam")
+    run("run", 2, "--fused-adam")
+    run("run", 4, "--fused-adam", "--resume")
+    run("plain", 2)
+    shutil.copytree(tmp_path / "plain", tmp_path / "changed")
+    run("plain", 4, "--resume")
+    run("changed", 4, "--fused-adam", "--resume")
+    whole, resumed, plain, changed = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("whole", "run", "plain", "changed"))
+    assert all(equal(whole[k], resumed[k]) for k in whole if k != "args")
+    assert [state[opt]["param_groups"][0]["fused"] for state in (whole, plain, changed) for opt in ("opt_g", "opt_d")] == [True, True, None, None, True, True]
+    for other in (whole, changed):
+        assert all(torch.allclose(other[net][k], v, atol=1e-5) for net in ("net_g", "net_d") for k, v in plain[net].items()) and not equal(other["net_d"], plain["net_d"])
+    assert "fused_adam False -> True" in (tmp_path / "changed" / "log.txt").read_text()
+
+
 def test_a_non_finite_loss_names_term_step_and_samples_and_saves_nothing(quintuplets, init, rewards, tmp_path):
     with pytest.raises(FloatingPointError, match=r"(pix|adv|D_real|D_fake) is not finite at step [23]; .*Samples: photo\d-\d+-0, photo"):
         train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=5, lr="1e30")))
