@@ -73,6 +73,7 @@ def parse_args(argv=None):
     c.add_argument("--noise", type=flags.WEIGHT, default=6.0, help="grey levels (CHOICE)")
     c.add_argument("--jpeg", type=flags.number(float, 1, 100), default=27.0, help="quality (CHOICE: below pre-training's 30)")
     c.add_argument("--seed", type=flags.COUNT, default=0, help="of the noise")
+    c.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
 
     command = next((word for word in words if word in stages), None)
     if command and "--demo" in words:
@@ -121,7 +122,7 @@ def add_training(c, stage):
     if first:
         g.add_argument("--hr", type=Path, default=Path("datasets/DIV2K_train_HR"), metavar="DIR", help="sharp photos (PAPER: DIV2K's training images)")
         g.add_argument("--val-photos", type=flags.SIZE, default=8, help="photos held out for the checks (CHOICE)")
-        g.add_argument("--degradation", choices=["one-round", "two-round", "realesrgan"], default="realesrgan", help="preset of degradations.py (PAPER: second order)")
+        g.add_argument("--degradation", choices=["one-round", "two-round", "realesrgan", "blur"], default="realesrgan", help="preset of degradations.py (PAPER: second order)")
         g.add_argument("--load-size", type=flags.SIZE, default=400, help="window of the photo that is degraded, in HR pixels (Real-ESRGAN)")
         g.add_argument("--group-size", type=flags.SIZE, default=4, help="samples that share a group's draws, see degradations.py (CHOICE)")
     else:
@@ -156,12 +157,14 @@ def add_training(c, stage):
         g.add_argument("--far-path", choices=["both", "im", "cl"], default="both", help="where FAR's gradient goes: both encoders (INFERRED), or one")
         g.add_argument("--hf", action=ONOFF, default=True, help="weight L_rec by the LR image's high frequencies (LWAY)")
     g.add_argument("--percep", type=flags.WEIGHT, default=1.0, help="weight of the perceptual part of L_rec (CHOICE, not published)")
-    g.add_argument("--n-std", type=flags.WEIGHT, default=1.0, help="of the controller's noise n (PAPER: 1)")
+    g.add_argument("--n-std", type=flags.WEIGHT, default=1.0 if first else None, help="of the controller's noise n (PAPER: 1" + (")" if first else "); default as in pre-training"))
     g = c.add_argument_group("optimisation")
     g.add_argument("--total-steps", type=flags.SIZE, default=500_000 if first else 300, help="PAPER: 500,000" if first else "PAPER: 300 to 600")
     g.add_argument("--batch-size", type=flags.SIZE, default=16 if first else 8, help="patches per step, summed over processes (CHOICE, not published)")
     if first:
         g.add_argument("--lr", type=flags.RATE, default=2e-4, help="falls to 0 as a cosine (PAPER)")
+        g.add_argument("--encoder-from", type=flags.COUNT, default=0, metavar="STEP", help="the degradation encoder stays as initialised until then (CHOICE: 0; short runs at a high rate "
+                       "lose it otherwise, see README)")
     else:
         g.add_argument("--lr", type=flags.RATE, help="default 2e-6 for SwinIR, 5e-6 for convolutional networks (PAPER: from 2e-6 to 5e-6, by architecture)")
         g.add_argument("--clip-grad", type=flags.WEIGHT, default=1.0, help="largest gradient norm; 0: none (CHOICE)")
@@ -257,6 +260,7 @@ def domain(args):
         raise ValueError(f"--out {args.out}: exists; remove it to make it again")
     photos = data.find_photos(args.hr)
     runs.check_writable(args.out, "--out")
+    runs.start_world("cpu", args.threads)
     work = args.out.with_name(args.out.name + ".tmp")
     kernel = degradations.gaussian_kernel(21, *args.blur, math.radians(args.angle))
     for stem in photos.stems:

@@ -92,6 +92,7 @@ def open_reconstruction(args):
         raise ValueError(f"--far: {file} was trained without; selfsup.py pretrain --far makes one with it")
     for name in ("distance", "vgg_stages", "far_enc", "far_layer", "offdiag"):
         setattr(args, name, settings[name])
+    args.n_std = settings["n_std"] if args.n_std is None else args.n_std
     args.rec_hash = lora.base_hash(net)
     return net, settings
 

@@ -20,7 +20,7 @@ import runs
 from train import make_pair, update_ema
 
 FIXED = ("arch", "s_rule", "far", "far_enc", "far_layer", "offdiag", "distance", "vgg_stages", "percep", "degradation", "patch", "load_size", "batch_size", "group_size",
-         "width", "blocks", "dim", "lambda_pt", "total_steps", "lr", "seed", "n_std", "samples")
+         "width", "blocks", "dim", "lambda_pt", "total_steps", "lr", "encoder_from", "seed", "n_std", "samples")
 
 
 def begin(args):
@@ -97,7 +97,8 @@ def pretrain(args):
     sizes = {"width": args.width, "blocks": args.blocks, "dim": args.dim, "image_encoder": args.arch == "hra", "far_channels": encoder.channels if args.far else 0}
     raw = rec.Reconstruction(**sizes).to(device)
     ema = copy.deepcopy(raw).eval().requires_grad_(False)
-    opt = torch.optim.Adam(raw.parameters(), lr=args.lr, betas=(0.9, 0.999))      # PAPER
+    opt = torch.optim.Adam([{"params": part} for part in (raw.e_deg.parameters(), [p for name, p in raw.named_parameters() if not name.startswith("e_deg.")])],
+                           lr=args.lr, betas=(0.9, 0.999))                        # PAPER
     state = run.checkpoint or {"meter": None, "balance": torch.zeros(2)}
     if run.checkpoint:
         raw.load_state_dict(state["net"])
@@ -124,7 +125,7 @@ def pretrain(args):
         with meter.waiting():
             batch = next(batches)
         lr = args.lr * (1 + math.cos(math.pi * step / args.total_steps)) / 2
-        opt.param_groups[0]["lr"] = lr
+        opt.param_groups[0]["lr"], opt.param_groups[1]["lr"] = lr * (step > args.encoder_from), lr
         lq, hr = draw(step, lanes, batch)
         d = rec.hqi_distance(hqi, lq, hr) if args.s_rule != "one" else None
         noise = rec.noise_maps(raw, [seeds(step, lane, "noise") for lane in lanes], lq.shape[2:], device)
