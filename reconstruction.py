@@ -36,8 +36,7 @@ class ResidualBlock(nn.Module):
 class DegradationEncoder(nn.Module):
     """E_deg: (B, 3, h, w) -> (B, dim), what was done to this image. PAPER: 16 residual blocks, 512 numbers; CHOICE: the rest.
 
-    He's initialisation, so that embeddings differ between images from the start: their standard deviation over images was .34 after 1200 steps, and .004
-    with PyTorch's default, where R learned to do without (16 channels, LWay, seed 0, one run each).
+    He's initialisation, so that embeddings differ between images from the start: with PyTorch's they hardly do, and R learns to do without (tests/selfsup_choices.py).
     """
 
     def __init__(self, width=64, blocks=16, dim=512):
@@ -113,8 +112,8 @@ class ModulatedBlock(nn.Module):
 class Reconstructor(nn.Module):
     """R: image features (B, channels, 4h, 4w) and embedding (B, dim) -> (B, 3, h, w). PAPER: SRResNet and StyleGAN2 combined; CHOICE: the rest.
 
-    Where the factor of four goes is not published: here two convolutions of stride 2 come first. The blocks are bridged as SRResNet's are: after 200 steps
-    L1 was .049 with the bridge and .08 without (16 channels, seed 0, one run each). noise: (B, blocks, h, w) normal, or None for none.
+    Where the factor of four goes is not published: here two convolutions of stride 2 come first. The blocks are bridged as SRResNet's are, or R
+    learns much more slowly (tests/selfsup_choices.py). noise: (B, blocks, h, w) normal, or None for none.
     """
 
     def __init__(self, channels=64, width=64, blocks=4, dim=512):

@@ -234,6 +234,7 @@ def complete(p, args):
 ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
 
 import math
+import shutil
 from functools import partial
 
 import torch.nn.functional as F
@@ -262,6 +263,7 @@ def domain(args):
     runs.check_writable(args.out, "--out")
     runs.start_world("cpu", args.threads)
     work = args.out.with_name(args.out.name + ".tmp")
+    shutil.rmtree(work, ignore_errors=True)                                       # of a call that was killed
     kernel = degradations.gaussian_kernel(21, *args.blur, math.radians(args.angle))
     for stem in photos.stems:
         gt = data.cut_to_x4(data.load_image(photos.path(stem)))[None].float() / 255
@@ -277,7 +279,7 @@ def domain(args):
 
 def main(args):
     if args.all:
-        for command in ("domain", "pretrain", "finetune", "eval", "probe"):
+        for command in (["domain"] if not DEMO_SET.exists() else []) + ["pretrain", "finetune", "eval", "probe"]:
             print(f"\n# selfsup.py {command} --demo", flush=True)
             main(parse_args([command, "--demo", *(["--resume", "auto"] if command in ("pretrain", "finetune") else [])]))
     elif args.command == "pretrain":

@@ -66,7 +66,7 @@ def check(net, patches, judge, items, metrics, tile, world, colours=None):
         lq, gt = (path and data.load_image(path)[None].to(world.device).float() / 255 for path in paths)
         whole = degradations.to_8bit(archs.upscale_tiled(net, lq, tile=tile))
         sums += torch.stack([metric(whole, gt).double().mean() for metric in metrics.values()]).to(sums)
-    return values | dict(zip(metrics, (world.reduce(sums) / len(items)).tolist())), now
+    return values | (dict(zip(metrics, (world.reduce(sums) / len(items)).tolist())) if metrics else {}), now
 
 
 def warnings(first, last):
@@ -138,6 +138,8 @@ def adapt(args, world, seeds, autocast, judge, sets, gts, out):
     base, info = archs.load_x4(args.sr, "--sr", args.weights_key, args.pad_mode)
     args.sr_hash, args.lr = lora.base_hash(base), args.lr or (2e-6 if info["arch"] == "swinir" else 5e-6)
     run = runs.Run(out, vars(args), world, args.resume, FIXED, args.tensorboard)
+    if run.start_step > args.total_steps:
+        raise ValueError(f"--total-steps {args.total_steps}: {out} is already at step {run.start_step}")
     checked = sets
     if args.hold_out:
         sets, checked = sets.hold_out(args.hold_out, seeds(0, 0, "hold-out"))
@@ -167,14 +169,14 @@ def adapt(args, world, seeds, autocast, judge, sets, gts, out):
         raw.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
         opt.load_state_dict(state["opt"])
-        first, colours, weight, judge.shift, best, finished = (state[name] for name in ("first", "colours", "weight", "shift", "best", "finished"))
+        first, colours, weight, judge.shift, best, ended = (state[name] for name in ("first", "colours", "weight", "shift", "best", "ended"))
         colours = colours.to(device)
     else:
         judge.shift = (judge.shift[0], check(ema, patches, judge, [], {}, args.tile, world)[0]["d"])          # what "shifted" looks at
         weight = gradient_ratio(judge, ema, draw, world) if args.far and args.lambda_ft == "auto" else args.lambda_ft
-        (first, colours), best, finished = look(ema, None), None, False
+        (first, colours), best, ended = look(ema, None), None, False
     meter = runs.Meter(world, state and state["meter"])
-    batches = data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda")
+    batches = data.prefetch(data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda"), device)
     if run.start_step < args.total_steps:
         batches = itertools.chain([next(batches)], batches)                       # a first batch that cannot be read leaves no folder
     run.open()
@@ -192,13 +194,12 @@ def adapt(args, world, seeds, autocast, judge, sets, gts, out):
     def save(step):
         meter.check_finite(lambda s: ", ".join(dataset.names(s)))
         run.save(step, {"net": raw.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "meter": meter.state_dict(), "first": first, "colours": colours.cpu(),
-                        "weight": weight, "shift": judge.shift, "best": best, "finished": finished})
+                        "weight": weight, "shift": judge.shift, "best": best, "ended": ended})
 
     stop = runs.StopSignal(world)
-    if finished:
+    if ended or run.start_step == args.total_steps:
         run.say(f"nothing to do: {out} is finished; remove it to adapt again")
-        args.total_steps = run.start_step
-    for step in range(run.start_step + 1, args.total_steps + 1):
+    for step in range(run.start_step + 1, args.total_steps + 1) if not ended else ():
         with meter.waiting():
             batch = next(batches)
         lq, noise = draw(step, batch)
@@ -223,15 +224,15 @@ def adapt(args, world, seeds, autocast, judge, sets, gts, out):
             value = now.get({"far": "far", "val-gt": "distance"}.get(args.stop))
             if value is not None and (best is None or value < best["value"]):
                 best = {"value": value, "step": step, **{name: {k: v.cpu().clone() for k, v in one.state_dict().items()} for name, one in (("net", raw), ("ema", ema))}}
-            finished = best is not None and step - best["step"] >= args.patience
-        finished, stopping = finished or step == args.total_steps, stop.requested(step)
-        if due(args, step, args.save_every) or stopping or finished:
+            ended = best is not None and step - best["step"] >= args.patience
+        stopping = stop.requested(step)
+        if due(args, step, args.save_every) or stopping or ended:
             save(step)
-        if stopping and not finished:
+        if ended:
+            break
+        if stopping and step < args.total_steps:
             run.say(f"stopped by a signal at step {step}; continue with --resume")
             return None
-        if finished:
-            break
     if best is not None:
         raw.load_state_dict(best["net"])
         ema.load_state_dict(best["ema"])

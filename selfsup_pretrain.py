@@ -105,7 +105,7 @@ def pretrain(args):
         ema.load_state_dict(state["ema"])
         opt.load_state_dict(state["opt"])
     meter, balance = runs.Meter(world, state["meter"]), state["balance"].to(device)         # sums of L_rec and FAR over the first 100 steps
-    batches = data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda")
+    batches = data.prefetch(data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda"), device)
     if run.start_step < args.total_steps:
         batches = itertools.chain([next(batches)], batches)                       # a first batch that cannot be read leaves no folder
     run.open()
@@ -158,12 +158,13 @@ def pretrain(args):
                     if not better(values[m], values[f"{m}_{name}"])]
             run.say(f"step {step:07d} held out: " + " ".join(f"{k} {v:.4g}" for k, v in values.items()) + "".join(f"; WARNING, {text}" for text in weak))
             run.event(step, "val", **values)
-            if step == args.total_steps and world.is_main:
-                settings = {"sizes": sizes, "s_rule": args.s_rule, "far_enc": args.far_enc if args.far else None, "far_layer": args.far_layer, "offdiag": args.offdiag, "distance": args.distance,
-                            "degradation": args.degradation, "patch": args.patch, "load_size": args.load_size, "vgg_stages": args.vgg_stages, "n_std": args.n_std, "mean_d": values["d"], "lambda_pt": (balance[0] / balance[1]).item() if args.lambda_pt == "auto" and args.far else args.lambda_pt}
-                content = {"params_ema": ema.state_dict(), "params": raw.state_dict(), "settings": settings}
-                runs.write_atomic(args.out / "weights" / "rec.pth", lambda t: torch.save(content, t))
-                run.say(f"done: {args.out / 'weights' / 'rec.pth'}")
         if stopping and step < args.total_steps:
             run.say(f"stopped by a signal at step {step}; continue with --resume")
             return
+    file = args.out / "weights" / "rec.pth"
+    if world.is_main and not file.exists():
+        frozen = (balance[0] / balance[1]).item() if args.far and args.lambda_pt == "auto" else args.lambda_pt
+        settings = {"sizes": sizes, "lambda_pt": frozen, "far_enc": args.far_enc if args.far else None, "mean_d": check_pretraining(ema, held_out, distance, hqi, encoder, args)["d"],
+                    **{name: getattr(args, name) for name in ("s_rule", "far_layer", "offdiag", "distance", "vgg_stages", "degradation", "patch", "load_size", "n_std")}}
+        runs.write_atomic(file, lambda t: torch.save({"params_ema": ema.state_dict(), "params": raw.state_dict(), "settings": settings}, t))
+        run.say(f"done: {file}")

@@ -388,6 +388,27 @@ def test_pretrain_resumes_bitwise(photos, tmp_path):
     assert all(torch.equal(one["params_ema"][k], other["params_ema"][k]) for k in one["params"]) and one["settings"] == other["settings"]
 
 
+def test_killed_between_checkpoint_and_weights(photos, tmp_path):
+    """The last step is saved before the weights are written: a resumed run writes them."""
+    words = ["pretrain", "--hr", str(photos / "gt"), *TINY, "--total-steps", "2", "--out", str(tmp_path / "out")]
+    selfsup.main(selfsup.parse_args(words))
+    file = tmp_path / "out" / "weights" / "rec.pth"
+    before = torch.load(file, weights_only=True)
+    file.unlink()
+    selfsup.main(selfsup.parse_args([*words, "--resume"]))
+    after = torch.load(file, weights_only=True)
+    assert before["settings"] == after["settings"] and all(torch.equal(before["params_ema"][k], after["params_ema"][k]) for k in before["params_ema"])
+
+
+def test_finetune_goes_on_to_more_steps(photos, trained, tmp_path):
+    tune(photos, trained / "method", tmp_path / "out")
+    more = tune(photos, trained / "method", tmp_path / "out", "--total-steps", "6", "--resume")
+    whole = tune(photos, trained / "method", tmp_path / "whole", "--total-steps", "6")
+    assert all(torch.equal(more["params"][k], whole["params"][k]) for k in whole["params"])
+    with pytest.raises(ValueError, match="already at step 6"):
+        tune(photos, trained / "method", tmp_path / "out", "--resume")
+
+
 def test_weight_of_far_is_frozen_after_the_first_steps(trained):
     last = torch.load(trained / "method" / "ckpt" / "last.pt", weights_only=True)
     assert rec.load_reconstruction(trained / "method" / "weights" / "rec.pth")[1]["lambda_pt"] == pytest.approx((last["balance"][0] / last["balance"][1]).item())
