@@ -25,8 +25,8 @@ SHARED = Path("../shared/data")
 STAGES = ("data", "pretrain", "probe", "finetune", "real", "report")
 PRETRAIN = {"LWay": "--arch lway", "baseline": "--s-rule one --no-far", "controller": "--no-far", "FAR": "--s-rule one", "both": ""}
 FINETUNE = {name: (name, "") for name in PRETRAIN} | {"flipped": ("both", "--s-rule flip")}                      # (network, switches)
-COMMON = """--patch 32 --load-size 160 --degradation blur --batch-size 4 --group-size 2 --val-photos 6 --width 16 --blocks 3 2 4 --distance vgg --vgg-stages 2
---far-enc vgg --n-std 0.1 --total-steps 2000 --lr 1e-3 --encoder-from 500 --ema-decay 0.99 --workers 0 --log-every 200 --save-every 200 --val-every 1000"""
+COMMON = """--patch 32 --load-size 160 --degradation blur --batch-size 4 --group-size 2 --val-photos 6 --deg-enc bands --width 16 --blocks 3 2 4 --distance vgg --vgg-stages 2
+--far-enc vgg --n-std 0.1 --total-steps 2000 --lr 1e-3 --ema-decay 0.99 --workers 0 --log-every 200 --save-every 200 --val-every 1000"""
 TUNE = "--patch 32 --batch-size 4 --total-steps 150 --lr 2e-5 --ema-decay 0.98 --workers 0 --log-every 50 --save-every 50 --val-every 50"
 METRICS = ("psnr", "ssim", "vgg", "niqe", "brisque", "cnniqa_live:build")
 

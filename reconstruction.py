@@ -62,6 +62,26 @@ class DegradationEncoder(nn.Module):
         return self.head[-1](x)
 
 
+class BandEncoder(nn.Module):
+    """E_deg for short pre-training (CHOICE, nobody's): (B, 3, h, w) -> (B, dim) from the logarithms of how strong first and second differences of the grey image
+    are at three scales, twelve numbers that tell blur and noise. What the convolutional encoder takes many thousand steps to find (tests/selfsup_choices.py)."""
+
+    def __init__(self, dim=512, width=128):
+        super().__init__()
+        self.head = nn.ModuleList(nn.Linear(a, b) for a, b in ((12, width), (width, width), (width, dim)))
+
+    def forward(self, lq):
+        x, strengths = lq.float().mean(1, keepdim=True), []
+        for _ in range(3):
+            first = x.diff(dim=2), x.diff(dim=3)
+            strengths += [(d.square().mean((1, 2, 3)) + 1e-6).log() for d in (*first, first[0].diff(dim=2), first[1].diff(dim=3))]
+            x = F.avg_pool2d(x, 2)
+        x = (torch.stack(strengths, 1) + 6) / 2                                   # about zero mean and unit variance for photos
+        for layer in self.head[:-1]:
+            x = lrelu(layer(x))
+        return self.head[-1](x)
+
+
 class ImageEncoder(nn.Module):
     """E_img: (B, 3, H, W) -> (B, width, H, W). PAPER: six residual blocks of 64 channels that keep the resolution."""
 
@@ -136,15 +156,16 @@ class Reconstruction(nn.Module):
     """E_deg, E_img, R, and the two linear layers of FAR: everything that pre-training learns (Eq. 4, 11).
 
     width: channels of all three networks; blocks: residual blocks of E_deg, E_img and R; image_encoder=False: R sees the HR image itself (LWAY).
+    bands: BandEncoder for E_deg.
     far_channels: channels of the established encoder's features, 0 for no FAR. offdiag, path: see forward.
     """
 
-    def __init__(self, width=64, blocks=(16, 6, 4), dim=512, image_encoder=True, far_channels=0):
+    def __init__(self, width=64, blocks=(16, 6, 4), dim=512, image_encoder=True, far_channels=0, bands=False):
         super().__init__()
         if far_channels and not image_encoder:
             raise ValueError("FAR aligns the image encoder's features, and LWay has none")
         self.dim, self.noise_maps = dim, blocks[2]
-        self.e_deg = DegradationEncoder(width, blocks[0], dim)
+        self.e_deg = BandEncoder(dim) if bands else DegradationEncoder(width, blocks[0], dim)
         self.e_img = ImageEncoder(width, blocks[1]) if image_encoder else nn.Identity()
         self.r = Reconstructor(width if image_encoder else 3, width, blocks[2], dim)
         if far_channels:

@@ -27,10 +27,10 @@ ONOFF = argparse.BooleanOptionalAction
 DEMO_SET = Path("datasets/demo-domain")
 DEMO = {  # CHOICE: what ends within three minutes on two cores
     "domain": dict(hr=Path("datasets/demo/Test/GT/demo/untouched"), out=DEMO_SET),
-    "pretrain": dict(hr=Path("datasets/demo"), out=Path("runs/rec-demo"), patch=16, load_size=96, degradation="two-round", batch_size=4, group_size=2, val_photos=1, width=8, blocks=[2, 2, 2],
-                     dim=64, distance="proxy", far_enc="rand", total_steps=400, lr=2e-3, ema_decay=0.97, log_every=100, save_every=200, val_every=200, workers=0, threads=1),
+    "pretrain": dict(hr=Path("datasets/demo"), out=Path("runs/rec-demo"), patch=16, load_size=96, degradation="blur", batch_size=4, group_size=2, val_photos=1, width=8, blocks=[2, 2, 2],
+                     dim=64, deg_enc="bands", distance="proxy", far_enc="rand", total_steps=1000, lr=2e-3, ema_decay=0.97, log_every=250, save_every=250, val_every=500, workers=0, threads=1),
     "finetune": dict(rec=Path("runs/rec-demo"), sr=Path("runs/compact-small-psnr"), out=Path("runs/selfsup-demo"), lr_dir=DEMO_SET / "lq", gt_dir=DEMO_SET / "gt", patch=16,
-                     batch_size=4, lr=2e-4, total_steps=60, ema_decay=0.9, log_every=20, save_every=30, val_every=30, watch=["piqe"], workers=0, threads=1),
+                     batch_size=4, lr=5e-5, total_steps=60, ema_decay=0.9, log_every=20, save_every=30, val_every=30, watch=["piqe"], workers=0, threads=1),
     "eval": dict(weights=[Path("runs/compact-small-psnr"), Path("runs/selfsup-demo")], lr_dir=DEMO_SET / "lq", gt_dir=DEMO_SET / "gt"),
     "probe": dict(figure="fig8", rec=[Path("runs/rec-demo")], hr=Path("datasets/demo/Test/GT/demo/untouched"), out=Path("runs/selfsup-demo-fig8"), crops=8),
 }
@@ -139,6 +139,7 @@ def add_training(c, stage):
     if first:
         g = c.add_argument_group("networks")
         g.add_argument("--arch", choices=["hra", "lway"], default="hra", help="lway: no image encoder, and by default no controller and no FAR")
+        g.add_argument("--deg-enc", choices=["conv", "bands"], default="conv", help="degradation encoder: convolutions (PAPER), or strengths of frequency bands, for short runs (CHOICE)")
         g.add_argument("--width", type=flags.SIZE, default=64, help="channels (PAPER, of the image encoder)")
         g.add_argument("--blocks", type=flags.SIZE, nargs=3, default=[16, 6, 4], metavar="N", help="of degradation encoder, image encoder (PAPER: 16, 6) and reconstructor (CHOICE)")
         g.add_argument("--dim", type=flags.SIZE, default=512, help="length of the embedding (PAPER; LWAY: 2048 may help)")

@@ -19,7 +19,7 @@ import reconstruction as rec
 import runs
 from train import make_pair, update_ema
 
-FIXED = ("arch", "s_rule", "far", "far_enc", "far_layer", "offdiag", "distance", "vgg_stages", "percep", "degradation", "patch", "load_size", "batch_size", "group_size",
+FIXED = ("arch", "deg_enc", "s_rule", "far", "far_enc", "far_layer", "offdiag", "distance", "vgg_stages", "percep", "degradation", "patch", "load_size", "batch_size", "group_size",
          "width", "blocks", "dim", "lambda_pt", "total_steps", "lr", "encoder_from", "seed", "n_std", "samples")
 
 
@@ -94,7 +94,7 @@ def pretrain(args):
     held_out = [draw(1, range(k, k + 8)) for k in range(0, 32, 8)]
 
     torch.manual_seed(args.seed)                                                  # initial weights; nothing else uses this state
-    sizes = {"width": args.width, "blocks": args.blocks, "dim": args.dim, "image_encoder": args.arch == "hra", "far_channels": encoder.channels if args.far else 0}
+    sizes = {"width": args.width, "blocks": args.blocks, "dim": args.dim, "image_encoder": args.arch == "hra", "far_channels": encoder.channels if args.far else 0, "bands": args.deg_enc == "bands"}
     raw = rec.Reconstruction(**sizes).to(device)
     ema = copy.deepcopy(raw).eval().requires_grad_(False)
     opt = torch.optim.Adam([{"params": part} for part in (raw.e_deg.parameters(), [p for name, p in raw.named_parameters() if not name.startswith("e_deg.")])],

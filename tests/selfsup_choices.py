@@ -60,13 +60,14 @@ def without_bridge(net):
     net.r.forward = forward
 
 
-ROWS = {"as it is, encoder from step 1/4 on": (None, 0.25), "as it is, encoder from the start": (None, 0.0), "PyTorch's initialisation, from the start": (plain_initialisation, 0.0),
-        "no bridge in R, encoder from step 1/4 on": (without_bridge, 0.25)}
+ROWS = {  # change, from which share of the steps the encoder is trained, bands
+    "conv": (None, 0.0, False), "conv, from step 1/4 on": (None, 0.25, False), "conv, PyTorch's initialisation": (plain_initialisation, 0.0, False),
+    "bands": (None, 0.0, True), "bands, no bridge in R": (without_bridge, 0.0, True)}
 
 
-def train(change, encoder_from, seed, steps, lq, hr, held_lq, held_hr):
+def train(change, encoder_from, bands, seed, steps, lq, hr, held_lq, held_hr):
     torch.manual_seed(seed)
-    net = rec.Reconstruction(16, (3, 2, 4), 512, image_encoder=False)
+    net = rec.Reconstruction(16, (3, 2, 4), 512, image_encoder=False, bands=bands)
     if change:
         change(net)
     encoder, others = list(net.e_deg.parameters()), list(net.r.parameters())

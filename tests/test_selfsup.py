@@ -94,6 +94,20 @@ def test_embeddings_differ_from_the_start():
     assert rec.DegradationEncoder(16, 3, 64)(lq).std(0).mean() > 0.05
 
 
+@pytest.mark.fast
+def test_band_encoder_tells_blur_and_noise():
+    """Its inputs order blurs and noises of one photo; its embedding differs between them from the start, more than between places of one photo."""
+    from skimage.data import astronaut
+    photo = torch.from_numpy(astronaut()[:256, :256].copy()).permute(2, 0, 1)[None].float() / 255
+    torch.manual_seed(0)
+    encoder = rec.BandEncoder(16)
+    embed = lambda image: encoder(torch.cat([image[..., y:y + 64, x:x + 64] for y in (0, 64, 128) for x in (64, 128)]))
+    same, blurred = embed(photo), embed(degradations.blur(photo, degradations.gaussian_kernel(21, 3.0)))
+    noisy = embed(degradations.add_gaussian_noise(photo, 20.0, torch.randn(photo.shape)))
+    spread = same.std(0).mean()
+    assert (blurred - same).mean(0).abs().mean() > spread and (noisy - same).mean(0).abs().mean() > 0.5 * spread
+
+
 # Controller
 
 @pytest.mark.fast
@@ -344,7 +358,7 @@ def photos(tmp_path_factory):
 def trained(photos, tmp_path_factory):
     """Run folders of pretrain: method, plain (no controller, no FAR), lway."""
     root = tmp_path_factory.mktemp("rec")
-    for name, words in (("method", []), ("plain", ["--s-rule", "one", "--no-far"]), ("lway", ["--arch", "lway"])):
+    for name, words in (("method", []), ("plain", ["--s-rule", "one", "--no-far"]), ("lway", ["--arch", "lway"]), ("bands", ["--deg-enc", "bands"])):
         selfsup.main(selfsup.parse_args(["pretrain", "--hr", str(photos / "gt"), "--out", str(root / name), *TINY, "--total-steps", "3", *words]))
     return root
 
@@ -447,12 +461,12 @@ def test_ema_formula():
 
 
 @pytest.mark.parametrize("name, words", [("plain", []), ("lway", []), ("method", ["--s-rule", "flip"]), ("method", ["--s-rule", "shifted"]), ("method", ["--no-far"]), ("method", ["--no-hf"]),
-                                         ("method", ["--stop", "far", "--patience", "2"]), ("method", ["--hold-out", "1"])])
+                                         ("method", ["--stop", "far", "--patience", "2"]), ("method", ["--hold-out", "1"]), ("bands", [])])
 def test_switches(photos, trained, tmp_path, name, words):
     tune(photos, trained / name, tmp_path / "out", *words)
     events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     last = [e for e in events if e["split"] == "ema"][-1]
-    assert ("far" in last) == (name == "method" and "--no-far" not in words) and np.isfinite(last["rec"]) and last["drift"] > 0
+    assert ("far" in last) == (name in ("method", "bands") and "--no-far" not in words) and np.isfinite(last["rec"]) and last["drift"] > 0
     if "--hold-out" in words:
         held, adapted = ((tmp_path / "out" / f"{n}.txt").read_text().split() for n in ("held_out", "adapted"))
         assert len(held) == 1 and len(adapted) == 3 and not set(held) & set(adapted)
