@@ -263,12 +263,18 @@ def reconstruction_loss(distance, lq_again, lq, weight=None, weight_d=1.0):
 
 # Files
 
+SETTINGS = ("s_rule", "far_enc", "far_layer", "offdiag", "distance", "vgg_stages", "degradation", "patch", "load_size", "n_std", "mean_d", "lambda_pt", "looked_through")
+
+
 def load_reconstruction(path):
     """What `selfsup.py pretrain` left -> (Reconstruction with its EMA weights, in eval mode and frozen; dict of settings). ValueError for anything else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         settings, state = content["settings"], content["params_ema"]
         net = Reconstruction(**settings["sizes"])
+        missing = [name for name in SETTINGS if name not in settings]
+        if missing:
+            raise ValueError(f"its settings lack {', '.join(missing)}: of another version of selfsup.py?")
     except archs.TORCH_DAMAGE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         raise ValueError(f"--rec {path}: not a reconstruction network of selfsup.py pretrain ({reason})") from None

@@ -50,7 +50,7 @@ def parse_args(argv=None):
         add_training(stages[name], name)
 
     c = stages["eval"]
-    c.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH", help="networks before and after; differences are to the first")
+    c.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH", help="networks before and after; differences are to the first (--baselines bicubic adds a row above it)")
     c.add_argument("--lr-dir", type=Path, metavar="DIR", help="low-resolution images")
     c.add_argument("--gt-dir", type=Path, metavar="DIR", help="their ground truth, if there is any")
     c.add_argument("--metrics", nargs="+", help="default psnr ssim lpips nrqm (PAPER), without --gt-dir nrqm")
@@ -248,7 +248,7 @@ import runs
 def evaluate(args):
     """evaluate.py with the paper's protocol: PSNR and SSIM on Y, whole images."""
     import evaluate as table
-    words = ["--lq", args.lr_dir, *(["--gt", args.gt_dir] if args.gt_dir else []), "--weights", *args.weights, "--protocol", "whole-y"]
+    words = ["--lq", args.lr_dir, *(["--gt", args.gt_dir] if args.gt_dir else []), "--weights", *args.weights, "--baselines", "--protocol", "whole-y"]
     metrics = args.metrics or (["ranker", "piqe"] + ["psnr", "ssim"] * bool(args.gt_dir) if args.demo else ["psnr", "ssim", "lpips", "nrqm"] if args.gt_dir else ["nrqm"])
     table.main(table.parse_args([str(word) for word in [*words, "--metrics", *metrics, *args.rest]]))
 

@@ -13,7 +13,7 @@ import lora
 import quality
 import reconstruction as rec
 import runs
-from selfsup_pretrain import begin, due, embedding_noise, networks
+from selfsup_pretrain import begin, due, embedding_noise, networks, weights_of
 from train import update_ema
 
 FIXED = ("rec_hash", "sr_hash", "s_rule", "far", "far_path", "hf", "percep", "patch", "batch_size", "lambda_ft", "far_rho", "lr", "seed", "n_std", "stop", "hold_out", "samples")
@@ -117,6 +117,9 @@ def finetune(args):
     sets, gts = open_images(args)
     net, settings = open_reconstruction(args)
     distance, hqi, encoder = networks(args, world.device)
+    for what, here, there in zip(("--distance", "--distance", "FAR's encoder"), weights_of(distance, hqi, encoder), settings["looked_through"]):
+        if here is not None and here != there:
+            raise ValueError(f"{what}: other weights than stage 1 had; name the same files (--vgg-weights, --clip-weights, --far-sr) as in pretraining")
     judge = Judge(args, net.to(world.device), distance, hqi, encoder, (settings["mean_d"], 0.0))
     if not args.per_image:
         adapt(args, world, seeds, autocast, judge, sets, gts, args.out)

@@ -14,6 +14,7 @@ import archs
 import data
 import degradations
 import features
+import iqa
 import quality
 import reconstruction as rec
 import runs
@@ -34,9 +35,18 @@ def begin(args):
 def networks(args, device):
     """-> distance of L_rec, distance of HQI, established encoder of FAR or None"""
     distances = features.create_distances(args.distance, args.vgg_weights, args.vgg_stages)
-    sr = archs.load_x4(args.far_sr, "--far-sr")[0] if args.far and args.far_enc == "sr" else None
+    sr = None
+    if args.far and args.far_enc == "sr":
+        if args.far_sr is None:
+            raise ValueError("--far-sr PATH: the network whose features FAR looks at is needed")
+        sr = archs.load_x4(args.far_sr, "--far-sr")[0]
     encoder = features.create_encoder(args.far_enc, args.far_layer, args.vgg_weights, args.clip_weights, sr).to(device) if args.far else None
     return *(d.to(device) for d in distances), encoder
+
+
+def weights_of(*nets):
+    """Hashes of what is looked through, so that both stages look through the same."""
+    return [net and iqa.tensors_hash(net) for net in nets]
 
 
 def embedding_noise(net, args, seeds, step, lanes, device):
@@ -164,7 +174,7 @@ def pretrain(args):
     file = args.out / "weights" / "rec.pth"
     if world.is_main and not file.exists():
         frozen = (balance[0] / balance[1]).item() if args.far and args.lambda_pt == "auto" else args.lambda_pt
-        settings = {"sizes": sizes, "lambda_pt": frozen, "far_enc": args.far_enc if args.far else None, "mean_d": check_pretraining(ema, held_out, distance, hqi, encoder, args)["d"],
+        settings = {"sizes": sizes, "lambda_pt": frozen, "looked_through": weights_of(distance, hqi, encoder), "far_enc": args.far_enc if args.far else None, "mean_d": check_pretraining(ema, held_out, distance, hqi, encoder, args)["d"],
                     **{name: getattr(args, name) for name in ("s_rule", "far_layer", "offdiag", "distance", "vgg_stages", "degradation", "patch", "load_size", "n_std")}}
         runs.write_atomic(file, lambda t: torch.save({"params_ema": ema.state_dict(), "params": raw.state_dict(), "settings": settings}, t))
         run.say(f"done: {file}")

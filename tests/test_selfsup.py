@@ -566,13 +566,19 @@ def test_area_under_the_curve():
     (["--s-rule", "one"], r"was trained with a controller"),
     (["--gt-dir", "LQ"], r"expected four times its LR image's 24x24"),
     (["--out", "LQ"], r"exists and is not empty"),
+    (["--rec", "OLD"], r"settings lack mean_d"),
+    (["--rec", "OTHER"], r"FAR's encoder: other weights than stage 1 had"),
 ])
 def test_errors_of_finetune(photos, trained, tmp_path, words, message):
     (tmp_path / "empty").mkdir()
     content = torch.load(trained / "method" / "weights" / "rec.pth", weights_only=True)
     content["settings"]["sizes"]["width"] = 12
     torch.save(content, tmp_path / "wide.pth")
-    places = {"X2": photos / "x2.pth", "EMPTY": tmp_path / "empty", "WIDE": tmp_path / "wide.pth", "SR": photos / "sr.pth", "PLAIN": trained / "plain", "LQ": photos / "lq"}
+    content["settings"]["sizes"]["width"] = 8
+    torch.save(content | {"settings": {k: v for k, v in content["settings"].items() if k != "mean_d"}}, tmp_path / "old.pth")
+    content["settings"]["looked_through"][2] = "0123"
+    torch.save(content, tmp_path / "other.pth")
+    places = {"OLD": tmp_path / "old.pth", "OTHER": tmp_path / "other.pth", "X2": photos / "x2.pth", "EMPTY": tmp_path / "empty", "WIDE": tmp_path / "wide.pth", "SR": photos / "sr.pth", "PLAIN": trained / "plain", "LQ": photos / "lq"}
     with pytest.raises((ValueError, OSError), match=message):
         tune(photos, trained / "method", tmp_path / "out", *[places.get(word, word) for word in words])
     assert not (tmp_path / "out").exists()
