@@ -127,7 +127,7 @@ def add_training(p):
 def check_training(p, args):
     """What argparse cannot see: combinations of add_training's flags that cannot work. Fills args.tau."""
     if args.atlas and (args.sampler != "amo" or args.load_size):
-        p.error("--atlas is for --sampler amo on whole images: without --load-size")
+        p.error("--atlas is for --sampler amo on whole images: " + ("give --sampler amo" if args.sampler != "amo" else f"give --load-size 0 (it is {args.load_size}{', the default of --demo' if args.demo else ''})"))
     if args.margin and not args.atlas:
         p.error("--margin is for amo with --atlas")
     if args.tau is None and not args.atlas:

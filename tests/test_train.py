@@ -548,7 +548,8 @@ def test_training_with_an_atlas_needs_no_reward_and_is_amo_on_its_grid(quintuple
 
 @pytest.mark.fast
 def test_flags_of_the_atlas(capsys):
-    for words, message in ((["--atlas", "a.npy", "--sampler", "rand"], "--atlas is for --sampler amo"), (["--atlas", "a.npy", "--load-size", "512"], "--atlas is for --sampler amo on whole images"),
+    for words, message in ((["--atlas", "a.npy", "--sampler", "rand"], "--atlas is for --sampler amo"), (["--atlas", "a.npy", "--load-size", "512"], "--atlas is for --sampler amo on whole images: give --load-size 0 (it is 512)"),
+                           (["--demo", "--atlas", "a.npy"], "give --load-size 0 (it is 128, the default of --demo)"),
                            (["--margin", "2"], "--margin is for amo with --atlas"), (["--reward", "none"], "it needs a --reward")):
         with pytest.raises(SystemExit):
             train.parse_args(words)
