@@ -282,7 +282,7 @@ def main(args):
     state = run.checkpoint = None                                                 # the pool's copy alone may be 100 MB
 
     compiled = lambda net: torch.compile(net) if args.compile else net
-    parallel = lambda net: DistributedDataParallel(net) if world.size > 1 else net
+    parallel = lambda net: DistributedDataParallel(net, **runs.DDP) if world.size > 1 else net
     net_g = parallel(compiled(raw_g.train()))
     if raw_d is not None:
         judge = compiled(raw_d.train())                                           # D of the generator's loss: without DDP
