@@ -362,7 +362,7 @@ def bench_grow(args, words, options, record):
 
 
 def held(net_g, net_d):
-    """Bytes that a process of train.py keeps for its networks: weights, gradients (held once, see runs.DDP) and two moments of Adam, the generator's EMA, and buffers."""
+    """Bytes that a process of train.py keeps for its networks: weights, gradients (held once, see World.parallel) and two moments of Adam, the generator's EMA, and buffers."""
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
     return 5 * size(net_g.parameters()) + 4 * size(net_d.parameters()) + 2 * size(net_g.buffers()) + size(net_d.buffers())
 

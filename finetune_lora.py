@@ -120,7 +120,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import archs
 import data
@@ -304,11 +303,10 @@ def main(args):
     state = run.checkpoint = None                                                 # the pool's copy alone may be 100 MB
 
     compiled = lambda net: torch.compile(net) if args.compile else net
-    parallel = lambda net: DistributedDataParallel(net, **runs.DDP) if world.size > 1 else net
-    net_g = parallel(compiled(raw_g.train()))
+    net_g = world.parallel(compiled(raw_g.train()))
     if raw_d is not None:
         judge = compiled(raw_d.train())                                           # D of the generator's loss: without DDP
-        net_d = parallel(judge)
+        net_d = world.parallel(judge)
 
     def save(step, weights):
         meter.check_finite(lambda s: ", ".join(dataset.names(s)))
