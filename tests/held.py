@@ -37,7 +37,8 @@ def build(arch, d_features):
 
 def steps(net_g, net_d, parallel):
     """Three steps. -> everything that a run keeps"""
-    net_g, net_d, ema = parallel(net_g), parallel(net_d), copy.deepcopy(net_g).requires_grad_(False)
+    raw_g, ema = net_g, copy.deepcopy(net_g).requires_grad_(False)
+    net_g, net_d = parallel(net_g), parallel(net_d)
     opt_g, opt_d = (train.adam(net.parameters(), 1e-4, False) for net in (net_g, net_d))
     for _ in range(3):
         sr = net_g(torch.rand(1, 3, 8, 8))
@@ -45,7 +46,7 @@ def steps(net_g, net_d, parallel):
             opt.zero_grad()
             loss.backward()
             opt.step()
-        train.update_ema(ema, getattr(net_g, "module", net_g), 0.9)
+        train.update_ema(ema, raw_g, 0.9)
     return net_g, net_d, ema, opt_g, opt_d
 
 

@@ -136,7 +136,7 @@ FORWARD, FUSED = archs.WindowAttention.forward, F.scaled_dot_product_attention
 def written_out(self, x, mask):
     """WindowAttention.forward without the fused attention."""
     try:
-        F.scaled_dot_product_attention = lambda q, k, v, attn_mask, scale: (q @ k.transpose(-2, -1) * scale + attn_mask).softmax(-1) @ v
+        F.scaled_dot_product_attention = lambda q, k, v, attn_mask: (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + attn_mask).softmax(-1) @ v
         return FORWARD(self, x, mask)
     finally:
         F.scaled_dot_product_attention = FUSED
