@@ -2,7 +2,7 @@
 
     python bench.py train --arch compact --batch-size 4 --reward ranker            any flags of train.py
     python bench.py train --reward bench:untrained_musiq --sampler amo              MUSIQ's architecture without its weights: for times only (bench:untrained_fused: by musiq.py)
-    python bench.py finetune --arch compact --batch-size 4 --reward ranker          reward with gradient, LoRA
+    python bench.py finetune --arch compact --batch-size 4 --reward ranker          the same of finetune_lora.py: reward with gradient, LoRA
     python bench.py evaluate --arch compact                                         tiled inference and metrics of one image
     python bench.py data --data datasets/mine                                       images/s from PNG and from packed files, warm and cold
     python bench.py samplers --atlas FILE --data DIR --reward bench:untrained_musiq  rand, AMO from an atlas, AMO online, in turn
@@ -10,8 +10,8 @@
     python bench.py ranks                                                           what every process of torchrun holds and sends, counted
     python bench.py compare before.json after.json                                  ratios, part by part
 
-`train` measures the parts one by one on the tensors of one batch (medians), and the whole step as train.py runs it, as a process of its own that
-leaves nothing behind. Without --data the quintuplets are made up: 24 of 512 x 512 pixels. Where an image is read from the disk the file cache is warm.
+`train` and `finetune` measure the parts one by one on the tensors of one batch (medians), and the whole step as the script runs it, as a process of
+its own that leaves nothing behind. Without --data the quintuplets are made up: 24 of 512 x 512 pixels. Where an image is read from the disk the file cache is warm.
 """
 import argparse
 from pathlib import Path
@@ -22,15 +22,15 @@ import flags
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (("train", "a step of train.py; all its flags are taken"), ("finetune", "a step of finetune_lora.py's generator part; train.py's flags"),
+    for name, text in (("train", "a step of train.py; all its flags are taken"), ("finetune", "a step of finetune_lora.py; all its flags are taken"),
                        ("evaluate", "inference and metrics; train.py's --arch, --reward, --tile, --device, --threads"), ("data", "reading and degradation; train.py's flags"),
                        ("samplers", "step times of samplers in alternating runs; train.py's flags"), ("grow", "time and memory against batch, crop and data set size; train.py's flags")):
         c = commands.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=flags.Help)
         c.add_argument("--repeats", type=flags.SIZE, default=5, help="measurements of each part; their median counts")
         c.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
-        if name in ("train", "samplers", "grow"):
+        if name in ("train", "finetune", "samplers", "grow"):
             c.add_argument("--steps", type=flags.COUNT, default=20, help="whole steps, after as many warm-up ones; 0: parts only")
-        if name == "train":
+        if name in ("train", "finetune"):
             c.add_argument("--processes", type=flags.SIZE, default=1, help="of torchrun, for the whole steps")
         if name == "samplers":
             c.add_argument("--online", type=flags.COUNT, default=2, help="measurements of AMO that scores online (slow)")
@@ -49,6 +49,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()                                                           # --help answers before torch is loaded
 
+import copy
 import json
 import mmap
 import os
@@ -67,6 +68,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import archs
 import data
 import degradations
+import finetune_lora
 import iqa
 import lora
 import quality
@@ -131,26 +133,31 @@ def peak_flops(device, precision):
     return best
 
 
-def setup(args):
-    """What train.py builds from these arguments -> world, reward, TrainingSet, generator, discriminator or None, VGG or None."""
+def setup(args, tune):
+    """What train.py, or with tune finetune_lora.py, builds -> world, seeds, reward, reward that chooses, TrainingSet, generator, discriminator or None, VGG or None, tuned weights."""
     world = runs.start_world(args.device, args.threads)
     seeds = partial(runs.sample_seed, args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.backends.cudnn.benchmark = True
-    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, world.device, args.reward_weights, fused=flags.FUSED[args.musiq])
-    _, dataset, _, _ = train.open_data(args, world, reward, seeds)
+    build = lambda words, **more: None if words == ["none"] else iqa.create_reward(words, world.device, fused=flags.FUSED[args.musiq], **more)
+    reward = build(args.reward, weights_file=args.reward_weights, need_gradient=tune)
+    chooser = reward if not tune or args.gt_reward == args.reward else build(args.gt_reward)
+    _, dataset, _, _ = train.open_data(args, world, chooser, seeds)
     torch.manual_seed(0)
     memory = torch.channels_last if args.channels_last else torch.contiguous_format
     net_g = archs.ARCHS[args.arch](**({"drop_path": args.drop_path, "pad_mode": args.pad_mode} if args.arch.startswith("swinir") else {}))
+    tuned = finetune_lora.choose_tuned(net_g, args.tune, args.targets or lora.default_targets(net_g), args.rank, args.alpha) if tune else list(net_g.parameters())
     net_g = net_g.to(world.device, memory_format=torch.contiguous_format if args.arch.startswith("swinir") else memory).train()
     net_d = archs.UNetDiscriminatorSN(args.d_features).to(world.device, memory_format=memory).train() if args.lambda_a > 0 else None
     vgg = archs.VGGFeatureLoss(args.vgg_weights).to(world.device, memory_format=memory) if args.lambda_p > 0 else None
-    return world, seeds, reward, dataset, net_g, net_d, vgg
+    return world, seeds, reward, chooser, dataset, net_g, net_d, vgg, tuned
 
 
-def train_parts(args, repeats):
-    """{part: ms per step} on one batch, {part: FLOPs}, and ms of both kinds of Adam."""
-    world, seeds, reward, dataset, net_g, net_d, vgg = setup(args)
+def step_parts(args, repeats, tune):
+    """{part: ms per step} on one batch, {part: FLOPs}, and ms of both kinds of Adam, of train.py's step or of finetune_lora.py's. --compile compiles what they compile; FLOPs are counted eager."""
+    world, seeds, reward, chooser, dataset, raw_g, raw_d, vgg, tuned = setup(args, tune)
+    compiled = torch.compile if args.compile else lambda net: net
+    net_g, net_d = compiled(raw_g), None if raw_d is None else compiled(raw_d)
     device, lanes = world.device, range(args.batch_size)
     measure, parts, work = partial(timed, repeats=repeats, device=device), {}, {}
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -164,138 +171,114 @@ def train_parts(args, repeats):
     parts["degradation"] = measure(degrade)
     lq, gt = train.crop_like(degrade(), batch["where"], args.crop), crops[:, 0]
     if args.sampler == "amo" and crops.shape[1] > 1:
-        score = torch.no_grad()(lambda: reward(crops.flatten(0, 1)))
+        score = torch.no_grad()(lambda: chooser(crops.flatten(0, 1)))
         parts["scoring"], work["scoring"] = measure(score), flops(score)
 
-    def generator(backward=True):
+    def generator(net, backward=True):
         with autocast():
-            sr = net_g(lq, **({"drop_path_seeds": list(lanes)} if args.drop_path else {}))
+            sr = net(lq, **({"drop_path_seeds": list(lanes)} if args.drop_path else {}))
         if backward:
             F.l1_loss(sr.float(), gt).backward()
         return sr
-    forward = measure(lambda: generator(False))
-    parts["G forward"] = forward
-    parts["G backward, L1"] = max(0.0, measure(generator) - forward)
-    work["G"] = flops(generator)
-    fake = generator(False).detach()
+    parts["G forward"] = measure(lambda: generator(net_g, False))
+    parts["G backward, L1"] = max(0.0, measure(lambda: generator(net_g)) - parts["G forward"])
+    work["G"] = flops(lambda: generator(raw_g))
+    fake = generator(raw_g, False).detach()
 
     def through(loss):                                                            # from the SR image on
         sr = fake.clone().requires_grad_()
         with autocast():
             value = loss(sr)
         value.backward()
-    if vgg is not None:
-        perceptual = lambda: through(lambda sr: vgg(sr, gt))
-        parts["perceptual"], work["perceptual"] = measure(perceptual), flops(perceptual)
-    if net_d is not None:
-        def adversarial():
-            net_d.requires_grad_(False)
-            through(lambda sr: train.adversarial_loss(net_d(sr), True))
-            net_d.requires_grad_(True)
+    losses = {"perceptual": lambda sr: vgg(sr, gt)} if vgg is not None else {}
+    if tune and reward is not None:
+        losses["reward with gradient"] = lambda sr: -reward(sr.clamp(0, 1)).mean()
+    for name, loss in losses.items():
+        parts[name], work[name] = measure(lambda: through(loss)), flops(lambda: through(loss))
+    if raw_d is not None:
+        def adversarial(net):
+            raw_d.requires_grad_(False)
+            through(lambda sr: train.adversarial_loss(net(sr), True))
+            raw_d.requires_grad_(True)
 
-        def discriminator():
+        def discriminator(net):
             for images, real in ((gt, True), (fake, False)):
                 with autocast():
-                    loss = train.adversarial_loss(net_d(images), real)
+                    loss = train.adversarial_loss(net(images), real)
                 loss.backward()
         for name, part in (("D in G's loss", adversarial), ("D", discriminator)):
-            parts[name], work[name] = measure(part), flops(part)
-    ema = archs.ARCHS[args.arch]().to(device).requires_grad_(False)
-    generator()
+            parts[name], work[name] = measure(lambda: part(net_d)), flops(lambda: part(raw_d))
+    ema = copy.deepcopy(raw_g).requires_grad_(False)
     adam_ms = {}
     for kind in ("plain", "fused"):
-        optimisers = [train.adam(net.parameters(), 1e-9, kind == "fused") for net in (net_g, net_d) if net is not None]
+        optimisers = [train.adam(weights, 1e-9, kind == "fused") for weights in (tuned, *([] if raw_d is None else [raw_d.parameters()]))]
         adam_ms[kind] = measure(lambda: [optimiser.step() for optimiser in optimisers])
-    parts["optimiser, EMA"] = adam_ms["fused" if args.fused_adam else "plain"] + measure(lambda: train.update_ema(ema, net_g, 0.999))
+    parts["optimiser, EMA"] = adam_ms["fused" if args.fused_adam else "plain"] + measure(lambda: train.update_ema(ema, raw_g, 0.999))
     return world, parts, work, adam_ms
 
 
-def whole_steps(words, args, steps, processes=1, windows=2):
-    """train.py itself: ms per step, share of waiting for data and peak memory in GiB of each window of so many steps but the first."""
+def whole_steps(words, args, steps, processes=1, windows=2, script="train.py"):
+    """The script itself: ms per step, share of waiting for data and peak memory in GiB of each window of so many steps but the first."""
     with tempfile.TemporaryDirectory() as folder:
         runs.save_weights(Path(folder) / "init.pth", archs.ARCHS[args.arch]().state_dict())
-        out = Path(folder) / "run"
+        out, more = Path(folder) / "run", []
+        if script == "finetune_lora.py":
+            runs.save_weights(Path(folder) / "net_d.pth", archs.UNetDiscriminatorSN(args.d_features).state_dict())
+            more = ["--watch", "--d-init", f"{folder}/net_d.pth"]
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-        command = [sys.executable, *launch, str(runs.REPO / "train.py"), *words, "--init", f"{folder}/init.pth", "--out", str(out), "--total-steps", str(windows * steps), "--log-every", str(steps),
-                   "--save-every", "0", "--weights-every", "0", "--val-every", "0", "--sample-every", "0"]
+        command = [sys.executable, *launch, str(runs.REPO / script), *words, "--init", f"{folder}/init.pth", "--out", str(out), "--total-steps", str(windows * steps), "--log-every", str(steps),
+                   "--save-every", "0", "--weights-every", "0", "--val-every", "0", "--sample-every", "0", *more]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{runs.REPO}:{os.environ.get('PYTHONPATH', '')}"})
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["no output"]
-            raise ValueError(f"train.py ended with {done.returncode}: {([line for line in said if 'error:' in line] or said)[-1]}")
+            raise ValueError(f"{script} ended with {done.returncode}: {([line for line in said if 'error:' in line] or said)[-1]}")
         events = [event for event in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if event["split"] == "train"][1:]
         return [{"ms": 1000 / event["it_per_s"], "wait": event["wait"], "memory": event["memory"]} for event in events]
 
 
-def report(record, parts, work, peak, whole=None, batch=1):
-    """Print the table of parts and keep everything in the record."""
-    total = sum(parts.values())
-    rate = lambda name: f"{work[name] / (parts_of(parts, name) / 1000) / peak:.0%}" if work.get(name) else ""
-    print(runs.markdown(["part", "ms per step", "share", "GFLOP", "of the peak"],
-                        [[name, f"{ms:.1f}", f"{ms / total:.1%}", *(f"{work[key] / 1e9:.1f}" if (key := "G" if name == "G backward, L1" else name) in work else "",
-                                                                   rate(key) if key in work else "")] for name, ms in parts.items()]))
-    print(f"sum of the parts {total:.1f} ms; a matrix product reaches {peak / 1e9:.0f} GFLOP/s; G's work counts forward and backward")
-    record |= {"parts_ms": parts, "flops": work, "matrix_product_flops": peak}
-    if whole:
-        record["whole"] = whole
-        print(f"train.py: {whole['ms']:.1f} ms per step, {1000 * batch / whole['ms']:.2f} images/s, waiting for data {whole['wait']:.0%}, peak memory {whole['memory']:.2f} GiB, "
-              f"{sum(work.values()) / (whole['ms'] / 1000) / peak:.0%} of the peak")
+def report(record, parts, work, peak, batch, alone=False):
+    """Print the table of parts and keep everything in the record. alone: parts that make no step together, each with its own images/s."""
+    total, rows = sum(parts.values()), []
+    for name, ms in parts.items():
+        key = "G" if name == "G backward, L1" else name                           # G's work counts forward and backward
+        took = ms + parts["G forward"] if key == "G" else ms
+        rows.append([name, f"{ms:.1f}", f"{1000 * batch / ms:.2f}" if alone else f"{ms / total:.1%}", *([f"{work[key] / 1e9:.1f}", f"{work[key] / (took / 1000) / peak:.0%}"] if work.get(key) else ["", ""])])
+    print(runs.markdown(["part", "ms" if alone else "ms per step", "images/s" if alone else "share", "GFLOP", "of the peak"], rows))
+    print(("" if alone else f"sum of the parts {total:.1f} ms, {1000 * batch / total:.2f} images/s, {sum(work.values()) / 1e9:.1f} GFLOP (G's counts forward and backward); ")
+          + f"a matrix product reaches {peak / 1e9:.0f} GFLOP/s; peak memory {record['peak_memory_parts']:.2f} GiB")
+    record |= {"parts_ms": parts, "flops": work, "matrix_product_flops": peak, "images": batch}
 
 
-def parts_of(parts, name):
-    return parts["G forward"] + parts["G backward, L1"] if name == "G" else parts[name]
-
-
-def bench_train(args, words, options, record):
-    world, parts, work, record["adam_ms"] = train_parts(args, options.repeats)
+def bench_step(args, words, options, record):
+    """The step of train.py or, for the command finetune, of finetune_lora.py: its parts, then whole."""
+    tune = options.command == "finetune"
+    world, parts, work, record["adam_ms"] = step_parts(args, options.repeats, tune)
     record["peak_memory_parts"] = runs.peak_memory(world.device)
-    whole = whole_steps(words, args, options.steps, options.processes)[0] if options.steps else None
-    if options.processes > 1:
-        count = sum(p.numel() for net in (archs.ARCHS[args.arch](), archs.UNetDiscriminatorSN(args.d_features) if args.lambda_a > 0 else None) if net is not None for p in net.parameters())
-        print(f"{options.processes} processes: each holds the networks and {args.batch_size // options.processes} of {args.batch_size} samples, and reduces {4 * count / 1e6:.1f} MB of gradients per step")
-    report(record, parts, work, peak_flops(world.device, args.precision), whole, args.batch_size)
-    print(f"Adam alone: {record['adam_ms']['plain']:.1f} ms, with --fused-adam {record['adam_ms']['fused']:.1f} ms")
-
-
-def bench_finetune(args, words, options, record):
-    """The generator part of a fine-tuning step: LoRA forward and backward, the reward with a gradient to the pixels."""
-    world, seeds, reward, dataset, net_g, _, vgg = setup(args)
-    reward = iqa.create_reward(args.reward, world.device, args.reward_weights, need_gradient=True, fused=flags.FUSED[args.musiq])
-    batch = data.collate([dataset.sample(1, lane) for lane in range(args.batch_size)])
-    crops = batch["crops"].to(world.device).float()[:, 0] / 255
-    lq = F.interpolate(crops, scale_factor=0.25, mode="area")
-    lora.add_lora(net_g, lora.default_targets(net_g), 16)
-    tuned = lora.lora_parameters(net_g)
-
-    def generator():
-        F.l1_loss(net_g(lq, **({"drop_path_seeds": [0] * len(lq)} if args.drop_path else {})), crops).backward()
-
-    def quality_loss():
-        sr = crops.clone().requires_grad_()
-        reward(sr).mean().backward()
-    optimiser = torch.optim.Adam(tuned, lr=1e-9)
-    measure, parts, work = partial(timed, repeats=options.repeats, device=world.device), {}, {}
-    for name, part in (("G with LoRA", generator), ("reward with gradient", quality_loss), ("optimiser", optimiser.step)):
-        parts[name] = measure(part)
-        work |= {name: flops(part)} if name != "optimiser" else {}
-    record["peak_memory_parts"] = runs.peak_memory(world.device)
-    report(record, parts, work, peak_flops(world.device, args.precision))
+    peak = peak_flops(world.device, args.precision)
+    report(record, parts, work, peak, args.batch_size)
+    print(f"parts {'compiled' if args.compile else 'eager'}, {args.precision}; Adam alone: {record['adam_ms']['plain']:.1f} ms, with --fused-adam {record['adam_ms']['fused']:.1f} ms")
+    if options.steps:
+        script = "finetune_lora.py" if tune else "train.py"
+        whole = record["whole"] = whole_steps(words, args, options.steps, options.processes, script=script)[0]
+        print(f"{script}{f', {options.processes} processes' if options.processes > 1 else ''}: {whole['ms']:.1f} ms per step, {1000 * args.batch_size / whole['ms']:.2f} images/s, "
+              f"waiting for data {whole['wait']:.0%}, peak memory {whole['memory']:.2f} GiB, {sum(work.values()) / (whole['ms'] / 1000) / peak:.0%} of the peak")
 
 
 def bench_evaluate(args, words, options, record):
     """One 128 x 128 LR image: inference whole and in tiles, and metrics without downloads."""
+    if args.compile or args.precision != "fp32":
+        raise ValueError("bench.py evaluate: evaluate.py runs eager and in fp32: leave out --compile and --precision")
     world = runs.start_world(args.device, args.threads)
     net = archs.ARCHS[args.arch]().to(world.device).eval()
     lq = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).to(world.device)
     sr = archs.upscale_tiled(net, lq).clamp(0, 1)
-    measure, parts = partial(timed, repeats=options.repeats, device=world.device), {}
-    parts["inference, whole"] = measure(lambda: archs.upscale_tiled(net, lq))
     wide = lq.repeat(1, 1, 2, 3)                                                  # 256 x 384
-    parts[f"inference of 256 x 384, tile {args.tile}"] = measure(lambda: archs.upscale_tiled(net, wide, tile=args.tile))
+    jobs = {"inference, whole": lambda: archs.upscale_tiled(net, lq), f"inference of 256 x 384, tile {args.tile}": lambda: archs.upscale_tiled(net, wide, tile=args.tile)}
     for name in ("psnr", "ssim", *([] if args.reward == ["none"] else args.reward)):
-        metric = quality.create_metric(name, world.device)
-        parts[name] = measure(lambda: metric(sr, sr))
+        jobs[name] = partial(quality.create_metric(name, world.device), sr, sr)
+    parts = {name: timed(job, options.repeats, world.device) for name, job in jobs.items()}
     record["peak_memory_parts"] = runs.peak_memory(world.device)
-    report(record, parts, {}, peak_flops(world.device, args.precision))
+    report(record, parts, {name: flops(job) for name, job in jobs.items()}, peak_flops(world.device, args.precision), 1, alone=True)
 
 
 def bench_data(args, words, options, record):
@@ -378,14 +361,20 @@ def bench_grow(args, words, options, record):
         record["drift"] = windows
 
 
+def held(net_g, net_d):
+    """Bytes that a process of train.py keeps for its networks: weights, gradients (held once, see World.parallel) and two moments of Adam, the generator's EMA, and buffers."""
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    return 5 * size(net_g.parameters()) + 4 * size(net_d.parameters()) + 2 * size(net_g.buffers()) + size(net_d.buffers())
+
+
 def ranks():
-    """Counted for the paper's settings and four GPUs: a process holds weights, gradients, two moments of Adam and the generator's EMA, and its share of the pool."""
+    """Counted for the paper's settings and four GPUs, a process's share of the pool with it."""
     rows = []
     for arch in ("swinir", "rrdbnet", "compact"):
-        preset = flags.PRESETS[arch]
-        g, d = (sum(p.numel() for p in net.parameters()) for net in (archs.ARCHS[arch](), archs.UNetDiscriminatorSN()))
+        preset, nets = flags.PRESETS[arch], (archs.ARCHS[arch](), archs.UNetDiscriminatorSN())
+        g, d = (sum(p.numel() for p in net.parameters()) for net in nets)
         pool = preset["pool_size"] / 4 * 3 * (256 ** 2 + 64 ** 2)
-        rows.append([arch, f"{g:,}", f"{d:,}", f"{4 * (5 * g + 4 * d) / 1e6:.0f}", f"{pool / 1e6:.0f}", f"{4 * (g + d) / 1e6:.1f}", preset["batch_size"] // 4])
+        rows.append([arch, f"{g:,}", f"{d:,}", f"{held(*nets) / 1e6:.0f}", f"{pool / 1e6:.0f}", f"{4 * (g + d) / 1e6:.1f}", preset["batch_size"] // 4])
     print(runs.markdown(["arch", "G", "D", "networks and optimiser, MB", "pool, MB", "gradients reduced per step, MB", "samples per process and step"], rows))
 
 
@@ -419,15 +408,21 @@ def main(options, words):
         return compare(options)
     if options.command == "ranks":
         return ranks()
+    runs.check_output(options.json, "--json")
+    if "--lambda-p" not in words and "--vgg-weights" not in words and options.command != "train":
+        words = [*words, "--lambda-p", "0"]                                       # no download
+    given = words
     with tempfile.TemporaryDirectory() as folder:
         if "--data" not in words:
             synthetic_sets(Path(folder))
             words = [*words, "--data", folder]
-        if "--lambda-p" not in words and "--vgg-weights" not in words and options.command != "train":
-            words = [*words, "--lambda-p", "0"]                                   # not measured there: no download
-        args = train.parse_args(words)
-        record = {"command": sys.argv, "arguments": without(words, "--data") if folder in words else words, **runs.describe_machine(), "threads": args.threads or torch.get_num_threads()}
-        {"train": bench_train, "finetune": bench_finetune, "evaluate": bench_evaluate, "data": bench_data, "samplers": bench_samplers, "grow": bench_grow}[options.command](args, words, options, record)
+        if "--score-cache" not in words:
+            words = [*words, "--score-cache", f"{folder}/scores"]
+        if options.command == "finetune" and "--base" not in words:
+            words = [*words, "--base", f"{folder}/none"]                          # its weights are made up
+        args = (finetune_lora if options.command == "finetune" else train).parse_args(words)
+        record = {"command": sys.argv, "arguments": given, **runs.describe_machine(), "threads": args.threads or torch.get_num_threads()}
+        {"train": bench_step, "finetune": bench_step, "evaluate": bench_evaluate, "data": bench_data, "samplers": bench_samplers, "grow": bench_grow}[options.command](args, words, options, record)
     if options.json:
         runs.save_json(options.json, record)
 

@@ -256,6 +256,10 @@ class Sets:
         """(3, H, W) uint8 array: a decoded image, or a view of the packed file, of which only what is copied leaves the disk."""
         return self.packed.read(stem, version) if self.packed else load_image(self.path(stem, version)).numpy()
 
+    def size(self, stem, version="original"):
+        """(width, height) of an image."""
+        return tuple(self.packed.place(stem, version)[:0:-1]) if self.packed else image_size(self.path(stem, version))
+
     def signature(self):
         """Hash over all images' names, file sizes, and 256 bytes at the beginning, middle and end: what a packed file and an atlas belong to.
 
@@ -337,8 +341,8 @@ def find_folders(root, split):
             "labels": labels[0] if labels else None, "lq": lq[0] if lq else None}
 
 
-def find_sets(root, split):
-    """The Sets of split "Train" or "Test" under `root`, in the layout above; None for a Test split that is not there."""
+def find_sets(root, split, packed=True):
+    """The Sets of split "Train" or "Test" under `root`, in the layout above; None for a Test split that is not there. packed: read from packed images, if there are any."""
     folders = find_folders(root, split)
     if folders is None:
         return None
@@ -357,7 +361,7 @@ def find_sets(root, split):
     for stem in sorted(files["original"]) if ready else []:
         check_lr_size(ready[stem], image_size(ready[stem]), image_size(files["original"][stem]))
     sets = Sets(files, folders["labels"], ready)
-    if (Path(root) / "packed" / f"{split}.json").exists():
+    if packed and (Path(root) / "packed" / f"{split}.json").exists():
         sets.packed = Packed(Path(root) / "packed", split, sets)
     return sets
 
@@ -377,7 +381,11 @@ class Packed:
             images, self.bytes, signature = about["images"], np.memmap(self.file, mode="r"), about["signature"]
             self.rows, self.columns = {stem: k for k, stem in enumerate(images["original"])}, {version: k for k, version in enumerate(sets.versions)}
             self.index = np.array([[images[version][stem] for version in self.columns] for stem in self.rows])     # (stems, versions, 3): offset, H, W; not an object each
-            size = int((self.index[..., 0] + 3 * self.index[..., 1] * self.index[..., 2]).max())
+            places = self.index.reshape(-1, 3)[self.index[..., 0].ravel().argsort()]
+            ends = (3 * places[:, 1] * places[:, 2]).cumsum()
+            if self.index.dtype.kind != "i" or (places[:, 1:] < 1).any() or (places[:, 0] != [0, *ends[:-1]]).any():
+                raise ValueError("the images do not lie one after the other")
+            size = int(ends[-1])
         except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: damaged ({' '.join(str(error).split())[:80]}): {remedy}") from None
         if size != len(self.bytes):
@@ -405,31 +413,40 @@ class Atlas:
     """The reward of every version's crops on a grid of positions, flipped and not, as `prepare.py atlas` computed it.
 
     A .npy file of (stems, versions, 2, rows, columns) float32, memory-mapped, and its .json: what it belongs to. sets, crop: what is trained on;
-    reward: the Reward in use, None to take any. ValueError for an atlas of other data, crop, reward or weights, or one that is not finished.
+    `rewards`: what it holds. ValueError for an atlas of other data or crop, one that is not finished, or whose table or record is not what was written.
     """
 
-    def __init__(self, path, sets, crop, reward=None):
+    def __init__(self, path, sets, crop):
         path = Path(path)
         try:
-            about = json.loads(path.with_suffix(".json").read_text())
-            self.table, self.stride = np.load(path, mmap_mode="r"), about["stride"]
+            about, self.table = Atlas.load(path)
+            self.stride, self.rewards = about["stride"], about["reward"]
             self.rows = {stem: k for k, stem in enumerate(about["stems"])}
-            self.rewards = rewards = about["reward"]
             belongs, finished = {k: about[k] for k in ("signature", "versions", "crop")}, about["finished"]
-            if list(self.table.shape) != about["shape"] or self.table.dtype != np.float32:
-                raise ValueError(f"a table of {self.table.shape}, expected {about['shape']}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            names = [f"{name}:{part['hash']}x{part['weight']:g}" for name, part in self.rewards.items()]
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"--atlas {path}: not a whole atlas ({' '.join(str(error).split())[:100]}); remove what is there, and python prepare.py atlas makes one") from None
         wanted = {"signature": sets.signature(), "versions": sets.versions, "crop": crop}
         for what, value in wanted.items():
             if belongs[what] != value:
                 raise ValueError(f"--atlas {path}: made of other {'images' if what == 'signature' else what} ({belongs[what]}, here {value}); make one of these: python prepare.py atlas")
-        if reward is not None and rewards != reward.identity():
-            raise ValueError(f"--atlas {path}: of another reward ({', '.join(rewards)}) or other weights than --reward {' '.join(reward.models)}; "
-                             "make one of this reward, or name that one")
-        self.told = " ".join(f"{name}:{part['hash']}x{part['weight']:g}" for name, part in rewards.items()) + f" stride {self.stride} table {about.get('table')}"
         if not finished:
             raise ValueError(f"--atlas {path}: not finished; the same `prepare.py atlas` command continues it")
+        width, height = sets.size(sets.stems[0])
+        grid = [(n // 4 * 4 - crop) // self.stride + 1 for n in (height, width)] if type(self.stride) is int and self.stride > 0 else None
+        if grid != list(self.table.shape[3:]) or sorted(self.rows) != sorted(sets.files["original"]):
+            raise ValueError(f"--atlas {path}: its .json was changed (stride {self.stride} and {len(self.rows)} stems do not fit its table or the images); remove both, and python prepare.py atlas makes them")
+        self.told = " ".join(names) + f" stride {self.stride} table {about['table']}"
+
+    @staticmethod
+    def load(path):
+        """(record, memory-mapped table) of the two files, as they were written; a finished table is hashed, .04 s for HGGT's 65 MB."""
+        about, table = json.loads(path.with_suffix(".json").read_text()), np.load(path, mmap_mode="r")
+        if list(table.shape) != about["shape"] or table.dtype != np.float32:
+            raise ValueError(f"a table of {table.shape}, expected {about['shape']}")
+        if about["finished"] and hashlib.sha256(table.reshape(-1)).hexdigest()[:12] != about["table"]:
+            raise ValueError("its table was changed after it was finished")
+        return about, table
 
     @staticmethod
     def open_all(words, sets, crop, reward=None):
@@ -443,17 +460,17 @@ class Atlas:
                 number = np.nan
             if not np.isfinite(number):
                 raise ValueError(f"--atlas {word}: write FILE or FILE=WEIGHT")
-            opened.append((Atlas(file, sets, crop, reward if len(words) == 1 else None), number))
+            opened.append((Atlas(file, sets, crop), number))
         if len({(atlas.stride, atlas.table.shape) for atlas, _ in opened}) > 1:
             raise ValueError(f"--atlas {' '.join(words)}: of different grids; make them with one --stride")
-        if reward is not None and len(opened) > 1:
+        if opened and reward is not None:
             total, wanted = {}, {(name, part["hash"]): part["weight"] for name, part in reward.identity().items()}
             for atlas, weight in opened:
                 for name, part in atlas.rewards.items():
                     total[name, part["hash"]] = total.get((name, part["hash"]), 0.0) + weight * part["weight"]
             if total.keys() != wanted.keys() or any(not np.isclose(total[key], wanted[key]) for key in total):
                 told = lambda parts: " ".join(f"{name}={weight:g} ({digest})" for (name, digest), weight in parts.items())
-                raise ValueError(f"--atlas {' '.join(words)}: the sum of {told(total)}, but --reward is {told(wanted)}: name the same sum, or none")
+                raise ValueError(f"--atlas {' '.join(words)}: the sum of {told(total)}, but --reward is {told(wanted)}: name the same reward, weights and all, or none")
         return opened
 
     def position(self, u):
@@ -649,29 +666,29 @@ class TrainingSet(Dataset):
 def check_headers(dataset, world):
     """Refuse training images of a wrong size or mode before the first step, from their headers; processes share the work.
 
-    ValueError names the first one of the process. What only decoding finds (truncated files) is found when it is drawn, or by
-    `prepare.py verify`.
+    -> {stem: (width, height)} of this process's originals. ValueError names the first one that is wrong. What only decoding finds
+    (truncated files) is found when it is drawn, or by `prepare.py verify`.
     """
     sets, need = dataset.sets, max(dataset.crop, dataset.load_size)
+    mine = dataset.stems[world.rank::world.size]
     used = [v for k, v in enumerate(sets.versions) if k == 0 or dataset.candidates[:, k].any()]
-    if sets.packed:                                                               # decoded once: sizes are in its index
-        for stem in dataset.stems:
-            sizes = {version: sets.packed.place(stem, version)[:0:-1] for version in used}
-            for version in used:
-                check_size(sets.path(stem, version), sizes[version], sizes["original"], need)
-        return
 
     def check(stem):
         sizes = {}
         for version in used:                                                     # the original comes first
             path = sets.path(stem, version)
-            with open_image(path) as image:
-                mode, sizes[version] = image.mode, image.size
-            check_mode(path, mode)
+            if sets.packed:                                                       # decoded once: sizes are in its index
+                sizes[version] = sets.size(stem, version)
+            else:
+                with open_image(path) as image:
+                    mode, sizes[version] = image.mode, image.size
+                check_mode(path, mode)
             check_size(path, sizes[version], sizes["original"], need)
+        return sizes["original"]
+    if sets.packed:
+        return {stem: check(stem) for stem in mine}
     with ThreadPoolExecutor(8) as pool:
-        for _ in pool.map(check, dataset.stems[world.rank::world.size]):
-            pass
+        return dict(zip(mine, pool.map(check, mine)))
 
 
 def check_size(path, size, original, need=0):

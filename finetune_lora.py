@@ -120,7 +120,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import archs
 import data
@@ -132,6 +131,17 @@ import runs
 from train import FIXED as FIXED_TRAINING, adam, adversarial_loss, chosen_by, learning_rate, make_pair, open_data, restore, update_ema, validation_pair
 
 FIXED = (*FIXED_TRAINING, "gt_reward", "lambda_q", "tune", "rank", "alpha", "targets", "base_sha256")
+
+
+def choose_tuned(net, tune, targets, rank, alpha):
+    """Make of --tune what is trained: adds adapters, or leaves the weights of some layers or all. -> parameters"""
+    if tune == "lora":
+        lora.add_lora(net, targets, rank, alpha)
+        return lora.lora_parameters(net)
+    tuned = list(net.parameters()) if tune == "all" else [layer.weight for layer in lora.matching_layers(net.requires_grad_(False), targets).values()]
+    for p in tuned:
+        p.requires_grad_(True)
+    return tuned
 
 
 def gradient_ratio(net, targets, dataset, losses, reward, lanes, args, gt_reward, seeds, world, batches=8):
@@ -241,13 +251,7 @@ def main(args):
     raw_g = copy.deepcopy(base)
     base = base.eval().requires_grad_(False).to(device, memory_format=memory_g)
     targets = args.targets or lora.default_targets(raw_g)
-    if args.tune == "lora":
-        lora.add_lora(raw_g, targets, args.rank, args.alpha)
-        tuned = lora.lora_parameters(raw_g)
-    else:
-        tuned = list(raw_g.parameters()) if args.tune == "all" else [layer.weight for layer in lora.matching_layers(raw_g.requires_grad_(False), targets).values()]
-        for p in tuned:
-            p.requires_grad_(True)
+    tuned = choose_tuned(raw_g, args.tune, targets, args.rank, args.alpha)
     raw_g = raw_g.to(device, memory_format=memory_g)
     ema = copy.deepcopy(raw_g).eval().requires_grad_(False)
     opt_g = adam(tuned, args.lr, args.fused_adam)
@@ -299,11 +303,10 @@ def main(args):
     state = run.checkpoint = None                                                 # the pool's copy alone may be 100 MB
 
     compiled = lambda net: torch.compile(net) if args.compile else net
-    parallel = lambda net: DistributedDataParallel(net) if world.size > 1 else net
-    net_g = parallel(compiled(raw_g.train()))
+    net_g = world.parallel(compiled(raw_g.train()))
     if raw_d is not None:
         judge = compiled(raw_d.train())                                           # D of the generator's loss: without DDP
-        net_d = parallel(judge)
+        net_d = world.parallel(judge)
 
     def save(step, weights):
         meter.check_finite(lambda s: ", ".join(dataset.names(s)))

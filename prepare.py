@@ -8,7 +8,8 @@
 
 pack writes DATA/packed/Train.bin (HGGT: 79 GB) and .json, and is refused once an image has changed (by name, size and samples of its bytes). atlas writes DATA/atlas/<reward>-<crop>-<stride>.npy and
 .json: (sets, versions, 2, rows, columns) scores, the second axis for the flipped image. HGGT, stride 32, crop 256: 16.4 million scorings and 65 MB, a third of the online scorings
-of one run (300,000 steps of 32 samples of 5 versions). An interrupted atlas continues, torchrun shares the sets.
+of one run (300,000 steps of 32 samples of 5 versions). An interrupted atlas continues, torchrun shares the sets. Sizes and modes are checked before the first score, but a truncated image is met
+only when it is decoded, and an atlas begun before it was repaired has to begin anew: run verify first. A killed pack leaves Train.bin.tmp, which the next one replaces, and what was packed before.
 
 verify: every image of Train and Test is decoded: damaged, grey or alpha, of another size than its original, missing, named like no original,
 doubled (a file, or a whole set under another name), the same picture as another version, or of something else than its original shows. A
@@ -68,6 +69,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.job == "atlas" and args.out and args.out.suffix != ".npy":
         p.error(f"--out {args.out}: name a file that ends in .npy")
+    if args.job == "atlas" and args.crop % 8:
+        p.error(f"--crop {args.crop}: must be a multiple of 8, as train.py's")
     if args.job == "atlas" and args.stride % 4:
         p.error(f"--stride {args.stride}: crops lie on multiples of 4, so must the grid")
     return args
@@ -297,8 +300,7 @@ def verify(root, workers=8, similar=SIMILAR):
 
 def pack(args):
     folder = args.data / "packed"
-    (folder / f"{args.split}.json").unlink(missing_ok=True)                       # an older one may not fit any more; without its index nothing reads it
-    sets = data.find_sets(args.data, args.split)
+    sets = data.find_sets(args.data, args.split, packed=False)                    # older packed images may not fit any more; they stay until they are replaced
     if sets is None:
         raise FileNotFoundError(f"{args.data}: no {args.split} split in it")
     names = [(version, stem) for stem in sets.stems for version in sets.versions]
@@ -309,9 +311,10 @@ def pack(args):
     total = sum(3 * w * h for w, h in sizes)
     runs.check_writable(folder, "pack")
     folder.mkdir(exist_ok=True)
+    (folder / f"{args.split}.bin.tmp").unlink(missing_ok=True)                    # of a pack that was killed
     free = shutil.disk_usage(folder).free
     if total > free:
-        raise OSError(f"{folder}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+        raise OSError(f"{folder}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free" + (": an older pack lies there, remove it first" if (folder / f"{args.split}.bin").exists() else ""))
     index, offset = {version: {} for version in sets.versions}, 0
 
     def write(temporary):
@@ -324,7 +327,7 @@ def pack(args):
                     out.write(image.tobytes())
     runs.write_atomic(folder / f"{args.split}.bin", write)
     runs.save_json(folder / f"{args.split}.json", {"signature": sets.signature(), "images": index})
-    print(f"{folder / args.split}.bin: {len(names)} images, {total / 1e9:.2f} GB; {'train.py' if args.split == 'Train' else 'its sample grids'} use it from now on, until the folder is removed")
+    print(f"{folder / args.split}.bin: {len(names)} images, {total / 1e9:.2f} GB; {'train.py uses' if args.split == 'Train' else 'its sample grids use'} it from now on, until the folder is removed")
 
 
 # The score atlas
@@ -337,8 +340,6 @@ def read(sets, stem, version):
 def positions(shape, crop, stride):
     """[(top, left)] of a grid over (3, H, W), and how many rows and columns it has."""
     rows, columns = ((n - crop) // stride + 1 for n in shape[1:])
-    if min(rows, columns) < 1:
-        raise ValueError(f"--crop {crop}: larger than the images, {shape[2]}x{shape[1]} pixels")
     return [(y * stride, x * stride) for y in range(rows) for x in range(columns)], rows, columns
 
 
@@ -351,12 +352,18 @@ def score_crops(reward, image, where, crop, batch_size, device):
 
 def atlas(args):
     world = runs.start_world(args.device, args.threads)
+    runs.check_output(args.out_json, "--out-json")
     sets = data.find_sets(args.data, "Train")
     reward = iqa.create_reward(args.reward, world.device, args.reward_weights, fused=True)
     if args.compare:
         return compare(args, world, sets, reward)
     out = args.out or args.data / "atlas" / f"{'+'.join(re.sub(r'[^0-9A-Za-z_.-]', '_', name) for name, _ in iqa.parse_rewards(args.reward))}-{args.crop}-{args.stride}.npy"
-    _, rows, columns = positions(read(sets, sets.stems[0], "original").shape, args.crop, args.stride)
+    sizes = data.check_headers(data.TrainingSet(sets, "amo", None, 1, 1, args.crop), world)
+    width, height = first = sets.size(sets.stems[0])
+    for stem, size in sizes.items():
+        if size != first:
+            raise ValueError(f"{sets.path(stem)}: {size[0]}x{size[1]} pixels, unlike the first image, {width}x{height}: an atlas needs images of one size")
+    _, rows, columns = positions((3, height // 4 * 4, width // 4 * 4), args.crop, args.stride)
     shape = (len(sets.stems), len(sets.versions), 2, rows, columns)
     about = {"reward": reward.identity(), "crop": args.crop, "stride": args.stride, "signature": sets.signature(), "versions": sets.versions, "stems": sets.stems, "shape": list(shape), **runs.describe_machine()}
     record = out.with_suffix(".json")
@@ -364,12 +371,13 @@ def atlas(args):
         runs.check_output(out, "--out")
         if record.exists():
             try:
-                before, there = json.loads(record.read_text()), np.load(out, mmap_mode="r").shape
-                other = [k for k in ("reward", "crop", "stride", "signature", "versions", "stems") if before[k] != about[k]]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                before, table = data.Atlas.load(out)
+                other = [k for k in ("reward", "crop", "stride", "signature", "versions", "stems", "shape") if before[k] != about[k]]
+            except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{out}: damaged ({' '.join(str(error).split())[:80]}): remove it and {record}") from None
-            if other or there != shape:
-                raise ValueError(f"{out}: begun with another {' and '.join('images' if k == 'signature' else k for k in other) or 'shape'}: name another --out, or remove it")
+            if other:
+                changed = "; its scores are of the images as they were then" if "signature" in other else ""
+                raise ValueError(f"{out}: begun with other {' and '.join('images' if k == 'signature' else k for k in other)}{changed}: remove it and {record.name} to begin anew, or name another --out")
         elif out.exists():
             raise ValueError(f"{out}: is there, but not {record.name}, which would say what it is: name another --out, or remove it")
         else:
@@ -389,8 +397,6 @@ def atlas(args):
         for k, version in enumerate(sets.versions):
             image = read(sets, sets.stems[i], version)
             where, *grid = positions(image.shape, args.crop, args.stride)
-            if (*grid,) != shape[3:]:
-                raise ValueError(f"{sets.path(sets.stems[i], version)}: {image.shape[2]}x{image.shape[1]} pixels, unlike the first image: an atlas needs images of one size")
             for flip in (0, 1):
                 scores = score_crops(reward, image[:, :, ::-1] if flip else image, where, args.crop, args.batch_size, world.device)
                 if not torch.isfinite(scores).all():
@@ -408,7 +414,7 @@ def atlas(args):
 
 def compare(args, world, sets, reward):
     """Agreement of arg max: random crops scored online against the nearest position of the grid, at this stride and twice it."""
-    positions(read(sets, sets.stems[0], "original").shape, args.crop, args.stride)              # refuses images smaller than the crop
+    data.check_headers(data.TrainingSet(sets, "amo", None, 1, 1, args.crop), world)             # refuses images smaller than the crop
     rng = np.random.default_rng(args.seed)
     same, gaps = {args.stride: 0, 2 * args.stride: 0}, {args.stride: [], 2 * args.stride: []}
     for _ in tqdm(range(args.compare), unit="crop", disable=not world.is_main):

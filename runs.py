@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 REPO = Path(__file__).resolve().parent
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)                   # see StopSignal
@@ -99,6 +100,18 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor, op=op)
         return tensor
+
+    def parallel(self, net):
+        """The module in DDP, where there are several processes; its gradients are then averaged over them.
+
+        Gradients are held once, not a second time for the all-reduce. Buffers are not sent at every forward pass: SwinIR's (20 MB) are constants, and the spectral
+        norm's vectors follow from the weights, which are equal (a test compares weights and buffers with DDP's defaults, bitwise on a CPU).
+        """
+        if self.size == 1:
+            return net
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        net.broadcast_buffers = False                                             # not as an argument: PyTorch 2.15 warns of it, and older ones do not know its new name
+        return net
 
     def gather_lanes(self, tensor):
         """(b, ...) of every process -> (B, ...) in lane order, on every process."""

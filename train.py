@@ -74,7 +74,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import archs
 import data
@@ -95,7 +94,7 @@ def adversarial_loss(logits, real):
 
 @torch.no_grad()
 def update_ema(ema, net, decay):
-    """ema <- decay * ema + (1 - decay) * net, over the parameters."""
+    """ema <- decay * ema + (1 - decay) * net, over the parameters. One foreach call is 1.1 to 1.2 times faster than a loop (tests/tricks.py, CPU); equal bitwise there."""
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
@@ -282,11 +281,10 @@ def main(args):
     state = run.checkpoint = None                                                 # the pool's copy alone may be 100 MB
 
     compiled = lambda net: torch.compile(net) if args.compile else net
-    parallel = lambda net: DistributedDataParallel(net) if world.size > 1 else net
-    net_g = parallel(compiled(raw_g.train()))
+    net_g = world.parallel(compiled(raw_g.train()))
     if raw_d is not None:
         judge = compiled(raw_d.train())                                           # D of the generator's loss: without DDP
-        net_d = parallel(judge)
+        net_d = world.parallel(judge)
 
     def save(step, weights):
         meter.check_finite(lambda s: ", ".join(dataset.names(s)))

@@ -5,6 +5,7 @@
 Processor time. Memory is what the process grew by. A sample reads a 512 x 512 original and one crop, as AMO from an atlas does.
 """
 import argparse
+import hashlib
 import json
 import pickle
 import statistics
@@ -42,8 +43,9 @@ def write(root, stems):
         file.truncate(len(stems) * len(VERSIONS) * size)
     positions = (SIDE - CROP) // STRIDE + 1
     shape = [len(stems), len(VERSIONS), 2, positions, positions]
-    np.lib.format.open_memmap(root / "atlas.npy", mode="w+", dtype=np.float32, shape=tuple(shape))
-    about = {"reward": {"none": {"weight": 1.0, "hash": ""}}, "crop": CROP, "stride": STRIDE, "signature": "none", "versions": VERSIONS, "stems": stems, "shape": shape, "finished": True}
+    table = np.lib.format.open_memmap(root / "atlas.npy", mode="w+", dtype=np.float32, shape=tuple(shape))
+    about = {"reward": {"none": {"weight": 1.0, "hash": ""}}, "crop": CROP, "stride": STRIDE, "signature": "none", "versions": VERSIONS, "stems": stems, "shape": shape, "finished": True,
+             "table": hashlib.sha256(table.reshape(-1)).hexdigest()[:12]}
     (root / "atlas.json").write_text(json.dumps(about))
 
 

@@ -4,8 +4,10 @@ import json
 import pytest
 import torch
 
+import archs
 import bench
 import iqa
+import lora
 
 SMALL = ["--arch", "compact-small", "--batch-size", "2", "--group-size", "2", "--pool-size", "4", "--crop", "32", "--lambda-p", "0", "--d-features", "4", "--workers", "0", "--threads", "1",
          "--device", "cpu", "--reward", "ranker"]
@@ -46,9 +48,50 @@ def test_parts_and_whole_steps_of_a_training(quintuplets, tmp_path, capsys):
 
 
 def test_the_other_commands(quintuplets, tmp_path, capsys):
-    for command, part in (("finetune", "reward with gradient"), ("evaluate", "inference, whole"), ("data", "read a batch, cold")):
+    for command, part, said in (("evaluate", "inference, whole", "images/s | GFLOP"), ("data", "read a batch, cold", "samples/s")):
         run(command, *SMALL, "--data", quintuplets, "--repeats", 1, "--json", tmp_path / "x.json")
-        assert json.loads((tmp_path / "x.json").read_text())["parts_ms"][part] > 0 and part in capsys.readouterr().out
+        record, out = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr().out
+        assert record["parts_ms"][part] > 0 and part in out and said in out and "G's" not in out
+        assert command == "data" or record["flops"]["inference, whole"] > 1e8 and record["flops"]["ranker"] > 1e6
+    with pytest.raises(ValueError, match="leave out --compile and --precision"):
+        run("evaluate", *SMALL, "--data", quintuplets, "--compile")
+
+
+@pytest.mark.parametrize("lambda_a", [0, 0.1])
+def test_parts_and_whole_steps_of_a_fine_tuning(quintuplets, tmp_path, capsys, monkeypatch, lambda_a):
+    """In bf16, with the rank that is asked for, the reward made once, as finetune_lora.py runs it."""
+    made, ranks, kinds = [], [], set()
+    create, add, through = iqa.create_reward, lora.add_lora, archs.SRVGGNetCompact.forward
+    monkeypatch.setattr(iqa, "create_reward", lambda words, *a, **k: made.append(words) or create(words, *a, **k))
+    monkeypatch.setattr(lora, "add_lora", lambda net, targets, rank, alpha: ranks.append(rank) or add(net, targets, rank, alpha))
+    monkeypatch.setattr(archs.SRVGGNetCompact, "forward", lambda self, x: kinds.add(torch.is_autocast_enabled("cpu")) or through(self, x))
+    run("finetune", *SMALL, "--data", quintuplets, "--repeats", 1, "--steps", 2, "--rank", 3, "--lambda-a", lambda_a, "--precision", "bf16", "--json", tmp_path / "x.json")
+    record, said = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr().out
+    expected = {"decode, one worker", "to the device", "degradation", "scoring", "G forward", "G backward, L1", "reward with gradient", "optimiser, EMA"} | ({"D in G's loss", "D"} if lambda_a else set())
+    assert set(record["parts_ms"]) == expected and {"G", "scoring", "reward with gradient"} <= set(record["flops"])
+    assert made == [["ranker"]] and ranks == [3] and kinds == {True} and record["whole"]["ms"] > 0
+    assert "finetune_lora.py: " in said and said.count("images/s") == 2 and "parts eager, bf16" in said
+
+
+def test_compile_applies_to_the_parts_and_work_is_counted_eager(quintuplets, tmp_path, capsys, monkeypatch):
+    compiled, called = [], []
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(type(net).__name__) or (lambda *a, **k: called.append(net) or net(*a, **k)))
+    run("train", *SMALL, "--data", quintuplets, "--repeats", 1, "--steps", 0, "--compile")
+    assert compiled == ["SRVGGNetCompact", "UNetDiscriminatorSN"] and len(called) == 2 * (1 + 1 + 1 + 2) and "parts compiled, fp32" in capsys.readouterr().out
+
+
+@pytest.mark.fast
+def test_an_unwritable_json_is_refused_before_the_work(quintuplets, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "synthetic_sets", lambda *a: pytest.fail("worked before it was refused"))
+    for command in ("train", "finetune", "evaluate", "data", "samplers", "grow"):
+        with pytest.raises(ValueError, match="--json .*: a folder; name a file"):
+            run(command, *SMALL, "--json", tmp_path)
+
+
+def test_static_scores_are_not_left_in_the_working_directory(quintuplets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("train", *SMALL, "--sampler", "sma", "--data", quintuplets, "--repeats", 1, "--steps", 2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_samplers_in_turn(quintuplets, tmp_path, capsys):
@@ -78,11 +121,12 @@ def test_help_and_unknown_flags(script):
 
 @pytest.mark.fast
 def test_what_a_process_holds_is_counted(capsys):
-    import archs
     run("ranks")
     said = capsys.readouterr().out
     g, d = (sum(p.numel() for p in net.parameters()) for net in (archs.SwinIR(), archs.UNetDiscriminatorSN()))
-    assert f"| swinir | {g:,} | {d:,} | {4 * (5 * g + 4 * d) / 1e6:.0f} | {160 * 3 * (65536 + 4096) / 1e6:.0f} | {4 * (g + d) / 1e6:.1f} | 8 |" in said
+    buffers = 2 * sum(b.numel() * b.element_size() for b in archs.SwinIR().buffers()) + 4 * sum(b.numel() for b in archs.UNetDiscriminatorSN().buffers())
+    assert buffers > 20e6
+    assert f"| swinir | {g:,} | {d:,} | {(4 * (5 * g + 4 * d) + buffers) / 1e6:.0f} | {160 * 3 * (65536 + 4096) / 1e6:.0f} | {4 * (g + d) / 1e6:.1f} | 8 |" in said
 
 
 def test_whole_steps_of_a_set_with_a_test_split(quintuplets, tmp_path):

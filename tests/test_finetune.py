@@ -16,6 +16,7 @@ import lora
 import quality
 import runs
 import train
+from test_train import equal_on_both_ranks
 
 TINY = ["--crop", "64", "--watch", "--log-every", "1", "--sample-every", "0", "--val-every", "0", "--lr", "1e-2", "--lambda-q", "0.01", "--rank", "3",
         "--device", "cpu", "--workers", "0"]
@@ -242,6 +243,11 @@ def test_two_processes_do_as_one(base, tmp_path, script):
     assert all(torch.allclose(one[k], two[k], rtol=1e-3, atol=1e-5) for k in one)
     for key, value in events(tmp_path / "one", "val")[-1].items():
         assert value == events(tmp_path / "two", "val")[-1][key] or value == pytest.approx(events(tmp_path / "two", "val")[-1][key], abs=1e-3)
+
+
+def test_gradients_held_once_change_nothing_in_fine_tuning(base, tmp_path, script):
+    words = ["--arch", "compact-small", "--base", base, "--reward", "test_rewards:brightness", *TINY, "--total-steps", 3, "--lambda-a", 0.1, "--lambda-q", 0.01]
+    assert any("lora_A" in k for k in equal_on_both_ranks(script, tmp_path, "finetune_lora", words)["net_g"])
 
 
 @pytest.mark.fast

@@ -295,7 +295,7 @@ def test_the_atlas_picks_what_scoring_every_crop_would(quintuplets, rewards, tmp
     for reward, file in (("ranker", "ranker-32-8.npy"), ("test_rewards:brightness", "test_rewards_brightness-32-8.npy")):
         call("atlas", root, "--reward", reward, "--crop", 32, "--stride", 8, "--device", "cpu")
         model, sets = iqa.create_reward([reward]), data.find_sets(root, "Train")
-        atlas = data.Atlas(root / "atlas" / file, sets, 32, model)
+        atlas = data.Atlas.open_all([str(root / "atlas" / file)], sets, 32, model)[0][0]
         assert atlas.table.shape == (6, 5, 2, 5, 5)
         dataset = data.TrainingSet(sets, "amo", partial(runs.sample_seed, 0), 4, 1, 32, tau=None, atlases=[(atlas, 1.0)])
         everything = data.TrainingSet(sets, "amo", partial(runs.sample_seed, 0), 4, 1, 32)
@@ -338,8 +338,14 @@ def test_margin_temperature_and_sums_of_atlases(quintuplets, rewards, tmp_path):
     mixed = [files[0] + "=2", f"{tmp_path / 'ranker.npy'}=0.5"]
     data.Atlas.open_all(mixed, sets, 32, iqa.create_reward(["ranker=0.5", "test_rewards:brightness=2"]))
     for other in (["ranker=0.5"], ["ranker", "test_rewards:brightness=2"]):
-        with pytest.raises(ValueError, match=r"the sum of test_rewards:brightness=2 \(\w+\) ranker=0.5 \(\w+\), but --reward is ranker=.*: name the same sum, or none"):
+        with pytest.raises(ValueError, match=r"the sum of test_rewards:brightness=2 \(\w+\) ranker=0.5 \(\w+\), but --reward is ranker=.*: name the same reward, weights and all, or none"):
             data.Atlas.open_all(mixed, sets, 32, iqa.create_reward(other))
+    one, negative = files[:1], [f"{files[0]}=-1"]                                 # of one atlas too: else the worst crops would be trained on
+    data.Atlas.open_all(negative, sets, 32)
+    data.Atlas.open_all([f"{files[0]}=3"], sets, 32, iqa.create_reward(["test_rewards:brightness=3"]))
+    for words, weight in ((negative, ""), (one, "=3"), ([f"{files[0]}=3"], "")):
+        with pytest.raises(ValueError, match="the sum of test_rewards:brightness=.*, but --reward is test_rewards:brightness="):
+            data.Atlas.open_all(words, sets, 32, iqa.create_reward([f"test_rewards:brightness{weight}"]))
     with pytest.raises(ValueError, match="--atlas .*=much: write FILE or FILE=WEIGHT"):
         data.Atlas.open_all([files[0] + "=much"], sets, 32)
 
@@ -349,19 +355,19 @@ def test_an_atlas_of_something_else_is_refused_by_name(quintuplets, rewards, tmp
     words = ["atlas", root, "--reward", "test_rewards:brightness", "--crop", 32, "--stride", 16, "--device", "cpu"]
     call(*words)
     file, sets = root / "atlas/test_rewards_brightness-32-16.npy", data.find_sets(root, "Train")
-    with pytest.raises(ValueError, match="of another reward .test_rewards:brightness. or other weights than --reward ranker"):
-        data.Atlas(file, sets, 32, iqa.create_reward(["ranker"]))
+    with pytest.raises(ValueError, match=r"the sum of test_rewards:brightness=1 \(\w+\), but --reward is ranker=1 "):
+        data.Atlas.open_all([str(file)], sets, 32, iqa.create_reward(["ranker"]))
     with pytest.raises(ValueError, match=r"made of other crop \(32, here 48\)"):
         data.Atlas(file, sets, 48)
     with pytest.raises(ValueError, match="not a whole atlas"):
         data.Atlas(tmp_path / "none.npy", sets, 32)
-    with pytest.raises(ValueError, match="begun with another stride: name another --out"):
+    with pytest.raises(ValueError, match="begun with other stride and shape: remove it and .*json to begin anew, or name another --out"):
         call(*words[:-3], 8, *words[-2:], "--out", file)
     path = next((root / "Train/images/0-6/02").glob("*.png"))
     data.save_image(path, torch.zeros(3, 64, 64))
     with pytest.raises(ValueError, match="made of other images"):
         data.Atlas(file, data.find_sets(root, "Train"), 32)
-    with pytest.raises(ValueError, match="begun with another images"):
+    with pytest.raises(ValueError, match="begun with other images; its scores are of the images as they were then: remove it and .*json to begin anew, or name another --out"):
         call(*words)
 
 
@@ -413,7 +419,7 @@ def test_a_damaged_or_foreign_table_is_never_completed(quintuplets, rewards, tmp
     with pytest.raises(ValueError, match="not a whole atlas"):
         data.Atlas(file, sets, 32)
     np.save(file, np.zeros((6, 5, 2, 2, 2), np.float32))
-    with pytest.raises(ValueError, match="begun with another shape"):
+    with pytest.raises(ValueError, match="damaged .a table of"):
         call(*words)
     with pytest.raises(ValueError, match="not a whole atlas .a table of"):
         data.Atlas(file, sets, 32)
@@ -429,8 +435,9 @@ def test_a_damaged_or_foreign_table_is_never_completed(quintuplets, rewards, tmp
         call(*words)
     with pytest.raises(SystemExit):
         prepare.parse_args(["atlas", str(root), "--out", "x.json"])
-    with pytest.raises(ValueError, match="--crop 96: larger than the images"):
-        call(*words[:4], "--crop", 96, "--compare", 3, "--device", "cpu")
+    for compare in (0, 3):
+        with pytest.raises(ValueError, match="smaller than the 96-pixel crop"):
+            call(*words[:4], "--crop", 96, "--compare", compare, "--device", "cpu")
     record.write_text(json.dumps(about))
     for word in (f"{file}=nan", f"{file}=much"):
         with pytest.raises(ValueError, match="write FILE or FILE=WEIGHT"):
@@ -458,19 +465,78 @@ def test_packed_images_of_one_size_and_other_bytes_are_noticed_and_packed_again(
     Image.new("RGB", (64, 60), "red").save(path)
     with pytest.raises(ValueError, match="64x60 pixels but its original has 64x64"):
         call("pack", root)
-    assert data.find_sets(root, "Train").packed is None                            # the old index is gone
+    with pytest.raises(ValueError, match="was packed from other images"):          # what was packed before is still there
+        data.find_sets(root, "Train")
     index = root / "packed/Train.json"
     Image.new("RGB", (64, 64), "red").save(path)
     call("pack", root)
     with pytest.raises(ValueError, match="smaller than the 80-pixel crop"):
         data.check_headers(data.TrainingSet(data.find_sets(root, "Train"), "amo", partial(runs.sample_seed, 3), 4, 2, 80), runs.World(0, 1, torch.device("cpu")))
-    for damage in ({"images": {}}, {"signature": None}):
-        content = json.loads(index.read_text())
+    content = json.loads(index.read_text())
+    moved = {version: {stem: [place[0] + (place[0] == 0) * shift, *place[1:]] for stem, place in images.items()} for version, images in content["images"].items() for shift in (-12288,)}
+    for damage in ({"images": {}}, {"signature": None}, {"images": moved}):
         whole = index.read_text()
         index.write_text(json.dumps({k: v for k, v in (content | damage).items() if v is not None}))
         with pytest.raises(ValueError, match="Train.json: damaged"):
             data.find_sets(root, "Train")
         index.write_text(whole)
+
+
+@pytest.mark.parametrize("change, said", [(lambda a: {"reward": ["x"]}, "not a whole atlas"), (lambda a: {"reward": {"x": {"weight": "1", "hash": ""}}}, "not a whole atlas"),
+                                          (lambda a: {"stride": 0}, "its .json was changed"), (lambda a: {"stride": 8}, "its .json was changed"), (lambda a: {"stride": "16"}, "its .json was changed"),
+                                          (lambda a: {"stems": a["stems"][:2]}, "its .json was changed"), (lambda a: {"stems": 5}, "not a whole atlas"), (lambda a: {"table": "0"}, "not a whole atlas .its table was changed"),
+                                          (lambda a: {"reward": None}, "not a whole atlas"), (lambda a: [], "not a whole atlas"), (lambda a: {"shape": None}, "not a whole atlas")])
+def test_an_edited_record_of_an_atlas_is_one_line_that_names_it(quintuplets, tmp_path, change, said):
+    file = tmp_path / "a.npy"
+    call("atlas", quintuplets, "--reward", "ranker", "--crop", 32, "--stride", 16, "--device", "cpu", "--out", file)
+    about, sets = json.loads(file.with_suffix(".json").read_text()), data.find_sets(quintuplets, "Train")
+    changed = change(about)
+    file.with_suffix(".json").write_text(json.dumps(about | changed if isinstance(changed, dict) else changed))
+    with pytest.raises(ValueError, match=f"a.npy: {said}"):
+        data.Atlas.open_all([str(file)], sets, 32)
+
+
+def test_a_table_that_changed_or_is_empty_is_refused_and_never_signed_again(quintuplets, tmp_path):
+    file = tmp_path / "a.npy"
+    words = ["atlas", quintuplets, "--reward", "ranker", "--crop", 32, "--stride", 16, "--device", "cpu", "--out", file]
+    call(*words)
+    whole, sets = file.read_bytes(), data.find_sets(quintuplets, "Train")
+    for content in (b"", whole[:-4] + bytes(4)):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="a.npy: not a whole atlas"):
+            data.Atlas(file, sets, 32)
+        with pytest.raises(ValueError, match="a.npy: damaged .*: remove it and .*a.json"):
+            call(*words)
+    file.write_bytes(whole)
+    data.Atlas(file, sets, 32)
+
+
+def test_an_atlas_refuses_wrong_images_and_places_before_the_first_score(quintuplets, tmp_path, monkeypatch):
+    scored = []
+    monkeypatch.setattr(prepare, "score_crops", lambda *a: scored.append(a))
+    words = ["--reward", "ranker", "--crop", "32", "--stride", "16", "--device", "cpu"]
+    for k, (size, mode, said) in enumerate((((64, 60), "RGB", "64x60 pixels but its original has"), ((64, 64), "L", "image mode L"), ((80, 80), "RGB", "unlike the first image, 64x64"))):
+        root = shutil.copytree(quintuplets, tmp_path / str(k))
+        last = sorted((root / "Train/images/0-6/original").glob("*"))[-1].stem
+        for path in (root / "Train/images").rglob(f"{last}_03.png" if k < 2 else f"{last}*.png"):
+            Image.new(mode, size).save(path)
+        with pytest.raises(ValueError, match=said):
+            call("atlas", root, *words)
+        assert not scored and not (root / "atlas").exists()
+    with pytest.raises(ValueError, match="--out-json .*: a folder"):
+        call("atlas", quintuplets, *words, "--compare", 3, "--out-json", tmp_path)
+    assert not scored
+
+
+def test_a_killed_pack_leaves_what_was_packed_before(quintuplets, tmp_path, monkeypatch, capsys):
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    call("pack", root)
+    assert "train.py uses it from now on" in capsys.readouterr().out
+    monkeypatch.setattr(runs, "write_atomic", lambda path, write: (_ for _ in ()).throw(KeyboardInterrupt()))
+    (root / "packed/Train.bin.tmp").write_bytes(b"of a pack that was killed")
+    with pytest.raises(KeyboardInterrupt):
+        call("pack", root)
+    assert data.find_sets(root, "Train").packed is not None and not (root / "packed/Train.bin.tmp").exists()
 
 
 def test_what_a_packed_set_costs_is_linear_in_its_size():

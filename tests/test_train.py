@@ -335,6 +335,48 @@ def test_two_processes_give_the_losses_of_one(quintuplets, init, rewards, tmp_pa
     assert all(torch.allclose(a["net_g"][k], b["net_g"][k], atol=1e-4) for k in a["net_g"])
 
 
+RANKS = """
+import importlib, os, sys
+import torch
+import runs
+name, defaults, folder, *words = sys.argv[1:]
+script, save, made = importlib.import_module(name), runs.Run.save, []
+wrap = torch.nn.parallel.DistributedDataParallel if defaults == "defaults" else runs.World(0, 2, None).parallel
+
+def parallel(world, net):
+    net = wrap(net)
+    made.append((net.gradient_as_bucket_view, net.will_sync_module_buffers()))
+    return net
+runs.World.parallel = parallel
+
+def save_all(self, step, state):
+    torch.save({"made": made, **{k: state[k] for k in ("net_g", "net_d", "opt_g", "opt_d") if k in state}}, f"{folder}/{defaults}-{os.environ['RANK']}.pth")
+    save(self, step, state)
+runs.Run.save = save_all
+script.main(script.parse_args(words))
+"""
+
+
+def equal_on_both_ranks(script, tmp_path, name, words):
+    """Run a script on two processes as it is and with DDP's own defaults: weights, buffers and moments of all four processes, which must be equal bit by bit."""
+    (tmp_path / "ranks.py").write_text("import sys\nsys.path[:0] = [" + repr(str(runs.REPO)) + "]\n" + RANKS)
+    for kind in ("ours", "defaults"):
+        script(tmp_path / "ranks.py", name, kind, tmp_path, *words, "--out", tmp_path / kind, processes=2)
+    first, *others = (torch.load(tmp_path / f"{kind}-{rank}.pth") for kind in ("ours", "defaults") for rank in (0, 1))
+    told = [state.pop("made") for state in (first, *others)]
+    nets = 2 if "net_d" in first else 1
+    assert told[0] == told[1] == [(True, False)] * nets and [view for view, _ in told[2]] == [False] * nets and told[2][-1][1]
+    assert all(equal(first, other) for other in others)
+    return first
+
+
+def test_gradients_held_once_and_buffers_not_sent_change_nothing(quintuplets, init, rewards, tmp_path, script):
+    """With what could disturb it: micro-batches without all-reduce, clipping, D's spectral norm, SwinIR's masks and stochastic depth."""
+    words = flags(quintuplets, init, arch="swinir-small", drop_path=0.5, total_steps=5, accumulate=2, clip_grad=1)
+    state = equal_on_both_ranks(script, tmp_path, "train", words)
+    assert any("_u" in k for k in state["net_d"]) and any("attn_mask" in k for k in state["net_g"])
+
+
 def test_a_run_continues_after_a_change_of_processes(quintuplets, init, rewards, tmp_path, script):
     words = flags(quintuplets, init, tmp_path / "run", total_steps=4)
     script("train.py", *flags(quintuplets, init, tmp_path / "run", total_steps=2), processes=2)
@@ -548,7 +590,8 @@ def test_training_with_an_atlas_needs_no_reward_and_is_amo_on_its_grid(quintuple
 
 @pytest.mark.fast
 def test_flags_of_the_atlas(capsys):
-    for words, message in ((["--atlas", "a.npy", "--sampler", "rand"], "--atlas is for --sampler amo"), (["--atlas", "a.npy", "--load-size", "512"], "--atlas is for --sampler amo on whole images"),
+    for words, message in ((["--atlas", "a.npy", "--sampler", "rand"], "--atlas is for --sampler amo"), (["--atlas", "a.npy", "--load-size", "512"], "--atlas is for --sampler amo on whole images: give --load-size 0 (it is 512)"),
+                           (["--demo", "--atlas", "a.npy"], "give --load-size 0 (it is 128, the default of --demo)"),
                            (["--margin", "2"], "--margin is for amo with --atlas"), (["--reward", "none"], "it needs a --reward")):
         with pytest.raises(SystemExit):
             train.parse_args(words)

@@ -1,9 +1,10 @@
 """Tricks that were looked at: is each faster, and equal? In turn with what is used, on this machine. README says what was decided.
 
     python tests/tricks.py --json results/bench/tricks.json            one CPU thread, processor time
-    python tests/tricks.py --device cuda                                wall time
+    python tests/tricks.py channels_last ema --device cuda              some of them; on a GPU wall time
 
-adam: --fused-adam against PyTorch's default. heads: SwinIR's attention with heads of 30 padded to 32, in q, k and v or in the weights. vgg: SR and GT in one batch
+channels_last: networks forward and backward in that memory format against the contiguous one. ema: the average of the weights by one foreach call against a loop. attention: SwinIR's
+by PyTorch's fused function against the product, softmax and product written out. adam: --fused-adam against PyTorch's default. heads: SwinIR's attention with heads of 30 padded to 32, in q, k and v or in the weights. vgg: SR and GT in one batch
 instead of two passes, the second without gradient. discriminator: real and fake in one batch, which is another discriminator (one power iteration of the spectral
 norm, not two). "faster" is the median of the old times over that of the new ones, with the range over pairs.
 """
@@ -56,7 +57,43 @@ def apart(a, b):
     return max(((x - y).abs().max() / x.abs().max().clamp_min(1e-12)).item() for x, y in zip(a, b, strict=True))
 
 
-def adam(repeats, device, found):
+def channels_last(repeats, device, found, scale):
+    with tempfile.TemporaryDirectory() as folder:
+        made = {"compact, 4 LR crops of 32": (archs.ARCHS["compact"], 4, 32), "rrdbnet, 1 LR crop of 24": (archs.ARCHS["rrdbnet"], 1, 24),
+                "D of 16 features, 4 crops of 128": (lambda: archs.UNetDiscriminatorSN(16), 4, 128), "D of 64 features, 2 crops of 128": (archs.UNetDiscriminatorSN, 2, 128),
+                "VGG19's taps, 2 crops of 128": (lambda: archs.VGGFeatureLoss(vgg_file(folder)), 2, 128)}
+        for what, (build, batch, side) in made.items():
+            kinds, results = {}, {}
+            for name, memory in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+                torch.manual_seed(0)
+                net = build().to(device, memory_format=memory)
+                x = torch.rand(batch * scale, 3, side, side).to(device).contiguous(memory_format=memory).requires_grad_()
+
+                def run(net=net, x=x):
+                    net.zero_grad(set_to_none=True)
+                    x.grad = None
+                    outputs = net.taps(x) if hasattr(net, "taps") else [net(x)]
+                    sum(y.square().mean() for y in outputs).backward()
+                    return [x.grad.clone(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+                kinds[name] = run
+            results = {name: run() for name, run in kinds.items()}                 # the first pass of each: D's spectral norm moves at every one
+            compared(f"channels_last, {what}", kinds, repeats, device, found, channels_last={"apart": apart(*results.values())})
+
+
+def ema(repeats, device, found, scale):
+    for arch in ("compact", "rrdbnet", "swinir"):
+        nets = [archs.ARCHS[arch]().to(device).requires_grad_(False) for _ in range(3)]
+        nets[1].load_state_dict(nets[0].state_dict())
+
+        def loop():
+            for a, b in zip(nets[1].parameters(), nets[2].parameters()):
+                a.lerp_(b, 0.001)
+        kinds = {"loop": loop, "foreach": lambda: train.update_ema(nets[0], nets[2], 0.999)}
+        compared(f"ema, {arch}", kinds, repeats, device, found)
+        found[-1]["apart"] = apart(*([p for p in net.parameters()] for net in nets[:2]))
+
+
+def adam(repeats, device, found, scale):
     for arch in ("compact", "rrdbnet", "swinir"):
         nets, optimisers, kinds = {}, {}, {}
         for name, fused in (("default", False), ("fused", True)):
@@ -93,9 +130,28 @@ def padded(in_weights):
     return forward
 
 
-def heads(repeats, device, found, batch):
+FORWARD, FUSED = archs.WindowAttention.forward, F.scaled_dot_product_attention
+
+
+def written_out(self, x, mask):
+    """WindowAttention.forward without the fused attention."""
+    try:
+        F.scaled_dot_product_attention = lambda q, k, v, attn_mask: (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + attn_mask).softmax(-1) @ v
+        return FORWARD(self, x, mask)
+    finally:
+        F.scaled_dot_product_attention = FUSED
+
+
+def heads(repeats, device, found, scale):
+    attentions("heads", {"as it is": FORWARD, "q, k, v padded": padded(False), "weights padded": padded(True)}, repeats, device, found, scale)
+
+
+def attention(repeats, device, found, scale):
+    attentions("attention", {"written out": written_out, "fused": FORWARD}, repeats, device, found, scale)
+
+
+def attentions(title, forwards, repeats, device, found, batch):
     """One group of six blocks, as SwinIR has six, on 72 x 72 tokens: an LR crop of 64 pixels, padded."""
-    forwards = {"as it is": archs.WindowAttention.forward, "q, k, v padded": padded(False), "weights padded": padded(True)}
     torch.manual_seed(0)
     group = archs.SwinIR(depths=(6,), heads=(6,), drop_path=0.0).layers[0].to(device)
     mask, x = archs.shift_mask(72, 72, 8, 4).to(device), torch.randn(batch, 72, 72, 180, device=device)
@@ -108,10 +164,10 @@ def heads(repeats, device, found, batch):
             if backward:
                 y.square().mean().backward()
         return [y.detach(), *(p.grad for p in group.parameters() if backward)]
-    expected = run("as it is", True)
+    expected = run(next(iter(forwards)), True)
     differences = {name: {"apart": apart(expected, run(name, True))} for name in forwards}
     for what, backward in (("forward", False), ("forward and backward", True)):
-        compared(f"heads, {what}", {name: lambda name=name: run(name, backward) for name in forwards}, repeats, device, found, **differences)
+        compared(f"{title}, {what}", {name: lambda name=name: run(name, backward) for name in forwards}, repeats, device, found, **differences)
 
 
 def pair(batch, side, device):
@@ -143,10 +199,10 @@ def perceptual(file, batch, side, device):
     return {"two passes": lambda: run(vgg), "one batch": lambda: run(together)}
 
 
-def vgg(repeats, device, found, sizes):
+def vgg(repeats, device, found, scale):
     with tempfile.TemporaryDirectory() as folder:
         file = vgg_file(folder)
-        for batch, side in sizes:
+        for batch, side in ((2 * scale, 128), (4 * scale, 128)):
             kinds = perceptual(file, batch, side, device)
             memory = {}
             for name in kinds:                                                    # in a process of its own: a peak cannot be taken back
@@ -171,8 +227,8 @@ def memory_of(name, file, batch, side, device):
     print(status("VmHWM") - held)
 
 
-def discriminator(repeats, device, found, sizes):
-    for width, batch, side in sizes:
+def discriminator(repeats, device, found, scale):
+    for width, batch, side in ((16, 4 * scale, 128), (64, 2 * scale, 128)):
         torch.manual_seed(0)
         net, (real, fake) = archs.UNetDiscriminatorSN(width).to(device, memory_format=torch.channels_last).train(), pair(batch, side, device)
 
@@ -188,16 +244,17 @@ def discriminator(repeats, device, found, sizes):
         compared(f"discriminator of {width} features, {batch} crops of {side}", {"two batches": two, "one batch": one}, repeats, device, found)
 
 
+TRICKS = {trick.__name__: trick for trick in (channels_last, ema, attention, adam, heads, vgg, discriminator)}
+
+
 def main(args):
-    torch.set_num_threads(1)
-    device = torch.device(args.device)
+    device = runs.start_world(args.device, 1).device
     if args.memory:
         return memory_of(*args.memory, device)
-    found, scale = [], 8 if device.type == "cuda" else 1
-    adam(args.repeats, device, found)
-    heads(args.repeats, device, found, scale)
-    vgg(args.repeats, device, found, [(2 * scale, 128), (4 * scale, 128)])
-    discriminator(args.repeats, device, found, [(16, 4 * scale, 128), (64, 2 * scale, 128)])
+    runs.check_output(args.json, "--json")
+    found = []
+    for name in args.tricks or TRICKS:
+        TRICKS[name](args.repeats, device, found, 8 if device.type == "cuda" else 1)
     print(runs.markdown(["", "trick", "faster", "range", "n", "apart", "memory"],
                         [[f["what"], f["trick"], f"{f['faster']:.2f}", f"{f['least']:.2f} to {f['most']:.2f}", f["n"], f"{f['apart']:.0e}" if "apart" in f else "",
                           f"{f['memory_ratio']:.2f}" if "memory_ratio" in f else ""] for f in found]))
@@ -207,8 +264,10 @@ def main(args):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("tricks", nargs="*", choices=[*TRICKS, []], metavar="TRICK", help=", ".join(TRICKS))
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     p.add_argument("--repeats", type=int, default=12, help="measurements of each kind")
     p.add_argument("--json", type=Path)
     p.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)
-    main(p.parse_args())
+    ARGS = p.parse_args()
+    runs.cli(lambda: main(ARGS))
