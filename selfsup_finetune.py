@@ -4,7 +4,6 @@ import itertools
 import math
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import archs
 import data
@@ -192,7 +191,7 @@ def adapt(args, world, seeds, autocast, judge, sets, gts, out):
             if world.is_main and (name == "adapted" or args.hold_out):
                 runs.write_atomic(out / f"{name}.txt", lambda t: t.write_text("".join(f"{stem}\n" for stem in some.stems)))
     state = run.checkpoint = None
-    net = DistributedDataParallel(raw) if world.size > 1 else raw
+    net = world.parallel(raw)
 
     def save(step):
         meter.check_finite(lambda s: ", ".join(dataset.names(s)))

@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import archs
 import data
@@ -121,7 +120,7 @@ def pretrain(args):
     run.open()
     run.say(f"{args.arch}, controller {args.s_rule}, FAR {args.far_enc if args.far else 'off'}, distance {args.distance}: {sum(p.numel() for p in raw.parameters()):,} weights, "
             f"{len(dataset)} photos, {len(val_set)} held out, {world.size} process(es) on {device}" + (f"; from step {run.start_step}" if run.checkpoint else ""))
-    net = DistributedDataParallel(raw.train()) if world.size > 1 else raw.train()
+    net = world.parallel(raw.train())
     draw = pairs_of(dataset, args, seeds, device, args.group_size)
 
     def save(step):
