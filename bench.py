@@ -343,8 +343,10 @@ def bench_grow(args, words, options, record):
         with tempfile.TemporaryDirectory() as made:
             if folder is None:
                 synthetic_sets(Path(made), count=6 * factor if what == "sets" else 6, side=max(2 * side, 4 * side if what == "crop" else 0))
-            row = whole_steps([*without(words, "--data", *more[::2]), "--data", made, *more], args, options.steps)[0]
-        rows.append({"what": what, "factor": factor, **row})
+            changed = [*without(words, "--data", *more[::2]), "--data", made, *more]
+            row = whole_steps(changed, args, options.steps)[0]
+            parts = step_parts(train.parse_args(changed), options.repeats, False)[1]
+        rows.append({"what": what, "factor": factor, **row, "parts_ms": {name: parts[name] for name in ("decode, one worker", "degradation", "scoring") if name in parts}})
         print(f"{what} x{factor}: {row['ms']:.1f} ms, {row['memory']:.2f} GiB", file=sys.stderr)
     for factor in (1, 2, 4):
         measure("batch", factor, "--batch-size", str(args.batch_size * factor), "--pool-size", "0")
@@ -352,6 +354,9 @@ def bench_grow(args, words, options, record):
         measure("sets", factor)
     print(runs.markdown(["", "x1, ms", "x2", "x4", "x1, GiB", "x4, GiB"], [[what, *(f"{row['ms']:.1f}" for row in rows if row["what"] == what),
                         *(f"{row['memory']:.2f}" for row in rows if row["what"] == what and row["factor"] != 2)] for what in ("batch", "crop", "sets")]))
+    times = lambda name, what, factor: next(row["parts_ms"][name] for row in rows if (row["what"], row["factor"]) == (what, factor))
+    print(runs.markdown(["part, times x1", *(f"{what} x{factor}" for what in ("batch", "crop", "sets") for factor in (2, 4))],
+                        [[name, *(f"{times(name, what, factor) / times(name, what, 1):.2f}" for what in ("batch", "crop", "sets") for factor in (2, 4))] for name in rows[0]["parts_ms"]]))
     record["grow"] = rows
     if options.drift:
         windows = whole_steps(words, args, options.drift // 20, windows=20)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.fast
 _file = io.BytesIO()
 Image.new("RGB", (16, 16)).save(_file, "jpeg", quality=50)
 LUMA, CHROMA = (Image.open(_file).quantization[n] for n in (0, 1))
-IMAGES = {"one-round": 64, "two-round": 64, "realesrgan": 96}  # side in pixels that each preset is tried on
+IMAGES = {"one-round": 64, "two-round": 64, "blur": 64, "realesrgan": 96}  # side in pixels that each preset is tried on
 
 
 def photo(h, w, top=60, left=180):
@@ -139,6 +139,8 @@ def test_the_chain_equals_a_slow_reference_written_from_the_spec(name):
         levels = (degrade(image[None], preset, [100 + seed], [seed])[0] * 255).numpy()
         difference = np.abs(levels - expected)  # float32 moves a few values across a rounding border of the JPEG or of the output
         assert difference.mean() < 0.02 and (difference > 0.5).mean() < 0.02, (seed, difference.mean(), difference.max())
+    if name == "blur":                                                            # it draws neither resizes nor Poisson noise
+        return
     assert {"up", "down", *degradations.MODES} <= seen
     assert {(key, flag) for key in ("gaussian", "jpeg_last") for flag in (True, False)} <= seen
 
@@ -210,7 +212,7 @@ def test_bad_input_is_one_clear_error(gt, seeds, groups, message):
 
 def test_unknown_presets_keys_and_tables_are_named():
     gt = torch.rand(1, 3, 64, 64)
-    with pytest.raises(ValueError, match="three-round.*one-round, two-round, realesrgan"):
+    with pytest.raises(ValueError, match="three-round.*one-round, two-round, blur, realesrgan"):
         degrade(gt, "three-round", [0], [0])
     with pytest.raises(ValueError, match="jpeg_qualty"):
         degrade(gt, custom(jpeg_qualty=(30, 95)), [0], [0])
@@ -239,7 +241,7 @@ TABLE = {
                         blur=0.8)],
 }
 FINAL = {"two-round": (0.1, [3, 5]), "realesrgan": (0.8, [7, 9, 11, 13, 15, 17, 19, 21])}
-PADDED = {"one-round": 9, "two-round": 9, "realesrgan": 21}
+PADDED = {"one-round": 9, "two-round": 9, "blur": 21, "realesrgan": 21}
 FAMILIES = ["iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso"]
 DRAWS = 1500
 
@@ -267,7 +269,7 @@ def assert_classes(values, classes, probabilities=None):
     assert sum(counts) == len(values) and stats.chisquare(counts, expected).pvalue > 1e-4, counts
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", TABLE)
 def test_sample_draws_follow_the_table(name):
     draws = sample_draws(name)
     assert all(len(d["rounds"]) == len(TABLE[name]) for d in draws)
@@ -298,6 +300,15 @@ def test_sample_draws_follow_the_table(name):
         assert not sinc
 
 
+def test_the_blur_preset_blurs_and_does_little_else():
+    samples, groups = [draw["rounds"][0] for draw in sample_draws("blur")], [draw_group("blur", seed)["rounds"][0] for seed in range(200)]
+    assert_uniform((r["sigma_x"] for r in samples), 0.2, 4.0)
+    assert_uniform((r["gaussian_sigma"] for r in samples), 0, 6)
+    assert_classes((r["family"] for r in samples), FAMILIES[:2], [0.5, 0.5])
+    assert {r["size"] for r in samples} == {21} and not any(r["sinc"] for r in samples)
+    assert {(r["resize"], r["scale"], r["gaussian"], r["blur"]) for r in groups} == {("keep", 1.0, True, True)}
+
+
 def test_shape_parameters_are_a_fair_coin_between_below_and_above_one():
     rounds = [r for draw in sample_draws("realesrgan") for r in draw["rounds"]]
     generalized = [r["beta"] for r in rounds if r["family"].startswith("generalized")]
@@ -309,7 +320,7 @@ def test_shape_parameters_are_a_fair_coin_between_below_and_above_one():
     assert_uniform((b for b in plateau if b > 1), 1, 2)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", TABLE)
 def test_group_draws_follow_the_table(name):
     draws = [draw_group(name, seed) for seed in range(2 * DRAWS)]
     for n, spec in enumerate(TABLE[name]):
