@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from scipy.fft import dct
 from scipy.special import j1
 
+import runs
+
 MODES = ("area", "bilinear", "bicubic")  # equally likely, never anti-aliased
 RESIZES = ("up", "down", "keep")  # the order of resize_prob
 
@@ -391,6 +393,6 @@ def usm_sharpen(images):
 
 
 def _on_device(values, images, dtype=None):
-    """Numbers, array or tensor as a tensor beside the images; through pinned memory, since a plain copy waits for the GPU."""
+    """Numbers, array or tensor as a tensor beside the images."""
     values = torch.as_tensor(values, dtype=dtype or images.dtype)
-    return values.pin_memory().to(images.device, non_blocking=True) if images.is_cuda and not values.is_cuda else values
+    return values if values.is_cuda else runs.to_device(values, images.device)

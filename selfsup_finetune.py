@@ -174,7 +174,8 @@ def adapt(args, world, seeds, autocast, judge, sets, gts, out):
         first, colours, weight, judge.shift, best, ended = (state[name] for name in ("first", "colours", "weight", "shift", "best", "ended"))
         colours = colours.to(device)
     else:
-        judge.shift = (judge.shift[0], check(ema, patches, judge, [], {}, args.tile, world)[0]["d"])          # what "shifted" looks at
+        if args.s_rule == "shifted":                                              # needs d of the network before
+            judge.shift = (judge.shift[0], check(ema, patches, judge, [], {}, args.tile, world)[0]["d"])
         weight = gradient_ratio(judge, ema, draw, world) if args.far and args.lambda_ft == "auto" else args.lambda_ft
         (first, colours), best, ended = look(ema, None), None, False
     meter = runs.Meter(world, state and state["meter"])
