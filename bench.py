@@ -134,11 +134,8 @@ def peak_flops(device, precision):
 
 
 def setup(args, tune):
-    """What train.py, or with tune finetune_lora.py, builds -> world, seeds, reward, reward that chooses, TrainingSet, generator, discriminator or None, VGG or None, tuned weights."""
-    world = runs.start_world(args.device, args.threads)
-    seeds = partial(runs.sample_seed, args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    torch.backends.cudnn.benchmark = True
+    """What train.py, or with tune finetune_lora.py, builds -> world, seeds, autocast, reward, reward that chooses, TrainingSet, generator, discriminator or None, VGG or None, tuned weights."""
+    world, seeds, autocast = runs.start_training(args)
     build = lambda words, **more: None if words == ["none"] else iqa.create_reward(words, world.device, fused=flags.FUSED[args.musiq], **more)
     reward = build(args.reward, weights_file=args.reward_weights, need_gradient=tune)
     chooser = reward if not tune or args.gt_reward == args.reward else build(args.gt_reward)
@@ -150,17 +147,16 @@ def setup(args, tune):
     net_g = net_g.to(world.device, memory_format=torch.contiguous_format if args.arch.startswith("swinir") else memory).train()
     net_d = archs.UNetDiscriminatorSN(args.d_features).to(world.device, memory_format=memory).train() if args.lambda_a > 0 else None
     vgg = archs.VGGFeatureLoss(args.vgg_weights).to(world.device, memory_format=memory) if args.lambda_p > 0 else None
-    return world, seeds, reward, chooser, dataset, net_g, net_d, vgg, tuned
+    return world, seeds, autocast, reward, chooser, dataset, net_g, net_d, vgg, tuned
 
 
 def step_parts(args, repeats, tune):
     """{part: ms per step} on one batch, {part: FLOPs}, and ms of both kinds of Adam, of train.py's step or of finetune_lora.py's. --compile compiles what they compile; FLOPs are counted eager."""
-    world, seeds, reward, chooser, dataset, raw_g, raw_d, vgg, tuned = setup(args, tune)
+    world, seeds, autocast, reward, chooser, dataset, raw_g, raw_d, vgg, tuned = setup(args, tune)
     compiled = torch.compile if args.compile else lambda net: net
     net_g, net_d = compiled(raw_g), None if raw_d is None else compiled(raw_d)
     device, lanes = world.device, range(args.batch_size)
     measure, parts, work = partial(timed, repeats=repeats, device=device), {}, {}
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
     parts["decode, one worker"] = measure(lambda: [dataset.sample(1, lane) for lane in lanes])
     batch = data.collate([dataset.sample(1, lane) for lane in lanes])
     moved = lambda: [batch[name].to(device).float() / 255 for name in ("original", "crops")]

@@ -717,9 +717,9 @@ def collate(samples):
     for sample in samples:
         if isinstance(sample, Exception):
             return sample
-    shapes = {tuple(s["original"].shape[1:]) for s in samples}
+    shapes = {tuple(next(iter(s.values())).shape[1:]) for s in samples}           # of the whole image, the first of a sample
     if len(shapes) > 1:
-        return ValueError(f"images of different sizes in one batch ({sorted(shapes)}): set --load-size to at most the smallest side")
+        return ValueError(f"images of different sizes in one batch ({sorted(shapes)}): set --load-size (dpo.py train: --patch) to at most the smallest side")
     return {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
 
 

@@ -95,15 +95,19 @@ def noise_peaks(residual, window=64, low=0.2, times=8.0):
     return ((power - around) * peaks).sum((1, 2))
 
 
+def unsharp(images, amount):
+    """8-bit result of a plain unsharp mask, Gaussian of sigma 1.5, of (B, 3, H, W)."""
+    return degradations.to_8bit(images + amount * (images - degradations.blur(images, degradations.gaussian_kernel(9, 1.5))))
+
+
 def unsharp_like(base, sr, reward, amounts=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)):
     """A plain unsharp mask (Gaussian, sigma 1.5) of `base`, the weakest with at least the reward of `sr`, else the one with the highest.
 
     (1, 3, H, W) twice -> the mask's image, and whether it has as much reward: sharpening alone often cannot earn what tuning can.
     """
-    blurred = degradations.blur(base, degradations.gaussian_kernel(9, 1.5))
     best, wanted = (-math.inf, base), reward(sr).item()
     for amount in amounts:
-        image = degradations.to_8bit(base + amount * (base - blurred))
+        image = unsharp(base, amount)
         best = max(best, (reward(image).item(), image), key=lambda pair: pair[0])
         if best[0] >= wanted:
             break

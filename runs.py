@@ -20,6 +20,7 @@ import time
 import traceback
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,22 @@ def start_world(device="auto", threads=0):
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return World(rank, size, torch.device(device))
+
+
+def start_training(args):
+    """The beginning of every training -> world, seeds(step, lane, purpose), autocast(): the context in which networks run. Of args it reads device, threads, seed, precision.
+
+    TF32 is off unless asked for, where PyTorch's own default lets cuDNN use it.
+    """
+    world = start_world(args.device, args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.benchmark = True
+    return world, partial(sample_seed, args.seed), partial(torch.autocast, world.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def due(step, total, every):
+    """Is it time for what is done every `every` steps and at the end? 0: only then."""
+    return step == total or every and step % every == 0
 
 
 def to_device(tensor, device):
@@ -378,7 +395,7 @@ class Run:
                         self.tensorboard.add_scalar(f"{split}/{name}", value, step)
 
     def progress(self, step, total, meter, lr, picked):
-        """The line that grep and eyes read, and the same numbers as an event. picked: {version: times chosen so far}, {} where nothing is chosen."""
+        """The line that grep and eyes read, and the same numbers as an event. picked: {version: times chosen so far}, {} where nothing is chosen. -> the window's averages"""
         terms, speed, waiting = meter.read()
         losses = " ".join(f"{k} {v:.4g}" for k, v in terms.items())
         seen = max(1.0, sum(picked.values()))
@@ -386,6 +403,7 @@ class Run:
         self.say(f"step {step:07d}/{total:07d} | {losses} | lr {lr:.1e} | {speed:.2f} it/s | wait {waiting:.0%} | "
                  f"eta {(total - step) / speed / 3600:.2f}h" + (f" | gt {chosen}" if picked else ""))
         self.event(step, "train", **terms, lr=lr, it_per_s=round(speed, 5), wait=round(waiting, 3), memory=round(peak_memory(self.world.device), 3), picked=picked)
+        return terms
 
     def save(self, step, state):
         """Replace ckpt/last.pt by {"step", "args", **state}; the other ranks wait until it is there."""

@@ -12,7 +12,7 @@ import lora
 import quality
 import reconstruction as rec
 import runs
-from selfsup_pretrain import begin, due, embedding_noise, networks, weights_of
+from selfsup_pretrain import embedding_noise, networks, weights_of
 from train import update_ema
 
 FIXED = ("rec_hash", "sr_hash", "s_rule", "far", "far_path", "hf", "percep", "patch", "batch_size", "lambda_ft", "far_rho", "lr", "seed", "n_std", "stop", "hold_out", "samples")
@@ -112,7 +112,7 @@ def open_images(args):
 
 
 def finetune(args):
-    world, seeds, autocast = begin(args)
+    world, seeds, autocast = runs.start_training(args)
     sets, gts = open_images(args)
     net, settings = open_reconstruction(args)
     distance, hqi, encoder = networks(args, world.device)
@@ -199,7 +199,7 @@ def adapt(args, world, seeds, autocast, judge, sets, gts, out):
         run.save(step, {"net": raw.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "meter": meter.state_dict(), "first": first, "colours": colours.cpu(),
                         "weight": weight, "shift": judge.shift, "best": best, "ended": ended})
 
-    stop = runs.StopSignal(world)
+    stop, due = runs.StopSignal(world), lambda step, every: runs.due(step, args.total_steps, every)
     if ended or run.start_step == args.total_steps:
         run.say(f"nothing to do: {out} is finished; remove it to adapt again")
     for step in range(run.start_step + 1, args.total_steps + 1) if not ended else ():
@@ -215,10 +215,10 @@ def adapt(args, world, seeds, autocast, judge, sets, gts, out):
         opt.step()
         update_ema(ema, raw, args.ema_decay)
         meter.add(step, **terms)
-        if due(args, step, args.log_every):
+        if due(step, args.log_every):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))
             run.progress(step, args.total_steps, meter, args.lr, {})
-        if due(args, step, args.val_every):
+        if due(step, args.val_every):
             values = {name: look(one, colours)[0] for name, one in (("raw", raw), ("ema", ema))}
             for name in values:
                 run.event(step, name, **values[name])
@@ -229,7 +229,7 @@ def adapt(args, world, seeds, autocast, judge, sets, gts, out):
                 best = {"value": value, "step": step, **{name: {k: v.cpu().clone() for k, v in one.state_dict().items()} for name, one in (("net", raw), ("ema", ema))}}
             ended = best is not None and step - best["step"] >= args.patience
         stopping = stop.requested(step)
-        if due(args, step, args.save_every) or stopping or ended:
+        if due(step, args.save_every) or stopping or ended:
             save(step)
         if ended:
             break

@@ -3,7 +3,6 @@ import argparse
 import copy
 import itertools
 import math
-from functools import partial
 
 import numpy as np
 import torch
@@ -21,14 +20,6 @@ from train import make_pair, update_ema
 
 FIXED = ("arch", "deg_enc", "s_rule", "far", "far_enc", "far_layer", "offdiag", "distance", "vgg_stages", "percep", "degradation", "patch", "load_size", "batch_size", "group_size",
          "width", "blocks", "dim", "lambda_pt", "total_steps", "lr", "encoder_from", "seed", "n_std", "samples")
-
-
-def begin(args):
-    """-> world, seeds, autocast"""
-    world = runs.start_world(args.device, args.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    torch.backends.cudnn.benchmark = True
-    return world, partial(runs.sample_seed, args.seed), partial(torch.autocast, world.device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def networks(args, device):
@@ -51,10 +42,6 @@ def weights_of(*nets):
 def embedding_noise(net, args, seeds, step, lanes, device):
     """n of Eq. 8, (b, dim), from each sample's own seed."""
     return args.n_std * torch.stack([degradations.normal_field((net.dim,), seeds(step, lane, "n"), device) for lane in lanes])
-
-
-def due(args, step, every):
-    return step == args.total_steps or every and step % every == 0
 
 
 def pairs_of(dataset, args, seeds, device, group_size):
@@ -88,7 +75,7 @@ def check_pretraining(net, held_out, distance, hqi, encoder, args):
 
 
 def pretrain(args):
-    world, seeds, autocast = begin(args)
+    world, seeds, autocast = runs.start_training(args)
     device, lanes = world.device, world.lanes(args.batch_size)
     run = runs.Run(args.out, vars(args), world, args.resume, FIXED, args.tensorboard)
     distance, hqi, encoder = networks(args, device)
@@ -127,7 +114,7 @@ def pretrain(args):
         meter.check_finite(lambda s: ", ".join(dataset.names(s)))
         run.save(step, {"net": raw.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "meter": meter.state_dict(), "balance": balance.cpu()})
 
-    stop = runs.StopSignal(world)
+    stop, due = runs.StopSignal(world), lambda step, every: runs.due(step, args.total_steps, every)
     if run.start_step == args.total_steps:
         run.say(f"nothing to do: {args.out} is finished; remove it to train again")
     for step in range(run.start_step + 1, args.total_steps + 1):
@@ -155,13 +142,13 @@ def pretrain(args):
         opt.step()
         update_ema(ema, raw, args.ema_decay)
         meter.add(step, **terms, **({} if d is None else {"d": d.mean()}))
-        if due(args, step, args.log_every):
+        if due(step, args.log_every):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))
             run.progress(step, args.total_steps, meter, lr, {})
         stopping = stop.requested(step)
-        if due(args, step, args.save_every) or stopping:
+        if due(step, args.save_every) or stopping:
             save(step)
-        if due(args, step, args.val_every):
+        if due(step, args.val_every):
             values = check_pretraining(ema, held_out, distance, hqi, encoder, args)
             weak = [f"{m} no better than {bar}" for bar, name in (("of bicubic down-sampling", "bicubic"), ("with the embeddings of other images", "shuffled")) for m, better in (("psnr", np.greater), ("percep", np.less))
                     if not better(values[m], values[f"{m}_{name}"])]

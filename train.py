@@ -220,14 +220,10 @@ def open_data(args, world, reward, seeds):
 
 
 def main(args):
-    world = runs.start_world(args.device, args.threads)
+    world, seeds, autocast = runs.start_training(args)
     device, lanes = world.device, world.lanes(args.batch_size)
     if len(lanes) % args.accumulate:
         raise ValueError(f"--accumulate {args.accumulate} does not divide the {len(lanes)} crops of one process")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    torch.backends.cudnn.benchmark = True
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    seeds = partial(runs.sample_seed, args.seed)
 
     # what costs nothing to refuse comes first
     run = runs.Run(args.out, vars(args) | {"discriminator": args.lambda_a > 0}, world, args.resume, FIXED, args.tensorboard)
@@ -298,7 +294,7 @@ def main(args):
                 runs.save_weights(args.out / "weights" / f"net_d_{step:07d}.pth", raw_d.state_dict())
         run.save(step, state)
 
-    due = lambda step, every: step == args.total_steps or every and step % every == 0
+    due = lambda step, every: runs.due(step, args.total_steps, every)
     no_sync = lambda net, last: net.no_sync() if world.size > 1 and not last else contextlib.nullcontext()
     lambdas = {"pix": args.lambda_l1, "percep": args.lambda_p, "adv": args.lambda_a}
     stop = runs.StopSignal(world)
