@@ -74,8 +74,10 @@ def add_generator(c, many=False):
     g.add_argument("--backend", choices=["flow", "diffusers"], default="flow", help="flow: FlowSR; diffusers: Stable Diffusion 2 or FLUX of --model")
     g.add_argument("--model", type=Path, metavar="DIR", help="diffusers: local folder of the text-to-image model (PAPER: SD2 and FLUX)")
     g.add_argument("--prompts", type=Path, metavar="DIR", help="diffusers: <name>.txt for every image; default: the empty prompt (RELEASED: tags by RAM)")
+    g.add_argument("--guidance", type=flags.WEIGHT, help="diffusers: of sampling; default: SD2 3.5, FLUX 2.5 (RELEASED); 1: none")
     g.add_argument("--steps", type=flags.SIZE, help="steps of sampling; default: the generator's own (RELEASED: SD2 50, FLUX 25)")
     g.add_argument("--tau", type=flags.RATE, help="scale of the initial noise, FlowSR only; default: the generator's own, 1 (CHOICE)")
+    return g
 
 
 def add_crops(g):
@@ -167,7 +169,7 @@ def add_curate(c):
 
 
 def add_train(c):
-    add_generator(c)
+    add_generator(c).add_argument("--gradient-checkpointing", action=ONOFF, default=False, help="diffusers: less memory, more time")
     g = c.add_argument_group("pairs")
     g.add_argument("--pairs", type=Path, default=Path("runs/dpo-pool"), metavar="DIR", help="what curate left")
     g.add_argument("--patch", type=flags.COUNT, default=0, help="side of the LR patches in pixels; 0: whole images (CHOICE)")
@@ -258,7 +260,8 @@ def load(path, args, device):
     """The generator that --gen names."""
     if args.backend == "diffusers":
         import diffusers_backend
-        return diffusers_backend.load_diffusers(args.model, path, device, args.prompts, args.steps)
+        folder = path / "weights" if (path / "weights").is_dir() else path        # of a run of `train`
+        return diffusers_backend.load_diffusers(args.model, folder, device, args.prompts, args.steps, args.guidance, gradient_checkpointing=getattr(args, "gradient_checkpointing", False))
     return flow.load_flow(path, device=device, steps=args.steps, tau=args.tau)
 
 
