@@ -39,6 +39,17 @@ def call(log, script, *words, processes=1):
         raise ValueError(f"{script} ended with {status}: {last} (all of it in {log})")
 
 
+def copy_photos(files, target, tile=0):
+    """The photos as PNG under <folder>-<name>, so that none of two folders collide. tile: whole squares of this side only, <folder>-<name>-<row>-<column>: less to decode for a crop."""
+    for path in files:
+        image, name = data.load_image(path), f"{path.parent.name}-{path.stem}"
+        tops, lefts = ([k * tile for k in range(n // tile)] if tile else [0] for n in image.shape[1:])
+        for top in tops:
+            for left in lefts:
+                part = image[:, top:top + tile, left:left + tile] if tile else image
+                data.save_image(target / (f"{name}-{top}-{left}.png" if tile else f"{name}.png"), part)
+
+
 def parallel(jobs, tasks):
     """Call the functions `tasks`, `jobs` at a time; the first error stops what has not begun."""
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), unit="job") as bar:

@@ -74,20 +74,14 @@ import runs
 import tables
 
 
-def copy_photos(files, target):
-    """The photos as PNG under <folder>-<name>, so that none of two folders collide."""
-    for path in files:
-        data.save_image(target / f"{path.parent.name}-{path.stem}.png", data.load_image(path))
-
-
 def prepare(args):
     if (args.work / "held" / "domain.json").exists():
         return
     images = lambda folder: list(data.list_images(folder).values())
     last = images(args.photos[-1])
-    copy_photos([path for folder in args.photos[:-1] for path in images(folder)] + last[::2], args.work / "hr")
+    compare.copy_photos([path for folder in args.photos[:-1] for path in images(folder)] + last[::2], args.work / "hr")
     for name, files in (("domain", [path for folder in args.test for path in images(folder)]), ("held", last[1::2])):
-        copy_photos(files, args.work / f"{name}-photos")
+        compare.copy_photos(files, args.work / f"{name}-photos")
         compare.call(args.work / f"{name}.log", "selfsup.py", "domain", "--hr", args.work / f"{name}-photos", "--out", args.work / name, *shlex.split(args.domain))
 
 
