@@ -28,14 +28,16 @@ def parse_args(argv=None):
         c = commands.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=flags.Help)
         c.add_argument("--repeats", type=flags.SIZE, default=5, help="measurements of each part; their median counts")
         c.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
-        if name in ("train", "finetune", "samplers", "grow"):
-            c.add_argument("--steps", type=flags.COUNT, default=20, help="whole steps, after as many warm-up ones; 0: parts only")
+        if name in ("samplers", "grow"):
+            c.add_argument("--steps", type=flags.SIZE, default=20, help="whole steps, after as many warm-up ones")
         if name in ("train", "finetune"):
+            c.add_argument("--steps", type=flags.COUNT, default=20, help="whole steps, after as many warm-up ones; 0: parts only")
             c.add_argument("--processes", type=flags.SIZE, default=1, help="of torchrun, for the whole steps")
         if name == "samplers":
             c.add_argument("--online", type=flags.COUNT, default=2, help="measurements of AMO that scores online (slow)")
         if name == "grow":
-            c.add_argument("--drift", type=flags.COUNT, default=2000, help="steps of the run that looks for drift; 0: none")
+            c.add_argument("--rounds", type=flags.SIZE, default=3, help="how often all settings are measured, in turn; medians count")
+            c.add_argument("--drift", type=flags.COUNT, default=2000, help="steps of the run that looks for drift, in twenty windows of which the first does not count; 0: none")
     commands.add_parser("ranks", help="memory and communication of a process, counted", description="memory and communication of a process, counted")
     c = commands.add_parser("compare", help="ratios of two results", description="ratios of two results", formatter_class=flags.Help)
     c.add_argument("before", type=Path)
@@ -43,7 +45,9 @@ def parse_args(argv=None):
     args, rest = p.parse_known_args(argv)
     if args.command in ("compare", "ranks") and rest:
         p.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args, rest
+    if args.command == "grow" and 0 < args.drift < 20:
+        p.error(f"--drift {args.drift}: at least 20, a step for each window, or 0")
+    return args, [part for word in rest for part in (word.split("=", 1) if word.startswith("--") else [word])]             # --data=DIR as --data DIR
 
 
 if __name__ == "__main__":
@@ -332,28 +336,29 @@ def without(words, *flags):
 
 
 def bench_grow(args, words, options, record):
-    """ms per step and memory for a batch, a crop and a data set 1, 2 and 4 times as large, each alone; then one long run."""
-    rows, side = [], args.crop
+    """ms per step, ms of its parts and memory for a batch, a crop and a data set 1, 2 and 4 times as large, each alone, all of them in turn and again; then one long run."""
+    side, found = args.crop, {}
 
-    def measure(what, factor, *more, folder=None):
+    def measure(what, factor):
+        more = {"batch": ["--batch-size", str(args.batch_size * factor), "--pool-size", "0"], "crop": ["--crop", str(int(side * factor ** 0.5) // 8 * 8), "--pool-size", "0"], "sets": []}[what]
         with tempfile.TemporaryDirectory() as made:
-            if folder is None:
-                synthetic_sets(Path(made), count=6 * factor if what == "sets" else 6, side=max(2 * side, 4 * side if what == "crop" else 0))
+            synthetic_sets(Path(made), count=6 * factor if what == "sets" else 6, side=max(2 * side, 4 * side if what == "crop" else 0))
             changed = [*without(words, "--data", *more[::2]), "--data", made, *more]
-            row = whole_steps(changed, args, options.steps)[0]
-            parts = step_parts(train.parse_args(changed), options.repeats, False)[1]
-        rows.append({"what": what, "factor": factor, **row, "parts_ms": {name: parts[name] for name in ("decode, one worker", "degradation", "scoring") if name in parts}})
-        print(f"{what} x{factor}: {row['ms']:.1f} ms, {row['memory']:.2f} GiB", file=sys.stderr)
-    for factor in (1, 2, 4):
-        measure("batch", factor, "--batch-size", str(args.batch_size * factor), "--pool-size", "0")
-        measure("crop", factor, "--crop", str(int(side * factor ** 0.5) // 8 * 8), "--pool-size", "0")
-        measure("sets", factor)
-    print(runs.markdown(["", "x1, ms", "x2", "x4", "x1, GiB", "x4, GiB"], [[what, *(f"{row['ms']:.1f}" for row in rows if row["what"] == what),
-                        *(f"{row['memory']:.2f}" for row in rows if row["what"] == what and row["factor"] != 2)] for what in ("batch", "crop", "sets")]))
-    times = lambda name, what, factor: next(row["parts_ms"][name] for row in rows if (row["what"], row["factor"]) == (what, factor))
-    print(runs.markdown(["part, times x1", *(f"{what} x{factor}" for what in ("batch", "crop", "sets") for factor in (2, 4))],
-                        [[name, *(f"{times(name, what, factor) / times(name, what, 1):.2f}" for what in ("batch", "crop", "sets") for factor in (2, 4))] for name in rows[0]["parts_ms"]]))
-    record["grow"] = rows
+            whole, parts = whole_steps(changed, args, options.steps)[0], step_parts(train.parse_args(changed), options.repeats, False)[1]
+        print(f"{what} x{factor}: {whole['ms']:.1f} ms, {whole['memory']:.2f} GiB", file=sys.stderr)
+        return {"whole step": whole["ms"], **{name: parts[name] for name in ("decode, one worker", "degradation", "scoring") if name in parts}, "memory": whole["memory"]}
+    settings = [(what, factor) for what in ("batch", "crop", "sets") for factor in (1, 2, 4)]
+    for turn in range(options.rounds):
+        for setting in settings[::-1 if turn % 2 else 1]:
+            found.setdefault(setting, []).append(measure(*setting))
+    middle = lambda name, *setting: statistics.median(values[name] for values in found[setting])
+    cells = lambda name, what: [f"{middle(name, what, 1):.4g}", *(f"x{middle(name, what, factor) / middle(name, what, 1):.2f}" for factor in (2, 4))]
+    names = list(found["batch", 1][0])
+    print(runs.markdown(["ms, or GiB", *(f"{what}{times}" for what in ("batch", "crop", "sets") for times in (" x1", " x2", " x4"))],
+                        [[name, *(cell for what in ("batch", "crop", "sets") for cell in cells(name, what))] for name in names]))
+    base = [values for what in ("batch", "sets") for values in found[what, 1]]      # one setting but for the pool: its scatter is that of all
+    print(f"x1 of batch and of sets are nearly the same setting, measured {len(base)} times: " + ", ".join(f"{name} {min(v[name] for v in base):.4g} to {max(v[name] for v in base):.4g}" for name in names))
+    record["grow"] = [{"what": what, "factor": factor, "rounds": values} for (what, factor), values in found.items()]
     if options.drift:
         windows = whole_steps(words, args, options.drift // 20, windows=20)
         slope = np.polyfit(np.arange(len(windows)), [w["ms"] for w in windows], 1)[0] * len(windows) / statistics.median(w["ms"] for w in windows)

@@ -11,7 +11,7 @@
 Every stage leaves plain files and continues where it was stopped. The generator is flow.py's FlowSR, trained here, or a Stable Diffusion 2 or FLUX model with a ControlNet from a local
 folder (--backend diffusers). The method is in preference.py, a page of equations; PAPER, DPO, RELEASED (the authors' inference code), INFERRED and CHOICE say where a default is from.
 
-    rows of the paper's ablations     best against worst: curate --top 1     no weights: train --hpo none     M: curate --samples 8     reward: curate --reward fr | nr
+    rows of the paper's ablations     best against worst: curate --top 1     no weights: train --hpo none     M: curate --samples 8 --top 2     reward: curate --reward fr | nr
 """
 import argparse
 import sys
@@ -50,8 +50,8 @@ def parse_args(argv=None):
     if command and "--demo" in words:
         stages[command].set_defaults(**DEMO[command])
     args = p.parse_args(words)
-    if not args.command and not args.all:
-        p.error("which stage? pretrain, sample, score, curate, train, eval, or --demo")
+    if bool(args.command) == args.all:
+        p.error("which stage? pretrain, sample, score, curate, train, eval, or --demo" if not args.all else f"--demo before {args.command} is all stages: write {args.command} --demo")
     if args.command:
         complete(stages[args.command], args)
     return args
@@ -75,7 +75,7 @@ def add_generator(c, many=False):
     g.add_argument("--model", type=Path, metavar="DIR", help="diffusers: local folder of the text-to-image model (PAPER: SD2 and FLUX)")
     g.add_argument("--prompts", type=Path, metavar="DIR", help="diffusers: <name>.txt for every image; default: the empty prompt (RELEASED: tags by RAM)")
     g.add_argument("--guidance", type=flags.WEIGHT, help="diffusers: of sampling; default: SD2 3.5, FLUX 2.5 (RELEASED); 1: none")
-    g.add_argument("--steps", type=flags.SIZE, help="steps of sampling; default: the generator's own (RELEASED: SD2 50, FLUX 25)")
+    g.add_argument("--steps", type=flags.SIZE, help="steps of sampling; default: the generator's own (RELEASED: SD2 50, FLUX 25). train keeps them in what it leaves")
     g.add_argument("--tau", type=flags.RATE, help="scale of the initial noise, FlowSR only; default: the generator's own, 1 (CHOICE)")
     return g
 
@@ -117,7 +117,7 @@ def add_pretrain(c):
     g.add_argument("--group-size", type=flags.SIZE, default=8, help="samples that share a group's draws, see degradations.py (CHOICE)")
     add_crops(g)
     g = c.add_argument_group("generator (all CHOICE: the paper tunes Stable Diffusion 2 and FLUX)")
-    g.add_argument("--size", choices=["tiny", "small", "base", "large"], default="base", help="1.4, 5.9, 10.1, 21.7 million weights")
+    g.add_argument("--size", choices=["tiny", "small", "base", "large"], default="base", help="1.4, 5.9, 10.1, 21.8 million weights")
     g.add_argument("--prediction", choices=["flow", "epsilon", "v"], default="flow", help="rectified flow, or a diffusion model of the noise or of v")
     g.add_argument("--base", type=Path, metavar="PATH", help="frozen x4 network to which the generated residual is added, any that upscale.py takes; default: bicubic enlargement")
     g.add_argument("--times", choices=["logit-normal", "uniform"], default="logit-normal", help="distribution of t (SD3)")
@@ -163,7 +163,7 @@ def add_curate(c):
     g.add_argument("--norm-file", type=Path, metavar="FILE", help="use this norm.json instead of fitting one")
     g = c.add_argument_group("pairs")
     g.add_argument("--top", type=flags.SIZE, default=8, help="N: best and worst candidates of an image; all N x N pairs (PAPER: M / 4 for SD2, M / 16 for FLUX)")
-    g.add_argument("--samples", type=flags.COUNT, default=0, help="use seeds 0 to this only; 0: all")
+    g.add_argument("--samples", type=flags.COUNT, default=0, help="use the first so many seeds; 0: all")
     g.add_argument("--min-sigma", type=flags.WEIGHT, default=0.0, help="drop images whose rewards have a smaller standard deviation (CHOICE: 0)")
     g.add_argument("--out", type=Path, metavar="DIR", help="leaves norm.json, pairs.jsonl and curation.json; default: the pool")
 
@@ -206,6 +206,7 @@ def add_eval(c):
     g.add_argument("--watch", nargs="*", default=["psnr", "ssim", "nima"], metavar="NAME", help="metrics outside the reward (PAPER: among others these)")
     add_metric_files(g)
     g.add_argument("--unsharp", type=flags.RATE, nargs="*", default=[0.5, 1.0], metavar="AMOUNT", help="unsharp masks of the first generator's outputs, as a control (CHOICE)")
+    g.add_argument("--less-noise", type=flags.RATE, nargs="*", metavar="SHARE", help="the first generator with its initial noise times this, as a control; default 0.9 0.7, with --backend diffusers none (CHOICE)")
     g.add_argument("--diversity", choices=["lpips", "vgg", "proxy", "none"], default="lpips", help="distance between seeds")
     g.add_argument("--vgg-weights", type=Path, metavar="FILE", help="VGG19 for --diversity vgg, instead of a download")
     g.add_argument("--samples", type=flags.SIZE, default=64, help="M, seeds per image (PAPER: 64)")
@@ -235,14 +236,18 @@ def complete(p, args):
     if getattr(args, "backend", None) == "diffusers":
         if args.model is None:
             p.error("--backend diffusers: --model DIR, the folder of the text-to-image model")
-        if args.tau:
-            p.error("--tau is FlowSR's")
+        if args.tau or getattr(args, "less_noise", None):
+            p.error("--tau and --less-noise are FlowSR's")
+    if args.command == "eval" and args.less_noise is None:
+        args.less_noise = [0.9, 0.7] if args.backend == "flow" else []
+    if args.command == "curate" and args.norm == "group" and (args.norm_file or args.norm_percent):
+        p.error("--norm group takes each image's extremes: leave out --norm-file and --norm-percent")
     if args.command == "train":
         if args.noise == "tracked" and args.patch:
             p.error("--noise tracked: the noise belongs to whole images: --patch 0")
         if args.keep == "best" and not args.val_groups:
             p.error("--keep best: of what? give --val-groups")
-        args.out = args.out or Path("runs") / f"{args.gen.name if args.gen.suffix != '.pth' else args.gen.parent.parent.name}+dpo"
+        args.out = args.out or Path("runs") / f"{(args.gen.parent.parent if args.gen.suffix == '.pth' else args.gen).name}+dpo"
     if args.command == "pretrain":
         args.out = args.out or Path("runs") / f"flow-{args.size}"
 

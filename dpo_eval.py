@@ -1,9 +1,10 @@
 """Stage 6 of dpo.py: generators side by side on the same seeds. What to expect of the best, the mean and the worst of k seeds, every metric, how far seeds differ.
 
     OUT/eval.json  curves.png  grid.png  table.md     OUT/<row>/<name>/<seed>.png
-Two things guard against a reward that was fooled: metrics that had no part in it (--watch), and the first generator's outputs under a plain unsharp mask: where the mask
-gains as much, the reward likes sharpening and nothing else. Intervals are over photographs, paired: crops of one photograph resemble each other.
+Three things guard against a reward that was fooled: metrics that had no part in it (--watch); the first generator's outputs under a plain unsharp mask; and the first generator with less initial noise.
+Where one of the last two gains as much as tuning did, tuning may have done no more than that. Intervals are over photographs, paired: crops of one photograph resemble each other.
 """
+import copy
 import re
 
 import numpy as np
@@ -24,13 +25,18 @@ def open_rows(args, load):
     names = args.names or [path.name if path.is_dir() else path.parent.parent.name for path in args.gen]
     if len(names) != len(args.gen) or len(set(names)) != len(names):
         raise ValueError(f"--names {' '.join(names)}: {len(args.gen)} different names are needed, one for each --gen")
-    if bad := [name for name in names if not re.fullmatch(r"[\w .+@,=-]+", name) or name.startswith(".")]:
-        raise ValueError(f"--names {bad[0]!r}: letters, digits, blanks and + - . , = @ only: it names a folder")
-    return {name: load(path) for name, path in zip(names, args.gen)}
+    if bad := [name for name in names if not re.fullmatch(r"[\w .+@,=-]+", name) or name.startswith(".") or name in ("eval", "images", "scores")]:
+        raise ValueError(f"--names {bad[0]!r}: names a folder beside eval.json, images and scores: another word, of letters, digits, blanks and + - . , = @")
+    rows = {name: load(path) for name, path in zip(names, args.gen)}
+    for share in args.less_noise:
+        gen = copy.copy(rows[names[0]])
+        gen.tau = share * gen.tau
+        rows[f"{names[0]}, {share:g} of the noise"] = gen
+    return rows
 
 
 def candidates(args, rows, items, world):
-    """{row: {name: [files]}}: outputs of every generator, and of the first under unsharp masks."""
+    """{row: {name: [files]}}: outputs of every generator, and of the first under unsharp masks. rows: of open_rows."""
     files, first = {}, next(iter(rows))
     for row, gen in rows.items():
         record, about = args.out / f"{row}.json", {"generator": gen.identity(gen.net), "images": {name: scoring.digest(item["lq"]) for name, item in items.items()}, "samples": args.samples}
@@ -62,15 +68,16 @@ def diversity(files, distance, device):
 
 def evaluate(args, world, load):
     """Everything that is measured, as eval.json; load: path -> generator."""
-    norm = dpo_pool.read_json(args.norm_file, "python dpo.py curate makes it")
-    kinds = {m: v["full_reference"] for m, v in norm["metrics"].items()}
+    norm = dpo_pool.open_norm(args.norm_file)
+    paired = bool(args.hr or args.gt_dir)
+    kinds = {m: v["full_reference"] for m, v in norm["metrics"].items() if paired or args.reward != "nr" or not v["full_reference"]}          # without ground truth the others alone
     watched = [m for m in args.watch if m not in kinds]
     metrics = dpo_pool.create_metrics([m for m, full in kinds.items() if full], [m for m, full in kinds.items() if not full], args.metric_weights, world.device)
-    dpo_pool.read_norm(args.norm_file, dpo_pool.describe_metrics(metrics))
+    dpo_pool.check_norm(args.norm_file, {"metrics": {m: norm["metrics"][m] for m in kinds}}, dpo_pool.describe_metrics(metrics))
     inside = list(metrics)
     metrics |= {m: quality.create_metric(m, world.device, dict(w.split("=", 1) for w in args.metric_weights).get(m), **dpo_pool.PROTOCOL, flag="--watch") for m in watched}
     rows = open_rows(args, load)
-    items = dpo_pool.own_images(args, args.out / "images", world) if args.hr else dpo_pool.find_items(args.lq_dir, args.gt_dir)
+    items = dpo_pool.own_images(args, args.out / "images", world, "test") if args.hr else dpo_pool.find_items(args.lq_dir, args.gt_dir)
     if world.is_main:
         runs.check_writable(args.out, "--out")
     files = candidates(args, rows, items, world)
@@ -85,14 +92,14 @@ def evaluate(args, world, load):
     found = {}
     for row, r in rewards.items():
         curve = preference.curves(r)
-        values = {f"best@{args.samples}": curve["best"][:, -1], "mean": r.mean(1), f"worst@{args.samples}": curve["worst"][:, -1], "seed std": r.std(1)}
+        values = {f"best@{args.samples}": curve["best"][:, -1], "reward": r.mean(1), f"worst@{args.samples}": curve["worst"][:, -1], "seed std": r.std(1)}
         values |= {"diversity": diversity(files[row], distance, world.device)} if distance and args.samples > 1 else {}
         values |= {m: raw[row][..., k].mean(1) for k, m in enumerate(metrics)}
         found[row] = {"values": {name: over_photos(v) for name, v in values.items()}, "curve": {which: over_photos(curve[which]).mean(0).tolist() for which in ("best", "mean", "worst")},
-                      "seed_std": {m: float(raw[row][..., k].std(1).mean()) for k, m in enumerate(metrics)}}
+                      "seed_std": {m: float(over_photos(raw[row][..., k].std(1)).mean()) for k, m in enumerate(metrics)}}
     first = next(iter(found))
     summary = {"reward": args.reward, "inside": inside, "outside": watched, "samples": args.samples, "images": len(items), "photos": len(set(whose)), "k": preference.curves(rewards[first])["k"],
-               "lower_is_better": lower, "diversity_by": args.diversity, "norm": str(args.norm_file), "rows": {}, **runs.describe_machine()}
+               "lower_is_better": {name: lower.get(name, None if name in ("seed std", "diversity") else False) for name in found[first]["values"]}, "diversity_by": args.diversity, "norm": str(args.norm_file), "rows": {}, **runs.describe_machine()}
     for row, v in found.items():
         means = {name: dict(zip(("mean", "low", "high"), (float(x.mean()), *tables.interval(x)))) for name, x in v["values"].items()}
         differences = {name: tables.difference(x[None], found[first]["values"][name][None]) for name, x in v["values"].items()} if row != first else {}
@@ -110,8 +117,7 @@ def evaluate(args, world, load):
 def table(summary):
     """Markdown: the reward's curve ends and every metric, then differences to the first row, bold where the verdict is clear (tables.difference)."""
     names = list(next(iter(summary["rows"].values()))["means"])
-    lower = {name: summary["lower_is_better"].get(name, name in ("seed std", "diversity")) for name in names}
-    head = ["", *(name if name in ("seed std", "diversity") else tables.heading(name, lower[name]) + " (outside)" * (name in summary["outside"]) for name in names)]
+    head = ["", *(tables.heading(name, summary["lower_is_better"][name]) + " (outside)" * (name in summary["outside"]) for name in names)]
     decimals = {name: tables.digits([row["means"][name]["mean"] for row in summary["rows"].values()]) for name in names}
     means = runs.markdown(head, [[row, *(f"{v['means'][name]['mean']:.{decimals[name]}f}" for name in names)] for row, v in summary["rows"].items()])
     first = next(iter(summary["rows"]))

@@ -1,6 +1,6 @@
 """Pools of candidates: many outputs of one generator for every low-resolution image, their scores, and the preference pairs chosen from them (stages 2 to 4 of dpo.py).
 
-    POOL/pool.json                    what it was made with; another generator or other images are refused
+    POOL/pool.json                    what it was made with; another generator, other images or other crops are refused
     POOL/lq/<name>.png, gt/<name>.png     the images; no gt where there is no ground truth
     POOL/cand/<name>/<seed>.png       8-bit outputs: what is scored is what is trained on
     POOL/scores.jsonl, scores.json    {"name", "seed", metric: value in native units, ...}, and what each metric is
@@ -53,13 +53,16 @@ def write_lines(path, rows):
 
 # Images
 
-def make_images(args, folder, record, device):
-    """folder/lq, gt and pool.json: copies of --lq-dir and --gt-dir, or --groups crops of the photographs --hr and what the synthetic degradation makes of them."""
+def make_images(args, folder, record, purpose, device):
+    """folder/lq, gt and pool.json: copies of --lq-dir and --gt-dir, or --groups crops of the photographs --hr and what the synthetic degradation makes of them.
+
+    purpose: "pool" or "test", whose crops and degradations are drawn apart.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)                                  # of a call that was killed
     save = lambda kind, name, image: data.save_image(temporary / kind / f"{name}.png", image)
     if args.hr:
-        seeds = lambda step, lane, purpose: runs.sample_seed(args.seed, step, lane, f"pool {purpose}")
+        seeds = lambda step, lane, what: runs.sample_seed(args.seed, step, lane, f"{purpose} {what}")
         dataset = data.TrainingSet(data.find_photos(args.hr), "orig", seeds, args.groups, 1, 4 * args.patch, args.load_size)
         data.check_headers(dataset, runs.World(0, 1, device))
         draw = pairs_of(dataset, args, seeds, device, 1)
@@ -77,11 +80,14 @@ def make_images(args, folder, record, device):
     temporary.rename(folder)
 
 
-def own_images(args, folder, world, **facts):
-    """Items of `folder`, which this makes unless it is there already; ValueError if it was made with other settings, or is something else. facts: further settings."""
+def own_images(args, folder, world, purpose, **facts):
+    """Items of `folder`, which this makes unless it is there already; ValueError if it was made with other settings, or is something else. facts: further settings; purpose: see make_images."""
     names = ("hr", "groups", "patch", "load_size", "degradation", "seed") if args.hr else ("lq_dir", "gt_dir")
     record = {name: str(v) if isinstance(v := getattr(args, name), Path) else v for name in names} | facts
+    if args.lq_dir:
+        record["images"] = scoring.digest([[name, *map(scoring.digest, (item["lq"], *item["refs"]))] for name, item in find_items(args.lq_dir, args.gt_dir).items()])
     before = read_json(folder / "pool.json", "") if (folder / "pool.json").exists() else {}
+    world.barrier()                                                               # all have looked before anything is made
     other = runs.changes(before, record).values() if before else ()
     if other:
         raise ValueError(f"--out {folder}: was made with other settings ({'; '.join(other)}): choose another folder, or remove it")
@@ -89,7 +95,7 @@ def own_images(args, folder, world, **facts):
         raise ValueError(f"--out {folder}: exists and was not made by dpo.py: choose another folder")
     if world.is_main and not before:
         runs.check_writable(folder, "--out")
-        make_images(args, folder, record, world.device)
+        make_images(args, folder, record, purpose, world.device)
     world.barrier()
     return find_items(folder / "lq", folder / "gt" if (folder / "gt").is_dir() else None)
 
@@ -111,6 +117,8 @@ def open_pool(pool):
     """-> (what pool.json says, items, {name: [candidate files by seed]}); an unfinished pool is an error."""
     remedy = "make it with: python dpo.py sample"
     about = read_json(pool / "pool.json", remedy)
+    if "samples" not in about:
+        raise ValueError(f"{pool}: images without candidates; {remedy}")
     items = find_items(pool / "lq", pool / "gt" if (pool / "gt").is_dir() else None, (str(pool), str(pool)))
     files = {name: [pool / "cand" / name / f"{seed}.png" for seed in range(about["samples"])] for name in items}
     missing = [name for name, found in files.items() if not found[-1].is_file()]
@@ -142,7 +150,7 @@ def fill(gen, net, items, folder, samples, world, batch_size, text="candidates")
 
 def sample(args, gen, world):
     """Stage 2: --samples outputs of the generator for every image."""
-    items = own_images(args, args.out, world, samples=args.samples, generator=gen.identity(gen.net))
+    items = own_images(args, args.out, world, "pool", samples=args.samples, generator=gen.identity(gen.net))
     fill(gen, gen.net, items, args.out / "cand", args.samples, world, args.batch_size)
     if world.is_main:
         print(f"{args.out}: {len(items)} images, {args.samples} candidates each")
@@ -171,8 +179,7 @@ def describe_metrics(metrics):
 def judge(metrics, items, files, cache, world, text):
     """{name: [candidate files]} -> (images, M, K) native scores; continues where it stopped (scoring.score)."""
     if any(m.full_reference for m in metrics.values()) and not all(item["refs"] for item in items.values()):
-        raise ValueError(f"--fr {' '.join(name for name, m in metrics.items() if m.full_reference)}: {text} has no ground truth to compare with; "
-                         "leave full-reference metrics out (--fr) and take --reward nr")
+        raise ValueError(f"{', '.join(name for name, m in metrics.items() if m.full_reference)}: {text} has no ground truth to compare with; leave full-reference metrics out and take --reward nr")
     count = len(next(iter(files.values())))
     rows = {str(seed): scoring.Row(None, {name: found[seed] for name, found in files.items()}, None, None) for seed in range(count)}
     found = scoring.score(rows, items, metrics, cache, world, PROTOCOL)
@@ -208,15 +215,22 @@ def read_scores(pool):
 
 # Stage 4: curate
 
-def read_norm(path, metrics):
-    """norm.json, if it belongs to these metrics ({name: what it is}); ValueError names the first that differs."""
+def open_norm(path):
+    """norm.json as curate writes it; ValueError for anything else."""
     norm = read_json(path, "python dpo.py curate makes it")
-    theirs = norm.get("metrics", {})
+    entries = norm.get("metrics") if isinstance(norm, dict) else None
+    if not entries or not all(isinstance(v, dict) and {"low", "high", "lower_is_better", "full_reference", "identity"} <= set(v) for v in entries.values()):
+        raise ValueError(f"{path}: not a scale of the reward, the norm.json of dpo.py curate")
+    return norm
+
+
+def check_norm(path, norm, metrics):
+    """ValueError unless the scale `norm`, of the file `path`, is one of these metrics ({name: what it is}); names the first that differ."""
+    theirs = norm["metrics"]
     other = [f"{m} is {'missing' if m not in theirs else 'unknown here' if m not in metrics else 'another model there (weights, or kind)'}"
              for m in {**metrics, **theirs} if m not in theirs or m not in metrics or any(theirs[m].get(k) != metrics[m][k] for k in metrics[m])]
     if other:
         raise ValueError(f"{path}: a scale of other metrics: {'; '.join(other[:3])}; name the same ones, or fit a scale of its own with dpo.py curate")
-    return norm
 
 
 def rewards_of(raw, norm, which, names=None):
@@ -229,10 +243,13 @@ def curate(args):
     """Stage 4: the reward of every candidate, and the pairs."""
     names, raw, about = read_scores(args.pool)
     out, metrics = args.out or args.pool, list(about)
+    if args.samples > raw.shape[1]:
+        raise ValueError(f"--samples {args.samples}: {args.pool} has {raw.shape[1]} candidates per image")
     raw = raw[:, :args.samples] if args.samples else raw
     lower = {m: v["lower_is_better"] for m, v in about.items()}
     if args.norm_file:
-        norm = read_norm(args.norm_file, about)
+        norm = open_norm(args.norm_file)
+        check_norm(args.norm_file, norm, about)
     else:
         norm = {"metrics": {m: about[m] | ends for m, ends in preference.fit_norm(raw, metrics, lower, args.norm_percent).items()}, "percent": args.norm_percent,
                 "groups": len(names), "candidates": raw.shape[1]}
@@ -251,10 +268,11 @@ def curate(args):
     quartiles = np.percentile(sigma, [25, 50, 75])
     runs.check_writable(out, "--out")
     runs.save_json(out / "norm.json", norm)
+    (out / "curation.json").unlink(missing_ok=True)                               # a call that is killed leaves no pairs that train takes
     write_lines(out / "pairs.jsonl", [{"name": name, "w_seed": int(w), "l_seed": int(l), "R_w": rewards[g, w], "R_l": rewards[g, l], "w_intra": intra[g, i, j], "w_inter": inter[g]}
                                       for g, name in enumerate(names) for i, w in enumerate(best[g]) for j, l in enumerate(worst[g])])
-    summary = {"pool": str(args.pool.resolve()), "reward": args.reward, "scope": args.norm, "top": args.top, "candidates": raw.shape[1], "groups": len(names), "dropped": int((~keep).sum()),
-               "pairs": intra.size, "sigma": quartiles.tolist(), "gap": float(np.abs(np.take_along_axis(rewards, best, 1).mean() - np.take_along_axis(rewards, worst, 1).mean())),
+    summary = {"pool": "." if out.resolve() == args.pool.resolve() else str(args.pool.resolve()), "reward": args.reward, "scope": args.norm, "top": args.top, "candidates": raw.shape[1], "groups": len(names), "dropped": int((~keep).sum()),
+               "pairs": intra.size, "sigma": quartiles.tolist(), "gap": float((np.take_along_axis(rewards, best, 1) - np.take_along_axis(rewards, worst, 1)).mean()),
                "best": float(rewards.max(1).mean()), "mean": float(rewards.mean()), "worst": float(rewards.min(1).mean()), **runs.describe_machine()}
     runs.save_json(out / "curation.json", summary)
     print(f"sigma_g, the spread of the reward over {raw.shape[1]} seeds: median {quartiles[1]:.4f}, quartiles {quartiles[0]:.4f} and {quartiles[2]:.4f}, over {len(sigma)} images"

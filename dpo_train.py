@@ -2,7 +2,6 @@
 import copy
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from selfsup_pretrain import pairs_of
 from train import update_ema
 
 PRETRAIN_FIXED = ("size", "prediction", "base_hash", "degradation", "patch", "load_size", "batch_size", "group_size", "lr", "warmup", "ema_decay", "times", "seed", "samples")
-TRAIN_FIXED = ("generator", "pairs_hash", "beta", "beta_t", "noise", "anchor", "hpo", "hpo_gain", "patch", "batch_size", "lr", "warmup", "seed", "val_groups", "samples")
+TRAIN_FIXED = ("generator", "pairs_hash", "beta", "beta_t", "noise", "anchor", "hpo", "hpo_gain", "patch", "batch_size", "lr", "warmup", "weight_decay", "keep", "seed", "val_groups", "samples")
 
 
 # Stage 1
@@ -34,7 +33,7 @@ def spread_of_residual(gen, draw, batch_size, batches=16):
 
 
 @torch.no_grad()
-def check_generator(gen, net, held_out, batch_size):
+def check_generator(gen, net, held_out):
     """On held-out pairs, with fixed times and noise: loss; PSNR of one sample, of the mean of four and of the base; and how far seeds differ, in grey levels."""
     sums, count = {}, 0
     for k, (lq, hr) in enumerate(held_out):
@@ -120,13 +119,13 @@ def pretrain(args):
         if due(step, args.log_every):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))
             run.progress(step, args.total_steps, meter, lr, {})
+        if due(step, args.val_every):                                             # before saving: a saved step has its check
+            values = check_generator(gen, ema, held_out)
+            run.say(f"step {step:07d} held out: " + " ".join(f"{k} {v:.4g}" for k, v in values.items()))
+            run.event(step, "val", **values)
         stopping = stop.requested(step)
         if due(step, args.save_every) or stopping:
             save(step)
-        if due(step, args.val_every):
-            values = check_generator(gen, ema, held_out, args.batch_size)
-            run.say(f"step {step:07d} held out: " + " ".join(f"{k} {v:.4g}" for k, v in values.items()))
-            run.event(step, "val", **values)
         if stopping and step < args.total_steps:
             run.say(f"stopped by a signal at step {step}; continue with --resume")
             return
@@ -142,6 +141,9 @@ def draw_time(times, seed):
 
 
 # Stage 5
+
+SAMPLING = ("steps", "tau", "guidance", "negative", "adain", "dtype")             # of a generator's identity: how it samples, not what is trained
+
 
 class PairSet(torch.utils.data.Dataset):
     """Preference pairs by (step, lane). A sample is {"lq", "win", "lose": uint8 (3, ., .), "weight": (), "index": number of the pair}; all three cut at one place.
@@ -190,6 +192,12 @@ class PairSet(torch.utils.data.Dataset):
         return {"lq": lq, "win": win, "lose": lose, "weight": torch.tensor(self.weights[k], dtype=torch.float32), "index": torch.tensor(k)}
 
 
+def weights_of(rows, hpo, gain):
+    """Weight of each pair; w_inter averages to 1 over the groups that are trained on, also where others are held out."""
+    intra, inter = (np.array([row[name] for row in rows]) for name in ("w_intra", "w_inter"))
+    return np.broadcast_to(preference.combine(intra, inter + 1 - inter.mean(), hpo, gain), len(rows))
+
+
 def hold_out(names, count, seed):
     """Names that are only watched: those of photos drawn by seed until there are `count`; nothing else of their photos is trained on."""
     photos, held = sorted({data.photo_of(name) for name in names}), []
@@ -201,7 +209,7 @@ def hold_out(names, count, seed):
 
 
 @torch.no_grad()
-def watch(gen, net, items, metrics, norm, which, world, batch_size=8):
+def watch(gen, net, items, metrics, norm, which, world):
     """Mean reward of seeds 0 to 3 over the held-out images; processes share them."""
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for name in list(items)[world.rank::world.size]:
@@ -222,24 +230,24 @@ def train(args, gen):
     folder = args.pairs if args.pairs.is_dir() else args.pairs.parent
     remedy = "python dpo.py curate makes it"
     about, rows = dpo_pool.read_json(folder / "curation.json", remedy), dpo_pool.read_lines(folder / "pairs.jsonl", remedy)
-    pool, items, files = dpo_pool.open_pool(Path(about["pool"]))
-    args.generator = gen.identity(gen.net)
-    if pool["generator"]["net"] != args.generator["net"]:
-        raise ValueError(f"--gen {args.gen}: the candidates of {about['pool']} are another generator's; DPO starts from the one that made them")
-    args.generator, args.pairs_hash = args.generator["net"], scoring.digest(folder / "pairs.jsonl")
+    place = folder / about["pool"]                                                # "." or an absolute path
+    pool, items, files = dpo_pool.open_pool(place)
+    mine, theirs = ({k: v for k, v in found.items() if k not in SAMPLING} for found in (gen.identity(gen.net), pool["generator"]))
+    if mine != theirs:
+        raise ValueError(f"--gen {args.gen}: the candidates of {place} are another generator's ({'; '.join(runs.changes(theirs, mine).values())}); DPO starts from the one that made them")
+    args.generator, args.pairs_hash = scoring.digest(mine), scoring.digest(folder / "pairs.jsonl")
     run = runs.Run(args.out, vars(args), world, args.resume, TRAIN_FIXED, args.tensorboard)
     held = hold_out(list(items), args.val_groups, seeds(0, 0, "val-groups"))
     rows = [row for row in rows if row["name"] not in held]
     if not rows:
         raise ValueError(f"--val-groups {args.val_groups}: nothing is left to train on: {len(items)} images of {len({data.photo_of(name) for name in items})} photos")
-    weights = preference.combine(np.array([row["w_intra"] for row in rows]), np.array([row["w_inter"] for row in rows]), args.hpo, args.hpo_gain)
-    dataset = PairSet(rows, np.broadcast_to(weights, len(rows)), items, files, seeds, args.batch_size, args.patch)
+    dataset = PairSet(rows, weights_of(rows, args.hpo, args.hpo_gain), items, files, seeds, args.batch_size, args.patch)
     run.pin(samples=len(dataset))
-    metrics = {}
+    metrics, norm = {}, None
     if held:
-        norm = dpo_pool.read_json(folder / "norm.json", remedy)
+        norm = dpo_pool.open_norm(folder / "norm.json")
         metrics = dpo_pool.create_metrics(*([m for m, v in norm["metrics"].items() if v["full_reference"] == full] for full in (True, False)), args.metric_weights, device)
-        dpo_pool.read_norm(folder / "norm.json", dpo_pool.describe_metrics(metrics))
+        dpo_pool.check_norm(folder / "norm.json", norm, dpo_pool.describe_metrics(metrics))
     look = lambda net: watch(gen, net, {name: items[name] for name in held}, metrics, norm, about["reward"], world) if held else None
 
     reference, raw = gen.net.eval().requires_grad_(False), copy.deepcopy(gen.net).requires_grad_(True)       # both from the EMA weights; nothing random in them
@@ -268,23 +276,26 @@ def train(args, gen):
 
     def errors(step, part, batch):
         """-> d of the network and of the reference at winners and losers, each (b,), with one t and one noise for all four (DPO), and t."""
-        lq = batch["lq"].to(device).float() / 255
-        named = [dataset.rows[int(k)] for k in batch["index"]]
-        names = [row["name"] for row in named]
-        lqs, images = torch.cat([lq, lq]), torch.cat([batch[kind] for kind in ("win", "lose")]).to(device).float() / 255
+        lq, win, lose = (batch[kind].to(device).float() / 255 for kind in ("lq", "win", "lose"))
+        rows = [dataset.rows[int(k)] for k in batch["index"]]
+        names, lqs = [row["name"] for row in rows] * 2, torch.cat([lq, lq])       # winners first, then losers
         with torch.no_grad():
-            x0, c = gen.encode(images, lqs), gen.condition(lqs, names * 2)
+            x0, c = gen.encode(torch.cat([win, lose]), lqs), gen.condition(lqs, names)
         t = torch.tensor([draw_time("uniform", seeds(step, lane, "time")) for lane in part], dtype=torch.float32, device=device)
         if args.noise == "tracked":                                               # what each image was made from
-            eps = gen.noise(lqs, names * 2, [row["w_seed"] for row in named] + [row["l_seed"] for row in named])
+            eps = gen.noise(lqs, names, [row["w_seed"] for row in rows] + [row["l_seed"] for row in rows])
         else:
-            eps = torch.stack([degradations.normal_field(x0.shape[1:], seeds(step, lane, "eps")) for lane in part]).to(device).repeat(2, *[1] * (x0.ndim - 1))
-        xt, target = gen.noised(x0, eps, t.repeat(2))
+            eps = torch.stack([degradations.normal_field(x0.shape[1:], seeds(step, lane, "eps")) for lane in part]).to(device)
+            eps = torch.cat([eps, eps])
+        times = torch.cat([t, t])
+        xt, target = gen.noised(x0, eps, times)
         with autocast():
-            ours = gen.predict(net, xt, t.repeat(2), c)
+            ours = gen.predict(net, xt, times, c)
             with torch.no_grad():
-                theirs = gen.predict(reference, xt, t.repeat(2), c)
-        return *preference.error(ours, target).chunk(2), *preference.error(theirs, target).chunk(2), t
+                theirs = gen.predict(reference, xt, times, c)
+        win, lose = preference.error(ours, target).chunk(2)
+        win_ref, lose_ref = preference.error(theirs, target).chunk(2)
+        return win, lose, win_ref, lose_ref, t
 
     stop, due = runs.StopSignal(world), lambda step, every: runs.due(step, args.total_steps, every)
     if ended or run.start_step == args.total_steps:

@@ -7,11 +7,12 @@ pretrain  a FlowSR generator for every seed
 pool      --samples outputs of it for every low-resolution crop, their scores, and the pairs of every variant. How far the seeds differ is reported first
 train     DPO with equal steps and pairs per step: the best against the worst seed without weights (Diffusion-DPO); the best and worst 1/8, 1/4, 1/2 of the seeds; 1/4 with the
           weights of HPO, the method; the same with a full-reference or a no-reference reward alone
-eval      all of a seed's networks on the same noise, by every metric of the reward and by metrics outside it; unsharp masks of the untuned outputs as a control
+eval      all of a seed's networks on the same noise, by every metric of the reward and by metrics outside it; as controls unsharp masks of the untuned outputs, and the untuned network with
+          less noise at the start, which alone can raise mean and worst and narrow the spread
 report    RESULTS.json, plots and the tables of README
 
-The analysis was fixed before the runs, apart from --beta, --lr and the steps, which were chosen on a generator of another seed (README). A difference is the mean over test photographs of (mean over seeds of
-A - B); it is in bold when its 95 % BCa interval over the photographs excludes zero, every seed has its sign, and a paired t test has p < .05 (tables.py). Hypotheses of the paper: tuning raises
+The analysis was fixed before the runs, apart from --beta, --lr and the steps, which were chosen on a generator of another seed (README). The columns that count are the reward and the worst of M
+seeds. A difference is the mean over test photographs of (mean over seeds of A - B), each generator's reward on the scale of its own pool; it is in bold when its 95 % BCa interval over the photographs excludes zero, every seed has its sign, and a paired t test has p < .05 (tables.py). Hypotheses of the paper: tuning raises
 the mean and the worst of k seeds and narrows their spread; a quarter of the seeds on each side beats best against worst in a small network; HPO adds to it; a hybrid reward keeps what one kind
 of metric alone gives away; metrics outside the reward gain too. The generator is tiny and every number belongs to it, none to the paper.
 """
@@ -26,7 +27,7 @@ STAGES = ("data", "pretrain", "pool", "train", "eval", "report")
 VARIANTS = {  # (flags of curate, flags of train)
     "best-worst": ("--top 1", "--hpo none"), "1 of 8": ("--top 2", "--hpo none"), "1 of 4": ("--top 4", "--hpo none"), "1 of 2": ("--top 8", "--hpo none"), "HPO": ("--top 4", "--hpo both"),
     "fr": ("--top 4 --reward fr", "--hpo both"), "nr": ("--top 4 --reward nr", "--hpo both")}
-PAIRS = [(name, "base") for name in VARIANTS] + [("1 of 4", "best-worst"), ("HPO", "best-worst"), ("HPO", "1 of 4"), ("HPO", "fr"), ("HPO", "nr")]
+PAIRS = [(name, "base") for name in VARIANTS] + [("1 of 4", "best-worst"), ("1 of 4", "1 of 8"), ("1 of 4", "1 of 2"), ("HPO", "best-worst"), ("HPO", "1 of 4"), ("HPO", "fr"), ("HPO", "nr")]
 PRETRAIN = """--size tiny --patch 16 --load-size 120 --degradation realesrgan --batch-size 8 --group-size 2 --val-photos 4 --total-steps 4000 --warmup 100 --lr 1e-3 --ema-decay 0.995 --steps 8
 --log-every 500 --save-every 500 --val-every 2000 --workers 0"""
 CROPS = "--patch 24 --load-size 160 --degradation realesrgan"
@@ -40,6 +41,7 @@ def parse_args(argv=None):
     g.add_argument("--photos", type=Path, nargs="+", default=[SHARED / "images" / name for name in ("hr_kodak24", "hr_urban100", "hr_bsd100")], metavar="DIR",
                    help="photographs for generator and pools; every other one of the last folder is kept for the test")
     g.add_argument("--test", type=Path, nargs="+", default=[SHARED / "images" / name for name in ("test_set5", "test_set14")], metavar="DIR", help="further photographs of the test")
+    g.add_argument("--tile", type=flags.COUNT, default=240, help="side of the squares that photographs are cut into, so that less is decoded for a crop; 0: none (CHOICE)")
     g.add_argument("--groups", type=flags.SIZE, default=64, help="crops of a pool (CHOICE; PAPER: 30,000)")
     g.add_argument("--samples", type=flags.SIZE, default=16, help="M, of pools and of the test (CHOICE; PAPER: 32 or 64)")
     g = p.add_argument_group("reward")
@@ -49,6 +51,7 @@ def parse_args(argv=None):
     g.add_argument("--vgg-weights", type=Path, default=Path("runs/vgg19.pth"), metavar="FILE", help="README says how to make it of the shared weights")
     g.add_argument("--metric-weights", nargs="*", default=[f"brisque={SHARED}/weights/iqa/brisque_svm_weights.pth"], metavar="NAME=FILE")
     g = p.add_argument_group("runs")
+    g.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
     g.add_argument("--pretrain", default=PRETRAIN, help="flags of the generators (CHOICE: what two cores do)")
     g.add_argument("--crops", default=CROPS, help="flags of the pools and of the test images (CHOICE)")
     g.add_argument("--train", default=TRAIN, help="flags of all DPO runs (CHOICE)")
@@ -74,6 +77,8 @@ from functools import partial
 import numpy as np
 
 import compare
+import data
+import dpo
 import dpo_eval
 import runs
 import tables
@@ -90,10 +95,10 @@ def folder(args, kind, seed, name=""):
 def prepare(args):
     if (args.work / "hr").exists():
         return
-    images = lambda where: list(compare.data.list_images(where).values())
+    images = lambda where: list(data.list_images(where).values())
     last = images(args.photos[-1])
     compare.copy_photos([path for where in args.test for path in images(where)] + last[1::2], args.work / "test")
-    compare.copy_photos([path for where in args.photos[:-1] for path in images(where)] + last[::2], args.work / "hr.tmp", 240)
+    compare.copy_photos([path for where in args.photos[:-1] for path in images(where)] + last[::2], args.work / "hr.tmp", args.tile)
     (args.work / "hr.tmp").rename(args.work / "hr")
 
 
@@ -107,8 +112,8 @@ def pool(args, seed):
     out, log = folder(args, "pool", seed), folder(args, "pool", f"{seed}.log")
     compare.call(log, "dpo.py", "sample", "--gen", folder(args, "gen", seed), "--hr", args.work / "hr", "--groups", args.groups, "--samples", args.samples, *shlex.split(args.crops), "--seed", seed, "--out", out)
     compare.call(log, "dpo.py", "score", "--pool", out, "--fr", *args.fr, "--nr", *args.nr, *metric_files(args))
-    for name, (curate, _) in VARIANTS.items():
-        compare.call(log, "dpo.py", "curate", "--pool", out, *shlex.split(curate), "--out", folder(args, "pairs", seed, name))
+    for name in args.variants:
+        dpo.main(dpo.parse_args(["curate", "--pool", out, *shlex.split(VARIANTS[name][0]), "--out", folder(args, "pairs", seed, name)]))
 
 
 def train(args, name, seed):
@@ -121,9 +126,9 @@ def train(args, name, seed):
 def evaluate(args, seed):
     out = folder(args, "eval", seed)
     if not (out / "eval.json").exists():
-        compare.call(out.with_suffix(".log"), "dpo.py", "eval", "--gen", folder(args, "gen", seed), *(folder(args, "tuned", seed, name) for name in VARIANTS), "--names", "base", *VARIANTS,
-                     "--hr", args.work / "test", "--groups", len(compare.data.list_images(args.work / "test")), *shlex.split(args.crops), "--samples", args.samples,
-                     "--norm-file", folder(args, "pairs", seed, "HPO") / "norm.json", "--watch", *args.watch, *metric_files(args),
+        compare.call(out.with_suffix(".log"), "dpo.py", "eval", "--gen", folder(args, "gen", seed), *(folder(args, "tuned", seed, name) for name in args.variants), "--names", "base", *args.variants,
+                     "--hr", args.work / "test", "--groups", len(data.list_images(args.work / "test")), *shlex.split(args.crops), "--samples", args.samples,
+                     "--norm-file", folder(args, "pairs", seed, args.variants[0]) / "norm.json", "--watch", *args.watch, *metric_files(args),
                      *(["--diversity", "vgg", "--vgg-weights", args.vgg_weights] if "vgg" in args.fr else ["--diversity", "proxy"]), "--out", out)
 
 
@@ -131,19 +136,18 @@ def report(args):
     found = [json.loads((folder(args, "eval", seed) / "eval.json").read_text()) for seed in args.seeds]
     rows, names = list(found[0]["rows"]), list(next(iter(found[0]["rows"].values()))["per_photo"])
     values = {row: np.array([[f["rows"][row]["per_photo"][name] for name in names] for f in found]).transpose(0, 2, 1) for row in rows}          # (seeds, photos, columns)
-    lower = {name: found[0]["lower_is_better"].get(name, name in ("seed std", "diversity")) for name in names}
-    pairs = [*PAIRS, *((row, "base") for row in rows if "unsharp" in row)]
-    curation = {f"{name}-{seed}": json.loads((folder(args, "pairs", seed, name) / "curation.json").read_text()) for seed in args.seeds for name in VARIANTS}
+    pairs = [*((a, b) for a, b in PAIRS if a in rows and b in rows), *((row, "base") for row in rows if row.startswith("base") and row != "base")]
+    curation = {f"{name}-{seed}": json.loads((folder(args, "pairs", seed, name) / "curation.json").read_text()) for seed in args.seeds for name in args.variants}
     events = lambda name, seed: [json.loads(line) for line in (folder(args, "tuned", seed, name) / "metrics.jsonl").read_text().splitlines()]
-    summary = {"command": sys.argv, **runs.describe_machine(), "seeds": args.seeds, **{k: getattr(args, k) for k in ("pretrain", "crops", "train", "groups", "samples")},
-               **{k: found[0][k] for k in ("inside", "outside", "images", "photos", "k", "diversity_by")}, "metrics": names, "lower_is_better": lower,
-               "sigma": {str(seed): curation[f"HPO-{seed}"]["sigma"] for seed in args.seeds}, "pairs": {k: v["pairs"] for k, v in curation.items()},
+    summary = {"command": sys.argv, **runs.describe_machine(), "seeds": args.seeds, **{k: getattr(args, k) for k in ("variants", "pretrain", "crops", "train", "groups", "samples")},
+               **{k: found[0][k] for k in ("inside", "outside", "images", "photos", "k", "diversity_by")}, "metrics": names, "lower_is_better": found[0]["lower_is_better"],
+               "sigma": {str(seed): curation[f"{args.variants[0]}-{seed}"]["sigma"] for seed in args.seeds}, "pairs": {k: v["pairs"] for k, v in curation.items()},
                "mean": {row: v.mean((0, 1)).tolist() for row, v in values.items()}, "seed_means": {row: v.mean(1).tolist() for row, v in values.items()},
                "curves": {row: {which: np.mean([f["rows"][row]["curve"][which] for f in found], 0).tolist() for which in ("best", "mean", "worst")} for row in rows},
                "differences": {f"{a} - {b}": {name: tables.difference(values[a][..., k], values[b][..., k]) for k, name in enumerate(names)} for a, b in pairs},
-               "watched": {f"{name}-{seed}": [(e["step"], e["reward"]) for e in events(name, seed) if e["split"] == "val"] for seed in args.seeds for name in VARIANTS},
+               "watched": {f"{name}-{seed}": [(e["step"], e["reward"]) for e in events(name, seed) if e["split"] == "val"] for seed in args.seeds for name in args.variants},
                "training": {f"{name}-{seed}": [{k: e[k] for k in ("step", "loss", "accuracy", "win_change", "lose_change", "win_ref")} for e in events(name, seed) if e["split"] == "train"]
-                            for seed in args.seeds for name in VARIANTS}}
+                            for seed in args.seeds for name in args.variants}}
     runs.save_json(args.results.with_suffix(".json"), summary)
     plot = lambda name: args.results.with_name(f"{args.results.name}-{name}.png")
     shown = {row: {"curve": v} for row, v in summary["curves"].items() if row in ("base", "best-worst", "1 of 4", "HPO")}
@@ -159,7 +163,7 @@ def draw_steps(summary, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name in VARIANTS:
+    for name in summary["variants"]:
         curves = np.array([[v for _, v in summary["watched"][f"{name}-{seed}"]] for seed in summary["seeds"]])
         steps = [step for step, _ in summary["watched"][f"{name}-{summary['seeds'][0]}"]]
         axis.plot(steps, (curves - curves[:, :1]).mean(0), "o-", markersize=3, label=name)
@@ -172,7 +176,7 @@ def draw_steps(summary, path):
 def readme_tables(summary):
     """The Markdown that README shows."""
     spread = runs.markdown(["sigma_g of the reward over seeds", "quartile", "median", "quartile"], [[f"generator {seed}", *(f"{v:.3f}" for v in values)] for seed, values in summary["sigma"].items()])
-    last = {name: [summary["training"][f"{name}-{seed}"][-1] for seed in summary["seeds"]] for name in VARIANTS}
+    last = {name: [summary["training"][f"{name}-{seed}"][-1] for seed in summary["seeds"]] for name in summary["variants"]}
     ends = runs.markdown(["at the last step", "implicit accuracy", "error at winners, change", "at losers"],
                          [[name, f"{np.mean([e['accuracy'] for e in v]):.2f}", *(f"{100 * np.mean([e[k] / e['win_ref'] for e in v]):+.2f} %" for k in ("win_change", "lose_change"))] for name, v in last.items()])
     return "\n\n".join([spread, compare.metric_tables(summary), ends])
@@ -188,7 +192,7 @@ def main(args):
         if stage in args.stages:
             compare.parallel(args.jobs, [partial(task, args, seed) for seed in args.seeds])
     if "train" in args.stages:
-        compare.parallel(args.jobs, [partial(train, args, name, seed) for seed in args.seeds for name in VARIANTS])
+        compare.parallel(args.jobs, [partial(train, args, name, seed) for seed in args.seeds for name in args.variants])
     if "eval" in args.stages:
         compare.parallel(args.jobs, [partial(evaluate, args, seed) for seed in args.seeds])
     if "report" in args.stages:

@@ -193,8 +193,8 @@ class _Fused(nn.Module):
     def forward(self, x):
         if x.shape[2] != x.shape[3]:
             return self.metric(x)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True), \
-                torch.set_grad_enabled(self.metric.as_loss and torch.is_grad_enabled()):             # both as the metric does
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32), \
+                torch.set_grad_enabled(self.metric.as_loss and torch.is_grad_enabled()):             # as the metric does, which lets TF32 in, too
             return self.fused(x)
 
 

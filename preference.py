@@ -8,9 +8,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-REWARDS = ("hybrid", "fr", "nr")
-HPO = ("none", "intra", "inter", "both")
-
 
 # Reward
 

@@ -132,7 +132,8 @@ class World:
 
 
 def start_world(device="auto", threads=0):
-    """Join torchrun's process group (NCCL on CUDA, gloo on CPU) or be alone; choose the device; set CPU threads (0: leave)."""
+    """Join torchrun's process group (NCCL on CUDA, gloo on CPU) or be alone; choose the device; set CPU threads (0: leave). fp32 is fp32: cuDNN's default of TF32 is switched off."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if threads > 0:
         torch.set_num_threads(threads)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -149,10 +150,7 @@ def start_world(device="auto", threads=0):
 
 
 def start_training(args):
-    """The beginning of every training -> world, seeds(step, lane, purpose), autocast(): the context in which networks run. Of args it reads device, threads, seed, precision.
-
-    TF32 is off unless asked for, where PyTorch's own default lets cuDNN use it.
-    """
+    """The beginning of every training -> world, seeds(step, lane, purpose), autocast(): the context in which networks run. Of args it reads device, threads, seed, precision."""
     world = start_world(args.device, args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.backends.cudnn.benchmark = True

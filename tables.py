@@ -67,7 +67,8 @@ def ordered(metrics):
 
 
 def heading(metric, lower):
-    return f"{SHOWN.get(metric, metric)} {'↓' if lower else '↑'}"
+    """lower None: neither is better."""
+    return SHOWN.get(metric, metric) + ("" if lower is None else " ↓" if lower else " ↑")
 
 
 def digits(values):

@@ -80,6 +80,28 @@ def test_compile_applies_to_the_parts_and_work_is_counted_eager(quintuplets, tmp
     assert compiled == ["SRVGGNetCompact", "UNetDiscriminatorSN"] and len(called) == 2 * (1 + 1 + 1 + 2) and "parts compiled, fp32" in capsys.readouterr().out
 
 
+def test_growth_is_measured_in_turn(tmp_path, capsys):
+    run("grow", *SMALL, "--repeats", 1, "--steps", 1, "--rounds", 1, "--drift", 20, "--json", tmp_path / "g.json")
+    record, said = json.loads((tmp_path / "g.json").read_text()), capsys.readouterr().out
+    assert {(row["what"], row["factor"]): len(row["rounds"]) for row in record["grow"]} == {(what, n): 1 for what in ("batch", "crop", "sets") for n in (1, 2, 4)}
+    assert all({"whole step", "decode, one worker", "degradation", "scoring", "memory"} == set(values) for row in record["grow"] for values in row["rounds"])
+    assert len(record["drift"]) == 19 and "measured 2 times" in said and "step time drifts by" in said
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("words", [["grow", "--drift", "10"], ["grow", "--steps", "0"], ["samplers", "--steps", "0"]])
+def test_what_cannot_be_measured_is_refused_at_once(words):
+    with pytest.raises(SystemExit):
+        bench.parse_args(words)
+
+
+@pytest.mark.fast
+def test_flags_with_an_equals_sign_are_heard(tmp_path):
+    assert bench.parse_args(["data", "--data=a b", "--reward", "ranker=2"])[1] == ["--data", "a b", "--reward", "ranker=2"]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run("data", *SMALL, f"--data={tmp_path / 'nowhere'}")
+
+
 @pytest.mark.fast
 def test_an_unwritable_json_is_refused_before_the_work(quintuplets, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "synthetic_sets", lambda *a: pytest.fail("worked before it was refused"))

@@ -14,6 +14,7 @@ import dpo_pool
 import dpo_train
 import flow
 import preference
+import quality
 import runs
 
 fast = pytest.mark.fast
@@ -99,7 +100,7 @@ def test_both_weights_average_to_one(seed):
     r = np.random.default_rng(seed).random((20, 16))
     intra, inter = preference.pair_weights(r, *preference.choose(r, 4))
     assert np.allclose(intra.mean((1, 2)), 1) and inter.mean() == pytest.approx(1)
-    for hpo in preference.HPO:
+    for hpo in ("none", "intra", "inter", "both"):
         assert np.mean(preference.combine(intra, inter[:, None, None], hpo)) == pytest.approx(1)
 
 
@@ -218,6 +219,86 @@ def test_dpo_moves_what_is_sampled_towards_the_winners():
     assert share(net) > before + 0.15
 
 
+# From scores to pairs, and what is trained on
+
+@pytest.fixture
+def scored(tmp_path):
+    """A pool's scores alone: 4 images of 2 photos, 8 candidates, two metrics that disagree; full: higher is better, none: lower is better."""
+    rng = np.random.default_rng(0)
+    rows = [{"name": f"photo{g // 2}-{g}-0", "seed": s, "full": float(rng.random()), "none": float(10 * rng.random())} for g in range(4) for s in range(8)]
+    dpo_pool.write_lines(tmp_path / "scores.jsonl", rows)
+    runs.save_json(tmp_path / "scores.json", {"metrics": {"full": {"lower_is_better": False, "full_reference": True, "identity": ["full"]}, "none": {"lower_is_better": True, "full_reference": False, "identity": ["none"]}}})
+    return tmp_path, np.array([[[row["full"], row["none"]] for row in rows[8 * g:8 * g + 8]] for g in range(4)])
+
+
+def curated(pool, *words):
+    dpo.main(dpo.parse_args(["curate", "--pool", pool, *words]))
+    rows = [json.loads(line) for line in (pool / "pairs.jsonl").read_text().splitlines()]
+    return rows, {name: [row for row in rows if row["name"] == name] for name in dict.fromkeys(row["name"] for row in rows)}
+
+
+@fast
+def test_curated_pairs_follow_the_rewards_worked_out_here(scored):
+    pool, raw = scored
+    full = (raw[..., 0] - raw[..., 0].min()) / np.ptp(raw[..., 0])
+    none = (raw[..., 1].max() - raw[..., 1]) / np.ptp(raw[..., 1])
+    for which, r in (("hybrid", (full + none) / 2), ("fr", full), ("nr", none)):
+        rows, groups = curated(pool, "--top", 2, "--reward", which)
+        assert len(rows) == 16 and all(len(group) == 4 for group in groups.values())
+        for g, group in enumerate(groups.values()):
+            order = np.argsort(-r[g])
+            assert {row["w_seed"] for row in group} == set(order[:2]) and {row["l_seed"] for row in group} == set(order[-2:])
+            assert all(row["R_w"] == pytest.approx(r[g, row["w_seed"]]) and row["R_l"] == pytest.approx(r[g, row["l_seed"]]) for row in group)
+            gaps = np.array([row["R_w"] - row["R_l"] for row in group])
+            assert [row["w_intra"] for row in group] == pytest.approx(list(gaps + 1 - gaps.mean())) and group[0]["w_inter"] == pytest.approx(r[g].std() + 1 - r.std(1).mean())
+    about = json.loads((pool / "curation.json").read_text())
+    assert about["sigma"] == pytest.approx(list(np.percentile(none.std(1), [25, 50, 75]))) and about["reward"] == "nr" and about["pool"] == "."
+
+
+@fast
+def test_curate_by_the_first_samples_by_groups_and_by_a_given_scale(scored):
+    pool, raw = scored
+    rows, _ = curated(pool, "--top", 2, "--samples", 4)
+    assert max(max(row["w_seed"], row["l_seed"]) for row in rows) < 4
+    with pytest.raises(ValueError, match="--samples 9: .* has 8 candidates"):
+        curated(pool, "--top", 2, "--samples", 9)
+    rows, groups = curated(pool, "--top", 1, "--norm", "group", "--reward", "fr")
+    assert all(group[0]["R_w"] == 1 and group[0]["R_l"] == 0 for group in groups.values())
+    norm = json.loads((pool / "norm.json").read_text())
+    norm["metrics"]["full"] |= {"low": -1.0, "high": 3.0}
+    (pool / "given.json").write_text(json.dumps(norm))
+    rows, groups = curated(pool, "--top", 1, "--reward", "fr", "--norm-file", pool / "given.json")
+    assert [group[0]["R_w"] for group in groups.values()] == pytest.approx(list((raw[..., 0].max(1) + 1) / 4))
+
+
+@fast
+def test_a_sample_is_three_crops_of_one_place_and_its_weight(tmp_path):
+    torch.manual_seed(0)
+    lq, win, lose = torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8), *torch.randint(0, 256, (2, 3, 36, 28), dtype=torch.uint8)
+    for name, image in (("lq", lq), ("3", win), ("5", lose)):
+        data.save_image(tmp_path / f"{name}.png", image)
+    rows = [{"name": "a", "w_seed": 3, "l_seed": 5, "w_intra": 1.0, "w_inter": 1.0}]
+    pairs = dpo_train.PairSet(rows, [1.25], {"a": {"lq": tmp_path / "lq.png"}}, {"a": [tmp_path / f"{s}.png" for s in range(6)]}, lambda *words: runs.sample_seed(0, *words), 2, 4)
+    places = set()
+    for step in range(1, 40):
+        s = pairs.sample(step, 1)
+        y, x = next((y, x) for y in range(6) for x in range(4) if torch.equal(lq[:, y:y + 4, x:x + 4], s["lq"]))
+        assert torch.equal(s["win"], win[:, 4 * y:4 * y + 16, 4 * x:4 * x + 16]) and torch.equal(s["lose"], lose[:, 4 * y:4 * y + 16, 4 * x:4 * x + 16]) and s["weight"] == 1.25
+        places.add((y, x))
+    assert len(places) > 10
+
+
+@fast
+def test_weights_average_to_one_over_what_is_trained_on():
+    r = np.random.default_rng(0).random((6, 8))
+    best, worst = preference.choose(r, 2)
+    intra, inter = preference.pair_weights(r, best, worst)
+    rows = [{"name": str(g), "w_intra": intra[g, i, j], "w_inter": inter[g]} for g in range(4) for i in range(2) for j in range(2)]            # two groups held out
+    weights = dpo_train.weights_of(rows, "both", 1)
+    assert weights.mean() == pytest.approx(1) and weights.std() > 0.01 and dpo_train.weights_of(rows, "none", 1).tolist() == [1] * 16
+    assert dpo_train.weights_of(rows, "intra", 1).tolist() == pytest.approx([row["w_intra"] for row in rows])
+
+
 # The stages as a user runs them
 
 GEN = ["--size", "tiny", "--patch", "8", "--load-size", "48", "--degradation", "two-round", "--batch-size", "4", "--group-size", "2", "--val-photos", "1", "--steps", "2", "--workers", "0", "--threads", "1",
@@ -333,6 +414,61 @@ def test_two_processes_train_and_sample_what_one_does(stages, quintuplets, scrip
         assert path.read_bytes() == (tmp_path / "pool" / path.relative_to(stages / "pool")).read_bytes()
 
 
+def test_training_brings_out_what_the_reward_likes(stages, tmp_path, monkeypatch):
+    """Brightness alone: the network learns to tell winners, its outputs become brighter, and nothing of a held-out photo is seen."""
+    shutil.copytree(stages / "pool", tmp_path / "pool")
+    dpo.main(dpo.parse_args(["score", "--pool", tmp_path / "pool", "--fr", "--nr", "test_rewards:brightness"]))
+    dpo.main(dpo.parse_args(["curate", "--pool", tmp_path / "pool", "--top", 2, "--reward", "nr"]))
+    seen, sample = set(), dpo_train.PairSet.sample
+    monkeypatch.setattr(dpo_train.PairSet, "sample", lambda self, step, lane: seen.add(self.rows[self.index(step, lane)]["name"]) or sample(self, step, lane))
+    words = ["train", "--gen", stages / "gen", "--pairs", tmp_path / "pool", *TUNE, "--lr", "3e-4", "--beta", 300, "--max-displacement", 0, "--save-every", 0, "--log-every", 5, "--total-steps", 30, "--val-every", 10]
+    dpo.main(dpo.parse_args([*words, "--out", tmp_path / "out"]))
+    events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    train, val = ([e for e in events if e["split"] == split] for split in ("train", "val"))
+    assert train[-1]["accuracy"] > 0.8 and train[-1]["win_change"] < train[-1]["lose_change"] and val[-1]["reward"] > val[0]["reward"]
+    names = list(data.list_images(tmp_path / "pool" / "lq"))
+    held = dpo_train.hold_out(names, 1, runs.sample_seed(0, 0, 0, "val-groups"))
+    assert seen == set(names) - set(held) and len(held) >= 1
+    gens, lq = [flow.load_flow(path) for path in (stages / "gen", tmp_path / "out")], data.load_image(data.list_images(tmp_path / "pool" / "lq")[held[0]])[None].float() / 255
+    before, after = (gen.sample(gen.net, lq.expand(8, -1, -1, -1), [held[0]] * 8, range(8)).mean().item() for gen in gens)
+    assert after > before
+    # the watched reward is that of seeds 0 to 3 on the scale of the pool
+    norm = json.loads((tmp_path / "pool" / "norm.json").read_text())["metrics"]["test_rewards:brightness"]
+    bright = torch.stack([data.load_image(tmp_path / "pool" / "cand" / name / f"{s}.png").float().mean() / 2.55 for name in held for s in range(4)])
+    assert val[0]["reward"] == pytest.approx(((bright.mean().item() - norm["low"]) / (norm["high"] - norm["low"])), abs=2e-3)
+    # the best of the checks, kept through an interruption
+    best = max(val[1:], key=lambda e: e["reward"])
+    dpo.main(dpo.parse_args([*words, "--keep", "best", "--save-every", 10, "--total-steps", 20, "--out", tmp_path / "best"]))
+    dpo.main(dpo.parse_args([*words, "--keep", "best", "--save-every", 10, "--out", tmp_path / "best", "--resume"]))
+    assert f"of step {best['step']}" in (tmp_path / "best" / "log.txt").read_text().splitlines()[-1]
+    with pytest.raises(ValueError, match="keep 'best' -> 'last'"):
+        dpo.main(dpo.parse_args([*words, "--total-steps", 40, "--out", tmp_path / "best", "--resume"]))
+
+
+def test_winner_and_loser_share_time_and_noise_and_every_option_enters_the_loss(stages, tmp_path, monkeypatch):
+    calls, losses, error = [], [], preference.dpo_loss
+    noised = flow.FlowSR.noised
+    monkeypatch.setattr(flow.FlowSR, "noised", lambda self, x0, eps, t: calls.append((eps, t)) or noised(self, x0, eps, t))
+    monkeypatch.setattr(preference, "dpo_loss", lambda *terms: losses.append(terms) or error(*terms))
+    words = ["train", "--gen", stages / "gen", "--pairs", stages / "pool", *TUNE, "--total-steps", 1]
+    run = lambda name, *more: dpo.main(dpo.parse_args([*words, *more, "--out", tmp_path / name]))
+    run("plain")
+    (eps, t), terms = calls[-1], losses[-1]
+    assert torch.equal(*eps.chunk(2)) and torch.equal(*t.chunk(2)) and len(set(t.tolist())) == 4 and terms[4] == 500 and torch.equal(terms[0], terms[1]) and torch.equal(terms[2], terms[3])
+    rows = [json.loads(line) for line in (stages / "pool" / "pairs.jsonl").read_text().splitlines()]
+    assert set(terms[5].tolist()) <= set(np.float32(dpo_train.weights_of([row for row in rows if row["name"] not in dpo_train.hold_out(list(data.list_images(stages / "pool" / "lq")), 1,
+                                                                      runs.sample_seed(0, 0, 0, "val-groups"))], "both", 1)).tolist()) and len(set(terms[5].tolist())) > 1
+    run("sq", "--beta-t", "sq")
+    assert torch.allclose(losses[-1][4], 500 * (1 - t.chunk(2)[0]) ** 2)
+    run("tracked", "--noise", "tracked")
+    assert not torch.equal(*calls[-1][0].chunk(2))
+    run("anchor", "--anchor", 0.5)
+    first = lambda name: json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[1])
+    assert first("anchor")["loss"] == pytest.approx(first("plain")["loss"] + 0.5 * first("plain")["win"], rel=1e-5)
+    run("warm", "--warmup", 4)
+    assert first("warm")["lr"] == pytest.approx(2.5e-5) and first("plain")["lr"] == 1e-4
+
+
 def test_training_starts_at_ln_2_leaves_the_reference_alone_and_saves_the_generator(stages, tmp_path):
     before = weights_of(stages / "gen" / "weights" / "gen.pth")
     dpo.main(dpo.parse_args(["train", "--gen", stages / "gen", "--pairs", stages / "pool", *TUNE, "--total-steps", 2, "--hpo", "none", "--out", tmp_path / "out"]))
@@ -379,7 +515,7 @@ def evaluated(stages, quintuplets, tmp_path_factory):
 def test_evaluation_is_what_its_files_say(evaluated, stages):
     out, words = evaluated
     found = json.loads((out / "eval.json").read_text())
-    assert list(found["rows"]) == ["gen", "tuned", "gen + unsharp 0.5", "gen + unsharp 1"] and found["inside"] == ["ssim", "test_rewards:brightness"] and found["outside"] == ["psnr"]
+    assert list(found["rows"]) == ["gen", "tuned", "gen, 0.9 of the noise", "gen, 0.7 of the noise", "gen + unsharp 0.5", "gen + unsharp 1"] and found["inside"] == ["ssim", "test_rewards:brightness"] and found["outside"] == ["psnr"]
     names = list(data.list_images(out / "images" / "lq"))
     images = torch.stack([torch.stack([data.load_image(out / "gen" / name / f"{s}.png") for s in range(4)]) for name in names]).float() / 255
     bright = (100 * images.mean((2, 3, 4))).numpy()
@@ -387,8 +523,20 @@ def test_evaluation_is_what_its_files_say(evaluated, stages):
     by_photo = [bright[[p == photo for p in photos]].mean() for photo in dict.fromkeys(photos)]
     assert found["rows"]["gen"]["means"]["test_rewards:brightness"]["mean"] == pytest.approx(np.mean(by_photo), abs=1e-3)
     for row in found["rows"].values():
-        assert row["means"]["best@4"]["mean"] >= row["means"]["mean"]["mean"] >= row["means"]["worst@4"]["mean"]
+        assert row["means"]["best@4"]["mean"] >= row["means"]["reward"]["mean"] >= row["means"]["worst@4"]["mean"]
         assert row["curve"]["best"][0] == pytest.approx(row["curve"]["mean"][0]) and row["curve"]["worst"][-1] == pytest.approx(row["means"]["worst@4"]["mean"])
+    raw = {row: np.array([found["rows"][row]["per_photo"][m] for m in ("ssim", "test_rewards:brightness")]).T for row in found["rows"]}
+    norm = json.loads((stages / "pool" / "norm.json").read_text())
+    for row, values in raw.items():                                               # the reward is linear in the metrics
+        assert found["rows"][row]["per_photo"]["reward"] == pytest.approx(list(dpo_pool.rewards_of(values, norm, "hybrid")), abs=1e-6)
+        assert row == "gen" or found["rows"][row]["minus_first"]["psnr"]["mean"] == pytest.approx(np.mean(found["rows"][row]["per_photo"]["psnr"]) - np.mean(found["rows"]["gen"]["per_photo"]["psnr"]))
+    sharp = data.load_image(out / "gen + unsharp 1" / names[0] / "2.png")
+    assert torch.equal(sharp, (255 * quality.unsharp(images[0, 2][None], 1.0)[0]).round().byte()) and not torch.equal(sharp, data.load_image(out / "gen" / names[0] / "2.png"))
+    gen, lq = flow.load_flow(stages / "gen", tau=0.7), data.load_image(out / "images" / "lq" / f"{names[0]}.png")[None].float() / 255
+    assert (gen.sample(gen.net, lq, [names[0]], [1])[0] - data.load_image(out / "gen, 0.7 of the noise" / names[0] / "1.png").float() / 255).abs().max() < 0.51 / 255 + 1e-5
+    assert found["rows"]["gen, 0.7 of the noise"]["means"]["diversity"]["mean"] > 0 and found["lower_is_better"]["diversity"] is None
+    std = torch.stack([images[[p == photo for p in photos]].mean((2, 3, 4)).std(1, unbiased=False).mean() for photo in dict.fromkeys(photos)]).mean().item() * 100
+    assert found["rows"]["gen"]["seed_std"]["test_rewards:brightness"] == pytest.approx(std, abs=1e-3)
     assert data.load_image(out / "grid.png").shape[0] == 3 and (out / "curves.png").is_file() and "tuned - gen" in (out / "table.md").read_text()
 
 
@@ -478,13 +626,46 @@ def test_pairs_of_another_generator(stages, script, quintuplets, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_evaluation_without_ground_truth(stages, tmp_path):
+    words = ["eval", "--gen", stages / "gen", "--lq-dir", stages / "pool" / "lq", "--norm-file", stages / "pool" / "norm.json", "--samples", 2, "--diversity", "none", "--unsharp", "--less-noise", "--watch",
+             "--out", tmp_path / "eval"]
+    with pytest.raises(ValueError, match="ssim: .* has no ground truth"):
+        dpo.main(dpo.parse_args(words))
+    dpo.main(dpo.parse_args([*words, "--reward", "nr"]))
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["inside"] == ["test_rewards:brightness"]
+
+
+def test_images_that_changed_are_refused(stages, tmp_path):
+    shutil.copytree(stages / "pool" / "lq", tmp_path / "lq")
+    words = ["sample", "--gen", stages / "gen", "--lq-dir", tmp_path / "lq", "--samples", 2, "--out", tmp_path / "pool"]
+    dpo.main(dpo.parse_args(words))
+    data.save_image(tmp_path / "lq" / "new.png", torch.rand(3, 8, 8))
+    with pytest.raises(ValueError, match="made with other settings .images"):
+        dpo.main(dpo.parse_args(words))
+
+
+@fast
+def test_pool_and_test_draw_apart(quintuplets, tmp_path):
+    args = dpo.parse_args(["sample", "--hr", quintuplets, "--groups", 6, "--patch", 8, "--load-size", 48, "--degradation", "two-round"])
+    for purpose in ("pool", "test"):
+        dpo_pool.own_images(args, tmp_path / purpose, runs.World(0, 1, torch.device("cpu")), purpose)
+    read = lambda purpose: {path.read_bytes() for path in (tmp_path / purpose / "lq").iterdir()}
+    assert len(read("pool")) == 6 and not read("pool") & read("test")
+
+
 @pytest.mark.parametrize("match, words", [
+    ("--demo before train", ["--demo", "train"]), ("--norm group", ["curate", "--norm", "group", "--norm-percent", "1"]), ("not a scale of the reward", ["eval", "--norm-file", "scores.json", "--hr", "x", "--gen", "nowhere"]),
+    ("images without candidates", ["score", "--pool", "images"]),
     ("which stage?", []), ("which images?", ["sample"]), ("not both", ["sample", "--hr", "a", "--lq-dir", "b"]), ("--noise tracked", ["train", "--noise", "tracked", "--patch", "8"]),
     ("--keep best", ["train", "--keep", "best", "--val-groups", "0"]), ("multiple of 4", ["sample", "--hr", "a", "--patch", "64", "--load-size", "200"]),
     ("NAME=FILE", ["score", "--metric-weights", "niqe"]), ("no generator there", ["sample", "--gen", "nowhere", "--lq-dir", "x"]), ("not there", ["curate", "--pool", "nowhere"]),
     ("not there", ["train", "--pairs", "nowhere", "--gen", "nowhere"])])
 def test_flags_that_cannot_work(script, stages, match, words):
-    words = [stages / "gen" if word == "nowhere" and "train" in words and words[k - 1] == "--gen" else word for k, word in enumerate(words)]
+    if "images" in words:
+        (stages / "images").mkdir(exist_ok=True)
+        (stages / "images" / "pool.json").write_text("{}")
+    words = [stages / "gen" if word == "nowhere" and ("train" in words or "eval" in words) and words[k - 1] == "--gen" else stages / "pool" / word if word == "scores.json" else
+             stages / word if word == "images" else word for k, word in enumerate(words)]
     refused(script, match, *words)
 
 

@@ -52,6 +52,26 @@ def noise(n, side):
     return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(side))
 
 
+def test_fp32_stays_fp32_inside_a_reward(monkeypatch):
+    """cuDNN would take TF32 by default: off after start_world, on only where --precision tf32 asks for it, and as it is outside inside MUSIQ."""
+    seen, net = [], random_musiq()
+    metric = torch.nn.Module()
+    metric.net, metric.as_loss = net, False
+    fused = iqa._Fused(metric, False)
+    fused.fused.forward = lambda x: seen.append(torch.backends.cudnn.allow_tf32) or x.mean((1, 2, 3))
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        runs.start_world("cpu")
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+        fused(crops(1, 64))
+        torch.backends.cudnn.allow_tf32 = True
+        fused(crops(1, 64))
+        assert seen == [False, True]
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def with_gradient(net, x):
     x = x.clone().requires_grad_(True)
     scores = net(x).flatten()

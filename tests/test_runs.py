@@ -29,6 +29,23 @@ def test_first_draws_of_neighbouring_seeds_are_uniform_and_uncorrelated():
     assert stats.pearsonr(u[:, 0], u[:, 1]).pvalue > 0.01 and stats.pearsonr(u[:-1].ravel(), u[1:].ravel()).pvalue > 0.01
 
 
+@pytest.mark.parametrize("precision, tf32, dtype", [("fp32", False, torch.float32), ("tf32", True, torch.float32), ("bf16", False, torch.bfloat16)])
+def test_precision_is_what_was_asked_for(precision, tf32, dtype):
+    import argparse
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    try:
+        world, seeds, autocast = runs.start_training(argparse.Namespace(device="cpu", threads=0, seed=3, precision=precision))
+        with autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32 and seeds(1, 2, "crop") == runs.sample_seed(3, 1, 2, "crop") and world.size == 1
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
+
+
+def test_what_is_due():
+    assert [step for step in range(1, 11) if runs.due(step, 10, 4)] == [4, 8, 10] and [step for step in range(1, 11) if runs.due(step, 10, 0)] == [10]
+
+
 def test_lanes_are_contiguous_disjoint_and_complete():
     lanes = [lane for rank in range(4) for lane in runs.World(rank, 4, None).lanes(12)]
     assert lanes == list(range(12))

@@ -1,0 +1,22 @@
+"""experiment_dpo.py from photographs to README's tables, as small as it goes."""
+import json
+
+import data
+
+
+def test_the_queue_in_small(quintuplets, tmp_path, script):
+    originals, sizes = quintuplets / "Train" / "images" / "0-6" / "original", "--patch 8 --load-size 48 --degradation two-round"
+    words = ["--photos", originals, "--test", originals, "--tile", 48, "--groups", 4, "--samples", 8, "--fr", "ssim", "--nr", "ranker", "--watch", "psnr", "--metric-weights", "--seeds", 0, 1,
+             "--variants", "best-worst", "HPO", "--crops", sizes, "--work", tmp_path / "work", "--results", tmp_path / "dpo",
+             "--pretrain", f"--size tiny {sizes} --batch-size 2 --group-size 2 --val-photos 1 --total-steps 2 --workers 0 --steps 2 --val-every 0",
+             "--train", "--batch-size 2 --total-steps 2 --val-groups 1 --val-every 1 --log-every 1 --workers 0"]
+    said = script("experiment_dpo.py", *words, timeout=580).stdout
+    found = json.loads((tmp_path / "dpo.json").read_text())
+    assert list(found["mean"]) == ["base", "best-worst", "HPO", "base, 0.9 of the noise", "base, 0.7 of the noise", "base + unsharp 0.5", "base + unsharp 1"]
+    assert {"HPO - base", "HPO - best-worst", "base + unsharp 1 - base"} <= set(found["differences"]) and "1 of 4 - base" not in found["differences"]
+    assert found["pairs"] == {"best-worst-0": 4, "HPO-0": 64, "best-worst-1": 4, "HPO-1": 64} and len(found["sigma"]) == 2 and len(found["watched"]["HPO-1"]) == 3
+    k = found["metrics"].index("reward")
+    assert abs(found["differences"]["HPO - base"]["reward"]["mean"] - found["mean"]["HPO"][k] + found["mean"]["base"][k]) < 1e-9
+    assert "| HPO - base |" in said and "sigma_g of the reward over seeds" in said and "error at winners, change" in said
+    for name in ("curves", "steps", "grid"):
+        assert data.load_image(tmp_path / "dpo-grid.png").shape[0] == 3 and (tmp_path / f"dpo-{name}.png").stat().st_size > 1000
