@@ -279,11 +279,11 @@ class Sets:
         self.signed = digest.hexdigest()[:16]
         return self.signed
 
-    def hold_out(self, photos, seed):
-        """-> (Sets without, Sets with only) `photos` photos drawn by seed. All patches of a photo stay on one side."""
+    def hold_out(self, photos, seed, flag="--val-photos"):
+        """-> (Sets without, Sets with only) `photos` photos drawn by seed. All patches of a photo stay on one side. flag: named in errors."""
         names = sorted({photo_of(s) for s in self.stems})
         if not 0 < photos < len(names):
-            raise ValueError(f"--val-photos {photos}: the data set has {len(names)} photos; hold out between 1 and {len(names) - 1}")
+            raise ValueError(f"{flag} {photos}: the data set has {len(names)} photos; hold out between 1 and {len(names) - 1}")
         held = set(np.random.default_rng(seed).permutation(names)[:photos].tolist())
         sides = [[s for s in self.stems if (photo_of(s) in held) == side] for side in (False, True)]
         return tuple(Sets(self.files, self.label_folder, self.lq, stems, self.packed, self.signed) for stems in sides)
@@ -303,10 +303,10 @@ class Sets:
         return torch.tensor(rows)
 
 
-def find_photos(folder):
+def find_photos(folder, flag="--data"):
     """A folder of photographs as Sets with the one version "original"; a quintuplet data set gives its training originals."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; --data DIR names the photographs, --demo needs no download")
+        raise FileNotFoundError(f"{folder}: no such folder; {flag} DIR names the photographs, --demo needs no download")
     if (Path(folder) / "Train").is_dir():
         return Sets({"original": find_sets(folder, "Train").files["original"]})
     return Sets({"original": list_images(folder)})

@@ -63,7 +63,7 @@ def make_images(args, folder, record, purpose, device):
     save = lambda kind, name, image: data.save_image(temporary / kind / f"{name}.png", image)
     if args.hr:
         seeds = lambda step, lane, what: runs.sample_seed(args.seed, step, lane, f"{purpose} {what}")
-        dataset = data.TrainingSet(data.find_photos(args.hr), "orig", seeds, args.groups, 1, 4 * args.patch, args.load_size)
+        dataset = data.TrainingSet(data.find_photos(args.hr, "--hr"), "orig", seeds, args.groups, 1, 4 * args.patch, args.load_size)
         data.check_headers(dataset, runs.World(0, 1, device))
         draw = pairs_of(dataset, args, seeds, device, 1)
         for k in range(args.groups):

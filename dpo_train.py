@@ -61,7 +61,7 @@ def pretrain(args):
     base = archs.load_x4(args.base, "--base")[0] if args.base else None
     args.base_hash = base and iqa.tensors_hash(base)
     run = runs.Run(args.out, vars(args), world, args.resume, PRETRAIN_FIXED, args.tensorboard)
-    sets, val_sets = data.find_photos(args.hr).hold_out(args.val_photos, seeds(0, 0, "val-photos"))
+    sets, val_sets = data.find_photos(args.hr, "--hr").hold_out(args.val_photos, seeds(0, 0, "val-photos"))
     check_seeds = lambda step, lane, purpose: seeds(step, lane, f"check {purpose}")
     dataset, val_set = (data.TrainingSet(some, "orig", draw, args.batch_size, group, 4 * args.patch, args.load_size)
                         for some, draw, group in ((sets, seeds, args.group_size), (val_sets, check_seeds, 1)))

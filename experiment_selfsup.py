@@ -75,12 +75,14 @@ import tables
 
 
 def prepare(args):
-    if (args.work / "held" / "domain.json").exists():
-        return
     images = lambda folder: list(data.list_images(folder).values())
     last = images(args.photos[-1])
-    compare.copy_photos([path for folder in args.photos[:-1] for path in images(folder)] + last[::2], args.work / "hr")
+    if not (args.work / "hr").exists():
+        compare.copy_photos([path for folder in args.photos[:-1] for path in images(folder)] + last[::2], args.work / "hr.tmp")
+        (args.work / "hr.tmp").rename(args.work / "hr")
     for name, files in (("domain", [path for folder in args.test for path in images(folder)]), ("held", last[1::2])):
+        if (args.work / name / "domain.json").exists():
+            continue
         compare.copy_photos(files, args.work / f"{name}-photos")
         compare.call(args.work / f"{name}.log", "selfsup.py", "domain", "--hr", args.work / f"{name}-photos", "--out", args.work / name, *shlex.split(args.domain))
 
@@ -94,10 +96,10 @@ def pretrain(args, name, seed):
 
 def probe(args, seed):
     rec = lambda name: args.work / "rec" / f"{name}-{seed}"
-    for figure, nets, more in (("fig7", ("baseline", "controller"), []), ("fig8", ("FAR", "both"), [])):
+    for figure, nets in (("fig7", ("baseline", "controller")), ("fig8", ("FAR", "both"))):
         out = args.work / "probe" / f"{figure}-{seed}"
         if not out.with_name(out.name + ".json").exists():
-            compare.call(out.with_suffix(".log"), "selfsup.py", "probe", figure, "--rec", *map(rec, nets), "--hr", args.work / "held-photos", "--vgg-weights", args.vgg_weights, "--out", out, *more)
+            compare.call(out.with_suffix(".log"), "selfsup.py", "probe", figure, "--rec", *map(rec, nets), "--hr", args.work / "held-photos", "--vgg-weights", args.vgg_weights, "--out", out)
 
 
 def finetune(args, name, seed, lr_dir, gt_dir, out):
@@ -107,7 +109,8 @@ def finetune(args, name, seed, lr_dir, gt_dir, out):
 
 
 def score(args, weights, folder, out, *more):
-    if not out.exists():
+    files = [file for path in weights for file in (path.glob("weights/*.pth") if path.is_dir() else [path])]
+    if not out.exists() or any(file.stat().st_mtime > out.stat().st_mtime for file in files):                # of a longer tuning
         compare.call(out.with_suffix(".log"), "evaluate.py", "--weights", *weights, "--lq", folder / "lq", "--gt", folder / "gt", "--protocol", "whole-y", "--baselines", "--metrics", *args.metrics,
                      "--metric-weights", *args.metric_weights, *([f"vgg={args.vgg_weights}"] if "vgg" in args.metrics else []), "--out-json", out, "--cache", args.work / "evaluation-cache", *more)
     return json.loads(out.read_text())

@@ -210,9 +210,6 @@ def length(x):
 
 # Controller (Eq. 7, 8)
 
-RULES = ("eq8", "flip", "one", "shifted")
-
-
 def hqi_distance(distance, lq, hr):
     """d = 1 - HQI (Eq. 7): the distance of hr to bicubically enlarged lq, in [0, 1] -> (B,), no gradient (CHOICE: a controller, not a loss).
 
@@ -254,11 +251,11 @@ def high_frequency_map(lq):
         return detail.repeat_interleave(2, 2).repeat_interleave(2, 3)[..., :h, :w]
 
 
-def reconstruction_loss(distance, lq_again, lq, weight=None, weight_d=1.0):
+def reconstruction_loss(distance, lq_again, lq, weight=None):
     """L_rec: {"l1", "percep"} of (B,), L1 and the perceptual distance (LWAY), both weighted by W (B, 1, h, w) where it is given."""
     difference = (lq_again - lq).abs()
     l1 = (difference if weight is None else difference * weight).mean((1, 2, 3))
-    return {"l1": l1, "percep": weight_d * distance(lq_again, lq, weight)}
+    return {"l1": l1, "percep": distance(lq_again, lq, weight)}
 
 
 # Files

@@ -68,7 +68,7 @@ def parse_args(argv=None):
     c = stages["domain"]
     c.add_argument("--hr", type=Path, metavar="DIR", help="photos")
     c.add_argument("--out", type=Path, default=Path("datasets/domain"), metavar="DIR", help="leaves DIR/lq, DIR/gt and DIR/domain.json")
-    c.add_argument("--blur", type=flags.number(float, 0, above=True), nargs=2, default=[3.5, 1.4], metavar="SIGMA", help="of the Gaussian along and across, in HR pixels (CHOICE: wider than pre-training's)")
+    c.add_argument("--blur", type=flags.number(float, 0, above=True), nargs=2, default=[3.5, 1.4], metavar="SIGMA", help="of the Gaussian along and across, in HR pixels (CHOICE: wider than realesrgan's, within blur's)")
     c.add_argument("--angle", type=flags.number(float), default=30.0, help="of the blur in degrees")
     c.add_argument("--noise", type=flags.WEIGHT, default=6.0, help="grey levels (CHOICE)")
     c.add_argument("--jpeg", type=flags.number(float, 1, 100), default=27.0, help="quality (CHOICE: below pre-training's 30)")
@@ -84,8 +84,8 @@ def parse_args(argv=None):
     args, rest = p.parse_known_args(argv)
     if rest and args.command != "eval":
         (stages.get(args.command) or p).error(f"unrecognized arguments: {' '.join(rest)}")
-    if not args.command and not args.all:
-        p.error("which stage? pretrain, finetune, eval, probe, domain, or --demo")
+    if bool(args.command) == args.all:
+        p.error("which stage? pretrain, finetune, eval, probe, domain, or --demo" if not args.all else f"--demo before {args.command} is all stages: write {args.command} --demo")
     args.rest = rest
     if args.command:
         complete(stages[args.command], args)
@@ -109,11 +109,12 @@ def add_files(c):
     g.add_argument("--far-sr", type=Path, metavar="PATH", help="the x4 network of --far-enc sr")
 
 
-def add_machine(c):
+def add_machine(c, training=False):
     g = c.add_argument_group("machine")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     g.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads per process; 0: PyTorch's choice")
-    g.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="bf16 keeps losses, Gram matrices and weights in fp32")
+    if training:
+        g.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="bf16 keeps losses, Gram matrices and weights in fp32")
 
 
 def add_training(c, stage):
@@ -164,8 +165,7 @@ def add_training(c, stage):
     g.add_argument("--batch-size", type=flags.SIZE, default=16 if first else 8, help="patches per step, summed over processes (CHOICE, not published)")
     if first:
         g.add_argument("--lr", type=flags.RATE, default=2e-4, help="falls to 0 as a cosine (PAPER)")
-        g.add_argument("--encoder-from", type=flags.COUNT, default=0, metavar="STEP", help="the degradation encoder stays as initialised until then (CHOICE: 0; short runs at a high rate "
-                       "lose it otherwise, see README)")
+        g.add_argument("--encoder-from", type=flags.COUNT, default=0, metavar="STEP", help="the degradation encoder stays as initialised until then (CHOICE: 0; tests/selfsup_choices.py)")
     else:
         g.add_argument("--lr", type=flags.RATE, help="default 2e-6 for SwinIR, 5e-6 for convolutional networks (PAPER: from 2e-6 to 5e-6, by architecture)")
         g.add_argument("--clip-grad", type=flags.WEIGHT, default=1.0, help="largest gradient norm; 0: none (CHOICE)")
@@ -174,7 +174,7 @@ def add_training(c, stage):
         g.add_argument("--patience", type=flags.SIZE, default=100, help="steps without a new minimum that end it (CHOICE)")
     g.add_argument("--ema-decay", type=flags.SHARE, default=0.999, help="PAPER; " + ("" if first else "after 300 steps three quarters are still the start: ") + "the EMA weights are the result")
     g.add_argument("--seed", type=flags.COUNT, default=0, help="of every random draw")
-    add_machine(c)
+    add_machine(c, training=True)
     g = c.add_argument_group("output")
     g.add_argument("--out", type=Path, help="run folder; default " + ("runs/rec-<arch>" if first else "<sr>+<name of lr-dir>, in runs/"))
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"], help="continue --out from its checkpoint; auto: start if there is none")
@@ -214,6 +214,10 @@ def complete(p, args):
                 p.error(f"--{flag.replace('_', '-')} is needed")
         if args.stop == "val-gt" and not args.gt_dir:
             p.error("--stop val-gt looks at the ground truth: --gt-dir DIR is needed")
+        if args.stop != "fixed" and not args.val_every:
+            p.error(f"--stop {args.stop} looks at the checks: --val-every must not be 0")
+        if not args.gt_dir and (compared := [name for name in args.watch if name in flags.FULL_REFERENCE]):
+            p.error(f"--watch {compared[0]} compares with ground truth: --gt-dir DIR is needed")
         if args.per_image and args.hold_out:
             p.error("--hold-out: with --per-image nothing is shared between images")
         args.out = args.out or Path("runs") / f"{args.sr.name if args.sr.is_dir() else args.sr.stem}+{args.lr_dir.resolve().name}"
@@ -260,7 +264,7 @@ def domain(args):
         build_demo(Path("datasets/demo"))
     if args.out.exists():
         raise ValueError(f"--out {args.out}: exists; remove it to make it again")
-    photos = data.find_photos(args.hr)
+    photos = data.find_photos(args.hr, "--hr")
     runs.check_writable(args.out, "--out")
     runs.start_world("cpu", args.threads)
     work = args.out.with_name(args.out.name + ".tmp")

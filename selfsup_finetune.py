@@ -12,10 +12,12 @@ import lora
 import quality
 import reconstruction as rec
 import runs
-from selfsup_pretrain import embedding_noise, networks, weights_of
+import scoring
+from selfsup_pretrain import check_weights, embedding_noise, networks
 from train import update_ema
 
-FIXED = ("rec_hash", "sr_hash", "s_rule", "far", "far_path", "hf", "percep", "patch", "batch_size", "lambda_ft", "far_rho", "lr", "seed", "n_std", "stop", "hold_out", "samples")
+FIXED = ("rec_hash", "sr_hash", "s_rule", "far", "far_path", "hf", "percep", "patch", "batch_size", "lambda_ft", "far_rho", "lr", "ema_decay", "clip_grad", "seed", "n_std", "stop", "patience",
+         "check_patches", "hold_out", "images")
 DRIFT, FAR_LOSS = 2.0, 1.05                                                       # CHOICE: grey levels, and times FAR before: warned about beyond these
 
 
@@ -26,26 +28,27 @@ class Judge:
         self.args, self.net, self.distance, self.hqi, self.encoder, self.shift = args, net, distance, hqi, encoder, shift
 
     def __call__(self, lq, sr, noise=0.0):
-        """-> {"rec", "l1", "percep", "d"[, "far"]} of (b,); rec is l1 + --percep x percep, noise is n of Eq. 8."""
+        """-> {"rec", "l1", "percep", "d", "s"[, "far"]} of (b,); rec is l1 + --percep x percep, noise is n of Eq. 8, s is without it."""
         d = rec.hqi_distance(self.hqi, lq, sr)
         s = rec.controller(self.args.s_rule, d, noise, shift=self.shift)
+        mean_s = rec.controller(self.args.s_rule, d, shift=self.shift)
         again, far = self.net(lq, sr, s, self.encoder and self.encoder(sr), offdiag=self.args.offdiag, path=self.args.far_path)
         terms = rec.reconstruction_loss(self.distance, again.float(), lq, rec.high_frequency_map(lq) if self.args.hf else None)
-        terms = {"rec": terms["l1"] + self.args.percep * terms["percep"], **terms, "d": d}
+        terms = {"rec": terms["l1"] + self.args.percep * terms["percep"], **terms, "d": d, "s": torch.ones_like(d) if isinstance(mean_s, float) else mean_s[:, 0]}
         return terms if far is None else terms | {"far": far}
 
 
 def gradient_ratio(judge, net, draw, world, batches=10):
-    """lambda_ft = auto: --far-rho times the mean over the first batches of |d L_rec / d M(X)| / |d FAR / d M(X)|."""
-    ratios = []
+    """lambda_ft = auto: --far-rho times |d L_rec / d M(X)| / |d FAR / d M(X)|, both averaged over the samples of the first batches of all processes."""
+    pulls = []
     for step in range(1, batches + 1):
         lq, noise = draw(step)
         with torch.no_grad():
             sr = net(lq)
         terms = judge(lq, sr.requires_grad_(), noise)
-        pulls = [torch.autograd.grad(terms[name].mean(), sr, retain_graph=True)[0].norm() for name in ("rec", "far")]
-        ratios.append(pulls[0] / pulls[1])
-    ratio = judge.args.far_rho * (world.reduce(torch.stack(ratios).mean()) / world.size).item()
+        pulls.append(torch.stack([torch.autograd.grad(terms[name].sum(), sr, retain_graph=True)[0].flatten(1).norm(dim=1).mean() for name in ("rec", "far")]))
+    both = world.reduce(torch.stack(pulls).mean(0))
+    ratio = (judge.args.far_rho * both[0] / both[1]).item()
     if not 0 < ratio < math.inf:
         raise ValueError(f"--lambda-ft auto: the ratio of the gradients is {ratio}: give a number")
     return ratio
@@ -87,6 +90,8 @@ def open_reconstruction(args):
     args.far = has_far if args.far is None else args.far
     if plain != (args.s_rule == "one"):
         raise ValueError(f"--s-rule {args.s_rule}: {file} was trained {'without' if plain else 'with'} a controller, so its embeddings mean something else; pretrain one for each")
+    if args.stop == "far" and not args.far:
+        raise ValueError("--stop far: FAR is off here (--no-far, or a --rec without it): --stop fixed")
     if args.far and not has_far:
         raise ValueError(f"--far: {file} was trained without; selfsup.py pretrain --far makes one with it")
     for name in ("distance", "vgg_stages", "far_enc", "far_layer", "offdiag"):
@@ -105,7 +110,7 @@ def open_images(args):
     for stem in sets.stems:
         wide, high = data.image_size(sets.path(stem))
         if min(wide, high) < args.patch:
-            raise ValueError(f"{sets.path(stem)}: {wide}x{high} pixels, smaller than a patch: --patch {min(wide, high) // 4 * 4} or less, or leave it out")
+            raise ValueError(f"{sets.path(stem)}: {wide}x{high} pixels, smaller than a patch: " + (f"--patch {min(wide, high) // 4 * 4} or less, or leave it out" if min(wide, high) >= 16 else "leave it out"))
         if stem in gts and data.image_size(gts[stem]) != (4 * wide, 4 * high):
             raise ValueError(f"{gts[stem]}: {'x'.join(map(str, data.image_size(gts[stem])))} pixels, expected four times its LR image's {wide}x{high}")
     return sets, gts
@@ -116,15 +121,16 @@ def finetune(args):
     sets, gts = open_images(args)
     net, settings = open_reconstruction(args)
     distance, hqi, encoder = networks(args, world.device)
-    for what, here, there in zip(("--distance", "--distance", "FAR's encoder"), weights_of(distance, hqi, encoder), settings["looked_through"]):
-        if here is not None and here != there:
-            raise ValueError(f"{what}: other weights than stage 1 had; name the same files (--vgg-weights, --clip-weights, --far-sr) as in pretraining")
+    check_weights(settings, distance, hqi, encoder)
     judge = Judge(args, net.to(world.device), distance, hqi, encoder, (settings["mean_d"], 0.0))
+    stop = runs.StopSignal(world)
     if not args.per_image:
-        adapt(args, world, seeds, autocast, judge, sets, gts, args.out)
+        adapt(args, world, seeds, autocast, judge, sets, gts, args.out, stop)
         return
-    for stem in sets.stems:
-        tuned = adapt(args, world, seeds, autocast, judge, data.Sets(sets.files, stems=[stem]), gts, args.out / stem)
+    for k, stem in enumerate(sets.stems):
+        if k and args.resume == "must":                                           # the first image has begun, the others may not have
+            args.resume = "auto"
+        tuned = adapt(args, world, seeds, autocast, judge, data.Sets(sets.files, stems=[stem]), gts, args.out / stem, stop)
         if tuned is None:                                                         # stopped by a signal
             return
         if world.is_main:
@@ -134,7 +140,7 @@ def finetune(args):
         print(f"done: {len(sets.stems)} images in {args.out / 'sr'}")
 
 
-def adapt(args, world, seeds, autocast, judge, sets, gts, out):
+def adapt(args, world, seeds, autocast, judge, sets, gts, out, stop):
     """Adapt --sr to the images of `sets` in the run folder `out` -> the tuned network (EMA), None after a signal."""
     device, lanes = world.device, world.lanes(args.batch_size)
     base, info = archs.load_x4(args.sr, "--sr", args.weights_key, args.pad_mode)
@@ -144,13 +150,15 @@ def adapt(args, world, seeds, autocast, judge, sets, gts, out):
         raise ValueError(f"--total-steps {args.total_steps}: {out} is already at step {run.start_step}")
     checked = sets
     if args.hold_out:
-        sets, checked = sets.hold_out(args.hold_out, seeds(0, 0, "hold-out"))
+        sets, checked = sets.hold_out(args.hold_out, seeds(0, 0, "hold-out"), "--hold-out")
     dataset, check_set = (data.TrainingSet(some, "orig", draw, args.batch_size, 1, args.patch, args.patch)
                           for some, draw in ((sets, seeds), (checked, lambda step, lane, purpose: seeds(step, lane, f"check {purpose}"))))
-    run.pin(samples=len(dataset))
+    run.pin(images=scoring.digest(dataset.stems))
     patches = torch.stack([check_set.sample(1, lane)["crops"][0] for lane in range(args.check_patches)]).to(device).float() / 255
     items = [(checked.path(stem), gts.get(stem)) for stem in checked.stems]
     metrics = {name: quality.create_metric(name, device, flag="--watch") for name in args.watch}
+    if not gts and any(metric.full_reference for metric in metrics.values()):
+        raise ValueError(f"--watch {' '.join(name for name, m in metrics.items() if m.full_reference)}: compares with ground truth: --gt-dir DIR is needed")
     if gts:
         metrics |= {"psnr": quality.create_metric("psnr", device, border=0, y=True), "distance": quality.Metric(torch.no_grad()(judge.distance), True, True)}
 
@@ -199,7 +207,7 @@ def adapt(args, world, seeds, autocast, judge, sets, gts, out):
         run.save(step, {"net": raw.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "meter": meter.state_dict(), "first": first, "colours": colours.cpu(),
                         "weight": weight, "shift": judge.shift, "best": best, "ended": ended})
 
-    stop, due = runs.StopSignal(world), lambda step, every: runs.due(step, args.total_steps, every)
+    due = lambda step, every: runs.due(step, args.total_steps, every)
     if ended or run.start_step == args.total_steps:
         run.say(f"nothing to do: {out} is finished; remove it to adapt again")
     for step in range(run.start_step + 1, args.total_steps + 1) if not ended else ():
@@ -223,8 +231,8 @@ def adapt(args, world, seeds, autocast, judge, sets, gts, out):
             for name in values:
                 run.event(step, name, **values[name])
             now = values["ema"]                                                   # the EMA weights are the result
-            run.say(f"step {step:07d} check: {warnings(first, now)}" + "; ".join(f"{name} {first[name]:.4g} -> {now[name]:.4g}" for name in now))
-            value = now.get({"far": "far", "val-gt": "distance"}.get(args.stop))
+            run.say(f"step {step:07d} check: {warnings(first, now)}" + "; ".join(f"{name} {first.get(name, math.nan):.4g} -> {now[name]:.4g}" for name in now))
+            value = world.gather_objects(now.get({"far": "far", "val-gt": "distance"}.get(args.stop)))[0]          # all stop where rank 0 does
             if value is not None and (best is None or value < best["value"]):
                 best = {"value": value, "step": step, **{name: {k: v.cpu().clone() for k, v in one.state_dict().items()} for name, one in (("net", raw), ("ema", ema))}}
             ended = best is not None and step - best["step"] >= args.patience

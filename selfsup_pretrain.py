@@ -19,7 +19,7 @@ import runs
 from train import make_pair, update_ema
 
 FIXED = ("arch", "deg_enc", "s_rule", "far", "far_enc", "far_layer", "offdiag", "distance", "vgg_stages", "percep", "degradation", "patch", "load_size", "batch_size", "group_size",
-         "width", "blocks", "dim", "lambda_pt", "total_steps", "lr", "encoder_from", "seed", "n_std", "samples")
+         "width", "blocks", "dim", "lambda_pt", "total_steps", "lr", "encoder_from", "ema_decay", "seed", "n_std", "val_photos", "samples")
 
 
 def networks(args, device):
@@ -36,7 +36,14 @@ def networks(args, device):
 
 def weights_of(*nets):
     """Hashes of what is looked through, so that both stages look through the same."""
-    return [net and iqa.tensors_hash(net) for net in nets]
+    return [None if net is None else iqa.tensors_hash(net) for net in nets]
+
+
+def check_weights(settings, distance, hqi, encoder):
+    """ValueError unless these are what stage 1 looked through; encoder None: not looked through."""
+    for what, here, there in zip(("--distance", "--distance", "FAR's encoder"), weights_of(distance, hqi, encoder), settings["looked_through"]):
+        if here is not None and here != there:
+            raise ValueError(f"{what}: other weights than stage 1 had; name the same files (--vgg-weights, --clip-weights, --far-sr) as in pretraining")
 
 
 def embedding_noise(net, args, seeds, step, lanes, device):
@@ -79,7 +86,7 @@ def pretrain(args):
     device, lanes = world.device, world.lanes(args.batch_size)
     run = runs.Run(args.out, vars(args), world, args.resume, FIXED, args.tensorboard)
     distance, hqi, encoder = networks(args, device)
-    sets, val_sets = data.find_photos(args.hr).hold_out(args.val_photos, seeds(0, 0, "val-photos"))
+    sets, val_sets = data.find_photos(args.hr, "--hr").hold_out(args.val_photos, seeds(0, 0, "val-photos"))
     check_seeds = lambda step, lane, purpose: seeds(step, lane, f"check {purpose}")
     dataset, val_set = (data.TrainingSet(some, "orig", draw, args.batch_size, group, 4 * args.patch, args.load_size)
                         for some, draw, group in ((sets, seeds, args.group_size), (val_sets, check_seeds, 1)))
@@ -141,7 +148,9 @@ def pretrain(args):
         loss.backward()
         opt.step()
         update_ema(ema, raw, args.ema_decay)
-        meter.add(step, **terms, **({} if d is None else {"d": d.mean()}))
+        meter.add(step, **terms, **({} if d is None else {"d": d.mean(), "s": rec.controller(args.s_rule, d, pretrain=True).mean()}))
+        if step == 100 and far is not None and args.lambda_pt == "auto":
+            run.say(f"weight of FAR from now on: {(balance[0] / balance[1]).item():.4g}")
         if due(step, args.log_every):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))
             run.progress(step, args.total_steps, meter, lr, {})

@@ -1,10 +1,11 @@
 """The plots of the HR-aware paper: what controller and FAR do, before any network is tuned, and the curves of tuning. `selfsup.py probe` calls this.
 
 fig7    Y_i = i up(X) + (1 - i) Y: does the reconstruction of X prefer a Y that still looks like X? Without a controller that is what a tuned network would be drawn to
-fig8    FAR of clean photos, and of the same with blur, noise, JPEG, or a second-order degradation: area under the ROC curve
+fig8    FAR of clean photos, and of the same with blur, noise, JPEG, or pre-training's degradation (the paper's: second order): area under the ROC curve
 fig9    metrics against steps of `selfsup.py finetune --val-every N`
 Crops come from photos that pre-training did not see; intervals are over photos, not crops, which resemble each other.
 """
+import argparse
 import json
 from functools import partial
 
@@ -21,26 +22,29 @@ import quality
 import reconstruction as rec
 import runs
 import tables
-from selfsup_pretrain import pairs_of
+from selfsup_pretrain import check_weights, pairs_of
 
-DEGRADED = ("blur", "noise", "jpeg", "second order")
+DEGRADED = ("blur", "noise", "jpeg", "as in pre-training")
 
 
-def open_networks(paths, args, device):
-    """{name: (Reconstruction, its settings)}; name: of the run folder or file."""
+def open_networks(paths, device):
+    """{name: (Reconstruction, its settings)}; name: of the run folder or file. ValueError for two of one name."""
     nets = {}
     for path in paths:
         file = path / "weights" / "rec.pth" if path.is_dir() else path
         net, settings = rec.load_reconstruction(file)
-        nets[path.name if path.is_dir() else path.stem] = net.to(device), settings
+        name = path.name if path.is_dir() else path.stem
+        if name in nets:
+            raise ValueError(f"--rec {path}: two networks are called {name}: rename a folder")
+        nets[name] = net.to(device), settings
     return nets
 
 
 def clean_pairs(settings, args, device):
     """-> photo of each crop (n,), and batches of lq, hr: crops of --hr and their synthetic low-resolution images, as in pre-training."""
     seeds = partial(runs.sample_seed, 0)
-    how = type("", (), {name: settings[name] for name in ("degradation", "patch", "load_size")})
-    photos = data.TrainingSet(data.find_photos(args.hr), "orig", seeds, 8, 1, 4 * how.patch, how.load_size)
+    how = argparse.Namespace(**{name: settings[name] for name in ("degradation", "patch", "load_size")})
+    photos = data.TrainingSet(data.find_photos(args.hr, "--hr"), "orig", seeds, 8, 1, 4 * how.patch, how.load_size)
     draw, whose, pairs = pairs_of(photos, how, seeds, device, 1), [], []
     for k in range(0, args.crops, 8):
         lanes = range(k, min(k + 8, args.crops))
@@ -58,8 +62,9 @@ def by_photo(values, whose):
 def figure7(args, device):
     """{line: {"i", "psnr", "distance": means per i, "half_minus_clean": PSNR of i = .5 minus that of i = 0 with its interval}}"""
     steps, lines, whose, pairs = np.round(np.arange(0, 1.01, 0.1), 1), {}, None, None
-    for name, (net, settings) in open_networks(args.rec, args, device).items():
+    for name, (net, settings) in open_networks(args.rec, device).items():
         distance, hqi = (d.to(device) for d in features.create_distances(settings["distance"], args.vgg_weights, settings["vgg_stages"]))
+        check_weights(settings, distance, hqi, None)
         if pairs is None:                                                         # the same for every network
             whose, pairs = clean_pairs(settings, args, device)
         for rule in ("one",) if settings["s_rule"] == "one" else ("eq8", "flip"):                # flip is pre-training's rule
@@ -85,7 +90,7 @@ def figure7(args, device):
 
 
 def degrade(kind, hr, k, preset):
-    """hr (b, 3, H, W) after one degradation; k: seeds of this batch, preset: of the second order. CHOICE of the strengths: plainly visible ones."""
+    """hr (b, 3, H, W) after one degradation; k: seeds of this batch, preset: of pre-training (the paper's: second order). CHOICE of the strengths: plainly visible ones."""
     if kind == "blur":
         return degradations.blur(hr, degradations.gaussian_kernel(21, 2.0))
     if kind == "noise":
@@ -104,6 +109,8 @@ def area(clean, degraded):
 def area_with_interval(clean, degraded, whose):
     """-> (AUC, low, high), 95 % percentile bootstrap over photos."""
     rows = [np.flatnonzero(whose == photo) for photo in np.unique(whose)]
+    if len(rows) < 2:                                                             # nothing to draw from
+        return (area(clean, degraded),) * 3
 
     def resampled(photos):
         crops = np.concatenate([rows[int(p)] for p in photos])
@@ -116,11 +123,12 @@ def area_with_interval(clean, degraded, whose):
 def figure8(args, device):
     """{network: {"clean": FAR of each crop, degradation: ..., name of --sr: ..., "auc": {degradation: [value, low, high]}}}"""
     found = {}
-    for name, (net, settings) in open_networks(args.rec, args, device).items():
+    for name, (net, settings) in open_networks(args.rec, device).items():
         if settings["far_enc"] is None:
             raise ValueError(f"--rec {name}: trained without FAR, so there is nothing to probe")
         sr = archs.load_x4(args.far_sr, "--far-sr")[0] if settings["far_enc"] == "sr" else None
         encoder = features.create_encoder(settings["far_enc"], settings["far_layer"], args.vgg_weights, args.clip_weights, sr).to(device)
+        check_weights(settings, None, None, encoder)
 
         def far_of(hr):                                                           # of any image: the LR input does not matter to it
             lq = F.interpolate(hr, scale_factor=0.25, mode="bicubic").clamp(0, 1)
@@ -130,6 +138,8 @@ def figure8(args, device):
         for kind in DEGRADED:
             values[kind] = torch.cat([far_of(degrade(kind, hr, k, settings["degradation"])) for k, (_, hr) in enumerate(pairs)]).numpy()
         areas = {kind: area_with_interval(values["clean"], values[kind], whose) for kind in DEGRADED}
+        if len({path.name for path in args.sr}) < len(args.sr):
+            raise ValueError(f"--sr: two networks of one name ({', '.join(path.name for path in args.sr)}): rename one")
         for path in args.sr:
             m = archs.load_x4(path, "--sr")[0].to(device)
             outputs = []

@@ -532,7 +532,7 @@ def test_domain_and_probes(photos, trained, tmp_path, capsys):
     assert len(lines) == 3 and all(len(line["psnr"]) == 11 for line in lines.values())
     call("probe", "fig8", "--rec", trained / "method", "--hr", photos / "gt", "--crops", "8", "--out", tmp_path / "fig8", "--sr", photos / "sr.pth", "--lr-dir", photos / "lq")
     found = json.loads((tmp_path / "fig8.json").read_text())["lines"]["method"]
-    assert set(found["auc"]) == {"blur", "noise", "jpeg", "second order"} and len(found["clean"]) == 8 and len(found["sr.pth"]) == 4
+    assert set(found["auc"]) == {"blur", "noise", "jpeg", "as in pre-training"} and len(found["clean"]) == 8 and len(found["sr.pth"]) == 4
     tune(photos, trained / "method", tmp_path / "tuned", "--gt-dir", photos / "gt")
     call("probe", "fig9", "--runs", tmp_path / "tuned", "--out", tmp_path / "fig9")
     for n in (7, 8, 9):
