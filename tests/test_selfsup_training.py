@@ -337,7 +337,7 @@ def test_the_queue_in_small(photos, tmp_path, monkeypatch, capsys):
     args = experiment_selfsup.parse_args([str(word) for word in words])
     experiment_selfsup.main(args)
     found, said = json.loads((tmp_path / "selfsup.json").read_text()), capsys.readouterr().out
-    assert set(found["sets"]) == {"domain", "held"} and list(found["sets"]["domain"]["mean"]) == ["before", "LWay", "baseline", "controller", "FAR", "both", "flipped"]
+    assert set(found["sets"]) == {"domain", "held"} and list(found["sets"]["domain"]["mean"]) == ["before", *experiment_selfsup.FINETUNE]
     scores = [json.loads((tmp_path / "work" / "scores" / f"domain-{name}.json").read_text())["scores"] for name in ("both-0", "both-1", "before")]
     mean = lambda result: np.mean([v["psnr"] for v in next(iter(result.values())).values()])
     assert found["sets"]["domain"]["differences"]["both - before"]["psnr"]["mean"] == pytest.approx((mean(scores[0]) + mean(scores[1])) / 2 - mean(scores[2]))
