@@ -536,7 +536,7 @@ def test_the_stages_tune_a_controlnet(kind, folders, quintuplets, rewards, tmp_p
     before, after = (db.load_diffusers(folders[kind] / "model", folder).net.state_dict() for folder in (start, tuned / "weights"))
     assert any(not torch.equal(before[k], after[k]) for k in before)
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())["rows"]
-    assert list(found) == ["controlnet", "tuned"] and found["controlnet"]["means"]["mean"]["mean"] != found["tuned"]["means"]["mean"]["mean"]
+    assert list(found) == ["controlnet", "tuned"] and found["controlnet"]["means"]["reward"]["mean"] != found["tuned"]["means"]["reward"]["mean"]
 
 
 # Errors
