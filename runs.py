@@ -293,9 +293,11 @@ def describe_machine():
 
 
 def peak_memory(device):
-    """GiB: allocated on this GPU at most, or resident of this process at most."""
+    """GiB: allocated on this GPU at most, or resident of this process at most (on Linux getrusage would count the process that started this one, too)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
+    if sys.platform == "linux":
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")) / 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 

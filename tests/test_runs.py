@@ -42,6 +42,14 @@ def test_precision_is_what_was_asked_for(precision, tf32, dtype):
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
 
 
+def test_peak_memory_is_this_process_own():
+    """Started by a process that holds 600 MB."""
+    ballast = np.ones(75_000_000)
+    code = "import torch, runs; print(runs.peak_memory(torch.device('cpu')))"
+    own = float(subprocess.run([sys.executable, "-c", code], cwd=runs.REPO, capture_output=True, text=True, check=True).stdout)
+    assert 0.05 < own < runs.peak_memory(torch.device("cpu")) - 0.3 and runs.peak_memory(torch.device("cpu")) > ballast.nbytes / 2 ** 30
+
+
 def test_what_is_due():
     assert [step for step in range(1, 11) if runs.due(step, 10, 4)] == [4, 8, 10] and [step for step in range(1, 11) if runs.due(step, 10, 0)] == [10]
 
