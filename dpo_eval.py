@@ -98,7 +98,7 @@ def evaluate(args, world, load):
         found[row] = {"values": {name: over_photos(v) for name, v in values.items()}, "curve": {which: over_photos(curve[which]).mean(0).tolist() for which in ("best", "mean", "worst")},
                       "seed_std": {m: float(over_photos(raw[row][..., k].std(1)).mean()) for k, m in enumerate(metrics)}}
     first = next(iter(found))
-    summary = {"reward": args.reward, "inside": inside, "outside": watched, "samples": args.samples, "images": len(items), "photos": len(set(whose)), "k": preference.curves(rewards[first])["k"],
+    summary = {"reward": args.reward, "inside": inside, "outside": watched, "samples": args.samples, "images": len(items), "photos": len(set(whose)), "k": curve["k"],
                "lower_is_better": {name: lower.get(name, None if name in ("seed std", "diversity") else False) for name in found[first]["values"]}, "diversity_by": args.diversity, "norm": str(args.norm_file), "rows": {}, **runs.describe_machine()}
     for row, v in found.items():
         means = {name: dict(zip(("mean", "low", "high"), (float(x.mean()), *tables.interval(x)))) for name, x in v["values"].items()}

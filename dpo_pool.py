@@ -27,10 +27,10 @@ PROTOCOL = {"border": 0, "y": True}                                             
 FEW = 0.01                                                                        # CHOICE: median sigma_g below which labels are little but noise
 
 
-def read_json(path, remedy):
-    """A JSON file that a stage left; ValueError for a damaged one, FileNotFoundError ending in `remedy` where there is none."""
+def read_json(path, remedy, parse=json.loads):
+    """A JSON file that a stage left; ValueError for a damaged one, FileNotFoundError ending in `remedy` where there is none. parse: text -> value."""
     try:
-        return json.loads(path.read_text())
+        return parse(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not there; {remedy}") from None
     except (ValueError, UnicodeDecodeError) as error:
@@ -39,12 +39,7 @@ def read_json(path, remedy):
 
 def read_lines(path, remedy):
     """[{...}] of a JSON-lines file; errors as read_json."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: not there; {remedy}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: damaged ({str(error)[:80]}); {remedy}") from None
+    return read_json(path, remedy, lambda text: [json.loads(line) for line in text.splitlines()])
 
 
 def write_lines(path, rows):
