@@ -3,7 +3,7 @@
     PYTHONPATH=../shared/tools python experiment_selfsup.py [data] [pretrain] [probe] [finetune] [real] [report]      all without a word; continues where it stopped
 
 data      photos for pre-training; the test photos and as many others, degraded by `selfsup.py domain`: the domain, adapted to, and images of it that nothing is adapted to
-pretrain  for every seed a reconstruction network each: LWay, baseline, + controller, + FAR, both
+pretrain  for every seed a reconstruction network each: LWay, baseline, + controller, + FAR, both, and those named below
 probe     the paper's Fig. 7 (baseline, + controller) and Fig. 8 (+ FAR) on photos that pre-training did not see
 finetune  the network --sr adapted with each of them, and with both but the controller's sign flipped (Table 4): all with equal steps
 real      both and LWay, first seed, adapted to real photos without ground truth: before and after as a page
@@ -15,7 +15,8 @@ quality (Table 1); + controller and + FAR each beat the baseline perceptually (T
 than the true image, with it this stops (Fig. 7); FAR is larger for degraded images (Fig. 8). The widths, patches and steps are those of a CPU, and LPIPS is replaced by
 cosines of VGG19's features: nothing here is the paper's number.
 
-Added after the pre-trainings, when a review had found that Eq. 8 asks R for s of about .9 and pre-training showed it .2 +- .13 (--n-std .1): shifted, which keeps s where R was trained.
+Added after results, when a review had found that Eq. 8 asks R for s of about .9 and pre-training had shown it .2 +- .13 (--n-std .1): shifted, which keeps s where R was trained, and controller-noise1, both-noise1
+and flipped-noise1 with the paper's noise of 1, which shows R every s. The latter two have a fifth of the automatic weight of FAR (2.4e-3), which had left three of six networks below bicubic down-sampling.
 """
 import argparse
 import shlex
@@ -25,8 +26,10 @@ import flags
 
 SHARED = Path("../shared/data")
 STAGES = ("data", "pretrain", "probe", "finetune", "real", "report")
-PRETRAIN = {"LWay": "--arch lway", "baseline": "--s-rule one --no-far", "controller": "--no-far", "FAR": "--s-rule one", "both": ""}
-FINETUNE = {name: (name, "") for name in PRETRAIN} | {"flipped": ("both", "--s-rule flip"), "shifted": ("both", "--s-rule shifted")}              # (network, switches)
+PRETRAIN = {"LWay": "--arch lway", "baseline": "--s-rule one --no-far", "controller": "--no-far", "FAR": "--s-rule one", "both": "",
+            "controller-noise1": "--no-far --n-std 1", "both-noise1": "--n-std 1 --lambda-pt 5e-4"}
+FINETUNE = {name: (name, "") for name in PRETRAIN} | {"flipped": ("both", "--s-rule flip"), "shifted": ("both", "--s-rule shifted"), "flipped-noise1": ("both-noise1", "--s-rule flip")}          # (network, switches)
+FIGURES = {"fig7": ("baseline", "controller"), "fig7-noise1": ("controller-noise1",), "fig8": ("FAR", "both"), "fig8-noise1": ("both-noise1",)}
 COMMON = """--patch 32 --load-size 160 --degradation blur --batch-size 4 --group-size 2 --val-photos 6 --deg-enc bands --width 16 --blocks 3 2 4 --distance vgg --vgg-stages 2
 --far-enc vgg --n-std 0.1 --total-steps 2000 --lr 1e-3 --ema-decay 0.99 --workers 0 --log-every 200 --save-every 200 --val-every 1000"""
 TUNE = "--patch 32 --batch-size 4 --total-steps 100 --lr 2e-5 --ema-decay 0.95 --workers 0 --log-every 25 --save-every 25 --val-every 100"
@@ -50,9 +53,10 @@ def parse_args(argv=None):
     g.add_argument("--vgg-weights", type=Path, default=Path("runs/vgg19.pth"), metavar="FILE", help="see selfsup.py; README says how to make it of the shared weights")
     g.add_argument("--metrics", nargs="+", default=list(METRICS), help="psnr and ssim on Y, whole images")
     g.add_argument("--metric-weights", nargs="*", default=[f"niqe={SHARED}/weights/iqa/niqe_modelparameters.mat", f"brisque={SHARED}/weights/iqa/brisque_svm_weights.pth"], metavar="NAME=FILE")
+    g.add_argument("--variants", nargs="+", choices=list(FINETUNE), default=list(FINETUNE), metavar="NAME", help=f"what pretrain, probe and finetune work at: {', '.join(FINETUNE)}; report wants all")
     g.add_argument("--jobs", type=flags.SIZE, default=2, help="runs at a time, one thread each")
     g.add_argument("--work", type=Path, default=Path("runs/selfsup-experiment"), metavar="DIR", help="runs and data sets")
-    g.add_argument("--results", type=Path, default=Path("results/selfsup"), metavar="STEM", help="leaves STEM.json, STEM-fig7.png, STEM-fig8.png")
+    g.add_argument("--results", type=Path, default=Path("results/selfsup"), metavar="STEM", help="leaves STEM.json and the probes' plots, STEM-fig7.png and others")
     args = p.parse_args(argv)
     args.stages = args.stages or list(STAGES)
     for stage in args.stages:
@@ -98,10 +102,10 @@ def pretrain(args, name, seed):
 
 def probe(args, seed):
     rec = lambda name: args.work / "rec" / f"{name}-{seed}"
-    for figure, nets in (("fig7", ("baseline", "controller")), ("fig8", ("FAR", "both"))):
+    for figure, nets in FIGURES.items():
         out = args.work / "probe" / f"{figure}-{seed}"
-        if not out.with_name(out.name + ".json").exists():
-            compare.call(out.with_suffix(".log"), "selfsup.py", "probe", figure, "--rec", *map(rec, nets), "--hr", args.work / "held-photos", "--vgg-weights", args.vgg_weights, "--out", out)
+        if set(nets) <= set(args.variants) and not out.with_name(out.name + ".json").exists():
+            compare.call(out.with_suffix(".log"), "selfsup.py", "probe", figure.partition("-")[0], "--rec", *map(rec, nets), "--hr", args.work / "held-photos", "--vgg-weights", args.vgg_weights, "--out", out)
 
 
 def finetune(args, name, seed, lr_dir, gt_dir, out):
@@ -144,14 +148,16 @@ def report(args):
         scores = lambda result: [[next(iter(result["scores"].values()))[stem][m] for m in lower] for stem in stems]
         values = {"before": np.array([scores(before)] * len(args.seeds))}
         values |= {name: np.array([scores(json.loads((args.work / "scores" / f"{folder}-{name}-{seed}.json").read_text())) for seed in args.seeds]) for name in FINETUNE}
-        pairs = [(name, "before") for name in FINETUNE] + [("controller", "baseline"), ("FAR", "baseline"), ("both", "baseline"), ("both", "LWay"), ("both", "flipped"), ("both", "shifted"), ("shifted", "baseline")]
+        pairs = [(name, "before") for name in FINETUNE] + [("controller", "baseline"), ("FAR", "baseline"), ("both", "baseline"), ("both", "LWay"), ("both", "flipped"), ("both", "shifted"), ("shifted", "baseline"),
+                                                           ("controller-noise1", "baseline"), ("both-noise1", "baseline"), ("both-noise1", "LWay"), ("both-noise1", "flipped-noise1")]
         summary["sets"][folder] = {"images": len(stems), "metrics": list(lower), "lower_is_better": lower, "mean": {name: v.mean((0, 1)).tolist() for name, v in values.items()},
                                    "seed_means": {name: v.mean(1).tolist() for name, v in values.items() if name != "before"},
                                    "differences": {f"{a} - {b}": {m: tables.difference(values[a][..., k], values[b][..., k]) for k, m in enumerate(lower)} for a, b in pairs}}
-    figures = {figure: [json.loads((args.work / "probe" / f"{figure}-{seed}.json").read_text())["lines"] for seed in args.seeds] for figure in ("fig7", "fig8")}
+    lines_of = lambda figure, seed: {k: v for name in FIGURES if name.startswith(figure) for k, v in json.loads((args.work / "probe" / f"{name}-{seed}.json").read_text())["lines"].items()}
+    figures = {figure: [lines_of(figure, seed) for seed in args.seeds] for figure in ("fig7", "fig8")}
     summary["fig7"] = [{line: {k: v[k] for k in ("half_minus_clean", "psnr", "distance", "photos", "crops")} for line, v in lines.items()} for lines in figures["fig7"]]
     summary["fig8"] = [{net: {k: v[k] for k in ("auc", "photos", "crops", "far_enc")} for net, v in lines.items()} for lines in figures["fig8"]]
-    for figure in ("fig7", "fig8"):
+    for figure in FIGURES:
         source = args.work / "probe" / f"{figure}-{args.seeds[0]}.png"
         runs.write_atomic(args.results.with_name(f"{args.results.name}-{figure}.png"), lambda t: t.write_bytes(source.read_bytes()))
     events = lambda folder, split: [e for e in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if e["split"] == split]
@@ -184,15 +190,15 @@ def main(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if not args.vgg_weights.is_file():
         raise FileNotFoundError(f"--vgg-weights {args.vgg_weights}: no such file; python ../shared/tools/vgg19_for_torchvision.py makes it of the shared weights")
-    everything = [(name, seed) for seed in args.seeds for name in PRETRAIN]
+    wanted = {FINETUNE[name][0] for name in args.variants}
     if "data" in args.stages:
         prepare(args)
     if "pretrain" in args.stages:
-        compare.parallel(args.jobs, [partial(pretrain, args, *one) for one in everything])
+        compare.parallel(args.jobs, [partial(pretrain, args, name, seed) for seed in args.seeds for name in PRETRAIN if name in wanted])
     if "probe" in args.stages:
         compare.parallel(args.jobs, [partial(probe, args, seed) for seed in args.seeds])
     if "finetune" in args.stages:
-        compare.parallel(args.jobs, [partial(one_run, args, name, seed) for seed in args.seeds for name in FINETUNE])
+        compare.parallel(args.jobs, [partial(one_run, args, name, seed) for seed in args.seeds for name in args.variants])
     if "real" in args.stages:
         real(args)
     if "report" in args.stages:
