@@ -206,7 +206,7 @@ def add_eval(c):
     g.add_argument("--watch", nargs="*", default=["psnr", "ssim", "nima"], metavar="NAME", help="metrics outside the reward (PAPER: among others these)")
     add_metric_files(g)
     g.add_argument("--unsharp", type=flags.RATE, nargs="*", default=[0.5, 1.0], metavar="AMOUNT", help="unsharp masks of the first generator's outputs, as a control (CHOICE)")
-    g.add_argument("--less-noise", type=flags.RATE, nargs="*", metavar="SHARE", help="the first generator with its initial noise times this, as a control; default 0.9 0.7, with --backend diffusers none (CHOICE)")
+    g.add_argument("--less-noise", type=flags.RATE, nargs="*", metavar="SHARE", help="the first generator with its initial noise times this (above 1: more), as a control; default 0.9 0.7, with --backend diffusers none (CHOICE)")
     g.add_argument("--diversity", choices=["lpips", "vgg", "proxy", "none"], default="lpips", help="distance between seeds")
     g.add_argument("--vgg-weights", type=Path, metavar="FILE", help="VGG19 for --diversity vgg, instead of a download")
     g.add_argument("--samples", type=flags.SIZE, default=64, help="M, seeds per image (PAPER: 64)")

@@ -8,13 +8,17 @@ pool      --samples outputs of it for every low-resolution crop, their scores, a
 train     DPO with equal steps and pairs per step: the best against the worst seed without weights (Diffusion-DPO); the best and worst 1/8, 1/4, 1/2 of the seeds; 1/4 with the
           weights of HPO, the method; the same with a full-reference or a no-reference reward alone
 eval      all of a seed's networks on the same noise, by every metric of the reward and by metrics outside it; as controls unsharp masks of the untuned outputs, and the untuned network with
-          less noise at the start, which alone can raise mean and worst and narrow the spread
+          less or more noise at the start
 report    RESULTS.json, plots and the tables of README
 
-The analysis was fixed before the runs, apart from --beta, --lr and the steps, which were chosen on a generator of another seed (README). The columns that count are the reward and the worst of M
-seeds. A difference is the mean over test photographs of (mean over seeds of A - B), each generator's reward on the scale of its own pool; it is in bold when its 95 % BCa interval over the photographs excludes zero, every seed has its sign, and a paired t test has p < .05 (tables.py). Hypotheses of the paper: tuning raises
-the mean and the worst of k seeds and narrows their spread; a quarter of the seeds on each side beats best against worst in a small network; HPO adds to it; a hybrid reward keeps what one kind
-of metric alone gives away; metrics outside the reward gain too. The generator is tiny and every number belongs to it, none to the paper.
+Less noise at the start alone can raise mean and worst and narrow the spread. So pools and test have the noise that the untuned generator's reward likes best (--tau), and what tuning gains
+is not that.
+
+The analysis was fixed before the runs; --tau, --beta, --lr and the steps were chosen on a generator of another seed (README). The columns that count are the reward and the worst of the seeds.
+A difference is the mean over test photographs of (mean over seeds of A - B), each generator's reward on the scale of its own pool; it is in bold when its 95 % BCa interval over the
+photographs excludes zero, every seed has its sign, and a paired t test has p < .05 (tables.py). Hypotheses of the paper: tuning raises the mean and the worst of k seeds and narrows their
+spread; a quarter of the seeds on each side beats best against worst in a small network; HPO adds to it; a hybrid reward keeps what one kind of metric alone gives away; metrics outside the
+reward gain too. The generator is tiny and every number belongs to it, none to the paper.
 """
 import argparse
 import shlex
@@ -28,8 +32,8 @@ VARIANTS = {  # (flags of curate, flags of train)
     "best-worst": ("--top 1", "--hpo none"), "1 of 8": ("--top 2", "--hpo none"), "1 of 4": ("--top 4", "--hpo none"), "1 of 2": ("--top 8", "--hpo none"), "HPO": ("--top 4", "--hpo both"),
     "fr": ("--top 4 --reward fr", "--hpo both"), "nr": ("--top 4 --reward nr", "--hpo both")}
 PAIRS = [(name, "base") for name in VARIANTS] + [("1 of 4", "best-worst"), ("1 of 4", "1 of 8"), ("1 of 4", "1 of 2"), ("HPO", "best-worst"), ("HPO", "1 of 4"), ("HPO", "fr"), ("HPO", "nr")]
-PRETRAIN = """--size tiny --patch 16 --load-size 120 --degradation realesrgan --batch-size 8 --group-size 2 --val-photos 4 --total-steps 4000 --warmup 100 --lr 1e-3 --ema-decay 0.995 --steps 8
---log-every 500 --save-every 500 --val-every 2000 --workers 0"""
+PRETRAIN = """--size tiny --patch 16 --load-size 120 --degradation realesrgan --batch-size 8 --group-size 2 --val-photos 4 --total-steps 8000 --warmup 100 --lr 1e-3 --ema-decay 0.999 --steps 8
+--log-every 500 --save-every 500 --val-every 4000 --workers 0"""
 CROPS = "--patch 24 --load-size 160 --degradation realesrgan"
 TRAIN = "--patch 16 --batch-size 8 --total-steps 300 --lr 2e-5 --beta 1000 --max-displacement 0 --val-groups 8 --val-every 50 --log-every 25 --save-every 100 --workers 0"
 
@@ -43,7 +47,8 @@ def parse_args(argv=None):
     g.add_argument("--test", type=Path, nargs="+", default=[SHARED / "images" / name for name in ("test_set5", "test_set14")], metavar="DIR", help="further photographs of the test")
     g.add_argument("--tile", type=flags.COUNT, default=240, help="side of the squares that photographs are cut into, so that less is decoded for a crop; 0: none (CHOICE)")
     g.add_argument("--groups", type=flags.SIZE, default=64, help="crops of a pool (CHOICE; PAPER: 30,000)")
-    g.add_argument("--samples", type=flags.SIZE, default=16, help="M, of pools and of the test (CHOICE; PAPER: 32 or 64)")
+    g.add_argument("--samples", type=flags.SIZE, default=16, help="M, candidates of a crop (CHOICE; PAPER: 32 or 64)")
+    g.add_argument("--test-samples", type=flags.SIZE, default=8, help="outputs of a test image (CHOICE)")
     g = p.add_argument_group("reward")
     g.add_argument("--fr", nargs="+", default=["ssim", "vgg"], help="full-reference half of the reward")
     g.add_argument("--nr", nargs="+", default=["cnniqa_live:build", "ranker"], help="no-reference half")
@@ -54,7 +59,9 @@ def parse_args(argv=None):
     g.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
     g.add_argument("--pretrain", default=PRETRAIN, help="flags of the generators (CHOICE: what two cores do)")
     g.add_argument("--crops", default=CROPS, help="flags of the pools and of the test images (CHOICE)")
+    g.add_argument("--tau", type=flags.RATE, default=0.5, help="scale of the initial noise from pools to test (CHOICE: the reward of the untuned generator of another seed was best there, see README)")
     g.add_argument("--train", default=TRAIN, help="flags of all DPO runs (CHOICE)")
+    g.add_argument("--controls", type=flags.RATE, nargs="+", default=[0.8, 1.2], metavar="SHARE", help="the untuned generator with its initial noise times this")
     g.add_argument("--seeds", type=flags.COUNT, nargs="+", default=[0, 1, 2], help="each with a generator and a pool of its own")
     g.add_argument("--jobs", type=flags.SIZE, default=2, help="runs at a time, one thread each")
     g.add_argument("--work", type=Path, default=Path("runs/dpo-experiment"), metavar="DIR", help="runs and data sets")
@@ -110,7 +117,8 @@ def pretrain(args, seed):
 
 def pool(args, seed):
     out, log = folder(args, "pool", seed), folder(args, "pool", f"{seed}.log")
-    compare.call(log, "dpo.py", "sample", "--gen", folder(args, "gen", seed), "--hr", args.work / "hr", "--groups", args.groups, "--samples", args.samples, *shlex.split(args.crops), "--seed", seed, "--out", out)
+    compare.call(log, "dpo.py", "sample", "--gen", folder(args, "gen", seed), "--hr", args.work / "hr", "--groups", args.groups, "--samples", args.samples, "--tau", args.tau, *shlex.split(args.crops),
+                 "--seed", seed, "--out", out)
     compare.call(log, "dpo.py", "score", "--pool", out, "--fr", *args.fr, "--nr", *args.nr, *metric_files(args))
     for name in args.variants:
         dpo.main(dpo.parse_args(["curate", "--pool", out, *shlex.split(VARIANTS[name][0]), "--out", folder(args, "pairs", seed, name)]))
@@ -119,7 +127,7 @@ def pool(args, seed):
 def train(args, name, seed):
     out = folder(args, "tuned", seed, name)
     if not (out / "weights" / "gen.pth").exists():
-        compare.call(out.with_name(out.name + ".log"), "dpo.py", "train", "--gen", folder(args, "gen", seed), "--pairs", folder(args, "pairs", seed, name), *metric_files(args), *shlex.split(args.train),
+        compare.call(out.with_name(out.name + ".log"), "dpo.py", "train", "--gen", folder(args, "gen", seed), "--pairs", folder(args, "pairs", seed, name), *metric_files(args), "--tau", args.tau, *shlex.split(args.train),
                      *shlex.split(VARIANTS[name][1]), "--seed", seed, "--out", out, "--resume", "auto")
 
 
@@ -127,7 +135,7 @@ def evaluate(args, seed):
     out = folder(args, "eval", seed)
     if not (out / "eval.json").exists():
         compare.call(out.with_suffix(".log"), "dpo.py", "eval", "--gen", folder(args, "gen", seed), *(folder(args, "tuned", seed, name) for name in args.variants), "--names", "base", *args.variants,
-                     "--hr", args.work / "test", "--groups", len(data.list_images(args.work / "test")), *shlex.split(args.crops), "--samples", args.samples,
+                     "--hr", args.work / "test", "--groups", len(data.list_images(args.work / "test")), *shlex.split(args.crops), "--samples", args.test_samples, "--tau", args.tau, "--less-noise", *args.controls,
                      "--norm-file", folder(args, "pairs", seed, args.variants[0]) / "norm.json", "--watch", *args.watch, *metric_files(args),
                      *(["--diversity", "vgg", "--vgg-weights", args.vgg_weights] if "vgg" in args.fr else ["--diversity", "proxy"]), "--out", out)
 
@@ -139,7 +147,7 @@ def report(args):
     pairs = [*((a, b) for a, b in PAIRS if a in rows and b in rows), *((row, "base") for row in rows if row.startswith("base") and row != "base")]
     curation = {f"{name}-{seed}": json.loads((folder(args, "pairs", seed, name) / "curation.json").read_text()) for seed in args.seeds for name in args.variants}
     events = lambda name, seed: [json.loads(line) for line in (folder(args, "tuned", seed, name) / "metrics.jsonl").read_text().splitlines()]
-    summary = {"command": sys.argv, **runs.describe_machine(), "seeds": args.seeds, **{k: getattr(args, k) for k in ("variants", "pretrain", "crops", "train", "groups", "samples")},
+    summary = {"command": sys.argv, **runs.describe_machine(), "seeds": args.seeds, **{k: getattr(args, k) for k in ("variants", "pretrain", "crops", "tau", "train", "groups", "samples", "test_samples")},
                **{k: found[0][k] for k in ("inside", "outside", "images", "photos", "k", "diversity_by")}, "metrics": names, "lower_is_better": found[0]["lower_is_better"],
                "sigma": {str(seed): curation[f"{args.variants[0]}-{seed}"]["sigma"] for seed in args.seeds}, "pairs": {k: v["pairs"] for k, v in curation.items()},
                "mean": {row: v.mean((0, 1)).tolist() for row, v in values.items()}, "seed_means": {row: v.mean(1).tolist() for row, v in values.items()},
