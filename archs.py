@@ -385,7 +385,7 @@ class VGGFeatureLoss(nn.Module):
 
     forward(sr, gt): two (B, 3, H, W) RGB in [0, 1], sides at least 16, sr not clamped -> scalar, computed in fp32 under autocast
     too. Features are convolution outputs *before* the ReLU, of ImageNet-normalised images. The network is frozen; no gradient
-    reaches gt.
+    reaches gt. wanted: taps(gt), where they are known.
     weights: a .pth or .safetensors file with torchvision's vgg19, whole ("features.0.weight", ...) or its features only
     ("0.weight", ...); None downloads torchvision's. Raises ValueError naming what such a file lacks, FileNotFoundError when
     there is no file or no download.
@@ -430,12 +430,12 @@ class VGGFeatureLoss(nn.Module):
                 taps.append(x)
         return taps
 
-    def forward(self, sr, gt):
+    def forward(self, sr, gt, wanted=None):
         if min(sr.shape[2:]) < 16:
             raise ValueError(f"VGG loss: image of {sr.shape[2]} x {sr.shape[3]} pixels, vgg19 needs at least 16 x 16")
         with torch.autocast(sr.device.type, enabled=False):
             with torch.no_grad():                             # both in one batch: 1.3 to 1.5 times slower, 1.4 times the memory (tests/tricks.py, CPU)
-                wanted = self.taps(gt.float())
+                wanted = self.taps(gt.float()) if wanted is None else wanted
             return sum(w * F.l1_loss(a, b) for w, a, b in zip(self.TAPS.values(), self.taps(sr.float()), wanted))
 
 

@@ -59,7 +59,7 @@ def parse_args(argv=None):
     g.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
     g.add_argument("--pretrain", default=PRETRAIN, help="flags of the generators (CHOICE: what two cores do)")
     g.add_argument("--crops", default=CROPS, help="flags of the pools and of the test images (CHOICE)")
-    g.add_argument("--tau", type=flags.RATE, default=0.5, help="scale of the initial noise from pools to test (CHOICE: the reward of the untuned generator of another seed was best there, see README)")
+    g.add_argument("--tau", type=flags.RATE, default=0.6, help="scale of the initial noise from pools to test (CHOICE: the reward of the untuned generator of another seed was best there, see README)")
     g.add_argument("--train", default=TRAIN, help="flags of all DPO runs (CHOICE)")
     g.add_argument("--controls", type=flags.RATE, nargs="+", default=[0.8, 1.2], metavar="SHARE", help="the untuned generator with its initial noise times this")
     g.add_argument("--seeds", type=flags.COUNT, nargs="+", default=[0, 1, 2], help="each with a generator and a pool of its own")

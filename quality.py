@@ -144,7 +144,10 @@ def create_metric(name, device, weights_file=None, border=4, y=False, flag="--me
         raise ValueError(f"{flag} {name}: a metric has no weight here; write {name.partition('=')[0]}")
     if name == "vgg":
         distance = archs.VGGFeatureLoss(weights_file).to(device)
-        each = lambda sr, gt: torch.stack([distance(a[None], b[None]) for a, b in zip(sr, gt)])
+
+        def each(sr, gt):
+            wanted = distance.taps(gt[:1]) if gt.stride(0) == 0 else None         # one ground truth, expanded: looked through once
+            return torch.stack([distance(a[None], b[None], wanted) for a, b in zip(sr, gt)])
         return Metric(each, True, True, [name, iqa.tensors_hash(distance)])
     if name == "flat_hf":
         return Metric(flat_hf, True, True, [name])

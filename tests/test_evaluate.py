@@ -113,6 +113,14 @@ def test_vgg_is_the_loss_of_training_as_a_distance(pairs, vgg_file):
     assert result["lower_is_better"] == {"vgg": True}
 
 
+def test_vgg_looks_once_at_the_ground_truth_of_many_outputs(vgg_file, monkeypatch):
+    metric, seen, taps = quality.create_metric("vgg", torch.device("cpu"), vgg_file), [], archs.VGGFeatureLoss.taps
+    monkeypatch.setattr(archs.VGGFeatureLoss, "taps", lambda self, x: seen.append(len(x)) or taps(self, x))
+    sr, gt = (torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(n)) for n in (3, 1))
+    once = metric(sr, gt.expand(3, -1, -1, -1))
+    assert len(seen) == 4 and torch.equal(once, metric(sr, gt.repeat(3, 1, 1, 1))) and len(seen) == 10
+
+
 @pytest.mark.fast
 def test_means_are_over_images_and_native_units_keep_their_sign(pairs, rewards, capsys):
     result = call(pairs, "--metrics", "psnr", "test_rewards:brightness", "--figure", pairs / "out.png", "--figure-images", 2)
