@@ -35,7 +35,7 @@ PAIRS = [(name, "base") for name in VARIANTS] + [("1 of 4", "best-worst"), ("1 o
 PRETRAIN = """--size tiny --patch 16 --load-size 120 --degradation realesrgan --batch-size 8 --group-size 2 --val-photos 4 --total-steps 8000 --warmup 100 --lr 1e-3 --ema-decay 0.999 --steps 8
 --log-every 500 --save-every 500 --val-every 4000 --workers 0"""
 CROPS = "--patch 24 --load-size 160 --degradation realesrgan"
-TRAIN = "--patch 16 --batch-size 8 --total-steps 300 --lr 2e-5 --beta 1000 --max-displacement 0 --val-groups 8 --val-every 50 --log-every 25 --save-every 100 --workers 0"
+TRAIN = "--patch 16 --batch-size 8 --total-steps 300 --lr 5e-6 --beta 5000 --max-displacement 0 --val-groups 8 --val-every 50 --log-every 25 --save-every 100 --workers 0"
 
 
 def parse_args(argv=None):
