@@ -283,7 +283,7 @@ def train(args, gen):
             x0, c = gen.encode(torch.cat([win, lose]), lqs), gen.condition(lqs, names)
         t = torch.tensor([draw_time("uniform", seeds(step, lane, "time")) for lane in part], dtype=torch.float32, device=device)
         if args.noise == "tracked":                                               # what each image was made from
-            eps = gen.noise(lqs, names, [row["w_seed"] for row in rows] + [row["l_seed"] for row in rows])
+            eps = pool["generator"].get("tau", 1.0) * gen.noise(lqs, names, [row["w_seed"] for row in rows] + [row["l_seed"] for row in rows])
         else:
             eps = torch.stack([degradations.normal_field(x0.shape[1:], seeds(step, lane, "eps")) for lane in part]).to(device)
             eps = torch.cat([eps, eps])
