@@ -39,6 +39,16 @@ def call(log, script, *words, processes=1):
         raise ValueError(f"{script} ended with {status}: {last} (all of it in {log})")
 
 
+def once(made, log, script, *words):
+    """call, unless the file `made` is there; ValueError where that was made with other flags, which are kept beside it."""
+    record, words = made.with_name(made.name + ".flags.json"), [str(word) for word in words]
+    if not made.exists():
+        call(log, script, *words)
+        runs.save_json(record, words)
+    elif record.exists() and json.loads(record.read_text()) != words:
+        raise ValueError(f"{made}: was made with other flags, kept in {record.name}: take those, remove {made.parent}, or choose another --work")
+
+
 def copy_photos(files, target, tile=0):
     """The photos as PNG under <folder>-<name>, so that none of two folders collide. tile: whole squares of this side only, <folder>-<name>-<row>-<column>: less to decode for a crop."""
     for path in files:

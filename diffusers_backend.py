@@ -198,7 +198,7 @@ class FluxSR(LatentSR):
         super().__init__(net, parts, *args, **kwargs)
         self.unit = self.smallest = 2 * self.factor
         if net.config.conditioning_embedding_channels is not None or net.config.num_mode is not None:
-            raise ValueError("--controlnet: XLabs' or a union of several; take one that looks at the VAE's latent of an image")
+            raise ValueError("--gen: XLabs' or a union of several; take one that looks at the VAE's latent of an image")
 
     def embed(self, prompt):
         return self.encoder("_2", prompt)[0], self.encoder("", prompt).pooler_output
@@ -265,11 +265,11 @@ def match_colours(image, like):
 
 # Files
 
-def load_diffusers(model, controlnet, device="cpu", prompts=None, steps=None, guidance=None, dtype=None, gradient_checkpointing=False, adain=True):
+def load_diffusers(model, controlnet, device="cpu", prompts=None, steps=None, guidance=None, dtype=None, gradient_checkpointing=False, adain=True, like=None):
     """-> StableDiffusionSR or FluxSR, by what the folder `model` holds, on `device`; as flow.load_flow, in eval mode and without gradients.
 
     controlnet: a folder (gen.save's, or any of diffusers), or a file of weights for one that is shaped like the model (RELEASED: model.safetensors).
-    dtype: None takes bfloat16 on CUDA, else float32 (CHOICE). FileNotFoundError for what is missing, ValueError for models of other kinds.
+    dtype: None takes bfloat16 on CUDA, else float32 (CHOICE). like: a generator of the same folder `model`, whose frozen networks serve this one too. FileNotFoundError for what is missing, ValueError for models of other kinds.
     """
     try:
         import diffusers
@@ -284,8 +284,8 @@ def load_diffusers(model, controlnet, device="cpu", prompts=None, steps=None, gu
         raise ValueError(f"--model {model}: a {index.get('_class_name')}, which is not supported: take Stable Diffusion 2 or FLUX.1")
     if prompts is not None and not any(Path(prompts).glob("*.txt")):
         raise FileNotFoundError(f"--prompts {prompts}: no .txt in it; write the tags of each image into <name>.txt there, or leave --prompts out for the empty prompt")
-    parts = {}
-    for name in kind.PARTS:
+    parts = like.parts if like else {}
+    for name in () if like else kind.PARTS:
         library, cls = index.get(name, (None, ""))
         cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), cls, None)
         if name == "scheduler":
@@ -305,7 +305,7 @@ def load_diffusers(model, controlnet, device="cpu", prompts=None, steps=None, gu
     backbone, channels, cls = parts[kind.BACKBONE], parts["vae"].config.latent_channels, getattr(diffusers, kind.CLASSES[1])
     if backbone.config.in_channels != channels * (4 if kind is FluxSR else 1):
         raise ValueError(f"--model {model}: takes {backbone.config.in_channels} channels, its VAE makes {channels}: not a model of text to image")
-    net = weights_into(cls, backbone, controlnet) if controlnet.is_file() else open_network("--controlnet", controlnet, cls, torch.float32)
+    net = weights_into(cls, backbone, controlnet) if controlnet.is_file() else open_network("--gen", controlnet, cls, torch.float32)
     if gradient_checkpointing:                                                    # of the frozen model too: gradients pass through it
         net.enable_gradient_checkpointing()
         backbone.enable_gradient_checkpointing()
@@ -323,7 +323,10 @@ COPY = "copy the whole folder there, in the layout of diffusers (hf download NAM
 def read_config(flag, folder, name):
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{flag} {folder}: {f'no {name} in it' if folder.is_dir() else 'no such folder'}; {COPY}")
-    return json.loads((folder / name).read_text())
+    try:
+        return json.loads((folder / name).read_text())
+    except ValueError as error:
+        raise ValueError(f"{flag} {folder}: {name} is damaged ({str(error)[:80]}); {COPY}") from None
 
 
 def open_network(flag, folder, cls, dtype):
@@ -348,5 +351,5 @@ def weights_into(cls, backbone, file):
     try:
         net.float().load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"--controlnet {file}: not a {cls.__name__} of this model ({' '.join(str(error).split())[:160]})") from None
+        raise ValueError(f"--gen {file}: not a {cls.__name__} of this model ({' '.join(str(error).split())[:160]})") from None
     return net

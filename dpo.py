@@ -261,12 +261,12 @@ import flow
 import runs
 
 
-def load(path, args, device):
-    """The generator that --gen names."""
+def load(path, args, device, like=None):
+    """The generator that --gen names. like: another one, of the same --model."""
     if args.backend == "diffusers":
         import diffusers_backend
         folder = path / "weights" if (path / "weights").is_dir() else path        # of a run of `train`
-        return diffusers_backend.load_diffusers(args.model, folder, device, args.prompts, args.steps, args.guidance, gradient_checkpointing=getattr(args, "gradient_checkpointing", False))
+        return diffusers_backend.load_diffusers(args.model, folder, device, args.prompts, args.steps, args.guidance, gradient_checkpointing=getattr(args, "gradient_checkpointing", False), like=like)
     return flow.load_flow(path, device=device, steps=args.steps, tau=args.tau)
 
 
@@ -296,7 +296,8 @@ def main(args):
             dpo_eval.evaluate(args, world, opened)
         else:
             import dpo_train
-            dpo_train.train(args, opened(args.gen))
+            pairs = dpo_train.open_pairs(args)
+            dpo_train.train(args, opened(args.gen), pairs)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def open_rows(args, load):
         raise ValueError(f"--names {' '.join(names)}: {len(args.gen)} different names are needed, one for each --gen")
     if bad := [name for name in names if not re.fullmatch(r"[\w .+@,=-]+", name) or name.startswith(".") or name in ("eval", "images", "scores")]:
         raise ValueError(f"--names {bad[0]!r}: names a folder beside eval.json, images and scores: another word, of letters, digits, blanks and + - . , = @")
-    rows = {name: load(path) for name, path in zip(names, args.gen)}
+    rows = {}
+    for name, path in zip(names, args.gen):
+        rows[name] = load(path, like=next(iter(rows.values()), None))
     for share in args.less_noise:
         gen = copy.copy(rows[names[0]])
         gen.tau = share * gen.tau
@@ -62,8 +64,8 @@ def candidates(args, rows, items, world):
 @torch.no_grad()
 def diversity(files, distance, device):
     """{name: [files]} -> (images,): mean distance between outputs of two seeds, over disjoint pairs of seeds."""
-    load = lambda paths: torch.cat([scoring.load(path, device) for path in paths])
-    return np.array([distance(load(found[:-1:2]), load(found[1::2])).mean().item() for found in files.values()])
+    one = lambda a, b: distance(scoring.load(a, device), scoring.load(b, device)).mean().item()
+    return np.array([np.mean([one(a, b) for a, b in zip(found[:-1:2], found[1::2])]) for found in files.values()])
 
 
 def evaluate(args, world, load):
@@ -87,6 +89,7 @@ def evaluate(args, world, load):
     whose = np.array([data.photo_of(name) for name in items])
     over_photos = lambda values: np.stack([values[whose == photo].mean(0) for photo in dict.fromkeys(whose)])
     lower = {m: metric.lower_is_better for m, metric in metrics.items()}
+    used = [m for m in inside if args.reward == "hybrid" or kinds[m] == (args.reward == "fr")]
     rewards = {row: dpo_pool.rewards_of(values[..., :len(inside)], norm, args.reward, inside) for row, values in raw.items()}
     distance = None if args.diversity == "none" else features.create_distances(args.diversity, args.vgg_weights, 2)[0].to(world.device)
     found = {}
@@ -98,7 +101,7 @@ def evaluate(args, world, load):
         found[row] = {"values": {name: over_photos(v) for name, v in values.items()}, "curve": {which: over_photos(curve[which]).mean(0).tolist() for which in ("best", "mean", "worst")},
                       "seed_std": {m: float(over_photos(raw[row][..., k].std(1)).mean()) for k, m in enumerate(metrics)}}
     first = next(iter(found))
-    summary = {"reward": args.reward, "inside": inside, "outside": watched, "samples": args.samples, "images": len(items), "photos": len(set(whose)), "k": curve["k"],
+    summary = {"reward": args.reward, "inside": used, "outside": [m for m in metrics if m not in used], "samples": args.samples, "images": len(items), "photos": len(set(whose)), "k": curve["k"],
                "lower_is_better": {name: lower.get(name, None if name in ("seed std", "diversity") else False) for name in found[first]["values"]}, "diversity_by": args.diversity, "norm": str(args.norm_file), "rows": {}, **runs.describe_machine()}
     for row, v in found.items():
         means = {name: dict(zip(("mean", "low", "high"), (float(x.mean()), *tables.interval(x)))) for name, x in v["values"].items()}

@@ -8,6 +8,7 @@
 A name is <photo>-<crop>-0 where crops were drawn from photographs, so that data.photo_of tells which belong together.
 """
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -195,12 +196,13 @@ def score(args, world):
 def read_scores(pool):
     """-> names, (G, M, K) scores, {metric: what it is}."""
     remedy = f"make it with: python dpo.py score --pool {pool}"
-    about = read_json(pool / "scores.json", remedy)["metrics"]
-    rows = read_lines(pool / "scores.jsonl", remedy)
-    names = list(dict.fromkeys(row["name"] for row in rows))
+    about, rows = read_json(pool / "scores.json", remedy), read_lines(pool / "scores.jsonl", remedy)
     try:
+        about, names = about["metrics"], list(dict.fromkeys(row["name"] for row in rows))
+        if [(row["name"], row["seed"]) for row in rows] != [(name, seed) for name in names for seed in range(len(rows) // len(names))]:
+            raise ValueError("seeds of an image are missing, or not in order")
         raw = np.array([[row[m] for m in about] for row in rows], dtype=float).reshape(len(names), -1, len(about))
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{pool / 'scores.jsonl'}: not one whole row per candidate ({type(error).__name__}: {error}); {remedy}") from None
     bad = ~np.isfinite(raw).all((1, 2))
     if bad.any():
@@ -210,12 +212,21 @@ def read_scores(pool):
 
 # Stage 4: curate
 
+def pool_hash(pool):
+    """Of what the pairs of a pool depend on: how it was made, its scores."""
+    return scoring.digest([scoring.digest(path) if path.exists() else "" for path in (pool / "pool.json", pool / "scores.jsonl")])
+
+
 def open_norm(path):
     """norm.json as curate writes it; ValueError for anything else."""
     norm = read_json(path, "python dpo.py curate makes it")
     entries = norm.get("metrics") if isinstance(norm, dict) else None
-    if not entries or not all(isinstance(v, dict) and {"low", "high", "lower_is_better", "full_reference", "identity"} <= set(v) for v in entries.values()):
+    if not isinstance(entries, dict) or not entries or not all(isinstance(v, dict) and {"low", "high", "lower_is_better", "full_reference", "identity"} <= set(v) for v in entries.values()):
         raise ValueError(f"{path}: not a scale of the reward, the norm.json of dpo.py curate")
+    for m, v in entries.items():
+        ends = [v["low"], v["high"]]
+        if not all(isinstance(end, (int, float)) and math.isfinite(end) for end in ends) or not ends[0] < ends[1]:
+            raise ValueError(f"{path}: {m} goes from {ends[0]} to {ends[1]}, which is no range; fit a scale with dpo.py curate")
     return norm
 
 
@@ -262,11 +273,11 @@ def curate(args):
     intra, inter = preference.pair_weights(rewards, best, worst)
     quartiles = np.percentile(sigma, [25, 50, 75])
     runs.check_writable(out, "--out")
-    runs.save_json(out / "norm.json", norm)
     (out / "curation.json").unlink(missing_ok=True)                               # a call that is killed leaves no pairs that train takes
+    runs.save_json(out / "norm.json", norm)
     write_lines(out / "pairs.jsonl", [{"name": name, "w_seed": int(w), "l_seed": int(l), "R_w": rewards[g, w], "R_l": rewards[g, l], "w_intra": intra[g, i, j], "w_inter": inter[g]}
                                       for g, name in enumerate(names) for i, w in enumerate(best[g]) for j, l in enumerate(worst[g])])
-    summary = {"pool": "." if out.resolve() == args.pool.resolve() else str(args.pool.resolve()), "reward": args.reward, "scope": args.norm, "top": args.top, "candidates": raw.shape[1], "groups": len(names), "dropped": int((~keep).sum()),
+    summary = {"pool": "." if out.resolve() == args.pool.resolve() else str(args.pool.resolve()), "pool_hash": pool_hash(args.pool), "reward": args.reward, "scope": args.norm, "top": args.top, "candidates": raw.shape[1], "groups": len(names), "dropped": int((~keep).sum()),
                "pairs": intra.size, "sigma": quartiles.tolist(), "gap": float((np.take_along_axis(rewards, best, 1) - np.take_along_axis(rewards, worst, 1)).mean()),
                "best": float(rewards.max(1).mean()), "mean": float(rewards.mean()), "worst": float(rewards.min(1).mean()), **runs.describe_machine()}
     runs.save_json(out / "curation.json", summary)

@@ -185,11 +185,18 @@ class PairSet(torch.utils.data.Dataset):
         row = self.rows[k]
         lq, win, lose = (data.load_image(path) for path in (self.items[row["name"]]["lq"], self.files[row["name"]][row["w_seed"]], self.files[row["name"]][row["l_seed"]]))
         if self.crop:
-            if min(lq.shape[1:]) < self.crop:
-                raise ValueError(f"{self.items[row['name']]['lq']}: smaller than --patch {self.crop}: take a smaller one, or 0 for whole images")
             y, x = (int(np.random.default_rng(self.seeds(step, lane, axis)).integers(n - self.crop + 1)) for axis, n in zip("yx", lq.shape[1:]))
             lq, win, lose = (image[:, s * y:s * (y + self.crop), s * x:s * (x + self.crop)] for s, image in ((1, lq), (4, win), (4, lose)))
         return {"lq": lq, "win": win, "lose": lose, "weight": torch.tensor(self.weights[k], dtype=torch.float32), "index": torch.tensor(k)}
+
+
+def check_sizes(paths, patch):
+    """ValueError names the first LR image that is smaller than a patch; whole images (patch 0) must all have one size."""
+    sizes = {name: data.image_size(path) for name, path in paths.items()}
+    first = next(iter(sizes.values()))
+    for name, size in sizes.items():
+        if min(size) < patch or not patch and size != first:
+            raise ValueError(f"{paths[name]}: {size[0]}x{size[1]} pixels, " + (f"smaller than --patch {patch}: take a smaller one" if patch else f"the first has {first[0]}x{first[1]}: --patch 0 needs one size"))
 
 
 def weights_of(rows, hpo, gain):
@@ -218,21 +225,42 @@ def watch(gen, net, items, metrics, norm, which, world):
         raw = torch.stack([metric(images, refs.expand(4, -1, -1, -1) if metric.full_reference else None).double().reshape(-1) for metric in metrics.values()], 1)
         total += torch.tensor([dpo_pool.rewards_of(raw.cpu().numpy(), norm, which, list(metrics)).sum(), 4.0], dtype=torch.float64, device=world.device)
     total = world.reduce(total)
-    return (total[0] / total[1]).item()
+    value = (total[0] / total[1]).item()
+    if not math.isfinite(value):
+        raise ValueError(f"the reward of held-out images is {value}: look at {', '.join(metrics)} and the generator, or --val-groups 0")
+    return value
 
 
-def train(args, gen):
-    """Stage 5: the loss of Diffusion-DPO over weighted pairs; the reference is the generator as it was."""
+def open_pairs(args):
+    """-> folder of --pairs, its pool's folder, curation.json, pairs, pool.json, and items and files of the pool. Fills --steps, --tau and --guidance, where they were left out, with the pool's.
+
+    ValueError for pairs that are not of this pool: it was made or scored again, or holds other images.
+    """
+    folder, remedy = args.pairs if args.pairs.is_dir() else args.pairs.parent, "python dpo.py curate makes it"
+    about, rows = dpo_pool.read_json(folder / "curation.json", remedy), dpo_pool.read_lines(folder / "pairs.jsonl", remedy)
+    fields = {"name", "w_seed", "l_seed", "w_intra", "w_inter"}
+    if not isinstance(about, dict) or not {"pool", "pool_hash", "reward"} <= about.keys() or not rows or not all(isinstance(row, dict) and fields <= row.keys() for row in rows):
+        raise ValueError(f"{folder}: curation.json or pairs.jsonl is not what this version of curate leaves; {remedy}")
+    place = folder / about["pool"]                                                # "." or an absolute path
+    pool, items, files = dpo_pool.open_pool(place)
+    if about["pool_hash"] != dpo_pool.pool_hash(place) or not {row["name"] for row in rows} <= items.keys():
+        raise ValueError(f"{folder}: pairs of another pool than {place} is now (sampled or scored again since); {remedy}")
+    for name in ("steps", "tau", "guidance"):
+        if getattr(args, name) is None:
+            setattr(args, name, pool["generator"].get(name))
+    return folder, place, about, rows, pool, items, files
+
+
+def train(args, gen, pairs):
+    """Stage 5: the loss of Diffusion-DPO over weighted pairs; the reference is the generator as it was. pairs: of open_pairs."""
     world, seeds, autocast = runs.start_training(args)
     device, lanes = world.device, world.lanes(args.batch_size)
     if len(lanes) % args.accumulate:
         raise ValueError(f"--accumulate {args.accumulate} does not divide the {len(lanes)} pairs of one process")
-    folder = args.pairs if args.pairs.is_dir() else args.pairs.parent
-    remedy = "python dpo.py curate makes it"
-    about, rows = dpo_pool.read_json(folder / "curation.json", remedy), dpo_pool.read_lines(folder / "pairs.jsonl", remedy)
-    place = folder / about["pool"]                                                # "." or an absolute path
-    pool, items, files = dpo_pool.open_pool(place)
+    folder, place, about, rows, pool, items, files = pairs
     mine, theirs = ({k: v for k, v in found.items() if k not in SAMPLING} for found in (gen.identity(gen.net), pool["generator"]))
+    if args.beta_t == "sq" and gen.prediction != "flow":
+        raise ValueError(f"--beta-t sq: follows from flows; {args.gen} predicts {gen.prediction}: --beta-t const")
     if mine != theirs:
         raise ValueError(f"--gen {args.gen}: the candidates of {place} are another generator's ({'; '.join(runs.changes(theirs, mine).values())}); DPO starts from the one that made them")
     args.generator, args.pairs_hash = scoring.digest(mine), scoring.digest(folder / "pairs.jsonl")
@@ -242,6 +270,7 @@ def train(args, gen):
     if not rows:
         raise ValueError(f"--val-groups {args.val_groups}: nothing is left to train on: {len(items)} images of {len({data.photo_of(name) for name in items})} photos")
     dataset = PairSet(rows, weights_of(rows, args.hpo, args.hpo_gain), items, files, seeds, args.batch_size, args.patch)
+    check_sizes({name: items[name]["lq"] for name in dict.fromkeys(row["name"] for row in rows)}, args.patch)
     run.pin(samples=len(dataset))
     metrics, norm = {}, None
     if held:

@@ -104,15 +104,15 @@ def prepare(args):
         return
     images = lambda where: list(data.list_images(where).values())
     last = images(args.photos[-1])
-    compare.copy_photos([path for where in args.test for path in images(where)] + last[1::2], args.work / "test")
+    tests = [path for where in args.test for path in images(where)] + last[1::2]
+    compare.copy_photos([path for path in tests if (path.parent.name, path.stem) != ("test_set14", "face")], args.work / "test")              # Set14's face is Set5's head
     compare.copy_photos([path for where in args.photos[:-1] for path in images(where)] + last[::2], args.work / "hr.tmp", args.tile)
     (args.work / "hr.tmp").rename(args.work / "hr")
 
 
 def pretrain(args, seed):
     out = folder(args, "gen", seed)
-    if not (out / "weights" / "gen.pth").exists():
-        compare.call(out.with_suffix(".log"), "dpo.py", "pretrain", "--hr", args.work / "hr", *shlex.split(args.pretrain), "--seed", seed, "--out", out, "--resume", "auto")
+    compare.once(out / "weights" / "gen.pth", out.with_suffix(".log"), "dpo.py", "pretrain", "--hr", args.work / "hr", *shlex.split(args.pretrain), "--seed", seed, "--out", out, "--resume", "auto")
 
 
 def pool(args, seed):
@@ -126,25 +126,24 @@ def pool(args, seed):
 
 def train(args, name, seed):
     out = folder(args, "tuned", seed, name)
-    if not (out / "weights" / "gen.pth").exists():
-        compare.call(out.with_name(out.name + ".log"), "dpo.py", "train", "--gen", folder(args, "gen", seed), "--pairs", folder(args, "pairs", seed, name), *metric_files(args), "--tau", args.tau, *shlex.split(args.train),
-                     *shlex.split(VARIANTS[name][1]), "--seed", seed, "--out", out, "--resume", "auto")
+    compare.once(out / "weights" / "gen.pth", out.with_name(out.name + ".log"), "dpo.py", "train", "--gen", folder(args, "gen", seed), "--pairs", folder(args, "pairs", seed, name), *metric_files(args),
+                 "--tau", args.tau, *shlex.split(args.train), *shlex.split(VARIANTS[name][1]), "--seed", seed, "--out", out, "--resume", "auto")
 
 
 def evaluate(args, seed):
     out = folder(args, "eval", seed)
-    if not (out / "eval.json").exists():
-        compare.call(out.with_suffix(".log"), "dpo.py", "eval", "--gen", folder(args, "gen", seed), *(folder(args, "tuned", seed, name) for name in args.variants), "--names", "base", *args.variants,
-                     "--hr", args.work / "test", "--groups", len(data.list_images(args.work / "test")), *shlex.split(args.crops), "--samples", args.test_samples, "--tau", args.tau, "--less-noise", *args.controls,
-                     "--norm-file", folder(args, "pairs", seed, args.variants[0]) / "norm.json", "--watch", *args.watch, *metric_files(args),
-                     *(["--diversity", "vgg", "--vgg-weights", args.vgg_weights] if "vgg" in args.fr else ["--diversity", "proxy"]), "--out", out)
+    compare.once(out / "eval.json", out.with_suffix(".log"), "dpo.py", "eval", "--gen", folder(args, "gen", seed), *(folder(args, "tuned", seed, name) for name in args.variants), "--names", "base", *args.variants,
+                 "--hr", args.work / "test", "--groups", len(data.list_images(args.work / "test")), *shlex.split(args.crops), "--samples", args.test_samples, "--tau", args.tau, "--less-noise", *args.controls,
+                 "--norm-file", folder(args, "pairs", seed, args.variants[0]) / "norm.json", "--watch", *args.watch, *metric_files(args),
+                 *(["--diversity", "vgg", "--vgg-weights", args.vgg_weights] if "vgg" in args.fr else ["--diversity", "proxy"]), "--out", out)
 
 
 def report(args):
     found = [json.loads((folder(args, "eval", seed) / "eval.json").read_text()) for seed in args.seeds]
     rows, names = list(found[0]["rows"]), list(next(iter(found[0]["rows"].values()))["per_photo"])
     values = {row: np.array([[f["rows"][row]["per_photo"][name] for name in names] for f in found]).transpose(0, 2, 1) for row in rows}          # (seeds, photos, columns)
-    pairs = [*((a, b) for a, b in PAIRS if a in rows and b in rows), *((row, "base") for row in rows if row.startswith("base") and row != "base")]
+    controls = [row for row in rows if row.startswith("base") and row != "base"]
+    pairs = [*((a, b) for a, b in PAIRS if a in rows and b in rows), *((row, "base") for row in controls), *(("HPO", row) for row in controls if "HPO" in rows)]
     curation = {f"{name}-{seed}": json.loads((folder(args, "pairs", seed, name) / "curation.json").read_text()) for seed in args.seeds for name in args.variants}
     events = lambda name, seed: [json.loads(line) for line in (folder(args, "tuned", seed, name) / "metrics.jsonl").read_text().splitlines()]
     summary = {"command": sys.argv, **runs.describe_machine(), "seeds": args.seeds, **{k: getattr(args, k) for k in ("variants", "pretrain", "crops", "tau", "train", "groups", "samples", "test_samples")},

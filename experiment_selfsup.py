@@ -95,17 +95,16 @@ def prepare(args):
 
 def pretrain(args, name, seed):
     out = args.work / "rec" / f"{name}-{seed}"
-    if not (out / "weights" / "rec.pth").exists():
-        compare.call(out.with_suffix(".log"), "selfsup.py", "pretrain", "--hr", args.work / "hr", "--vgg-weights", args.vgg_weights, *shlex.split(args.pretrain), *shlex.split(PRETRAIN[name]),
-                     "--seed", seed, "--out", out, "--resume", "auto")
+    compare.once(out / "weights" / "rec.pth", out.with_suffix(".log"), "selfsup.py", "pretrain", "--hr", args.work / "hr", "--vgg-weights", args.vgg_weights, *shlex.split(args.pretrain), *shlex.split(PRETRAIN[name]),
+                 "--seed", seed, "--out", out, "--resume", "auto")
 
 
 def probe(args, seed):
     rec = lambda name: args.work / "rec" / f"{name}-{seed}"
     for figure, nets in FIGURES.items():
         out = args.work / "probe" / f"{figure}-{seed}"
-        if set(nets) <= set(args.variants) and not out.with_name(out.name + ".json").exists():
-            compare.call(out.with_suffix(".log"), "selfsup.py", "probe", figure.partition("-")[0], "--rec", *map(rec, nets), "--hr", args.work / "held-photos", "--vgg-weights", args.vgg_weights, "--out", out)
+        if set(nets) <= set(args.variants):
+            compare.once(out.with_name(out.name + ".json"), out.with_suffix(".log"), "selfsup.py", "probe", figure.partition("-")[0], "--rec", *map(rec, nets), "--hr", args.work / "held-photos", "--vgg-weights", args.vgg_weights, "--out", out)
 
 
 def finetune(args, name, seed, lr_dir, gt_dir, out):

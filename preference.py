@@ -22,7 +22,8 @@ def fit_norm(raw, names, lower, percent=0.0):
         values = -raw[..., k] if lower[name] else raw[..., k]
         low, high = np.percentile(values, [percent, 100 - percent]).tolist()
         if not high > low:
-            raise ValueError(f"{name} is {raw[0, 0, k]:.4g} for every candidate: it tells nothing apart; leave it out, or sample again with another generator")
+            raise ValueError(f"{name} is {-low if lower[name] else low:.4g} for every candidate{' between the percentiles' if percent else ''}: it tells nothing apart; "
+                             "leave it out, or sample again with another generator")
         norm[name] = {"low": low, "high": high, "lower_is_better": bool(lower[name])}
     return norm
 

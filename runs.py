@@ -20,6 +20,7 @@ import time
 import traceback
 import zlib
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def start_world(device="auto", threads=0):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))      # rank 0 may make images for hours, and candidates take unequal time
     return World(rank, size, torch.device(device))
 
 

@@ -1,4 +1,5 @@
 """diffusers_backend.py against diffusers itself: tiny models of the real classes with random weights, saved in the real layout. No network."""
+import collections
 import copy
 import json
 import math
@@ -520,7 +521,9 @@ def test_nothing_half_written_is_left_and_nothing_else_removed(gens, tmp_path, m
 
 @needed
 @pytest.mark.parametrize("kind", ["epsilon", "flux"])
-def test_the_stages_tune_a_controlnet(kind, folders, quintuplets, rewards, tmp_path):
+def test_the_stages_tune_a_controlnet(kind, folders, quintuplets, rewards, tmp_path, monkeypatch):
+    opened, open_network = collections.Counter(), db.open_network
+    monkeypatch.setattr(db, "open_network", lambda flag, folder, *more: opened.update([folder.parent.name] if folder.name == "vae" else []) or open_network(flag, folder, *more))
     model, crops = ["--backend", "diffusers", "--model", folders[kind] / "model", "--steps", 2], ["--hr", quintuplets, "--patch", 8, "--load-size", 48, "--degradation", "two-round", "--samples", 4]
     start, pool, tuned = folders[kind] / "controlnet", tmp_path / "pool", tmp_path / "tuned"
     train = ["train", *model, "--gen", start, "--pairs", pool, "--batch-size", 2, "--lr", 1e-2, "--beta", 100, "--val-groups", 1, "--workers", 0, "--log-every", 1, "--save-every", 1, "--max-displacement", 0,
@@ -531,10 +534,15 @@ def test_the_stages_tune_a_controlnet(kind, folders, quintuplets, rewards, tmp_p
         if "--resume" in words:
             shutil.rmtree(tuned / "weights")
         dpo.main(dpo.parse_args(words))
+    assert opened == {"model": 4}                                                  # sample, train twice, eval: once for its two generators
     first, *_ = (json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines() if '"train"' in line)
     assert first["win_change"] == 0 and 0.5 < first["loss"] < 1.0
     before, after = (db.load_diffusers(folders[kind] / "model", folder).net.state_dict() for folder in (start, tuned / "weights"))
     assert any(not torch.equal(before[k], after[k]) for k in before)
+    alone = db.load_diffusers(folders[kind] / "model", tuned / "weights", steps=2)
+    shared = db.load_diffusers(folders[kind] / "model", tuned / "weights", steps=2, like=db.load_diffusers(folders[kind] / "model", start, steps=2))
+    lq = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert shared.backbone is not alone.backbone and torch.equal(*(gen.sample(gen.net, lq, ["a"], [0]) for gen in (alone, shared))) and alone.identity(alone.net) == shared.identity(shared.net)
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())["rows"]
     assert list(found) == ["controlnet", "tuned"] and found["controlnet"]["means"]["reward"]["mean"] != found["tuned"]["means"]["reward"]["mean"]
 
@@ -551,7 +559,7 @@ def test_errors_name_the_folder_and_what_is_missing(folders, tmp_path):
     for kind in ("epsilon", "flux"):
         root = folders[kind]
         assert f"--model {tmp_path / 'none'}: no such folder" in error(FileNotFoundError, tmp_path / "none")
-        assert f"--controlnet {tmp_path / 'none'}: no such" in error(FileNotFoundError, controlnet=tmp_path / "none")
+        assert f"--gen {tmp_path / 'none'}: no such" in error(FileNotFoundError, controlnet=tmp_path / "none")
         assert f"--model {tmp_path}: no model_index.json" in error(FileNotFoundError, tmp_path)
         for name in db.FluxSR.PARTS if kind == "flux" else db.StableDiffusionSR.PARTS:
             model = shutil.copytree(root / "model", tmp_path / kind / name)

@@ -466,8 +466,13 @@ def test_winner_and_loser_share_time_and_noise_and_every_option_enters_the_loss(
     shutil.copytree(stages / "pool", tmp_path / "quiet")
     about = json.loads((tmp_path / "quiet" / "pool.json").read_text())
     (tmp_path / "quiet" / "pool.json").write_text(json.dumps(about | {"generator": about["generator"] | {"tau": 0.5}}))
+    with pytest.raises(ValueError, match="pairs of another pool than .* is now"):
+        run("stale", "--pairs", tmp_path / "quiet")
+    dpo.main(dpo.parse_args(["curate", "--pool", tmp_path / "quiet", "--top", 1]))
     run("tracked-quiet", "--noise", "tracked", "--pairs", tmp_path / "quiet")
     assert torch.equal(calls[-1][0], 0.5 * tracked)
+    taus = [weights_of(tmp_path / name / "weights" / "gen.pth")["settings"]["tau"] for name in ("tracked", "tracked-quiet")]
+    assert taus == [1.0, 0.5]                                                      # as the pool was sampled
     run("anchor", "--anchor", 0.5)
     first = lambda name: json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[1])
     assert first("anchor")["loss"] == pytest.approx(first("plain")["loss"] + 0.5 * first("plain")["win"], rel=1e-5)
@@ -613,6 +618,47 @@ def test_a_scale_of_other_metrics(stages, script, tmp_path):
     refused(script, "test_rewards:brightness is another model there", "curate", "--pool", stages / "pool", "--top", 1, "--norm-file", tmp_path / "norm.json", "--out", tmp_path / "out")
 
 
+@pytest.mark.parametrize("low, high", [(0.5, 0.5), (1, 0), (0, None), (float("nan"), 1)])
+def test_a_scale_without_range(stages, tmp_path, low, high):
+    norm = json.loads((stages / "pool" / "norm.json").read_text())
+    norm["metrics"]["ssim"] |= {"low": low, "high": high}
+    (tmp_path / "norm.json").write_text(json.dumps(norm))
+    with pytest.raises(ValueError, match="ssim goes from .*, which is no range"):
+        dpo.main(dpo.parse_args(["curate", "--pool", stages / "pool", "--top", 1, "--norm-file", tmp_path / "norm.json", "--out", tmp_path / "out"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_stage_left_is_looked_at_before_it_is_used(stages, tmp_path):
+    shutil.copytree(stages / "pool", tmp_path / "pool")
+    pool, text = tmp_path / "pool", {name: (stages / "pool" / name).read_text() for name in ("scores.json", "scores.jsonl", "curation.json", "pairs.jsonl")}
+    rows = [json.loads(line) for line in text["scores.jsonl"].splitlines()]
+    pairs = [json.loads(line) for line in text["pairs.jsonl"].splitlines()]
+    lines = lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
+    curate, train = ["curate", "--pool", pool, "--top", 1], ["train", "--gen", stages / "gen", "--pairs", pool, *TUNE, "--out", tmp_path / "out"]
+    for name, damaged, words, match in (
+            ("scores.jsonl", lines(row for row in rows if row["seed"]), curate, "seeds of an image are missing"), ("scores.json", "[]", curate, "not one whole row"), ("scores.jsonl", "", curate, "not one whole row"),
+            ("curation.json", "{}", train, "not what this version of curate leaves"), ("pairs.jsonl", lines({k: v for k, v in row.items() if k != "w_inter"} for row in pairs), train, "not what this version"),
+            ("pairs.jsonl", lines(row | {"name": "other"} for row in pairs), train, "pairs of another pool")):
+        (pool / name).write_text(damaged)
+        with pytest.raises(ValueError, match=match):
+            dpo.main(dpo.parse_args(words))
+        (pool / name).write_text(text[name])
+    path = next(iter(data.list_images(pool / "lq").values()))
+    lq = data.load_image(path)
+    data.save_image(path, lq[:, :7])
+    data.save_image(pool / "gt" / path.name, torch.zeros(3, 28, 32))
+    for patch, match in ((0, "--patch 0 needs one size"), (8, "8x7 pixels, smaller than --patch 8")):
+        with pytest.raises(ValueError, match=match):
+            dpo.main(dpo.parse_args([*train, "--patch", patch, "--val-groups", 0]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_held_out_reward_that_is_not_finite_ends_the_run(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo_pool, "rewards_of", lambda raw, *more: np.full(raw.shape[:-1], np.nan))
+    with pytest.raises(ValueError, match="the reward of held-out images is nan"):
+        dpo.main(dpo.parse_args(["train", "--gen", stages / "gen", "--pairs", stages / "pool", *TUNE, "--out", tmp_path / "out"]))
+
+
 def test_a_reference_of_another_size(stages, script, tmp_path):
     shutil.copytree(stages / "pool" / "gt", tmp_path / "gt")
     path = next(iter(data.list_images(tmp_path / "gt").values()))
@@ -639,6 +685,16 @@ def test_evaluation_without_ground_truth(stages, tmp_path):
         dpo.main(dpo.parse_args(words))
     dpo.main(dpo.parse_args([*words, "--reward", "nr"]))
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())["inside"] == ["test_rewards:brightness"]
+    dpo.main(dpo.parse_args([*words[:-1], tmp_path / "paired", "--reward", "nr", "--gt-dir", stages / "pool" / "gt"]))
+    found = json.loads((tmp_path / "paired" / "eval.json").read_text())
+    assert found["inside"] == ["test_rewards:brightness"] and found["outside"] == ["ssim"]         # measured, and no part of this reward
+
+
+def test_the_factor_of_flows_is_for_flows(stages, tmp_path):
+    args, gen = dpo.parse_args(["train", "--gen", stages / "gen", "--pairs", stages / "pool", *TUNE, "--beta-t", "sq", "--out", tmp_path / "out"]), flow.load_flow(stages / "gen")
+    gen.prediction = "epsilon"
+    with pytest.raises(ValueError, match="--beta-t sq: follows from flows"):
+        dpo_train.train(args, gen, dpo_train.open_pairs(args))
 
 
 def test_images_that_changed_are_refused(stages, tmp_path):

@@ -13,7 +13,7 @@ def test_the_queue_in_small(quintuplets, tmp_path, script):
     said = script("experiment_dpo.py", *words, timeout=580).stdout
     found = json.loads((tmp_path / "dpo.json").read_text())
     assert list(found["mean"]) == ["base", "best-worst", "HPO", "base, 0.6 of the noise", "base + unsharp 0.5", "base + unsharp 1"]
-    assert {"HPO - base", "HPO - best-worst", "base + unsharp 1 - base"} <= set(found["differences"]) and "1 of 4 - base" not in found["differences"]
+    assert {"HPO - base", "HPO - best-worst", "HPO - base, 0.6 of the noise", "base + unsharp 1 - base"} <= set(found["differences"]) and "1 of 4 - base" not in found["differences"]
     assert found["pairs"] == {"best-worst-0": 4, "HPO-0": 64, "best-worst-1": 4, "HPO-1": 64} and len(found["sigma"]) == 2 and len(found["watched"]["HPO-1"]) == 3
     assert "best@4" in found["metrics"] and found["k"] == [1, 2, 4]
     taus = [json.loads((tmp_path / "work" / name).read_text())["generator"]["tau"] for name in ("pool/0/pool.json", "eval/0/HPO.json", "eval/0/base, 0.6 of the noise.json")]
@@ -23,3 +23,6 @@ def test_the_queue_in_small(quintuplets, tmp_path, script):
     assert "| HPO - base |" in said and "sigma_g of the reward over seeds" in said and "error at winners, change" in said
     for name in ("curves", "steps", "grid"):
         assert data.load_image(tmp_path / "dpo-grid.png").shape[0] == 3 and (tmp_path / f"dpo-{name}.png").stat().st_size > 1000
+    words[words.index("--train") + 1] += " --lr 1e-3"
+    again = script("experiment_dpo.py", "train", *words, check=False)
+    assert again.returncode == 2 and "was made with other flags" in again.stderr.strip().splitlines()[-1]
