@@ -16,7 +16,8 @@ than the true image, with it this stops (Fig. 7); FAR is larger for degraded ima
 cosines of VGG19's features: nothing here is the paper's number.
 
 Added after results, when a review had found that Eq. 8 asks R for s of about .9 and pre-training had shown it .2 +- .13 (--n-std .1): shifted, which keeps s where R was trained, and controller-noise1, both-noise1
-and flipped-noise1 with the paper's noise of 1, which shows R every s. The latter two have a fifth of the automatic weight of FAR (2.4e-3), which had left three of six networks below bicubic down-sampling.
+and flipped-noise1 with the paper's noise of 1. Noise is drawn for each of the 512 numbers, so that R sees a larger range of s (at most .58 instead of .41), but .9 in none of the two. The latter two
+also have a fifth of the automatic weight of FAR (2.4e-3), which had left three of six networks below bicubic down-sampling: they are to be compared with controller-noise1, not with both.
 """
 import argparse
 import shlex
@@ -148,7 +149,7 @@ def report(args):
         values = {"before": np.array([scores(before)] * len(args.seeds))}
         values |= {name: np.array([scores(json.loads((args.work / "scores" / f"{folder}-{name}-{seed}.json").read_text())) for seed in args.seeds]) for name in FINETUNE}
         pairs = [(name, "before") for name in FINETUNE] + [("controller", "baseline"), ("FAR", "baseline"), ("both", "baseline"), ("both", "LWay"), ("both", "flipped"), ("both", "shifted"), ("shifted", "baseline"),
-                                                           ("controller-noise1", "baseline"), ("both-noise1", "baseline"), ("both-noise1", "LWay"), ("both-noise1", "flipped-noise1")]
+                                                           ("controller-noise1", "baseline"), ("both-noise1", "baseline"), ("both-noise1", "controller-noise1"), ("both-noise1", "LWay"), ("both-noise1", "flipped-noise1")]
         summary["sets"][folder] = {"images": len(stems), "metrics": list(lower), "lower_is_better": lower, "mean": {name: v.mean((0, 1)).tolist() for name, v in values.items()},
                                    "seed_means": {name: v.mean(1).tolist() for name, v in values.items() if name != "before"},
                                    "differences": {f"{a} - {b}": {m: tables.difference(values[a][..., k], values[b][..., k]) for k, m in enumerate(lower)} for a, b in pairs}}

@@ -27,7 +27,7 @@ class LPIPS(nn.Module):
         except OSError as error:                                                  # URLError among others
             file = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}[net]
             raise FileNotFoundError(f"--distance lpips: {file} is not here and could not be fetched ({' '.join(str(error).split())[:80]}): put it into "
-                                    f"{Path(torch.hub.get_dir()) / 'checkpoints'}, or take --distance vgg (VGG19's weights) or proxy (none)") from None
+                                    f"{Path(torch.hub.get_dir()) / 'checkpoints'}, or take --distance vgg (VGG19's weights) or proxy (none) in pretraining") from None
 
     def forward(self, a, b, weight=None):
         with torch.autocast(a.device.type, enabled=False):
@@ -170,7 +170,7 @@ def clip_state(path=None):
             torch.hub.download_url_to_file(CLIP_URL, str(path), hash_prefix=CLIP_URL.split("/")[-2], progress=True)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(f"--far-enc clip: RN50.pt is not here and could not be fetched ({' '.join(str(error).split())[:80]}): save {CLIP_URL} as {path}, "
-                                    "name a copy with --clip-weights FILE, or take another encoder: --far-enc vgg") from None
+                                    "name a copy with --clip-weights FILE, or take another encoder in pretraining (--far-enc vgg), or finetune --no-far") from None
     try:
         state = torch.jit.load(str(path), map_location="cpu").state_dict()
     except (RuntimeError, ValueError):                                            # no TorchScript archive

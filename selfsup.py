@@ -170,7 +170,7 @@ def add_training(c, stage):
         g.add_argument("--lr", type=flags.RATE, help="default 2e-6 for SwinIR, 5e-6 for convolutional networks (PAPER: from 2e-6 to 5e-6, by architecture)")
         g.add_argument("--clip-grad", type=flags.WEIGHT, default=1.0, help="largest gradient norm; 0: none (CHOICE)")
         g.add_argument("--stop", choices=["fixed", "far", "val-gt"], default="fixed",
-                       help="fixed: after --total-steps; far: at FAR's minimum; val-gt: at the smallest distance to the ground truth (PAPER: it looks at test images)")
+                       help="fixed: after --total-steps; far: at FAR's minimum among the checks after the start; val-gt: at the smallest distance to the ground truth (PAPER: it looks at test images)")
         g.add_argument("--patience", type=flags.SIZE, default=100, help="steps without a new minimum that end it (CHOICE)")
     g.add_argument("--ema-decay", type=flags.SHARE, default=0.999, help="PAPER; " + ("" if first else "after 300 steps three quarters are still the start: ") + "the EMA weights are the result")
     g.add_argument("--seed", type=flags.COUNT, default=0, help="of every random draw")
@@ -284,6 +284,8 @@ def domain(args):
 
 def main(args):
     if args.all:
+        if not (start := parse_args(["finetune", "--demo"]).sr).exists():
+            raise FileNotFoundError(f"{start}: not there; the demo adapts what this leaves: python train.py --demo --stage psnr")
         for command in (["domain"] if not DEMO_SET.exists() else []) + ["pretrain", "finetune", "eval", "probe"]:
             print(f"\n# selfsup.py {command} --demo", flush=True)
             main(parse_args([command, "--demo", *(["--resume", "auto"] if command in ("pretrain", "finetune") else [])]))

@@ -19,7 +19,7 @@ import runs
 from train import make_pair, update_ema
 
 FIXED = ("arch", "deg_enc", "s_rule", "far", "far_enc", "far_layer", "offdiag", "distance", "vgg_stages", "percep", "degradation", "patch", "load_size", "batch_size", "group_size",
-         "width", "blocks", "dim", "lambda_pt", "total_steps", "lr", "encoder_from", "ema_decay", "seed", "n_std", "val_photos", "samples")
+         "width", "blocks", "dim", "lambda_pt", "total_steps", "lr", "encoder_from", "ema_decay", "seed", "n_std", "val_photos", "samples", "looked_through")
 
 
 def networks(args, device):
@@ -92,7 +92,7 @@ def pretrain(args):
                         for some, draw, group in ((sets, seeds, args.group_size), (val_sets, check_seeds, 1)))
     for photos in (dataset, val_set):
         data.check_headers(photos, world)
-    run.pin(samples=len(dataset))
+    run.pin(samples=len(dataset), looked_through=weights_of(distance, hqi, encoder))
     draw = pairs_of(val_set, args, check_seeds, device, 1)
     held_out = [draw(1, range(k, k + 8)) for k in range(0, 32, 8)]
 

@@ -119,13 +119,29 @@ def area_with_interval(clean, degraded, whose):
     return area(clean, degraded), float(ends.low), float(ends.high)
 
 
+def area_of_others(clean, values):
+    """As area_with_interval, for images of other content: clean (photos,) means, values (images,), resampled apart."""
+    if min(len(clean), len(values)) < 2:
+        return (area(clean, values),) * 3
+    ends = stats.bootstrap((clean, values), area, vectorized=False, n_resamples=1000, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return area(clean, values), float(ends.low), float(ends.high)
+
+
 @torch.no_grad()
 def figure8(args, device):
     """{network: {"clean": FAR of each crop, degradation: ..., name of --sr: ..., "auc": {degradation: [value, low, high]}}}"""
     found = {}
+    if len({path.name for path in args.sr}) < len(args.sr):
+        raise ValueError(f"--sr: two networks of one name ({', '.join(path.name for path in args.sr)}): rename one")
+    others = [(path.name, archs.load_x4(path, "--sr")[0].to(device)) for path in args.sr]
+    images = [] if not args.sr else list(data.list_images(args.lr_dir).values()) if args.lr_dir.is_dir() else None
+    if images is None:
+        raise FileNotFoundError(f"--lr-dir {args.lr_dir}: no such folder")
     for name, (net, settings) in open_networks(args.rec, device).items():
         if settings["far_enc"] is None:
             raise ValueError(f"--rec {name}: trained without FAR, so there is nothing to probe")
+        if settings["far_enc"] == "sr" and args.far_sr is None:
+            raise ValueError(f"--rec {name}: its FAR looks at a network's features: --far-sr PATH is needed")
         sr = archs.load_x4(args.far_sr, "--far-sr")[0] if settings["far_enc"] == "sr" else None
         encoder = features.create_encoder(settings["far_enc"], settings["far_layer"], args.vgg_weights, args.clip_weights, sr).to(device)
         check_weights(settings, None, None, encoder)
@@ -138,20 +154,18 @@ def figure8(args, device):
         for kind in DEGRADED:
             values[kind] = torch.cat([far_of(degrade(kind, hr, k, settings["degradation"])) for k, (_, hr) in enumerate(pairs)]).numpy()
         areas = {kind: area_with_interval(values["clean"], values[kind], whose) for kind in DEGRADED}
-        if len({path.name for path in args.sr}) < len(args.sr):
-            raise ValueError(f"--sr: two networks of one name ({', '.join(path.name for path in args.sr)}): rename one")
-        for path in args.sr:
-            m = archs.load_x4(path, "--sr")[0].to(device)
+        for other, m in others:
             outputs = []
-            for stem, file in data.list_images(args.lr_dir).items():
+            for file in images:
                 out = archs.upscale_tiled(m, data.load_image(file)[None].to(device).float() / 255).clamp(0, 1)
                 outputs.append(far_of(out[..., :out.shape[2] // 16 * 16, :out.shape[3] // 16 * 16]))
-            values[path.name] = torch.cat(outputs).numpy()
+            values[other] = torch.cat(outputs).numpy()
+            areas[other] = area_of_others(by_photo(values["clean"], whose), values[other])
         found[name] = {k: v.tolist() for k, v in values.items()} | {"auc": areas, "photos": len(np.unique(whose)), "crops": len(whose), "far_enc": settings["far_enc"]}
         print(f"{name}, FAR by {settings['far_enc']}: area under the ROC curve, {len(whose)} crops of {len(np.unique(whose))} photos: "
               + ", ".join(f"{kind} {a:.3f} [{low:.3f}, {high:.3f}]" for kind, (a, low, high) in areas.items()))
-        for path in args.sr:
-            print(f"  mean FAR of {path.name}: {values[path.name].mean():.4g}, of clean photos {values['clean'].mean():.4g}")
+        for other, _ in others:
+            print(f"  mean FAR of {other}: {values[other].mean():.4g}, of clean photos {values['clean'].mean():.4g}")
     return found
 
 
@@ -163,6 +177,8 @@ def figure9(args):
         if not log.is_file():
             raise FileNotFoundError(f"--runs {folder}: no metrics.jsonl there; it is a run folder of selfsup.py finetune that is meant")
         events = [json.loads(line) for line in log.read_text().splitlines()]
+        if folder.name in found:
+            raise ValueError(f"--runs {folder}: two runs are called {folder.name}: rename a folder")
         found[folder.name] = {which: [e for e in events if e["split"] == which] for which in ("ema", "raw")}
         if len(found[folder.name]["ema"]) < 2:
             raise ValueError(f"--runs {folder}: only {len(found[folder.name]['ema'])} checks in it; finetune with --val-every")
@@ -191,7 +207,7 @@ def draw(args, found):
             axis.set(xscale="log", xlabel=f"FAR ({values['far_enc']})", ylabel="density", title=name)
             axis.legend(fontsize=8)
     else:
-        names = [m for m in next(iter(found.values()))["ema"][0] if m not in ("step", "split", "l1", "percep") and all(m in part["ema"][0] for part in found.values())]
+        names = [m for m in next(iter(found.values()))["ema"][0] if m not in ("step", "split", "l1", "percep") and all(m in e for part in found.values() for events in part.values() for e in events)]
         figure, axes = plt.subplots(-(-len(names) // 4), min(4, len(names)), figsize=(4 * min(4, len(names)), 3.2 * -(-len(names) // 4)), layout="constrained", squeeze=False)
         for axis, m in zip(axes.flat, names):
             for k, (run, parts) in enumerate(found.items()):

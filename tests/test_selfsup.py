@@ -402,6 +402,19 @@ def test_pretrain_resumes_bitwise(photos, tmp_path):
     assert all(torch.equal(one["params_ema"][k], other["params_ema"][k]) for k in one["params"]) and one["settings"] == other["settings"]
 
 
+def test_a_resumed_pretraining_looks_through_the_same_networks(photos, tmp_path, monkeypatch):
+    state = torch.load(photos / "sr.pth", weights_only=True)
+    torch.save({"params": {k: 1.1 * v for k, v in state["params"].items()}}, tmp_path / "other.pth")
+    words = ["pretrain", "--hr", photos / "gt", *TINY, "--far-enc", "sr", "--total-steps", 2, "--out", tmp_path / "out"]
+    call = lambda *more: selfsup.main(selfsup.parse_args([str(word) for word in (*words, *more)]))
+    with monkeypatch.context() as patched:
+        patched.setattr(selfsup.runs.StopSignal, "requested", lambda self, step: step == 1)
+        call("--far-sr", photos / "sr.pth")
+    with pytest.raises(ValueError, match="made with other settings .looked_through"):
+        call("--far-sr", tmp_path / "other.pth", "--resume")
+    call("--far-sr", photos / "sr.pth", "--resume")
+
+
 def test_killed_between_checkpoint_and_weights(photos, tmp_path):
     """The last step is saved before the weights are written: a resumed run writes them."""
     words = ["pretrain", "--hr", str(photos / "gt"), *TINY, "--total-steps", "2", "--out", str(tmp_path / "out")]
@@ -532,7 +545,7 @@ def test_domain_and_probes(photos, trained, tmp_path, capsys):
     assert len(lines) == 3 and all(len(line["psnr"]) == 11 for line in lines.values())
     call("probe", "fig8", "--rec", trained / "method", "--hr", photos / "gt", "--crops", "8", "--out", tmp_path / "fig8", "--sr", photos / "sr.pth", "--lr-dir", photos / "lq")
     found = json.loads((tmp_path / "fig8.json").read_text())["lines"]["method"]
-    assert set(found["auc"]) == {"blur", "noise", "jpeg", "as in pre-training"} and len(found["clean"]) == 8 and len(found["sr.pth"]) == 4
+    assert set(found["auc"]) == {"blur", "noise", "jpeg", "as in pre-training", "sr.pth"} and len(found["clean"]) == 8 and len(found["sr.pth"]) == 4
     tune(photos, trained / "method", tmp_path / "tuned", "--gt-dir", photos / "gt")
     call("probe", "fig9", "--runs", tmp_path / "tuned", "--out", tmp_path / "fig9")
     for n in (7, 8, 9):
@@ -549,6 +562,39 @@ def test_area_under_the_curve():
     value, low, high = selfsup_probe.area_with_interval(clean, worse, np.repeat(np.arange(10), 4))
     brute = np.mean([(b > a) + 0.5 * (b == a) for a in clean for b in worse])
     assert value == pytest.approx(brute) and low < value < high
+    value, low, high = selfsup_probe.area_of_others(clean, worse[:30])
+    assert value == pytest.approx(np.mean([b > a for a in clean for b in worse[:30]])) and 0 < low < value < high < 1
+    assert selfsup_probe.area_of_others(clean, worse[:1])[0] == selfsup_probe.area_of_others(clean, worse[:1])[2]
+
+
+def test_probes_of_what_does_not_fit(photos, trained, tmp_path):
+    call = lambda *words: selfsup.main(selfsup.parse_args([str(word) for word in ("probe", *words, "--out", tmp_path / "figure")]))
+    content = torch.load(trained / "method" / "weights" / "rec.pth", weights_only=True)
+    content["settings"]["far_enc"] = "sr"
+    torch.save(content, tmp_path / "sr.pth")
+    fig8 = ["fig8", "--hr", photos / "gt", "--rec"]
+    for words, error, match in (([*fig8, tmp_path / "sr.pth"], ValueError, "--far-sr PATH is needed"), ([*fig8, trained / "plain"], ValueError, "trained without FAR"),
+                                ([*fig8, trained / "method", "--sr", photos / "sr.pth", "--lr-dir", tmp_path / "none"], FileNotFoundError, "--lr-dir .*: no such folder"),
+                                ([*fig8, trained / "method", "--sr", photos / "sr.pth", photos / "sr.pth", "--lr-dir", photos / "lq"], ValueError, "two networks of one name")):
+        with pytest.raises(error, match=match):
+            call(*words)
+    event = {"rec": 1.0, "drift": 0.0}
+    for name, metrics in (("a", {}), ("b", {"psnr": 20.0}), ("c/a", {})):                        # b was continued without --gt-dir
+        (tmp_path / name).mkdir(parents=True)
+        lines = [{"step": k, "split": which, **event, **(metrics if k == 0 else {})} for k in range(3) for which in ("ema", "raw")]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="two runs are called a"):
+        call("fig9", "--runs", tmp_path / "a", tmp_path / "c" / "a")
+    assert not (tmp_path / "figure.json").exists()
+    call("fig9", "--runs", tmp_path / "b", tmp_path / "a")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_the_demo_says_what_it_starts_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="train.py --demo --stage psnr"):
+        selfsup.main(selfsup.parse_args(["--demo"]))
+    assert not list(tmp_path.iterdir())
 
 
 # Errors
