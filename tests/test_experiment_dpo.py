@@ -1,7 +1,10 @@
 """experiment_dpo.py from photographs to README's tables, as small as it goes."""
 import json
+import shlex
 
 import data
+import dpo
+import experiment_dpo as exp
 
 
 def test_the_queue_in_small(quintuplets, tmp_path, script):
@@ -26,3 +29,14 @@ def test_the_queue_in_small(quintuplets, tmp_path, script):
     words[words.index("--train") + 1] += " --lr 1e-3"
     again = script("experiment_dpo.py", "train", *words, check=False)
     assert again.returncode == 2 and "was made with other flags" in again.stderr.strip().splitlines()[-1]
+
+
+def test_its_flags_and_the_demo_s_are_flags_of_the_stages():
+    given = {"pretrain": [exp.PRETRAIN], "sample": [exp.CROPS], "eval": [exp.CROPS], "curate": [flags for flags, _ in exp.VARIANTS.values()], "train": [f"{exp.TRAIN} {flags}" for _, flags in exp.VARIANTS.values()]}
+    for command, lines in given.items():
+        for line in lines:
+            args = vars(dpo.parse_args([command, *({"pretrain": ["--hr", "x"], "sample": ["--hr", "x"], "eval": ["--hr", "x"]}.get(command, [])), *shlex.split(line)]))
+            assert all(str(args[flag.removeprefix("--").replace("-", "_")]) not in ("None", "") for flag in shlex.split(line) if flag.startswith("--"))
+    for command, settings in dpo.DEMO.items():
+        args = vars(dpo.parse_args([command, "--demo"]))
+        assert settings.items() <= args.items()
