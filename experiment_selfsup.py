@@ -16,8 +16,9 @@ than the true image, with it this stops (Fig. 7); FAR is larger for degraded ima
 cosines of VGG19's features: nothing here is the paper's number.
 
 Added after results, when a review had found that Eq. 8 asks R for s of about .9 and pre-training had shown it .2 +- .13 (--n-std .1): shifted, which keeps s where R was trained, and controller-noise1, both-noise1
-and flipped-noise1 with the paper's noise of 1. Noise is drawn for each of the 512 numbers, so that R sees a larger range of s (at most .58 instead of .41), but .9 in none of the two. The latter two
-also have a fifth of the automatic weight of FAR (2.4e-3), which had left three of six networks below bicubic down-sampling: they are to be compared with controller-noise1, not with both.
+and flipped-noise1 with the paper's noise of 1. That noise is drawn for each of the 512 numbers, so along an embedding it changes s by only some .08 (sqrt(3 / 512)) and R still never sees .9; what it
+teaches is that an embedding's direction cannot be relied on. The latter two also have a fifth of the automatic weight of FAR (2.4e-3), which had left three of six networks below bicubic down-sampling:
+they are to be compared with controller-noise1 and with each other, not with both.
 """
 import argparse
 import shlex
