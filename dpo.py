@@ -214,6 +214,7 @@ def add_eval(c):
     g = c.add_argument_group("output")
     g.add_argument("--names", nargs="+", metavar="NAME", help="of the rows; default: the run folders'")
     g.add_argument("--shown", type=flags.COUNT, default=4, help="photographs on the contact sheet")
+    g.add_argument("--shown-rows", nargs="+", metavar="NAME", help="rows of the table that the contact sheet shows; default: all generators")
     g.add_argument("--out", type=Path, default=Path("runs/dpo-eval"), metavar="DIR", help="outputs, scores, table and plots; an unfinished call is continued")
     add_machine(c)
 

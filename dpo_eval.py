@@ -80,6 +80,9 @@ def evaluate(args, world, load):
     metrics |= {m: quality.create_metric(m, world.device, dict(w.split("=", 1) for w in args.metric_weights).get(m), **dpo_pool.PROTOCOL, flag="--watch") for m in watched}
     rows = open_rows(args, load)
     items = dpo_pool.own_images(args, args.out / "images", world, "test") if args.hr else dpo_pool.find_items(args.lq_dir, args.gt_dir)
+    known = [*rows, *(f"{next(iter(rows))} + unsharp {amount:g}" for amount in args.unsharp)]
+    if unknown := [row for row in args.shown_rows or () if row not in known]:
+        raise ValueError(f"--shown-rows {unknown[0]!r}: no such row; choose from {', '.join(known)}")
     if world.is_main:
         runs.check_writable(args.out, "--out")
     files = candidates(args, rows, items, world)
@@ -112,7 +115,8 @@ def evaluate(args, world, load):
     runs.write_atomic(args.out / "table.md", lambda t: t.write_text(text + "\n"))
     print(text)
     draw_curves(summary, args.out / "curves.png")
-    sheet(args.out / "grid.png", items, {row: files[row] for row in rows}, {row: rewards[row] for row in rows}, args.shown)
+    shown = args.shown_rows or list(rows)
+    sheet(args.out / "grid.png", items, {row: files[row] for row in shown}, rewards, args.shown)
     print(f"wrote eval.json, table.md, curves.png and grid.png in {args.out}")
     return summary
 

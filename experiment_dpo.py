@@ -32,6 +32,7 @@ STAGES = ("data", "pretrain", "pool", "train", "eval", "report")
 VARIANTS = {  # (flags of curate, flags of train)
     "best-worst": ("--top 1", "--hpo none"), "1 of 8": ("--top 2", "--hpo none"), "1 of 4": ("--top 4", "--hpo none"), "1 of 2": ("--top 8", "--hpo none"), "HPO": ("--top 4", "--hpo both"),
     "fr": ("--top 4 --reward fr", "--hpo both"), "nr": ("--top 4 --reward nr", "--hpo both")}
+SHOWN = ("best-worst", "1 of 2", "HPO")                                           # in curves and contact sheet
 PAIRS = [(name, "base") for name in VARIANTS] + [("1 of 4", "best-worst"), ("1 of 4", "1 of 8"), ("1 of 4", "1 of 2"), ("HPO", "best-worst"), ("HPO", "1 of 4"), ("HPO", "fr"), ("HPO", "nr")]
 PRETRAIN = """--size tiny --patch 16 --load-size 120 --degradation realesrgan --batch-size 8 --group-size 2 --val-photos 4 --total-steps 8000 --warmup 100 --lr 1e-3 --ema-decay 0.999 --steps 8
 --log-every 500 --save-every 500 --val-every 4000 --workers 0"""
@@ -135,6 +136,7 @@ def evaluate(args, seed):
     out = folder(args, "eval", seed)
     compare.once(out / "eval.json", out.with_suffix(".log"), "dpo.py", "eval", "--gen", folder(args, "gen", seed), *(folder(args, "tuned", seed, name) for name in args.variants), "--names", "base", *args.variants,
                  "--hr", args.work / "test", "--groups", len(data.list_images(args.work / "test")), *shlex.split(args.crops), "--samples", args.test_samples, "--tau", args.tau, "--less-noise", *args.controls,
+                 "--shown-rows", "base", *(name for name in args.variants if name in SHOWN),
                  "--norm-file", folder(args, "pairs", seed, args.variants[0]) / "norm.json", "--watch", *args.watch, *metric_files(args),
                  *(["--diversity", "vgg", "--vgg-weights", args.vgg_weights] if "vgg" in args.fr else ["--diversity", "proxy"]), "--out", out)
 
@@ -158,7 +160,7 @@ def report(args):
                             for seed in args.seeds for name in args.variants}}
     runs.save_json(args.results.with_suffix(".json"), summary)
     plot = lambda name: args.results.with_name(f"{args.results.name}-{name}.png")
-    shown = {row: {"curve": v} for row, v in summary["curves"].items() if row in ("base", "best-worst", "1 of 4", "HPO")}
+    shown = {row: {"curve": v} for row, v in summary["curves"].items() if row == "base" or row in SHOWN}
     dpo_eval.draw_curves({"rows": shown, "k": summary["k"], "reward": "hybrid"}, plot("curves"))
     draw_steps(summary, plot("steps"))
     runs.write_atomic(plot("grid"), lambda t: t.write_bytes((folder(args, "eval", args.seeds[0]) / "grid.png").read_bytes()))

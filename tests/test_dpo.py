@@ -559,6 +559,11 @@ def test_evaluation_again_computes_nothing_and_another_generator_is_refused(eval
     assert json.loads((out / "eval.json").read_text())["rows"] == json.loads(before)["rows"]
     with pytest.raises(ValueError, match="another generator"):
         dpo.main(dpo.parse_args([*words, "--names", "tuned", "gen"]))
+    with pytest.raises(ValueError, match="--shown-rows 'other': no such row; choose from gen, tuned"):
+        dpo.main(dpo.parse_args([*words, "--shown-rows", "other"]))
+    wide = data.image_size(out / "grid.png")
+    dpo.main(dpo.parse_args([*words, "--shown-rows", "tuned", "gen + unsharp 1"]))
+    assert data.image_size(out / "grid.png")[0] < wide[0]
 
 
 # What is refused, in one line
