@@ -14,6 +14,7 @@ from tqdm import tqdm
 import data
 import quality
 import runs
+import scoring
 import tables
 
 WITH_REFERENCE = ("psnr", "ssim", "vgg", "flat_hf")                               # what the experiments report beside no-reference metrics
@@ -39,14 +40,15 @@ def call(log, script, *words, processes=1):
         raise ValueError(f"{script} ended with {status}: {last} (all of it in {log})")
 
 
-def once(made, log, script, *words):
-    """call, unless the file `made` is there; ValueError where that was made with other flags, which are kept beside it."""
-    record, words = made.with_name(made.name + ".flags.json"), [str(word) for word in words]
+def once(made, log, script, *words, inputs=()):
+    """call, unless the file `made` is there; ValueError where that was made with other flags or of other inputs, which are kept beside it. inputs: files, or folders, whose names count."""
+    content = lambda path: scoring.digest(path if path.is_file() else sorted(file.name for file in path.iterdir()))
+    record, about = made.with_name(made.name + ".flags.json"), {"flags": [str(word) for word in words], "inputs": {str(path): content(path) for path in inputs}}
     if not made.exists():
         call(log, script, *words)
-        runs.save_json(record, words)
-    elif record.exists() and json.loads(record.read_text()) != words:
-        raise ValueError(f"{made}: was made with other flags, kept in {record.name}: take those, remove {made.parent}, or choose another --work")
+        runs.save_json(record, about)
+    elif record.exists() and json.loads(record.read_text()) != about:
+        raise ValueError(f"{made}: was made with other flags or of other inputs than now, kept in {record.name}: remove what is after the change, or choose another --work")
 
 
 def copy_photos(files, target, tile=0):

@@ -203,7 +203,7 @@ def add_eval(c):
     g = c.add_argument_group("reward and metrics")
     g.add_argument("--norm-file", type=Path, default=Path("runs/dpo-pool/norm.json"), metavar="FILE", help="scale and metrics of the reward, from curate: never fitted again")
     g.add_argument("--reward", choices=["hybrid", "fr", "nr"], default="hybrid", help="as in curate")
-    g.add_argument("--watch", nargs="*", default=["psnr", "ssim", "nima"], metavar="NAME", help="metrics outside the reward (PAPER: among others these)")
+    g.add_argument("--watch", nargs="*", metavar="NAME", help="metrics outside the reward; default: psnr ssim nima (PAPER, among others), without ground truth nima")
     add_metric_files(g)
     g.add_argument("--unsharp", type=flags.RATE, nargs="*", default=[0.5, 1.0], metavar="AMOUNT", help="unsharp masks of the first generator's outputs, as a control (CHOICE)")
     g.add_argument("--less-noise", type=flags.RATE, nargs="*", metavar="SHARE", help="the first generator with its initial noise times this (above 1: more), as a control; default 0.9 0.7, with --backend diffusers none (CHOICE)")
@@ -241,6 +241,8 @@ def complete(p, args):
             p.error("--tau and --less-noise are FlowSR's")
     if args.command == "eval" and args.less_noise is None:
         args.less_noise = [0.9, 0.7] if args.backend == "flow" else []
+    if args.command == "eval" and args.watch is None:
+        args.watch = ["psnr", "ssim", "nima"] if args.hr or args.gt_dir else ["nima"]
     if args.command == "curate" and args.norm == "group" and (args.norm_file or args.norm_percent):
         p.error("--norm group takes each image's extremes: leave out --norm-file and --norm-percent")
     if args.command == "train":

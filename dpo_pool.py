@@ -198,9 +198,11 @@ def read_scores(pool):
     remedy = f"make it with: python dpo.py score --pool {pool}"
     about, rows = read_json(pool / "scores.json", remedy), read_lines(pool / "scores.jsonl", remedy)
     try:
-        about, names = about["metrics"], list(dict.fromkeys(row["name"] for row in rows))
+        about, names = dict(about["metrics"]), list(dict.fromkeys(row["name"] for row in rows))
         if [(row["name"], row["seed"]) for row in rows] != [(name, seed) for name in names for seed in range(len(rows) // len(names))]:
             raise ValueError("seeds of an image are missing, or not in order")
+        if (pool / "pool.json").exists() and len(rows) != len(names) * read_json(pool / "pool.json", remedy).get("samples"):
+            raise ValueError("not as many seeds as were sampled")
         raw = np.array([[row[m] for m in about] for row in rows], dtype=float).reshape(len(names), -1, len(about))
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{pool / 'scores.jsonl'}: not one whole row per candidate ({type(error).__name__}: {error}); {remedy}") from None

@@ -238,12 +238,12 @@ def open_pairs(args):
     """
     folder, remedy = args.pairs if args.pairs.is_dir() else args.pairs.parent, "python dpo.py curate makes it"
     about, rows = dpo_pool.read_json(folder / "curation.json", remedy), dpo_pool.read_lines(folder / "pairs.jsonl", remedy)
-    fields = {"name", "w_seed", "l_seed", "w_intra", "w_inter"}
-    if not isinstance(about, dict) or not {"pool", "pool_hash", "reward"} <= about.keys() or not rows or not all(isinstance(row, dict) and fields <= row.keys() for row in rows):
+    whole = lambda row: isinstance(row, dict) and isinstance(row.get("name"), str) and all(isinstance(row.get(k), (int, float)) for k in ("w_seed", "l_seed", "w_intra", "w_inter"))
+    if not isinstance(about, dict) or not all(isinstance(about.get(k), str) for k in ("pool", "pool_hash", "reward")) or not rows or not all(map(whole, rows)):
         raise ValueError(f"{folder}: curation.json or pairs.jsonl is not what this version of curate leaves; {remedy}")
     place = folder / about["pool"]                                                # "." or an absolute path
     pool, items, files = dpo_pool.open_pool(place)
-    if about["pool_hash"] != dpo_pool.pool_hash(place) or not {row["name"] for row in rows} <= items.keys():
+    if about["pool_hash"] != dpo_pool.pool_hash(place) or not {row["name"] for row in rows} <= items.keys() or not {row[k] for row in rows for k in ("w_seed", "l_seed")} <= set(range(pool["samples"])):
         raise ValueError(f"{folder}: pairs of another pool than {place} is now (sampled or scored again since); {remedy}")
     for name in ("steps", "tau", "guidance"):
         if getattr(args, name) is None:

@@ -5,8 +5,8 @@
 data      photographs for the generator and the pools; others that nothing is trained on
 pretrain  a FlowSR generator for every seed
 pool      --samples outputs of it for every low-resolution crop, their scores, and the pairs of every variant. How far the seeds differ is reported first
-train     DPO with equal steps and pairs per step, the weights of the check with the best reward on held-out images: the best against the worst seed without weights (Diffusion-DPO); the best and worst 1/8, 1/4, 1/2 of the seeds; 1/4 with the
-          weights of HPO, the method; the same with a full-reference or a no-reference reward alone
+train     DPO with equal steps and pairs per step, the weights of the check with the best reward on held-out images: the best against the worst seed without weights (Diffusion-DPO); the best
+          and worst 1/8, 1/4, 1/2 of the seeds; 1/4 with the weights of HPO, the method; the same with a full-reference or a no-reference reward alone
 eval      all of a seed's networks on the same noise, by every metric of the reward and by metrics outside it; as controls unsharp masks of the untuned outputs, and the untuned network with
           less or more noise at the start
 report    RESULTS.json, plots and the tables of README
@@ -114,7 +114,8 @@ def prepare(args):
 
 def pretrain(args, seed):
     out = folder(args, "gen", seed)
-    compare.once(out / "weights" / "gen.pth", out.with_suffix(".log"), "dpo.py", "pretrain", "--hr", args.work / "hr", *shlex.split(args.pretrain), "--seed", seed, "--out", out, "--resume", "auto")
+    compare.once(out / "weights" / "gen.pth", out.with_suffix(".log"), "dpo.py", "pretrain", "--hr", args.work / "hr", *shlex.split(args.pretrain), "--seed", seed, "--out", out, "--resume", "auto",
+                 inputs=[args.work / "hr"])
 
 
 def pool(args, seed):
@@ -129,7 +130,8 @@ def pool(args, seed):
 def train(args, name, seed):
     out = folder(args, "tuned", seed, name)
     compare.once(out / "weights" / "gen.pth", out.with_name(out.name + ".log"), "dpo.py", "train", "--gen", folder(args, "gen", seed), "--pairs", folder(args, "pairs", seed, name), *metric_files(args),
-                 "--tau", args.tau, *shlex.split(args.train), *shlex.split(VARIANTS[name][1]), "--seed", seed, "--out", out, "--resume", "auto")
+                 "--tau", args.tau, *shlex.split(args.train), *shlex.split(VARIANTS[name][1]), "--seed", seed, "--out", out, "--resume", "auto",
+                 inputs=[folder(args, "gen", seed) / "weights" / "gen.pth", *(folder(args, "pairs", seed, name) / file for file in ("pairs.jsonl", "norm.json"))])
 
 
 def evaluate(args, seed):
@@ -138,7 +140,9 @@ def evaluate(args, seed):
                  "--hr", args.work / "test", "--groups", len(data.list_images(args.work / "test")), *shlex.split(args.crops), "--samples", args.test_samples, "--tau", args.tau, "--less-noise", *args.controls,
                  "--shown-rows", "base", *(name for name in args.variants if name in SHOWN),
                  "--norm-file", folder(args, "pairs", seed, args.variants[0]) / "norm.json", "--watch", *args.watch, *metric_files(args),
-                 *(["--diversity", "vgg", "--vgg-weights", args.vgg_weights] if "vgg" in args.fr else ["--diversity", "proxy"]), "--out", out)
+                 *(["--diversity", "vgg", "--vgg-weights", args.vgg_weights] if "vgg" in args.fr else ["--diversity", "proxy"]), "--out", out,
+                 inputs=[args.work / "test", *(net / "weights" / "gen.pth" for net in (folder(args, "gen", seed), *(folder(args, "tuned", seed, name) for name in args.variants))),
+                         folder(args, "pairs", seed, args.variants[0]) / "norm.json"])
 
 
 def report(args):
@@ -151,7 +155,7 @@ def report(args):
     events = lambda name, seed: [json.loads(line) for line in (folder(args, "tuned", seed, name) / "metrics.jsonl").read_text().splitlines()]
     summary = {"command": sys.argv, **runs.describe_machine(), "seeds": args.seeds, **{k: getattr(args, k) for k in ("variants", "pretrain", "crops", "tau", "train", "groups", "samples", "test_samples")},
                **{k: found[0][k] for k in ("inside", "outside", "images", "photos", "k", "diversity_by")}, "metrics": names, "lower_is_better": found[0]["lower_is_better"],
-               "sigma": {str(seed): curation[f"{args.variants[0]}-{seed}"]["sigma"] for seed in args.seeds}, "pairs": {k: v["pairs"] for k, v in curation.items()},
+               "sigma": {str(seed): curation[f"{args.variants[0]}-{seed}"]["sigma"] for seed in args.seeds}, "pairs": {k: v["pairs"] for k, v in curation.items()}, "curation": {k: {x: v[x] for x in ("reward", "sigma", "gap", "best", "mean", "worst")} for k, v in curation.items()},
                "mean": {row: v.mean((0, 1)).tolist() for row, v in values.items()}, "seed_means": {row: v.mean(1).tolist() for row, v in values.items()},
                "curves": {row: {which: np.mean([f["rows"][row]["curve"][which] for f in found], 0).tolist() for which in ("best", "mean", "worst")} for row in rows},
                "differences": {f"{a} - {b}": {name: tables.difference(values[a][..., k], values[b][..., k]) for k, name in enumerate(names)} for a, b in pairs},

@@ -562,7 +562,7 @@ def test_evaluation_again_computes_nothing_and_another_generator_is_refused(eval
     with pytest.raises(ValueError, match="--shown-rows 'other': no such row; choose from gen, tuned"):
         dpo.main(dpo.parse_args([*words, "--shown-rows", "other"]))
     wide = data.image_size(out / "grid.png")
-    dpo.main(dpo.parse_args([*words, "--shown-rows", "tuned", "gen + unsharp 1"]))
+    dpo.main(dpo.parse_args([*words, "--shown-rows", "gen + unsharp 1"]))
     assert data.image_size(out / "grid.png")[0] < wide[0]
 
 
@@ -643,7 +643,9 @@ def test_what_a_stage_left_is_looked_at_before_it_is_used(stages, tmp_path):
     for name, damaged, words, match in (
             ("scores.jsonl", lines(row for row in rows if row["seed"]), curate, "seeds of an image are missing"), ("scores.json", "[]", curate, "not one whole row"), ("scores.jsonl", "", curate, "not one whole row"),
             ("curation.json", "{}", train, "not what this version of curate leaves"), ("pairs.jsonl", lines({k: v for k, v in row.items() if k != "w_inter"} for row in pairs), train, "not what this version"),
-            ("pairs.jsonl", lines(row | {"name": "other"} for row in pairs), train, "pairs of another pool")):
+            ("pairs.jsonl", lines(row | {"name": "other"} for row in pairs), train, "pairs of another pool"),
+            ("pairs.jsonl", lines(row | {"w_seed": 99} for row in pairs), train, "pairs of another pool"), ("pairs.jsonl", lines(row | {"w_intra": "1"} for row in pairs), train, "not what this version"),
+            ("scores.jsonl", lines(row for row in rows if row["seed"] < 3), curate, "not as many seeds as were sampled")):
         (pool / name).write_text(damaged)
         with pytest.raises(ValueError, match=match):
             dpo.main(dpo.parse_args(words))
@@ -686,8 +688,11 @@ def test_pairs_of_another_generator(stages, script, quintuplets, tmp_path):
 def test_evaluation_without_ground_truth(stages, tmp_path):
     words = ["eval", "--gen", stages / "gen", "--lq-dir", stages / "pool" / "lq", "--norm-file", stages / "pool" / "norm.json", "--samples", 2, "--diversity", "none", "--unsharp", "--less-noise", "--watch",
              "--out", tmp_path / "eval"]
-    with pytest.raises(ValueError, match="ssim: .* has no ground truth"):
-        dpo.main(dpo.parse_args(words))
+    for more in ([], ["--reward", "nr", "--watch", "psnr"]):
+        with pytest.raises(ValueError, match="(ssim|psnr): .* has no ground truth to compare with: --gt-dir"):
+            dpo.main(dpo.parse_args([*words, *more]))
+        assert not (tmp_path / "eval").exists()
+    assert dpo.parse_args(["eval", "--lq-dir", "x"]).watch == ["nima"] and "psnr" in dpo.parse_args(["eval", "--hr", "x"]).watch
     dpo.main(dpo.parse_args([*words, "--reward", "nr"]))
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())["inside"] == ["test_rewards:brightness"]
     dpo.main(dpo.parse_args([*words[:-1], tmp_path / "paired", "--reward", "nr", "--gt-dir", stages / "pool" / "gt"]))
