@@ -36,6 +36,14 @@ class LPIPS(nn.Module):
             return value[:, 0, 0, 0] if weight is None else (value * weight).mean((1, 2, 3))
 
 
+def open_vgg(weights, instead):
+    """archs.VGGFeatureLoss; instead: what else can be done where its weights are missing."""
+    try:
+        return archs.VGGFeatureLoss(weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(str(error).replace("do without the perceptual loss: --lambda-p 0", instead)) from None
+
+
 class VGGCosine(nn.Module):
     """Mean over VGG19's stages of 1 - cosine of the two feature vectors at each place: in [0, 1], LPIPS without what it learned from people.
 
@@ -46,7 +54,7 @@ class VGGCosine(nn.Module):
 
     def __init__(self, weights=None, stages=5):
         super().__init__()
-        vgg = archs.VGGFeatureLoss(weights)
+        vgg = open_vgg(weights, "take another distance, proxy")
         self.features = nn.Sequential(*vgg.features, nn.ReLU())[:self.TAPS[stages - 1] + 1]
         self.register_buffer("mean", vgg.mean, persistent=False)
         self.register_buffer("std", vgg.std, persistent=False)
@@ -188,7 +196,7 @@ class VGGFeatures(nn.Module):
 
     def __init__(self, weights=None):
         super().__init__()
-        vgg = archs.VGGFeatureLoss(weights)
+        vgg = open_vgg(weights, "take another encoder in pretraining (--far-enc rand), or finetune --no-far")
         self.features, self.mean, self.std = vgg.features[:9], vgg.mean, vgg.std
 
     def forward(self, hr):

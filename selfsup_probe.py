@@ -189,6 +189,7 @@ def draw(args, found):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
     if args.figure == "fig7":
         figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
         for axis, m in zip(axes, ("psnr", "distance")):
@@ -204,7 +205,11 @@ def draw(args, found):
             edges = np.geomspace(min(map(min, shown.values())), max(map(max, shown.values())), 30)
             for k, v in shown.items():
                 axis.hist(v, edges, histtype="step", density=True, linewidth=2 if k == "clean" else 1.2, label=f"{k}, AUC {values['auc'][k][0]:.2f}" if k in values["auc"] else k)
-            axis.set(xscale="log", xlabel=f"FAR ({values['far_enc']})", ylabel="density", title=name)
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+            axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            axis.set(xlabel=f"FAR ({values['far_enc']})", ylabel="density", title=name)
             axis.legend(fontsize=8)
     else:
         names = [m for m in next(iter(found.values()))["ema"][0] if m not in ("step", "split", "l1", "percep") and all(m in e for part in found.values() for events in part.values() for e in events)]

@@ -590,6 +590,14 @@ def test_probes_of_what_does_not_fit(photos, trained, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
+def test_missing_vgg_weights_name_flags_of_this_script(monkeypatch):
+    monkeypatch.setattr(archs, "vgg19_download", lambda: (_ for _ in ()).throw(FileNotFoundError("no VGG19: name a file with --vgg-weights FILE, or do without the perceptual loss: --lambda-p 0")))
+    for make, instead in ((features.VGGCosine, "proxy"), (features.VGGFeatures, "--far-enc rand")):
+        with pytest.raises(FileNotFoundError, match=instead) as caught:
+            make()
+        assert "--lambda-p" not in str(caught.value)
+
+
 def test_the_demo_says_what_it_starts_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="train.py --demo --stage psnr"):
