@@ -212,10 +212,11 @@ def draw(args, found):
             axis.set(xlabel=f"FAR ({values['far_enc']})", ylabel="density", title=name)
             axis.legend(fontsize=8)
     else:
-        names = [m for m in next(iter(found.values()))["ema"][0] if m not in ("step", "split", "l1", "percep") and all(m in e for part in found.values() for events in part.values() for e in events)]
+        has = lambda parts, m: all(m in e for events in parts.values() for e in events)           # not where a run was continued without --gt-dir
+        names = [m for m in dict.fromkeys(m for parts in found.values() for m in parts["ema"][0]) if m not in ("step", "split", "l1", "percep") and any(has(parts, m) for parts in found.values())]
         figure, axes = plt.subplots(-(-len(names) // 4), min(4, len(names)), figsize=(4 * min(4, len(names)), 3.2 * -(-len(names) // 4)), layout="constrained", squeeze=False)
         for axis, m in zip(axes.flat, names):
-            for k, (run, parts) in enumerate(found.items()):
+            for k, (run, parts) in ((k, one) for k, one in enumerate(found.items()) if has(one[1], m)):
                 for which, style in (("ema", "-"), ("raw", ":")):
                     axis.plot([e["step"] for e in parts[which]], [e[m] for e in parts[which]], style, color=f"C{k}", label=run if which == "ema" else None)
             axis.set(xlabel="step", ylabel=tables.SHOWN.get(m, m))
