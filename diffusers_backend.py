@@ -269,7 +269,8 @@ def load_diffusers(model, controlnet, device="cpu", prompts=None, steps=None, gu
     """-> StableDiffusionSR or FluxSR, by what the folder `model` holds, on `device`; as flow.load_flow, in eval mode and without gradients.
 
     controlnet: a folder (gen.save's, or any of diffusers), or a file of weights for one that is shaped like the model (RELEASED: model.safetensors).
-    dtype: None takes bfloat16 on CUDA, else float32 (CHOICE). like: a generator of the same folder `model`, whose frozen networks serve this one too. FileNotFoundError for what is missing, ValueError for models of other kinds.
+    dtype: None takes bfloat16 on CUDA, else float32 (CHOICE). like: a generator of the same folder `model`, whose frozen networks serve this one too.
+    FileNotFoundError for what is missing, ValueError for models of other kinds.
     """
     try:
         import diffusers
@@ -284,8 +285,8 @@ def load_diffusers(model, controlnet, device="cpu", prompts=None, steps=None, gu
         raise ValueError(f"--model {model}: a {index.get('_class_name')}, which is not supported: take Stable Diffusion 2 or FLUX.1")
     if prompts is not None and not any(Path(prompts).glob("*.txt")):
         raise FileNotFoundError(f"--prompts {prompts}: no .txt in it; write the tags of each image into <name>.txt there, or leave --prompts out for the empty prompt")
-    parts = like.parts if like else {}
-    for name in () if like else kind.PARTS:
+    parts = {} if like is None else like.parts
+    for name in kind.PARTS if like is None else ():
         library, cls = index.get(name, (None, ""))
         cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), cls, None)
         if name == "scheduler":

@@ -79,12 +79,12 @@ def evaluate(args, world, load):
     inside = list(metrics)
     metrics |= {m: quality.create_metric(m, world.device, dict(w.split("=", 1) for w in args.metric_weights).get(m), **dpo_pool.PROTOCOL, flag="--watch") for m in watched}
     rows = open_rows(args, load)
-    items = dpo_pool.own_images(args, args.out / "images", world, "test") if args.hr else dpo_pool.find_items(args.lq_dir, args.gt_dir)
-    if (full := [m for m, metric in metrics.items() if metric.full_reference]) and not paired:
-        raise ValueError(f"{', '.join(full)}: --lq-dir {args.lq_dir} has no ground truth to compare with: --gt-dir DIR, or only no-reference metrics (--reward nr, --watch)")
     known = [*rows, *(f"{next(iter(rows))} + unsharp {amount:g}" for amount in args.unsharp)]
     if unknown := [row for row in args.shown_rows or () if row not in known]:
         raise ValueError(f"--shown-rows {unknown[0]!r}: no such row; choose from {', '.join(known)}")
+    items = dpo_pool.own_images(args, args.out / "images", world, "test") if args.hr else dpo_pool.find_items(args.lq_dir, args.gt_dir)
+    if (full := [m for m, metric in metrics.items() if metric.full_reference]) and not paired:
+        raise ValueError(f"{', '.join(full)}: --lq-dir {args.lq_dir} has no ground truth to compare with: --gt-dir DIR, or only no-reference metrics (--reward nr, --watch)")
     if world.is_main:
         runs.check_writable(args.out, "--out")
     files = candidates(args, rows, items, world)

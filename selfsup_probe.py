@@ -134,9 +134,9 @@ def figure8(args, device):
     if len({path.name for path in args.sr}) < len(args.sr):
         raise ValueError(f"--sr: two networks of one name ({', '.join(path.name for path in args.sr)}): rename one")
     others = [(path.name, archs.load_x4(path, "--sr")[0].to(device)) for path in args.sr]
-    images = [] if not args.sr else list(data.list_images(args.lr_dir).values()) if args.lr_dir.is_dir() else None
-    if images is None:
+    if args.sr and not args.lr_dir.is_dir():
         raise FileNotFoundError(f"--lr-dir {args.lr_dir}: no such folder")
+    images = list(data.list_images(args.lr_dir).values()) if args.sr else []
     for name, (net, settings) in open_networks(args.rec, device).items():
         if settings["far_enc"] is None:
             raise ValueError(f"--rec {name}: trained without FAR, so there is nothing to probe")
@@ -216,8 +216,8 @@ def draw(args, found):
         names = [m for m in dict.fromkeys(m for parts in found.values() for m in parts["ema"][0]) if m not in ("step", "split", "l1", "percep") and any(has(parts, m) for parts in found.values())]
         figure, axes = plt.subplots(-(-len(names) // 4), min(4, len(names)), figsize=(4 * min(4, len(names)), 3.2 * -(-len(names) // 4)), layout="constrained", squeeze=False)
         for axis, m in zip(axes.flat, names):
-            for k, (run, parts) in ((k, one) for k, one in enumerate(found.items()) if has(one[1], m)):
-                for which, style in (("ema", "-"), ("raw", ":")):
+            for k, (run, parts) in enumerate(found.items()):
+                for which, style in (("ema", "-"), ("raw", ":")) if has(parts, m) else ():
                     axis.plot([e["step"] for e in parts[which]], [e[m] for e in parts[which]], style, color=f"C{k}", label=run if which == "ema" else None)
             axis.set(xlabel="step", ylabel=tables.SHOWN.get(m, m))
         for axis in list(axes.flat)[len(names):]:
