@@ -185,7 +185,7 @@ def file_stem(stem, version):
 
 
 def photo_of(stem):
-    """`<photo>-<row>-<column>` -> `<photo>`; a name without offsets is its own photo. Patches of one photo overlap (HGGT)."""
+    """`<photo>-<row>-<column>`, HGGT's and prepare.quintuplets' name of a patch -> `<photo>`. Patches of one photo overlap. Not for other names."""
     return re.sub(r"-\d+-\d+$", "", stem)
 
 
@@ -237,16 +237,21 @@ class Sets:
     """Images that belong together by stem: `stems` (sorted), `versions` (original first), where their files are.
 
     files: {version: {file stem: path}}. Plain photos have the one version "original". label_folder holds A, B and C; lq is
-    {stem: path} of ready-made LR images, if any.
+    {stem: path} of ready-made LR images, if any. patches: stems are <photo>-<row>-<column>, as HGGT and prepare.quintuplets name them; of other
+    names nothing is read.
     """
 
-    def __init__(self, files, label_folder=None, lq=None, stems=None, packed=None, signed=None):
-        self.files, self.label_folder, self.lq, self.packed = files, label_folder, lq, packed
+    def __init__(self, files, label_folder=None, lq=None, stems=None, packed=None, signed=None, patches=True):
+        self.files, self.label_folder, self.lq, self.packed, self.patches = files, label_folder, lq, packed, patches
         self.versions, self.signed = list(files), signed
         self.stems = sorted(files["original"]) if stems is None else stems
 
     def path(self, stem, version="original"):
         return self.files[version][file_stem(stem, version)]
+
+    def photo(self, stem):
+        """The photograph that an image is a patch of; plain photographs are their own."""
+        return photo_of(stem) if self.patches else stem
 
     def all_files(self):
         """Every image file that is read from."""
@@ -281,12 +286,12 @@ class Sets:
 
     def hold_out(self, photos, seed, flag="--val-photos"):
         """-> (Sets without, Sets with only) `photos` photos drawn by seed. All patches of a photo stay on one side. flag: named in errors."""
-        names = sorted({photo_of(s) for s in self.stems})
+        names = sorted({self.photo(s) for s in self.stems})
         if not 0 < photos < len(names):
             raise ValueError(f"{flag} {photos}: the data set has {len(names)} photos; hold out between 1 and {len(names) - 1}")
         held = set(np.random.default_rng(seed).permutation(names)[:photos].tolist())
-        sides = [[s for s in self.stems if (photo_of(s) in held) == side] for side in (False, True)]
-        return tuple(Sets(self.files, self.label_folder, self.lq, stems, self.packed, self.signed) for stems in sides)
+        sides = [[s for s in self.stems if (self.photo(s) in held) == side] for side in (False, True)]
+        return tuple(Sets(self.files, self.label_folder, self.lq, stems, self.packed, self.signed, self.patches) for stems in sides)
 
     def labels(self):
         """Merged labels, (number of stems, number of versions) int64; column 0 is ORIGINAL."""
@@ -304,12 +309,13 @@ class Sets:
 
 
 def find_photos(folder, flag="--data"):
-    """A folder of photographs as Sets with the one version "original"; a quintuplet data set gives its training originals."""
+    """A folder of photographs as Sets with the one version "original"; a quintuplet data set, or its folder of originals, gives those."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; {flag} DIR names the photographs, --demo needs no download")
     if (Path(folder) / "Train").is_dir():
         return Sets({"original": find_sets(folder, "Train").files["original"]})
-    return Sets({"original": list_images(folder)})
+    patches = Path(folder).name.lower() == "original" and (Path(folder).parent / "01").is_dir()
+    return Sets({"original": list_images(folder)}, patches=patches)
 
 
 def find_folders(root, split):
@@ -774,20 +780,21 @@ class TrainingPool:
 
     HGGT shuffles the Q pairs of a GPU, takes b and refills their places. Here every lane owns Q/b slots and draws one of
     them per step, from (seed, step, lane): the same waiting-time distribution, and nothing belongs to a process. During
-    the first Q/b steps pairs are stored and trained on at once. Pairs are 8-bit images, so uint8 keeps them exactly.
+    the first Q/b steps pairs are stored and trained on at once. eight_bit: pairs are 8-bit images, which uint8 keeps exactly; sharpened ones
+    are not, and stay as they are.
     """
 
-    def __init__(self, size, batch_size, lanes, seeds, state=None, device="cpu"):
+    def __init__(self, size, batch_size, lanes, seeds, state=None, device="cpu", eight_bit=True):
         if size % batch_size:
             raise ValueError(f"--pool-size {size} must be a multiple of --batch-size {batch_size} (0 switches the pool off)")
-        self.slots, self.lanes, self.seeds = size // batch_size, lanes, seeds
+        self.slots, self.lanes, self.seeds, self.eight_bit = size // batch_size, lanes, seeds, eight_bit
         self.held = None if state is None else tuple(t[lanes.start:lanes.stop].to(device) for t in state)
 
     def swap(self, pair, step):
         """pair: tuple of (b, ...) tensors of this process's lanes, images in [0, 1] -> the pair to train on at `step`."""
         if self.slots == 0:
             return pair
-        fresh = tuple((t * 255).round().byte() if t.is_floating_point() else t for t in pair)
+        fresh = tuple((t * 255).round().byte() if self.eight_bit and t.is_floating_point() else t for t in pair)
         if self.held is None:
             self.held = tuple(t.new_zeros((len(t), self.slots, *t.shape[1:])) for t in fresh)
         filling = step <= self.slots
@@ -796,7 +803,7 @@ class TrainingPool:
         taken = fresh if filling else tuple(held[rows, slot] for held in self.held)
         for held, new in zip(self.held, fresh):
             held[rows, slot] = new
-        return tuple(t.float() / 255 if p.is_floating_point() else t for t, p in zip(taken, pair))
+        return tuple(t.float() / 255 if p.is_floating_point() and t.dtype == torch.uint8 else t for t, p in zip(taken, pair))
 
     def state(self, gather):
         """(B, slots, ...) tensors of all lanes on the CPU; gather: World.gather_lanes."""

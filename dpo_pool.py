@@ -63,7 +63,7 @@ def make_images(args, folder, record, purpose, device):
         data.check_headers(dataset, runs.World(0, 1, device))
         draw = pairs_of(dataset, args, seeds, device, 1)
         for k in range(args.groups):
-            name = f"{data.photo_of(dataset.stems[dataset.index(1, k)])}-{k}-0"
+            name = f"{dataset.sets.photo(dataset.stems[dataset.index(1, k)])}-{k}-0"
             for kind, image in zip(("lq", "gt"), draw(1, [k])):
                 save(kind, name, image[0])
     else:

@@ -84,7 +84,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import archs
-import compare
+from experiments import jobs
 import data
 import degradations
 import iqa
@@ -124,9 +124,9 @@ def shrink(args):
         for f in SHRINKS:
             words = ["--photos", photos, "--enhancers", *args.enhancers, "--out", folder(soften, f), "--shrink", f, "--soften", soften,
                      "--patch", patch, "--step", patch, "--jitter", 0, "--min-std", 0, "--min-laplacian", 0, "--min-change", 0]
-            tasks.append(partial(compare.call, folder(soften, f).with_name(folder(soften, f).name + ".log"), "make_quintuplets.py", *words))
-    compare.parallel(args.jobs, tasks[::-1])                                      # the longest first
-    judges = {m: compare.judge(args, m) for m in [*args.unseen, args.rewards[0]]}
+            tasks.append(partial(jobs.call, folder(soften, f).with_name(folder(soften, f).name + ".log"), "make_quintuplets.py", *words))
+    jobs.parallel(args.jobs, tasks[::-1])                                      # the longest first
+    judges = {m: jobs.judge(args, m) for m in [*args.unseen, args.rewards[0]]}
     rows = []
     for soften, every, patch in SOFTENED:
         for f in SHRINKS:
@@ -170,7 +170,7 @@ def best_shrink(rows):
 
 def prepare(args):
     photos = link_photos(args.photos, 1, args.work / "photos")
-    compare.call(args.work / "quintuplets.log", "make_quintuplets.py", "--photos", photos, "--enhancers", *args.enhancers, "--out", args.work / "set", *QUINTUPLETS,
+    jobs.call(args.work / "quintuplets.log", "make_quintuplets.py", "--photos", photos, "--enhancers", *args.enhancers, "--out", args.work / "set", *QUINTUPLETS,
                  "--device", args.device, processes=args.jobs if args.device == "cpu" else 1)
     make_test(args)
     file = args.results.with_name(args.results.name + "-picks.json")
@@ -229,12 +229,12 @@ def plan(args):
 def one_run(args, name, words):
     """Train, evaluate, write RESULTS/<name>.json; continues an interrupted training."""
     run = args.work / "runs" / name
-    compare.call(run.with_suffix(".log"), "train.py", "--data", args.work / "set", "--init", args.init, "--vgg-weights", args.vgg_weights, *args.train, *words,
+    jobs.call(run.with_suffix(".log"), "train.py", "--data", args.work / "set", "--init", args.init, "--vgg-weights", args.vgg_weights, *args.train, *words,
          "--score-cache", args.work / "scores", "--device", args.device, "--out", run, "--resume", "auto")
     total, step = train_flag(args, "--total-steps"), runs.load_checkpoint(run / "ckpt" / "last.pt")["step"]
     if step != total:
         raise ValueError(f"{run}: training was stopped at step {step} of {total}; the same command continues")
-    judged = compare.evaluate(args, run, run.with_suffix(".json"), [*args.rewards, *args.unseen, *compare.WITH_REFERENCE])
+    judged = jobs.evaluate(args, run, run.with_suffix(".json"), [*args.rewards, *args.unseen, *jobs.WITH_REFERENCE])
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     runs.save_json(args.results / f"{name}.json", {
         "train": args.train + list(map(str, words)), **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")},
@@ -244,12 +244,12 @@ def one_run(args, name, words):
 def queue(args):
     before = args.results / "before.json"
     if not before.exists():                                                       # the rows without a run: references, bicubic, start
-        metrics = [*args.rewards, *args.unseen, *compare.WITH_REFERENCE]
-        judged = compare.evaluate(args, args.init, args.work / "before.json", metrics, ["bicubic", "reference"])
+        metrics = [*args.rewards, *args.unseen, *jobs.WITH_REFERENCE]
+        judged = jobs.evaluate(args, args.init, args.work / "before.json", metrics, ["bicubic", "reference"])
         runs.save_json(before, {k: v for k, v in judged.items() if k not in ("mean", "intervals", "differences")}
                        | {"scores": {k.replace(args.init.stem, "start"): v for k, v in judged["scores"].items()}})
-    compare.parallel(args.jobs, [partial(one_run, args, name, words) for name, words in plan(args).items() if not (args.results / f"{name}.json").exists()])
-    compare.parallel(args.jobs, [partial(slow, args, name) for name in ["before", *plan(args)]])
+    jobs.parallel(args.jobs, [partial(one_run, args, name, words) for name, words in plan(args).items() if not (args.results / f"{name}.json").exists()])
+    jobs.parallel(args.jobs, [partial(slow, args, name) for name in ["before", *plan(args)]])
 
 
 def slow(args, name):
@@ -263,7 +263,7 @@ def slow(args, name):
     if not weights.exists():
         raise ValueError(f"{file} has no {' '.join(args.slow)} yet, and {weights} is not here to compute it: name the folder of the runs with --work, "
                          "or leave these metrics out with --slow")
-    judged = compare.evaluate(args, weights, args.work / "runs" / f"{name}-slow.json", args.slow, baselines)
+    judged = jobs.evaluate(args, weights, args.work / "runs" / f"{name}-slow.json", args.slow, baselines)
     for row, images in rows.items():
         for stem, scores in images.items():
             scores |= judged["scores"][args.init.stem if row == "start" else row][stem]
@@ -278,13 +278,13 @@ def grain(args, sigmas=(0, 1, 2, 4)):
     file = args.results.with_name(args.results.name + "-grain.json")
     if file.exists():
         return
-    niqe = compare.judge(args, "niqe")
+    niqe = jobs.judge(args, "niqe")
     start, rows, stems = archs.load_x4(args.init, "--init")[0], {}, list(data.list_images(args.work / "test" / "lq"))
     for name in tqdm(["reference", "start", *plan(args)], unit="row"):
         net = start if name in ("reference", "start") else archs.load_x4(args.work / "runs" / name, "--work")[0]
         row = rows[name] = {"niqe": {str(s): 0.0 for s in sigmas}, "peaks": 0.0}
         for i, stem in enumerate(stems):
-            lq, gt = compare.test_pair(args, stem)
+            lq, gt = jobs.test_pair(args, stem)
             sr = gt if name == "reference" else degradations.to_8bit(archs.upscale_tiled(net, lq))
             noise = torch.randn(gt[:, :1].shape, generator=torch.Generator().manual_seed(i)) / 255                # grey, the same for every row
             for s in sigmas:
@@ -299,7 +299,7 @@ def grain(args, sigmas=(0, 1, 2, 4)):
 def report(args):
     results = {name: json.loads((args.results / f"{name}.json").read_text()) for name in ["before", *plan(args)]}
     lower = results["before"]["lower_is_better"]
-    metrics = [m for m in [*args.rewards, *args.unseen, *args.slow, *compare.WITH_REFERENCE] if all(m in r["lower_is_better"] for r in results.values())]
+    metrics = [m for m in [*args.rewards, *args.unseen, *args.slow, *jobs.WITH_REFERENCE] if all(m in r["lower_is_better"] for r in results.values())]
     stems = sorted(results["before"]["scores"]["start"])
     samplers = list(dict.fromkeys(name.rpartition("-")[0] for name in plan(args)))
     value = lambda scores: np.array([[scores[stem][m] for m in metrics] for stem in stems])                # (images, metrics)
@@ -347,7 +347,7 @@ def readme_tables(summary, args):
     versions = list(picks[args.rewards[0]]["best crop (amo)"])
     parts.append(runs.markdown(["", *versions], [[f"{tables.SHOWN.get(reward, reward)}: {how}", *percent(p)] for reward, hows in picks.items() for how, p in hows.items()]))
 
-    parts.append(compare.metric_tables(summary))
+    parts.append(jobs.metric_tables(summary))
     if args.results.with_name(f"{args.results.name}-grain.json").exists():
         parts.append(grain_table(load("grain")["rows"], summary, args))
     parts.append(runs.markdown(["", *versions], [[s, *percent({v: picked.get(v, 0) for v in versions})] for s, picked in summary["picked"].items()]))
@@ -369,7 +369,7 @@ def picture(args, names, side=128):
     nets = {name: archs.load_x4(args.work / "runs" / name, "--work")[0] for name in names}
     cells = []
     for stem in args.figure:
-        lq, gt = compare.test_pair(args, stem)
+        lq, gt = jobs.test_pair(args, stem)
         images = {"LR": lq.repeat_interleave(4, 2).repeat_interleave(4, 3)}
         images |= {name.rpartition("-")[0]: archs.upscale_tiled(net, lq).clamp(0, 1) for name, net in nets.items()} | {"reference": gt}
         y, x = ((n - side) // 2 for n in gt.shape[2:])

@@ -85,7 +85,7 @@ from functools import partial
 
 import numpy as np
 
-import compare
+from experiments import jobs
 import data
 import dpo
 import dpo_eval
@@ -107,36 +107,36 @@ def prepare(args):
     images = lambda where: list(data.list_images(where).values())
     last = images(args.photos[-1])
     tests = [path for where in args.test for path in images(where)] + last[1::2]
-    compare.copy_photos([path for path in tests if (path.parent.name, path.stem) != ("test_set14", "face")], args.work / "test")              # Set14's face is Set5's head
-    compare.copy_photos([path for where in args.photos[:-1] for path in images(where)] + last[::2], args.work / "hr.tmp", args.tile)
+    jobs.copy_photos([path for path in tests if (path.parent.name, path.stem) != ("test_set14", "face")], args.work / "test")              # Set14's face is Set5's head
+    jobs.copy_photos([path for where in args.photos[:-1] for path in images(where)] + last[::2], args.work / "hr.tmp", args.tile)
     (args.work / "hr.tmp").rename(args.work / "hr")
 
 
 def pretrain(args, seed):
     out = folder(args, "gen", seed)
-    compare.once(out / "weights" / "gen.pth", out.with_suffix(".log"), "dpo.py", "pretrain", "--hr", args.work / "hr", *shlex.split(args.pretrain), "--seed", seed, "--out", out, "--resume", "auto",
+    jobs.once(out / "weights" / "gen.pth", out.with_suffix(".log"), "dpo.py", "pretrain", "--hr", args.work / "hr", *shlex.split(args.pretrain), "--seed", seed, "--out", out, "--resume", "auto",
                  inputs=[args.work / "hr"])
 
 
 def pool(args, seed):
     out, log = folder(args, "pool", seed), folder(args, "pool", f"{seed}.log")
-    compare.call(log, "dpo.py", "sample", "--gen", folder(args, "gen", seed), "--hr", args.work / "hr", "--groups", args.groups, "--samples", args.samples, "--tau", args.tau, *shlex.split(args.crops),
+    jobs.call(log, "dpo.py", "sample", "--gen", folder(args, "gen", seed), "--hr", args.work / "hr", "--groups", args.groups, "--samples", args.samples, "--tau", args.tau, *shlex.split(args.crops),
                  "--seed", seed, "--out", out)
-    compare.call(log, "dpo.py", "score", "--pool", out, "--fr", *args.fr, "--nr", *args.nr, *metric_files(args))
+    jobs.call(log, "dpo.py", "score", "--pool", out, "--fr", *args.fr, "--nr", *args.nr, *metric_files(args))
     for name in args.variants:
         dpo.main(dpo.parse_args(["curate", "--pool", out, *shlex.split(VARIANTS[name][0]), "--out", folder(args, "pairs", seed, name)]))
 
 
 def train(args, name, seed):
     out = folder(args, "tuned", seed, name)
-    compare.once(out / "weights" / "gen.pth", out.with_name(out.name + ".log"), "dpo.py", "train", "--gen", folder(args, "gen", seed), "--pairs", folder(args, "pairs", seed, name), *metric_files(args),
+    jobs.once(out / "weights" / "gen.pth", out.with_name(out.name + ".log"), "dpo.py", "train", "--gen", folder(args, "gen", seed), "--pairs", folder(args, "pairs", seed, name), *metric_files(args),
                  "--tau", args.tau, *shlex.split(args.train), *shlex.split(VARIANTS[name][1]), "--seed", seed, "--out", out, "--resume", "auto",
                  inputs=[folder(args, "gen", seed) / "weights" / "gen.pth", *(folder(args, "pairs", seed, name) / file for file in ("pairs.jsonl", "norm.json"))])
 
 
 def evaluate(args, seed):
     out = folder(args, "eval", seed)
-    compare.once(out / "eval.json", out.with_suffix(".log"), "dpo.py", "eval", "--gen", folder(args, "gen", seed), *(folder(args, "tuned", seed, name) for name in args.variants), "--names", "base", *args.variants,
+    jobs.once(out / "eval.json", out.with_suffix(".log"), "dpo.py", "eval", "--gen", folder(args, "gen", seed), *(folder(args, "tuned", seed, name) for name in args.variants), "--names", "base", *args.variants,
                  "--hr", args.work / "test", "--groups", len(data.list_images(args.work / "test")), *shlex.split(args.crops), "--samples", args.test_samples, "--tau", args.tau, "--less-noise", *args.controls,
                  "--shown-rows", "base", *(name for name in args.variants if name in SHOWN),
                  "--norm-file", folder(args, "pairs", seed, args.variants[0]) / "norm.json", "--watch", *args.watch, *metric_files(args),
@@ -193,7 +193,7 @@ def readme_tables(summary):
     last = {name: [summary["training"][f"{name}-{seed}"][-1] for seed in summary["seeds"]] for name in summary["variants"]}
     ends = runs.markdown(["at the last step", "implicit accuracy", "error at winners, change", "at losers"],
                          [[name, f"{np.mean([e['accuracy'] for e in v]):.2f}", *(f"{100 * np.mean([e[k] / e['win_ref'] for e in v]):+.2f} %" for k in ("win_change", "lose_change"))] for name, v in last.items()])
-    return "\n\n".join([spread, compare.metric_tables(summary), ends])
+    return "\n\n".join([spread, jobs.metric_tables(summary), ends])
 
 
 def main(args):
@@ -204,11 +204,11 @@ def main(args):
         prepare(args)
     for stage, task in (("pretrain", pretrain), ("pool", pool)):
         if stage in args.stages:
-            compare.parallel(args.jobs, [partial(task, args, seed) for seed in args.seeds])
+            jobs.parallel(args.jobs, [partial(task, args, seed) for seed in args.seeds])
     if "train" in args.stages:
-        compare.parallel(args.jobs, [partial(train, args, name, seed) for seed in args.seeds for name in args.variants])
+        jobs.parallel(args.jobs, [partial(train, args, name, seed) for seed in args.seeds for name in args.variants])
     if "eval" in args.stages:
-        compare.parallel(args.jobs, [partial(evaluate, args, seed) for seed in args.seeds])
+        jobs.parallel(args.jobs, [partial(evaluate, args, seed) for seed in args.seeds])
     if "report" in args.stages:
         report(args)
 

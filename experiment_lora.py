@@ -58,7 +58,7 @@ import numpy as np
 import torch
 
 import archs
-import compare
+from experiments import jobs
 import data
 import degradations
 import experiment
@@ -99,7 +99,7 @@ def one_run(args, exp, variant, seed):
                                  "and --work in --experiment")
             continue
         if not weights.exists():
-            compare.call(run.with_suffix(".log"), "finetune_lora.py", *words, "--base", base_of(exp, seed), "--out", run, "--stop-gain", gain, "--device",
+            jobs.call(run.with_suffix(".log"), "finetune_lora.py", *words, "--base", base_of(exp, seed), "--out", run, "--stop-gain", gain, "--device",
                          exp.device, "--resume", "auto")
         val = [e for e in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if e["split"] == "val"]
         gained = [e["reward"] - val[0]["reward"] for e in val]
@@ -111,7 +111,7 @@ def one_run(args, exp, variant, seed):
             if last["step"] != val[at]["step"]:
                 raise ValueError(f"{run}: at step {last['step']}, but the gain of {gain:g} was there at step {val[at]['step']}: remove this run to tune again")
             runs.write_atomic(weights, lambda temporary: shutil.copy(run / "weights" / "merged.pth", temporary))
-        judged = compare.evaluate(exp, weights, weights.with_suffix(".json"), [*exp.rewards, *exp.unseen, *compare.WITH_REFERENCE])
+        judged = jobs.evaluate(exp, weights, weights.with_suffix(".json"), [*exp.rewards, *exp.unseen, *jobs.WITH_REFERENCE])
         runs.save_json(file, {"tune": list(map(str, words)), "base": base, **{k: judged[k] for k in ("commit", "torch", "python", "device", "lower_is_better")},
                               "steps": val[at]["step"], "gain": gained[at], "lambda_q": last["lambda_q"],
                               "validation": val[:at + 1], "scores": judged["scores"][weights.stem],
@@ -124,7 +124,7 @@ def structured_noise(exp, before, after):
     much as it can have; "grey_levels": how strong the peaks are, the root mean square of the change times the root of their share}}"""
     reward, nets, found = iqa.create_reward(exp.rewards[:1]), [archs.load_x4(path, "--work")[0] for path in (before, after)], {}
     for stem in data.list_images(exp.work / "test" / "lq"):
-        lq, _ = compare.test_pair(exp, stem)
+        lq, _ = jobs.test_pair(exp, stem)
         old, new = (degradations.to_8bit(archs.upscale_tiled(net, lq)) for net in nets)
         (like, equal), peaks = quality.unsharp_like(old, new, reward), quality.noise_peaks(new - old).item()
         strength = 255 * quality.luma(new - old).std().item() / (219 / 255) * peaks ** 0.5                       # luma of 16 to 235 as 0 to 255
@@ -179,13 +179,13 @@ def readme_tables(summary):
                                      for pair, d in summary["grey_levels_differences"].items()])
     points = runs.markdown(["strength", "reward", "PSNR", "VGG distance"],
                            [[f"{p['scale']:g}", f"{p['reward']:.2f}", f"{p['psnr']:.2f}", f"{p['vgg']:.3f}"] for p in summary["strength"]])
-    return "\n\n".join([compare.metric_tables(summary), tuning, noise, points])
+    return "\n\n".join([jobs.metric_tables(summary), tuning, noise, points])
 
 
 @torch.no_grad()
 def strength(args, exp):
     """The first seed's adapter at several strengths -> [{"scale", "reward", "psnr", "vgg"}], and RESULTS-strength.png."""
-    metrics = {"reward": compare.judge(exp, exp.rewards[0]), "psnr": quality.psnr, "vgg": quality.create_metric("vgg", "cpu", exp.vgg_weights)}
+    metrics = {"reward": jobs.judge(exp, exp.rewards[0]), "psnr": quality.psnr, "vgg": quality.create_metric("vgg", "cpu", exp.vgg_weights)}
     points = []
     for scale in SCALES:
         net = archs.load_x4(base_of(exp, exp.seeds[0]), "--work")[0]
@@ -193,7 +193,7 @@ def strength(args, exp):
         lora.merge_lora(net)
         sums, stems = dict.fromkeys(metrics, 0.0), data.list_images(exp.work / "test" / "lq")
         for stem in stems:
-            lq, gt = compare.test_pair(exp, stem)
+            lq, gt = jobs.test_pair(exp, stem)
             sr = degradations.to_8bit(archs.upscale_tiled(net, lq))
             for name, metric in metrics.items():
                 sums[name] += metric(sr, gt).item() / len(stems)
@@ -218,7 +218,7 @@ def picture(args, exp, side=64):
     nets = {v: archs.load_x4(weights_at(exp, v, args.gains[-1], seed), "--work")[0] for v in VARIANTS}
     start = archs.load_x4(base_of(exp, seed), "--work")[0]
     for stem in exp.figure:
-        lq, gt = compare.test_pair(exp, stem)
+        lq, gt = jobs.test_pair(exp, stem)
         y, x = data.flattest(gt, side)
         if gt[..., y:y + side, x:x + side].mean() < 0.1:
             continue
@@ -235,7 +235,7 @@ def main(args, exp):
     for seed in exp.seeds:
         runs.find_weights(base_of(exp, seed), "make it with: python experiment.py data runs")
     if "runs" in args.stages:
-        compare.parallel(exp.jobs, [partial(one_run, args, exp, variant, seed) for seed in exp.seeds for variant in VARIANTS])
+        jobs.parallel(exp.jobs, [partial(one_run, args, exp, variant, seed) for seed in exp.seeds for variant in VARIANTS])
     if "report" in args.stages:
         report(args, exp)
 

@@ -76,7 +76,7 @@ from functools import partial
 
 import numpy as np
 
-import compare
+from experiments import jobs
 import data
 import runs
 import tables
@@ -86,18 +86,18 @@ def prepare(args):
     images = lambda folder: list(data.list_images(folder).values())
     last = images(args.photos[-1])
     if not (args.work / "hr").exists():
-        compare.copy_photos([path for folder in args.photos[:-1] for path in images(folder)] + last[::2], args.work / "hr.tmp")
+        jobs.copy_photos([path for folder in args.photos[:-1] for path in images(folder)] + last[::2], args.work / "hr.tmp")
         (args.work / "hr.tmp").rename(args.work / "hr")
     for name, files in (("domain", [path for folder in args.test for path in images(folder)]), ("held", last[1::2])):
         if (args.work / name / "domain.json").exists():
             continue
-        compare.copy_photos(files, args.work / f"{name}-photos")
-        compare.call(args.work / f"{name}.log", "selfsup.py", "domain", "--hr", args.work / f"{name}-photos", "--out", args.work / name, *shlex.split(args.domain))
+        jobs.copy_photos(files, args.work / f"{name}-photos")
+        jobs.call(args.work / f"{name}.log", "selfsup.py", "domain", "--hr", args.work / f"{name}-photos", "--out", args.work / name, *shlex.split(args.domain))
 
 
 def pretrain(args, name, seed):
     out = args.work / "rec" / f"{name}-{seed}"
-    compare.once(out / "weights" / "rec.pth", out.with_suffix(".log"), "selfsup.py", "pretrain", "--hr", args.work / "hr", "--vgg-weights", args.vgg_weights, *shlex.split(args.pretrain), *shlex.split(PRETRAIN[name]),
+    jobs.once(out / "weights" / "rec.pth", out.with_suffix(".log"), "selfsup.py", "pretrain", "--hr", args.work / "hr", "--vgg-weights", args.vgg_weights, *shlex.split(args.pretrain), *shlex.split(PRETRAIN[name]),
                  "--seed", seed, "--out", out, "--resume", "auto")
 
 
@@ -106,19 +106,19 @@ def probe(args, seed):
     for figure, nets in FIGURES.items():
         out = args.work / "probe" / f"{figure}-{seed}"
         if set(nets) <= set(args.variants):
-            compare.once(out.with_name(out.name + ".json"), out.with_suffix(".log"), "selfsup.py", "probe", figure.partition("-")[0], "--rec", *map(rec, nets), "--hr", args.work / "held-photos", "--vgg-weights", args.vgg_weights, "--out", out)
+            jobs.once(out.with_name(out.name + ".json"), out.with_suffix(".log"), "selfsup.py", "probe", figure.partition("-")[0], "--rec", *map(rec, nets), "--hr", args.work / "held-photos", "--vgg-weights", args.vgg_weights, "--out", out)
 
 
 def finetune(args, name, seed, lr_dir, gt_dir, out):
     net, switches = FINETUNE[name]
-    compare.call(out.with_suffix(".log"), "selfsup.py", "finetune", "--rec", args.work / "rec" / f"{net}-{seed}", "--sr", args.sr, "--lr-dir", lr_dir, *(["--gt-dir", gt_dir] if gt_dir else []),
+    jobs.call(out.with_suffix(".log"), "selfsup.py", "finetune", "--rec", args.work / "rec" / f"{net}-{seed}", "--sr", args.sr, "--lr-dir", lr_dir, *(["--gt-dir", gt_dir] if gt_dir else []),
                  "--vgg-weights", args.vgg_weights, *shlex.split(args.finetune), *shlex.split(switches), "--seed", seed, "--out", out, "--resume", "auto")
 
 
 def score(args, weights, folder, out, *more):
     files = [file for path in weights for file in (path.glob("weights/*.pth") if path.is_dir() else [path])]
     if not out.exists() or any(file.stat().st_mtime > out.stat().st_mtime for file in files):                # of a longer tuning
-        compare.call(out.with_suffix(".log"), "evaluate.py", "--weights", *weights, "--lq", folder / "lq", "--gt", folder / "gt", "--protocol", "whole-y", "--baselines", "--metrics", *args.metrics,
+        jobs.call(out.with_suffix(".log"), "evaluate.py", "--weights", *weights, "--lq", folder / "lq", "--gt", folder / "gt", "--protocol", "whole-y", "--baselines", "--metrics", *args.metrics,
                      "--metric-weights", *args.metric_weights, *([f"vgg={args.vgg_weights}"] if "vgg" in args.metrics else []), "--out-json", out, "--cache", args.work / "evaluation-cache", *more)
     return json.loads(out.read_text())
 
@@ -137,7 +137,7 @@ def real(args):
         outs.append(args.work / "real" / f"{name}-{seed}")
         finetune(args, name, seed, args.real, None, outs[-1])
     alone = [m for m in args.metrics if m not in flags.FULL_REFERENCE]
-    compare.call(args.work / "real.log", "evaluate.py", "--weights", args.sr, *outs, "--names", "before", *(out.name for out in outs), "--lq", args.real, "--baselines", "bicubic", "--metrics", *alone,
+    jobs.call(args.work / "real.log", "evaluate.py", "--weights", args.sr, *outs, "--names", "before", *(out.name for out in outs), "--lq", args.real, "--baselines", "bicubic", "--metrics", *alone,
                  "--metric-weights", *args.metric_weights, "--out-json", args.results.with_name(args.results.name + "-real.json"), "--page", args.work / "real.html", "--cache", args.work / "evaluation-cache")
 
 
@@ -170,7 +170,7 @@ def report(args):
 
 def readme_tables(summary):
     """The Markdown that README shows."""
-    parts = [f"{folder}, {found['images']} images\n\n{compare.metric_tables(found)}" for folder, found in summary["sets"].items()]
+    parts = [f"{folder}, {found['images']} images\n\n{jobs.metric_tables(found)}" for folder, found in summary["sets"].items()]
     first = summary["pretraining"].values()
     names = [name for name in ("psnr", "psnr_shuffled", "psnr_bicubic", "percep", "percep_shuffled", "percep_bicubic") if all(name in v for v in first)]
     parts.append(runs.markdown(["pre-training", *names], [[net, *(f"{v[name]:.4g}" for name in names)] for net, v in summary["pretraining"].items()]))
@@ -195,11 +195,11 @@ def main(args):
     if "data" in args.stages:
         prepare(args)
     if "pretrain" in args.stages:
-        compare.parallel(args.jobs, [partial(pretrain, args, name, seed) for seed in args.seeds for name in PRETRAIN if name in wanted])
+        jobs.parallel(args.jobs, [partial(pretrain, args, name, seed) for seed in args.seeds for name in PRETRAIN if name in wanted])
     if "probe" in args.stages:
-        compare.parallel(args.jobs, [partial(probe, args, seed) for seed in args.seeds])
+        jobs.parallel(args.jobs, [partial(probe, args, seed) for seed in args.seeds])
     if "finetune" in args.stages:
-        compare.parallel(args.jobs, [partial(one_run, args, name, seed) for seed in args.seeds for name in args.variants])
+        jobs.parallel(args.jobs, [partial(one_run, args, name, seed) for seed in args.seeds for name in args.variants])
     if "real" in args.stages:
         real(args)
     if "report" in args.stages:

@@ -27,7 +27,7 @@ TUNE = {  # Supp. 8.3
 TUNE |= {f"{name}-small": values | dict(rank=8, milestones=[]) for name, values in TUNE.items()}
 DEMO = dict(reward=["ranker"], watch=["piqe"], lr=2e-3, total_steps=100, log_every=25, save_every=50, val_every=0,
             sample_every=0, threads=1, workers=0)                                 # CHOICE: under 90 s on two cores
-OF_RUN = ("data", "val_photos", "load_size", "crop", "degradation", "jpeg_table", "usm", "sampler", "tau", "include_original",
+OF_RUN = ("data", "val_photos", "load_size", "crop", "degradation", "jpeg_table", "sampler", "tau", "include_original",
           "atlas", "margin", "drop_without_positive", "score_cache", "lambda_l1", "lambda_p", "vgg_weights", "d_features", "batch_size", "group_size", "pool_size",
           "ema_decay", "drop_path", "pad_mode", "seed")                           # "as stage 2" (Supp. 8.3)
 
@@ -158,7 +158,7 @@ def gradient_ratio(net, targets, dataset, losses, reward, lanes, args, gt_reward
         pull = push = 0
         for lq, gt in zip(lq.chunk(args.accumulate), gt.chunk(args.accumulate)):
             sr = net(lq)
-            pull = pull + gradient(losses(sr, degradations.usm_sharpen(gt) if args.usm else gt))
+            pull = pull + gradient(losses(sr, gt))
             push = push + gradient(reward(sr.clamp(0, 1)).mean())
         ratios.append(world.reduce(pull).norm() / world.reduce(push).norm())
     net.requires_grad_(False)
@@ -344,7 +344,6 @@ def main(args):
         picked.scatter_add_(0, version, torch.ones_like(version, dtype=picked.dtype))
         lq, gt = pool.swap((lq, gt), step)                                        # training-pair pool: the winner only
         lq, gt = lq.contiguous(memory_format=memory_g), gt.contiguous(memory_format=memory)
-        target = degradations.usm_sharpen(gt) if args.usm else gt                 # L1 and VGG only; D always sees the plain GT
         parts = [slice(i, i + len(lanes) // args.accumulate) for i in range(0, len(lanes), len(lanes) // args.accumulate)]
         terms, fakes = Counter(), []
 
@@ -357,7 +356,7 @@ def main(args):
             with no_sync(net_g, part is parts[-1]):
                 with autocast():
                     sr = net_g(lq[part], **drop)
-                    losses = losses_of(sr, target[part])
+                    losses = losses_of(sr, gt[part])
                     if raw_d is not None:
                         losses["adv"] = adversarial_loss(judge(sr), real=True)
                     if reward is not None:

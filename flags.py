@@ -68,7 +68,7 @@ def add_training(p):
     g.add_argument("--degradation", choices=["one-round", "two-round", "realesrgan"], help="[arch] preset of degradations.py")
     g.add_argument("--jpeg-table", choices=["hggt", "libjpeg"], default="hggt", help="hggt keeps its transposed luma table")
     g.add_argument("--usm", action=onoff, default=False,
-                   help="[arch] sharpen GT for LR synthesis and as L1/VGG target (HGGT: rrdbnet's psnr stage)")
+                   help="[arch] --stage psnr: sharpen the image, before LR synthesis and as target (HGGT: rrdbnet)")
     g = p.add_argument_group("ground-truth sampling (Sec. 4.2)")
     g.add_argument("--sampler", choices=["orig", "rand", "upos", "sma", "smp", "amo"], default="amo",
                    help="which GT supervises (Eq. 2-4)")

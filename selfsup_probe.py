@@ -48,7 +48,7 @@ def clean_pairs(settings, args, device):
     draw, whose, pairs = pairs_of(photos, how, seeds, device, 1), [], []
     for k in range(0, args.crops, 8):
         lanes = range(k, min(k + 8, args.crops))
-        whose += [data.photo_of(photos.stems[photos.index(1, lane)]) for lane in lanes]
+        whose += [photos.sets.photo(photos.stems[photos.index(1, lane)]) for lane in lanes]
         pairs.append(draw(1, lanes))
     return np.array(whose), pairs
 

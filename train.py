@@ -22,9 +22,10 @@ PSNR = {
     "compact": dict(milestones=[300_000], usm=True),                              # CHOICE: as rrdbnet
 }
 PSNR |= {f"{name}-small": preset | dict(lr=1e-3, milestones=[]) for name, preset in PSNR.items()}
-DEMO = {  # CHOICE: what ends within the demo's five minutes on two cores; little GAN, or its chance hides what the targets do
+DEMO = {  # CHOICE: sized to finish in five minutes on two cores. No GAN: in so few steps rounding decides what a small one does, and hides
+    # the effect of the ground truths (experiments/demo_seeds.py)
     "gan": dict(data=Path("datasets/demo"), total_steps=250, milestones=[150, 200], crop=96, load_size=128, lr=2e-3, reward=["ranker"],
-                lambda_p=0.0, lambda_a=0.01, d_features=4, ema_decay=0.97, log_every=50, save_every=100, weights_every=0, val_every=0,
+                lambda_p=0.0, lambda_a=0.0, d_features=4, ema_decay=0.97, log_every=50, save_every=100, weights_every=0, val_every=0,
                 sample_every=125, workers=0, threads=1),
     "psnr": dict(data=Path("datasets/demo"), total_steps=400, crop=48, load_size=64, lr=2e-3, reward=["none"], ema_decay=0.98,
                  log_every=100, save_every=200, weights_every=0, val_every=0, sample_every=200, workers=0, threads=1),
@@ -61,6 +62,8 @@ def parse_args(argv=None):
     if psnr and args.sampler != "orig":
         p.error("--stage psnr trains on plain photos: its only sampler is orig")
     flags.check_training(p, args)
+    if args.usm and not psnr:
+        p.error("--usm belongs to --stage psnr: neither paper sharpens in GAN training")
     return args
 
 
@@ -136,13 +139,16 @@ def make_pair(batch, step, lanes, args, reward, seeds, device):
     """
     original = batch["original"].to(device, non_blocking=True).float() / 255      # (b, 3, H, W)
     crops = batch["crops"].to(device, non_blocking=True).float() / 255            # (b, V, 3, p, p)
-    lq = degradations.degrade(degradations.usm_sharpen(original) if args.usm else original, args.degradation,
+    if args.usm:                                                                  # HGGT's psnr stage of RRDBNet: the sharpened image is input and target
+        original = degradations.usm_sharpen(original)
+    lq = degradations.degrade(original, args.degradation,
                               [seeds(step, lane, "degrade") for lane in lanes],
                               [seeds(step, lane // args.group_size, "degrade-group") for lane in lanes], args.jpeg_table)
     lq = crop_like(lq, batch["where"], args.crop)
     versions = batch["version"].to(device, non_blocking=True)                     # (b, V)
     if versions.shape[1] == 1:                                                    # chosen when the sample was read
-        return lq, crops[:, 0], versions[:, 0], batch["score"].to(device, non_blocking=True) if "score" in batch else None
+        gt = crop_like(original, batch["where"], args.crop, scale=1) if args.usm else crops[:, 0]
+        return lq, gt, versions[:, 0], batch["score"].to(device, non_blocking=True) if "score" in batch else None
     with torch.no_grad():
         scores = reward(crops.flatten(0, 1)).view(versions.shape)
     index = data.pick_gt("amo", batch["candidates"].to(device, non_blocking=True), scores)[:, None]
@@ -260,7 +266,7 @@ def main(args):
         if raw_d is not None:
             raw_d.load_state_dict(state["net_d"])
             restore(opt_d, state["opt_d"])
-    pool = data.TrainingPool(args.pool_size, args.batch_size, lanes, seeds, state["pool"], device)
+    pool = data.TrainingPool(args.pool_size, args.batch_size, lanes, seeds, state["pool"], device, eight_bit=not args.usm)
     meter = runs.Meter(world, state["meter"])
     picked = torch.zeros(len(sets.versions), device=device)                       # how often each version was chosen
     if state["picked"] and world.is_main:
@@ -316,7 +322,6 @@ def main(args):
         picked.scatter_add_(0, version, torch.ones_like(version, dtype=picked.dtype))
         lq, gt = pool.swap((lq, gt), step)                                        # training-pair pool: the winner only
         lq, gt = lq.contiguous(memory_format=memory_g), gt.contiguous(memory_format=memory)
-        target = degradations.usm_sharpen(gt) if args.usm else gt                 # L1 and VGG only; D always sees the plain GT
         parts = [slice(i, i + len(lanes) // args.accumulate) for i in range(0, len(lanes), len(lanes) // args.accumulate)]
         terms, fakes = Counter(), []
 
@@ -329,9 +334,9 @@ def main(args):
             with no_sync(net_g, part is parts[-1]):
                 with autocast():
                     sr = net_g(lq[part], **drop)
-                    losses = {"pix": F.l1_loss(sr.float(), target[part])}
+                    losses = {"pix": F.l1_loss(sr.float(), gt[part])}
                     if vgg is not None:
-                        losses["percep"] = vgg(sr, target[part])
+                        losses["percep"] = vgg(sr, gt[part])
                     if raw_d is not None:
                         losses["adv"] = adversarial_loss(judge(sr), real=True)
                 loss_g = sum(lambdas[name] * loss for name, loss in losses.items())

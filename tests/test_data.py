@@ -363,6 +363,22 @@ def test_every_epoch_visits_each_set_once_in_another_order(tmp_path):
     assert dataset.names(2) == [dataset.stems[i] for i in visits[4:8]]
 
 
+@pytest.mark.parametrize("names", [["trip-2023-01", "trip-2023-02", "trip-2024-01", "other"], ["IMG-20240101-121501", "IMG-20240101-121502", "IMG-20240102-090000"],
+                                   ["2023-01-11", "2023-01-12", "2023-02-11"], ["scan-001-1", "scan-001-2", "scan-002-1"]])
+def test_dates_and_numbers_in_names_of_photographs_group_nothing(tmp_path, names):
+    for name in names:
+        data.save_image(tmp_path / "photos" / f"{name}.png", torch.zeros(3, 8, 8))
+    sets = data.find_photos(tmp_path / "photos")
+    kept, held = sets.hold_out(1, 0)
+    assert [len(kept.stems), len(held.stems)] == [len(names) - 1, 1] and [kept.photo(name) for name in names] == names
+
+
+def test_originals_of_quintuplets_are_grouped_by_photo_wherever_they_are_named(quintuplets):
+    for folder in (quintuplets, quintuplets / "Train" / "images" / "0-6" / "original"):
+        kept, held = data.find_photos(folder).hold_out(1, 0)
+        assert len(held.stems) == 2 and len({held.photo(stem) for stem in held.stems}) == 1 and len(kept.stems) == 4
+
+
 def test_held_out_photos_keep_all_their_patches_on_one_side():
     stems = [f"{photo}-{y}-{x}" for photo in ("a", "b-7", "c", "d", "e") for y in (0, 288) for x in (3, 291)] + ["alone"]
     sets = data.Sets({"original": dict.fromkeys(stems, None), "01": dict.fromkeys([f"{s}_01" for s in stems], None)})

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import archs
-import compare
+from experiments import jobs
 import data
 import experiment
 import experiment_lora
@@ -73,7 +73,7 @@ def test_plan_has_every_sampler_seed_by_seed():
 @pytest.mark.fast
 def test_a_failed_job_is_named_and_stops_the_queue(tmp_path):
     with pytest.raises(ValueError, match=r"evaluate.py ended with 2: .*.*/nowhere: no such folder.*all of it in .*a.log"):
-        compare.call(tmp_path / "a.log", "evaluate.py", "--lq", "/nowhere", "--metrics", "ranker")
+        jobs.call(tmp_path / "a.log", "evaluate.py", "--lq", "/nowhere", "--metrics", "ranker")
     begun = []
 
     def job(k):
@@ -82,7 +82,7 @@ def test_a_failed_job_is_named_and_stops_the_queue(tmp_path):
             raise RuntimeError("no")
         time.sleep(0.05)
     with pytest.raises(RuntimeError, match="no"):
-        compare.parallel(1, [partial(job, k) for k in range(50)])
+        jobs.parallel(1, [partial(job, k) for k in range(50)])
     assert begun[:2] == [0, 1] and len(begun) < 10
 
 
@@ -98,7 +98,7 @@ def run_script(name, words):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, vgg_file):
     """experiment.py's arguments for two photographs and two steps a run, after `shrink data runs report` with the real scripts."""
-    folder, real = tmp_path_factory.mktemp("experiment"), compare.call
+    folder, real = tmp_path_factory.mktemp("experiment"), jobs.call
 
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(SCRIPTS)

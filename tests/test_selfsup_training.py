@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import archs
-import compare
+from experiments import jobs
 import data
 import degradations
 import experiment_selfsup

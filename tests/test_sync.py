@@ -101,7 +101,7 @@ def reads(monkeypatch):
     return mode
 
 
-@pytest.mark.parametrize("more", [dict(reward="ranker"), dict(arch="swinir-small", drop_path=0.5), dict(sampler="rand", accumulate=2, usm=True)])
+@pytest.mark.parametrize("more", [dict(reward="ranker"), dict(arch="swinir-small", drop_path=0.5), dict(sampler="rand", accumulate=2)])
 def test_a_training_step_reads_nothing_back(quintuplets, init, rewards, tmp_path, reads, more):  # noqa: F811
     run_training(quintuplets, init, tmp_path, **more)
     assert reads.found and reads.found <= ON_THE_CPU_ANYWAY
@@ -195,7 +195,7 @@ def test_losses_choice_and_meter_read_nothing_on_a_gpu(fake_cuda):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("more", [dict(reward="ranker"), dict(arch="swinir-small", drop_path=0.5, precision="bf16"), dict(sampler="rand", accumulate=2, usm=True, workers=2, fused_adam=True)])
+@pytest.mark.parametrize("more", [dict(reward="ranker"), dict(arch="swinir-small", drop_path=0.5, precision="bf16"), dict(sampler="rand", accumulate=2, workers=2, fused_adam=True)])
 def test_cuda_is_never_waited_for_between_log_steps(quintuplets, init, rewards, tmp_path, monkeypatch, more):  # noqa: F811
     between_logs(monkeypatch, lambda: torch.cuda.set_sync_debug_mode("error"), lambda: torch.cuda.set_sync_debug_mode("default"))
     try:

@@ -189,6 +189,25 @@ def test_psnr_stage_leaves_what_the_gan_stage_starts_from(quintuplets, rewards, 
     assert "runs/compact-small-psnr/weights/ema_0000002.pth" in Path("runs/compact-small-amo/log.txt").read_text()
 
 
+def test_the_psnr_stage_of_rrdbnet_sharpens_the_whole_image_and_then_crops(quintuplets, rewards, tmp_path, monkeypatch):
+    """HGGT: usm(image) makes the LR image and is the target. A sharpened crop would differ near its border, and 8 bit would round the target."""
+    photos = quintuplets / "Train" / "images" / "0-6" / "original"
+    assert train.parse_args(["--stage", "psnr", "--arch", "rrdbnet"]).usm and not train.parse_args(["--stage", "psnr"]).usm
+    pairs, make_pair, swapped, swap = [], train.make_pair, [], data.TrainingPool.swap
+    monkeypatch.setattr(train, "make_pair", lambda batch, *a: pairs.append((batch, *make_pair(batch, *a))) or pairs[-1][1:])
+    monkeypatch.setattr(data.TrainingPool, "swap", lambda self, *a: swapped.append(swap(self, *a)) or swapped[-1])
+    train.main(train.parse_args(TINY[:-2] + ["--total-steps", "2", "--stage", "psnr", "--data", str(photos), "--load-size", "0", "--crop", "32", "--usm", "--pool-size", "8",
+                                             "--out", str(tmp_path / "run")]))
+    for (batch, lq, gt, _, _), (_, pooled) in zip(pairs, swapped, strict=True):
+        whole = degradations.usm_sharpen(batch["original"].float() / 255)
+        for image, crop, (y, x), original in zip(whole, gt, batch["where"].tolist(), batch["crops"][:, 0].float() / 255):
+            assert torch.equal(crop, image[:, y:y + 32, x:x + 32]) and not torch.allclose(crop, degradations.usm_sharpen(original[None])[0], atol=1e-3)
+        assert torch.equal(pooled, gt) and lq.shape == (4, 3, 8, 8)               # while the pool fills, a pair is trained on at once
+    assert all(t.dtype == torch.float32 for t in runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["pool"])
+    with pytest.raises(SystemExit):
+        train.parse_args(["--usm"])
+
+
 def test_the_weight_files_load_in_spandrel_and_hold_ema_and_raw(quintuplets, init, rewards, tmp_path):
     spandrel = pytest.importorskip("spandrel")
     train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, sampler="rand")))
@@ -260,11 +279,11 @@ def test_perceptual_loss_enters_the_objective(quintuplets, init, rewards, vgg_fi
 
 
 def test_two_steps_written_out_by_hand(quintuplets, init, rewards, vgg_file, tmp_path, monkeypatch):
-    """Eq. 1 with its weights, USM targets for L1 and VGG only, clipping, the halved rate, D's labels, EMA: plain torch gives the same nets."""
+    """Eq. 1 with its weights, clipping, the halved rate, D's labels, EMA: plain torch gives the same nets."""
     pairs, make_pair = [], train.make_pair
     monkeypatch.setattr(train, "make_pair", lambda *a: pairs.append(make_pair(*a)) or pairs[-1])
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, sampler="orig", usm=True, lambda_l1=2, lambda_p=0.5,
-                                      lambda_a=0.3, vgg_weights=vgg_file, milestones=1, clip_grad=0.05, pool_size=0, ema_decay=0.9, lr=1e-3)))
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, sampler="orig", lambda_l1=2, lambda_p=0.5,
+                                      lambda_a=0.3, vgg_weights=vgg_file, milestones=1, clip_grad=0.05, pool_size=0, ema_decay=0.9, lr=1e-3) + ["--no-channels-last"]))
     torch.manual_seed(0)
     g = archs.ARCHS["compact-small"]()
     d = archs.UNetDiscriminatorSN(4)
@@ -273,10 +292,9 @@ def test_two_steps_written_out_by_hand(quintuplets, init, rewards, vgg_file, tmp
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=1, betas=(0.9, 0.99)) for net in (g, d))
     bce = torch.nn.BCEWithLogitsLoss()
     for lr, (lq, gt, _, _) in zip((1e-3, 5e-4), pairs, strict=True):
-        sharp = degradations.usm_sharpen(gt)
         sr = g(lq)
         fooled = d(sr)
-        terms = {"pix": (sr - sharp).abs().mean(), "percep": vgg(sr, sharp), "adv": bce(fooled, torch.ones_like(fooled))}
+        terms = {"pix": (sr - gt).abs().mean(), "percep": vgg(sr, gt), "adv": bce(fooled, torch.ones_like(fooled))}
         loss = 2 * terms["pix"] + 0.5 * terms["percep"] + 0.3 * terms["adv"]
         grads = torch.autograd.grad(loss, list(g.parameters()))
         norm = torch.cat([v.flatten() for v in grads]).norm()
