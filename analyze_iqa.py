@@ -17,16 +17,16 @@ Each analysis prints its tables and writes them beside the scores: .md, .tex, .c
 import argparse
 from pathlib import Path
 
-import flags
+import runs
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
     p.add_argument("--demo", action="store_true", help="all analyses on the demo set, whose untouched photographs stand in for people")
     commands = p.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name, text, runs_help=None):
-        c = commands.add_parser(name, description=text, help=text, allow_abbrev=False, formatter_class=flags.Help)
+        c = commands.add_parser(name, description=text, help=text, allow_abbrev=False, formatter_class=runs.Help)
         if runs_help:
             c.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=runs_help)
             c.add_argument("--out", type=Path, metavar="DIR", help="where the tables go; default: the first RUN")
@@ -40,8 +40,8 @@ def parse_args(argv=None):
                    help="names of the columns, or their numbers from 0 where there is no header; photo: pairs of one photo are not independent")
     g.add_argument("--method-pattern", metavar="REGEX", help="finds the SR method in the name of an image, for --draw; instead of methods=")
     g.add_argument("--photo-pattern", metavar="REGEX", help="finds the photo in the name of the left image; instead of photo=")
-    g.add_argument("--draw", type=flags.SIZE, metavar="N", help="only so many pairs of every two methods (the paper's phase I: 3)")
-    g.add_argument("--seed", type=flags.COUNT, default=0, help="of --draw")
+    g.add_argument("--draw", type=runs.SIZE, metavar="N", help="only so many pairs of every two methods (the paper's phase I: 3)")
+    g.add_argument("--seed", type=runs.COUNT, default=0, help="of --draw")
     g.add_argument("--sets", type=Path, metavar="DIR", help="labelled quintuplets in HGGT's layout")
     g.add_argument("--split", choices=["Train", "Test"], default="Train", help="of --sets")
     g.add_argument("--all-sets", action="store_true", help="also quintuplets without a negative, which the paper leaves out")
@@ -51,16 +51,16 @@ def parse_args(argv=None):
     g.add_argument("--metrics", nargs="+", metavar="NAME", help="pyiqa's no-reference metrics, ranker, module:function; default: the paper's 42 for --draw, else its 7")
     g.add_argument("--metric-weights", nargs="*", default=[], metavar="NAME=FILE", help="local weight files of metrics")
     g.add_argument("--phase1", type=Path, metavar="RUN", help="take the --top metrics of this analysed run")
-    g.add_argument("--top", type=flags.SIZE, default=7, help="of --phase1 (the paper: 7)")
+    g.add_argument("--top", type=runs.SIZE, default=7, help="of --phase1 (the paper: 7)")
     g.add_argument("--keep-going", action="store_true", help="leave out metrics whose weights cannot be had, instead of stopping")
     g.add_argument("--scores", type=Path, metavar="CSV", help="ready scores instead: a column image, one per metric, native units")
     g.add_argument("--lower", nargs="*", default=[], metavar="NAME", help="metrics of --scores where lower is better")
     g.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True, help="measure images/s, forward and with gradient, for `recommend`")
     g = c.add_argument_group("computing")
     g.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder to make, or to continue")
-    g.add_argument("--batch-size", type=flags.SIZE, default=8, help="images of one size that a metric sees at a time")
+    g.add_argument("--batch-size", type=runs.SIZE, default=8, help="images of one size that a metric sees at a time")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
-    g.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
+    g.add_argument("--threads", type=runs.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
 
     command("sbs", "accuracy on pairs (Tables 1, 2 and 6), with intervals and paired tests", "folders of `score --pairs`")
     c = command("complement", "accuracy of the others where one metric fails (Table 3), and the full matrix", "folders of `score --pairs`")
@@ -69,8 +69,8 @@ def parse_args(argv=None):
     c = command("recommend", "which metric to train with, which to keep for evaluation", "folders of `score`, pairs and quintuplets")
     c = command("disagree", "a sheet of the pairs, or quintuplets, on which two metrics disagree most", "one folder of `score`")
     c.add_argument("--images", type=Path, default=Path("."), metavar="DIR", help="what the image names are relative to")
-    c.add_argument("--count", type=flags.SIZE, default=8, help="pairs or quintuplets on the sheet")
-    c.add_argument("--side", type=flags.number(int, 32), default=256, help="to which the longer side of an image is resized on the sheet, pixels")
+    c.add_argument("--count", type=runs.SIZE, default=8, help="pairs or quintuplets on the sheet")
+    c.add_argument("--side", type=runs.number(int, 32), default=256, help="to which the longer side of an image is resized on the sheet, pixels")
     c = command("bapps", "accuracy and 2AFC score of full-reference distances on BAPPS's votes")
     c.add_argument("files", type=Path, nargs="+", metavar="CSV", help="name, distance of the first, of the second, 2AFC score, vote; no header")
     c.add_argument("--out", type=Path, default=Path("runs/bapps"), metavar="DIR", help="where the tables go")
@@ -80,7 +80,7 @@ def parse_args(argv=None):
     c.add_argument("--gt", type=Path, required=True, metavar="DIR", help="the originals")
     c.add_argument("--truth", default="psnr", metavar="NAME", help="full-reference metric that stands in for people")
     c.add_argument("--truth-weights", type=Path, metavar="FILE", help="its weights")
-    c.add_argument("--tie", type=flags.WEIGHT, default=0.05, help="differences of the truth up to this are a tie, and `similar`")
+    c.add_argument("--tie", type=runs.WEIGHT, default=0.05, help="differences of the truth up to this are a tie, and `similar`")
     c.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder for pairs.csv, sets.csv and about.json")
     args = p.parse_args(argv)
     if args.demo == (args.command is not None):
@@ -106,10 +106,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-import agreement
-import analyses
+from report import agreement
+from report import analyses
 import data
-import runs
+from images import cut_to_x4, image_size, list_images, load_image, match_images
 
 
 # Scoring
@@ -120,13 +120,13 @@ def score(args):
     about = json.loads(about_file.read_text()) if about_file.exists() else {"truth": None, "metrics": {}, "left_out": []}
     frames, left_out = find_images(args, about, print if world.is_main else lambda text: None)
     if args.paper and about["truth"].startswith(agreement.SYNTHETIC):
-        raise ValueError(f"--paper {args.paper}: these preferences are synthetic; the paper's are people's")
+        raise runs.UserError(f"--paper {args.paper}: these preferences are synthetic; the paper's are people's")
     names = list(dict.fromkeys(name for frame in frames.values() for column in ("left", "right", "image") if column in frame for name in frame[column]))
     if args.scores:
         scores, more = agreement.read_scores(args.scores)
         unknown = [m for m in args.lower if m not in scores.columns]
         if unknown:
-            raise ValueError(f"--lower {' '.join(unknown)}: no such column in {args.scores}; it has {', '.join(scores.columns)}")
+            raise runs.UserError(f"--lower {' '.join(unknown)}: no such column in {args.scores}; it has {', '.join(scores.columns)}")
         metrics = {m: {"lower_is_better": m in args.lower, "source": str(args.scores)} for m in scores.columns}
         left_out += more
     else:
@@ -141,7 +141,7 @@ def score(args):
     if absent:
         left_out.append(f"{len(absent)} of {len(names)} images have no row of scores (first: {absent[0]})")
     if len(absent) == len(names):
-        raise ValueError(f"--scores {args.scores}: has none of the {len(names)} images, such as {names[0]}; it has images such as {scores.index[0]}")
+        raise runs.UserError(f"--scores {args.scores}: has none of the {len(names)} images, such as {names[0]}; it has images such as {scores.index[0]}")
     about |= {"command": sys.argv, **runs.describe_machine(), "metrics": about["metrics"] | metrics, "left_out": left_out, "paper": args.paper}
     for name, frame in frames.items():
         analyses.write_csv(args.out / f"{name}.csv", frame, index=False)
@@ -156,15 +156,15 @@ def find_images(args, about, say):
     own = {name: args.out / f"{name}.csv" for name in ("pairs", "sets")}
     other = own["sets"] if args.pairs else own["pairs"]
     if (args.pairs or args.sets) and other.exists():
-        raise ValueError(f"{args.out} holds {other.name}: name another --out for {'--pairs' if args.pairs else '--sets'}")
+        raise runs.UserError(f"{args.out} holds {other.name}: name another --out for {'--pairs' if args.pairs else '--sets'}")
     if args.sets:
         sets = data.find_sets(args.sets, args.split)
         if sets is None:
-            raise FileNotFoundError(f"--sets {args.sets}: no {args.split} split in it")
+            raise runs.UserError(f"--sets {args.sets}: no {args.split} split in it")
         labels = sets.labels().numpy()
         chosen = np.arange(len(labels)) if args.all_sets else np.flatnonzero((labels == data.NEGATIVE).any(1))
         if not len(chosen):
-            raise ValueError(f"--sets {args.sets}: none of its {len(labels)} quintuplets has a negative, which the paper's analysis needs; --all-sets takes all of them")
+            raise runs.UserError(f"--sets {args.sets}: none of its {len(labels)} quintuplets has a negative, which the paper's analysis needs; --all-sets takes all of them")
         words = {data.ORIGINAL: "original"} | {code: word.lower() for word, code in data.LABELS.items()}
         rows = [(sets.stems[i], version, str(sets.path(sets.stems[i], version)), words[labels[i, k]], data.photo_of(sets.stems[i]))
                 for i in chosen for k, version in enumerate(sets.versions)]
@@ -184,7 +184,7 @@ def find_images(args, about, say):
         return {"pairs": pairs}, left_out
     found = {name: agreement.read_csv(path, "--out") for name, path in own.items() if path.exists()}
     if not found:
-        raise ValueError(f"{args.out} has neither pairs.csv nor sets.csv: name preferences with --pairs CSV or --sets DIR")
+        raise runs.UserError(f"{args.out} has neither pairs.csv nor sets.csv: name preferences with --pairs CSV or --sets DIR")
     return found, [line for line in about["left_out"] if line.partition(" ")[2].startswith("pairs")]
 
 
@@ -195,10 +195,10 @@ def compute(args, names, about, world):
     files = dict(word.split("=", 1) for word in args.metric_weights if "=" in word)
     unknown = [word for word in args.metric_weights if word.partition("=")[0] not in wanted or "=" not in word]
     if unknown:
-        raise ValueError(f"--metric-weights {unknown[0]}: write NAME=FILE with a NAME of --metrics ({', '.join(wanted)})")
+        raise runs.UserError(f"--metric-weights {unknown[0]}: write NAME=FILE with a NAME of --metrics ({', '.join(wanted)})")
     paths = [args.images / name for name in names]
     if not any(path.is_file() for path in paths):
-        raise FileNotFoundError(f"--images {args.images}: none of the {len(paths)} images is in it, for example {paths[0]}")
+        raise runs.UserError(f"--images {args.images}: none of the {len(paths)} images is in it, for example {paths[0]}")
     order = sorted(range(len(paths)), key=lambda i: size_of(paths[i]))             # images of one size follow each other
     columns, metrics, left_out = {}, {}, []
     for metric in wanted:
@@ -206,7 +206,7 @@ def compute(args, names, about, world):
             reward = iqa.create_reward([metric], world.device, files.get(metric), flag="--metrics")
         except (ValueError, OSError) as error:
             if not args.keep_going:
-                raise ValueError(f"{error} (--keep-going leaves such a metric out; scores so far are kept)") from None
+                raise runs.UserError(f"{error} (--keep-going leaves such a metric out; scores so far are kept)") from None
             left_out.append(f"metric {metric} left out: {error}")
             continue
         lower = bool(getattr(next(iter(reward.models.values())), "lower_better", False))
@@ -215,7 +215,7 @@ def compute(args, names, about, world):
         if np.isnan(values).all():
             text = f"--metrics {metric}: fails on every image, first: {next(iter(failed.values()))}"
             if not args.keep_going:
-                raise ValueError(f"{text} (--keep-going leaves such a metric out)")
+                raise runs.UserError(f"{text} (--keep-going leaves such a metric out)")
             left_out.append(f"metric {metric} left out: {text}")
             continue
         left_out += [f"{metric}: {len(failed)} of {len(paths)} images have no score (first: {path}: {why})" for path, why in list(failed.items())[:1]]
@@ -227,13 +227,13 @@ def compute(args, names, about, world):
         speed = before.get("speed") if before.get("identity") == identity else None
         metrics[metric] = {"lower_is_better": lower, "identity": identity, "speed": speed or (measure(metric, files.get(metric), reward, world.device) if args.speed and world.is_main else None)}
     if not columns:
-        raise ValueError("no metric is left: " + "; ".join(left_out))
+        raise runs.UserError("no metric is left: " + "; ".join(left_out))
     return pd.DataFrame(columns, index=names), metrics, left_out
 
 
 def size_of(path):
     try:
-        return data.image_size(path)
+        return image_size(path)
     except (ValueError, OSError):                                                 # score_images will name it
         return 0, 0
 
@@ -242,7 +242,7 @@ def top_of(run, count):
     """The most accurate metrics of an analysed phase I."""
     result = run / "sbs.json"
     if not result.exists():
-        raise FileNotFoundError(f"--phase1 {run}: no sbs.json in it; make it with: python analyze_iqa.py sbs {run}")
+        raise runs.UserError(f"--phase1 {run}: no sbs.json in it; make it with: python analyze_iqa.py sbs {run}")
     return list(json.loads(result.read_text())["accuracy"][0])[:count]
 
 
@@ -274,16 +274,16 @@ def measure(metric, weights_file, reward, device, crops=4, side=256):
 # Preferences without people
 
 def synthetic(args):
-    import quality
+    import metrics as quality
     truth = quality.create_metric(args.truth, "cpu", args.truth_weights, flag="--truth")
     if not truth.full_reference:
-        raise ValueError(f"--truth {args.truth}: not a full-reference metric; choose one that compares, for example psnr, ssim, vgg, lpips")
-    originals = data.list_images(args.gt)
+        raise runs.UserError(f"--truth {args.truth}: not a full-reference metric; choose one that compares, for example psnr, ssim, vgg, lpips")
+    originals = list_images(args.gt)
     names = {folder: folder.name for folder in args.candidates}
     if len(set(names.values())) < len(args.candidates) or len(names) < 2:
-        raise ValueError("--candidates: two or more folders of different names")
-    files = {folder: data.match_images(folder, originals, "--candidates") for folder in names}
-    load = lambda path: data.cut_to_x4(data.load_image(path)[None].float() / 255)
+        raise runs.UserError("--candidates: two or more folders of different names")
+    files = {folder: match_images(folder, originals, "--candidates") for folder in names}
+    load = lambda path: cut_to_x4(load_image(path)[None].float() / 255)
     pairs, sets = [], []
     for stem, original in originals.items():
         gt = load(original)
@@ -309,7 +309,7 @@ def synthetic(args):
 def demo():
     """Every analysis on the demo set: of two versions the one nearer to the untouched photograph counts as preferred."""
     if not Path("datasets/demo").exists():
-        from make_quintuplets import build_demo
+        from prepare.demo_set import build_demo
         build_demo(Path("datasets/demo"))
     base, out = Path("datasets/demo/Test/GT/demo"), "runs/analysis-demo"
     candidates = [str(base / "images" / name) for name in ("original", "01", "02", "03", "04")]

@@ -52,6 +52,17 @@ def pad_reflect(x, bottom, right):
     return x[:, :, mirror(h, h + bottom)][:, :, :, mirror(w, w + right)]
 
 
+class ResidualBlock(nn.Module):
+    """x + conv(relu(conv(x))), no normalisation (PAPER: residual blocks; CHOICE of this form)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1, self.conv2 = conv3x3(width, width), conv3x3(width, width)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
 # SwinIR (Liang et al., 2021)
 
 def shift_mask(h, w, window, shift):
@@ -100,7 +111,7 @@ class WindowAttention(nn.Module):
         else:                                                 # one mask per window: windows join the heads, the batch shares it
             q, k, v = qkv.flatten(2, 3)                                                    # (B, nW * heads, N, C / heads)
             bias = (bias + mask[:, None]).flatten(0, 1)[None]                              # (1, nW * heads, N, N)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)               # against written out: x1.07 forward, x.94 with backward, so no gain on a CPU (tests/tricks.py); CUDA unmeasured
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)               # against written out: x1.07 forward, x.94 with backward, so no gain on a CPU (experiments/tricks.py); CUDA unmeasured
         return self.proj(x.reshape(b, nw, self.heads, n, -1).transpose(2, 3).reshape(b, nw, n, c))
 
 
@@ -348,7 +359,7 @@ class SRVGGNetCompact(nn.Module):
         return base + F.pixel_shuffle(self.body(x), self.upscale)
 
 
-# discriminator and perceptual loss
+# Discriminator
 
 class UNetDiscriminatorSN(nn.Module):
     """U-Net discriminator with spectral normalisation (Real-ESRGAN; HGGT). Spec section 4.3.
@@ -380,86 +391,70 @@ class UNetDiscriminatorSN(nn.Module):
         return self.conv9(y)
 
 
-class VGGFeatureLoss(nn.Module):
-    """Perceptual loss: weighted mean absolute differences of five VGG19 layers, paper Eq. 1, spec section 2.2.
-
-    forward(sr, gt): two (B, 3, H, W) RGB in [0, 1], sides at least 16, sr not clamped -> scalar, computed in fp32 under autocast
-    too. Features are convolution outputs *before* the ReLU, of ImageNet-normalised images. The network is frozen; no gradient
-    reaches gt. wanted: taps(gt), where they are known.
-    weights: a .pth or .safetensors file with torchvision's vgg19, whole ("features.0.weight", ...) or its features only
-    ("0.weight", ...); None downloads torchvision's. Raises ValueError naming what such a file lacks, FileNotFoundError when
-    there is no file or no download.
-    """
-
-    TAPS = {2: 0.1, 7: 0.1, 16: 1.0, 25: 1.0, 34: 1.0}        # HGGT options: conv1_2, conv2_2, conv3_4, conv4_4, conv5_4
-
-    def __init__(self, weights=None):
-        super().__init__()
-        layers, channels = [], 3
-        for width, convs in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
-            for _ in range(convs):
-                layers += [conv3x3(channels, width), nn.ReLU()]   # not in place, or it would overwrite the tap before it
-                channels = width
-            layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers[:max(self.TAPS) + 1])
-        state = vgg19_download() if weights is None else read_weights(weights)[0]
-        source = weights or "the downloaded vgg19"
-        prefix = "features." if any(k.startswith("features.") for k in state) else ""
-        wanted = self.features.state_dict()
-        missing = [prefix + k for k in wanted if prefix + k not in state]
-        if missing:
-            raise ValueError(f"{source}: not torchvision's vgg19, {len(missing)} keys are missing: {', '.join(missing[:4])} ...")
-        for k, v in wanted.items():
-            found = state[prefix + k]
-            if found.shape != v.shape or not found.is_floating_point():
-                raise ValueError(f"{source}: {prefix + k} is {found.dtype} {tuple(found.shape)}, not {v.dtype} {tuple(v.shape)}")
-        self.features.load_state_dict({k: state[prefix + k] for k in wanted})
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
-        self.requires_grad_(False).eval()
-
-    def train(self, mode=True):
-        return super().train(False)
-
-    def taps(self, x):
-        """The five feature maps of (B, 3, H, W), before their ReLU."""
-        x, taps = (x - self.mean) / self.std, []
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in self.TAPS:
-                taps.append(x)
-        return taps
-
-    def forward(self, sr, gt, wanted=None):
-        if min(sr.shape[2:]) < 16:
-            raise ValueError(f"VGG loss: image of {sr.shape[2]} x {sr.shape[3]} pixels, vgg19 needs at least 16 x 16")
-        with torch.autocast(sr.device.type, enabled=False):
-            with torch.no_grad():                             # both in one batch: 1.3 to 1.5 times slower, 1.4 times the memory (tests/tricks.py, CPU)
-                wanted = self.taps(gt.float()) if wanted is None else wanted
-            return sum(w * F.l1_loss(a, b) for w, a, b in zip(self.TAPS.values(), self.taps(sr.float()), wanted))
-
-
-def vgg19_download():
-    """State dict of torchvision's ImageNet vgg19, from the torch hub cache or the network."""
-    from torchvision.models import VGG19_Weights
-    try:
-        return VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:    # no network, wrong hash, damaged cache
-        reason = " ".join(str(error).split())[:120]
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise FileNotFoundError(f"no VGG19 weights ({reason}): put vgg19-dcbb9e9d.pth into {folder}, or name a file with "
-                                "--vgg-weights FILE, or do without the perceptual loss: --lambda-p 0") from None
-
-
-ARCHS = {  # name -> constructor of a generator; takes the keywords of its class
-    "swinir": SwinIR,
-    "rrdbnet": RRDBNet,
-    "compact": SRVGGNetCompact,
+# Plain values only: runs.literal reads them from the text of this file. Per generator its class and sizes, and the defaults of every stage:
+# "train" of both stages of train.py, "psnr" and "gan" of one of them, "tune" of finetune_lora.py. Batch and pool are HGGT's options for 4 GPUs,
+# summed over them; a group is one GPU's batch. LAST in "targets" is the number of the last layer of the body.
+ARCHS = {
+    "swinir": {
+        "class": "SwinIR", "sizes": {},
+        # HGGT options
+        "train": {"degradation": "one-round", "batch_size": 32, "group_size": 8, "pool_size": 640, "drop_path": 0.1},
+        "psnr": {"milestones": [150_000, 240_000, 270_000, 285_000]},
+        "gan": {"milestones": [200_000, 250_000, 275_000, 287_500]},
+        # PAPER Supp. 8.3: the MLPs, 72 layers
+        "tune": {"rank": 48, "lr": 5e-6, "milestones": [5_000], "targets": r"\.mlp\.fc[12]$"},
+    },
+    "rrdbnet": {
+        "class": "RRDBNet", "sizes": {},
+        # HGGT options
+        "train": {"degradation": "two-round", "batch_size": 48, "group_size": 12, "pool_size": 720},
+        "psnr": {"milestones": [300_000], "usm": True},
+        "gan": {"milestones": [300_000]},
+        # PAPER Supp. 8.3: every convolution of the dense blocks, 345 layers
+        "tune": {"rank": 24, "lr": 5e-5, "milestones": [], "targets": r"^body\.\d+\.rdb[123]\.conv[1-5]$"},
+    },
+    # CHOICE: neither paper trains this net; it gets RRDBNet's settings, being the convolutional one of the two
+    "compact": {
+        "class": "SRVGGNetCompact", "sizes": {},
+        "train": {"degradation": "two-round", "batch_size": 48, "group_size": 12, "pool_size": 720},
+        "psnr": {"milestones": [300_000], "usm": True},
+        "gan": {"milestones": [300_000]},
+        # all convolutions but the first and the last; odd layers are PReLUs
+        "tune": {"rank": 16, "lr": 2e-4, "milestones": [], "targets": r"^body\.(?!0$|LAST$)\d*[02468]$"},
+    },
     # CHOICE: sizes that train on a CPU in minutes, for demo and tests; spandrel opens them (it takes num_grow 32 for granted)
-    "swinir-small": partial(SwinIR, img_size=16, depths=(2, 2), embed_dim=32, heads=(2, 2)),
-    "rrdbnet-small": partial(RRDBNet, num_feat=32, num_block=2),
-    "compact-small": partial(SRVGGNetCompact, num_feat=32, num_conv=6),
+    "swinir-small": {
+        "class": "SwinIR", "sizes": {"img_size": 16, "depths": (2, 2), "embed_dim": 32, "heads": (2, 2)},
+        "train": {"degradation": "one-round", "batch_size": 8, "group_size": 4, "pool_size": 32, "drop_path": 0.1},
+        "psnr": {"milestones": [], "lr": 1e-3},
+        "gan": {"milestones": []},
+        "tune": {"rank": 8, "lr": 5e-6, "milestones": [], "targets": r"\.mlp\.fc[12]$"},
+    },
+    "rrdbnet-small": {
+        "class": "RRDBNet", "sizes": {"num_feat": 32, "num_block": 2},
+        "train": {"degradation": "two-round", "batch_size": 8, "group_size": 4, "pool_size": 32},
+        "psnr": {"milestones": [], "lr": 1e-3, "usm": True},
+        "gan": {"milestones": []},
+        "tune": {"rank": 8, "lr": 5e-5, "milestones": [], "targets": r"^body\.\d+\.rdb[123]\.conv[1-5]$"},
+    },
+    "compact-small": {
+        "class": "SRVGGNetCompact", "sizes": {"num_feat": 32, "num_conv": 6},
+        "train": {"degradation": "two-round", "batch_size": 8, "group_size": 4, "pool_size": 32},
+        "psnr": {"milestones": [], "lr": 1e-3, "usm": True},
+        "gan": {"milestones": []},
+        "tune": {"rank": 8, "lr": 2e-4, "milestones": [], "targets": r"^body\.(?!0$|LAST$)\d*[02468]$"},
+    },
 }
+
+
+def is_convolutional(net):
+    """Does the channels-last memory format suit the network? Attention over windows wants the plain one."""
+    return not isinstance(net, SwinIR)
+
+
+def create(arch, **options):
+    """The generator called `arch`, with random weights; options: keywords of its class that win over its sizes."""
+    return globals()[ARCHS[arch]["class"]](**ARCHS[arch]["sizes"] | options)
 
 
 # checkpoints
@@ -471,13 +466,13 @@ def read_file(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights file")
+        raise runs.UserError(f"{path}: no such weights file")
     if path.suffix == ".safetensors":
         try:
             from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ImportError:
-            raise ValueError(f"{path}: needs the package safetensors: pip install safetensors") from None
+            raise runs.UserError(f"{path}: needs the package safetensors: pip install safetensors") from None
         damage, load = (SafetensorError, OSError), load_file
     else:
         damage, load = TORCH_DAMAGE, partial(torch.load, map_location="cpu", weights_only=True)
@@ -485,7 +480,7 @@ def read_file(path):
         return load(path)
     except damage as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(f"{path}: not a readable weights file ({reason}); damaged, or not made by torch.save") from None
+        raise runs.UserError(f"{path}: not a readable weights file ({reason}); damaged, or not made by torch.save") from None
 
 
 def read_weights(path, key=None):
@@ -499,13 +494,13 @@ def read_weights(path, key=None):
     names = ", ".join(map(str, list(content)[:5])) or "nothing"
     key = key or next((k for k in ("params_ema", "params") if k in content), "none")
     if key != "none" and key not in content:
-        raise ValueError(f"{path}: no key {key!r} in it, it has {names}")
+        raise runs.UserError(f"{path}: no key {key!r} in it, it has {names}")
     state = content if key == "none" else content[key]
     is_state = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in state.items())
     if "lora" in content:
-        raise ValueError(f"{path}: an adapter of finetune_lora.py, not a network: upscale.py takes it with --lora, evaluate.py under the name adapter.pth")
+        raise runs.UserError(f"{path}: an adapter of finetune_lora.py, not a network: upscale.py takes it with --lora, evaluate.py under the name adapter.pth")
     if not is_state or not state:
-        raise ValueError(f"{path}: no state dict (it holds {names}); of a run take weights/ema_*.pth, not a training checkpoint")
+        raise runs.UserError(f"{path}: no state dict (it holds {names}); of a run take weights/ema_*.pth, not a training checkpoint")
     return {k.removeprefix("module."): v.float() if v.is_floating_point() else v for k, v in state.items()}, key
 
 
@@ -579,7 +574,7 @@ def load_strict(net, state, path):
     different += [f"{k} is not expected" for k in state if k not in wanted]
     different += [f"{k} is {state[k].dtype} there" for k, v in wanted.items() if k in state and v.is_floating_point() and not state[k].is_floating_point()]
     if different:
-        raise ValueError(f"{path}: the file is {describe(state)}, the network is {describe(wanted)}; "
+        raise runs.UserError(f"{path}: the file is {describe(state)}, the network is {describe(wanted)}; "
                          f"{len(different)} keys differ, the first: {different[0]}")
     net.load_state_dict(state, strict=True)
 
@@ -608,9 +603,9 @@ def load_generator(path, key=None, pad_mode=None):
         arch, sizes = recognise(state)
         if arch == "swinir":
             sizes["pad_mode"] = pad_mode or ("hggt" if sizes["upsampler"] == "pixelshuffle" else "swinir")
-        net = ARCHS[arch](**sizes)
+        net = create(arch, **sizes)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise runs.UserError(f"{path}: {error}") from None
     load_strict(net, state, path)
     scale = sizes["scale"] if arch == "rrdbnet" else sizes["upscale"]
     return net.eval(), dict(arch=arch, key=used, scale=scale, parameters=sum(p.numel() for p in net.parameters()), sizes=sizes)
@@ -633,7 +628,7 @@ def load_x4(path, flag, key=None, pad_mode=None):
     """load_run, and ValueError for another scale."""
     net, info = load_run(path, flag, key, pad_mode)
     if info["scale"] != 4:
-        raise ValueError(f"{flag} {path}: a x{info['scale']} checkpoint, expected a x4 one")
+        raise runs.UserError(f"{flag} {path}: a x{info['scale']} checkpoint, expected a x4 one")
     return net, info
 
 

@@ -7,7 +7,6 @@ Layout (HGGT as released, and what make_quintuplets.py writes):
     ROOT/Test/Blind_Degradation_Benchmark_LQ/<any>/Blind_LR/<stem>.png
 Images are (3, H, W) uint8 RGB until they reach the device. Any number of enhanced folders (two digits) works; HGGT has four.
 """
-import contextlib
 import hashlib
 import json
 import re
@@ -18,165 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 
+import degradations
 import runs
+from images import check_mode, cut_to_x4, image_size, list_images, load_image, open_image
 
 ORIGINAL, POSITIVE, SIMILAR, NEGATIVE = 0, 1, 2, 3                               # HGGT's integer codes
 LABELS = {"Positive": POSITIVE, "Similar": SIMILAR, "Negative": NEGATIVE}
 SAMPLERS = ("orig", "rand", "upos", "sma", "smp", "amo")
 NEEDS_LABELS = ("upos", "smp")
 NEEDS_SCORES = ("sma", "smp")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
-
-# Images
-
-@contextlib.contextmanager
-def open_image(path):
-    """Pillow's image of a file; what is read from it inside the `with` may be damaged too. ValueError for a damaged file."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:       # Pillow's ways to say damaged
-        if getattr(error, "errno", None):                                       # not the image's fault: permission, disk
-            raise
-        raise ValueError(f"{path}: damaged image ({error}): fetch or make it again") from None
-
-
-def image_size(path):
-    """(width, height) from the file's header."""
-    with open_image(path) as image:
-        return image.size
-
-
-def load_image(path):
-    """An 8-bit RGB file as (3, H, W) uint8. ValueError for a damaged file and for grey, alpha or palette images.
-
-    Pillow reads a 16-bit colour PNG as the upper bytes of its values.
-    """
-    with open_image(path) as image:
-        mode = image.mode
-        pixels = np.array(image) if mode == "RGB" else None
-    check_mode(path, mode)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def check_mode(path, mode):
-    if mode != "RGB":
-        raise ValueError(f"{path}: image mode {mode}, expected 8-bit RGB: convert it (Pillow: image.convert('RGB')) or remove it")
-
-
-def save_image(path, image):
-    """(3, H, W) in [0, 1] (rounded to 8 bit) or uint8 -> PNG."""
-    if image.dtype != torch.uint8:
-        image = image.clamp(0, 1).mul(255).round().byte()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path, format="PNG", compress_level=1)
-
-
-def save_grid(path, rows):
-    """PNG of rows of (image (3, H, W), caption): each caption, of one line or more, stands in a strip above its image."""
-    strip, gap = 4 + 12 * max(1 + text.count("\n") for row in rows for _, text in row), 4
-    cells = [[(im if im.dtype == torch.uint8 else im.clamp(0, 1).mul(255).round().byte(), text) for im, text in row] for row in rows]
-    widths = [max(row[c][0].shape[2] for row in cells if c < len(row)) for c in range(max(map(len, cells)))]
-    heights = [max(im.shape[1] for im, _ in row) + strip for row in cells]
-    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), sum(heights) + gap * (len(heights) - 1)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, row in enumerate(cells):
-        for c, (image, text) in enumerate(row):
-            x, y = sum(widths[:c]) + gap * c, sum(heights[:r]) + gap * r
-            draw.multiline_text((x + 2, y + 1), text, fill="black", spacing=1)
-            sheet.paste(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), (x, y + strip))
-    runs.write_atomic(path, lambda temporary: sheet.save(temporary, format="PNG"))
-
-
-def flattest(image, side):
-    """Top and left of the flattest square of `side` pixels, on a grid of a quarter of it: where grids show first. image (1, 3, H, W)"""
-    grey = image.mean(1, keepdim=True)
-    spread = F.avg_pool2d(grey ** 2, side, side // 4) - F.avg_pool2d(grey, side, side // 4) ** 2
-    row, column = divmod(spread.argmin().item(), spread.shape[3])
-    return row * (side // 4), column * (side // 4)
-
-
-def enlarged_crop(image, top, left, side, times):
-    """A square of image (1, 3, H, W), every pixel shown as times x times. -> (3, side * times, side * times)"""
-    return image[0, :, top:top + side, left:left + side].repeat_interleave(times, 1).repeat_interleave(times, 2)
-
-
-def cut_to_x4(image):
-    """(..., H, W) -> the top left of it, sides multiples of 4: what has a x4 LR image."""
-    return image[..., :image.shape[-2] // 4 * 4, :image.shape[-1] // 4 * 4]
-
-
-def list_images(folder):
-    """{stem: path} of a folder's image files, sorted by name. ValueError when two files share a stem or there is none."""
-    found = {}
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
-            if path.stem in found:
-                raise ValueError(f"{path} and {found[path.stem].name}: two images of one name in {folder}: rename one")
-            found[path.stem] = path
-    if not found:
-        raise ValueError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) directly in it (folders inside it are not searched)")
-    return found
-
-
-def match_images(folder, stems, flag):
-    """{stem: file} of a folder: <stem>.png, else the one file <stem>_<anything>.png. FileNotFoundError or ValueError where there is none or several; flag named in it."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{flag} {folder}: no such folder")
-    found, files = list_images(folder), {}
-    for stem in stems:
-        fits = [found[stem]] if stem in found else [path for name, path in found.items() if stem == name.rpartition("_")[0]]
-        if len(fits) != 1:
-            raise ValueError(f"{flag} {folder}: {len(fits)} files for image {stem} ({', '.join(p.name for p in fits) or 'none'}); expected {stem}.png or {stem}_<anything>.png")
-        files[stem] = fits[0]
-    return files
-
-
-def thumbnail(image, side=48):
-    """(3, H, W) uint8 -> (2, side, side): grey values, and their detail of 1 to 3 pixels; each of zero mean and unit norm.
-
-    Detail tells pictures apart where light and shade do not (two skies); its finest part is left out, which a shift by half a pixel changes.
-    """
-    grey = F.interpolate(image.float().mean(0)[None, None], size=(side, side), mode="area")[0, 0].numpy()
-    fine, coarse = (ndimage.gaussian_filter(grey, sigma, mode="nearest", truncate=3) for sigma in (1, 3))
-    both = np.stack([grey, fine - coarse])
-    both = both - both.mean((1, 2), keepdims=True)
-    return both / np.maximum(np.linalg.norm(both, axis=(1, 2), keepdims=True), 1e-6)
-
-
-def look_alike(some, many):
-    """Correlation of the detail of every thumbnail of `some` (T, S, S) with that of every one of `many` (N, S, S). -> (N, T)
-
-    The best of all shifts by up to 1/16 of the side (HGGT's patches move by +-16 of 512 pixels each, so two cuts of one photo are up to
-    32 apart), mirrored or not. The middle of `some` slides over `many`, one matrix product per shift.
-    """
-    side = many.shape[-1]
-    reach = side // 16
-    inner = side - 2 * reach
-    middle = some[:, reach:reach + inner, reach:reach + inner]
-    middle = np.concatenate([middle, middle[:, :, ::-1]]).reshape(2 * len(some), -1)
-    middle = middle - middle.mean(1, keepdims=True)
-    middle /= np.maximum(np.linalg.norm(middle, axis=1, keepdims=True), 1e-6)
-    found = []
-    for first in range(0, len(many), 1024):                                      # a window of all at once would be hundreds of MB
-        part = many[first:first + 1024]
-        best = np.full((len(part), len(middle)), -1, np.float32)
-        for top in range(2 * reach + 1):
-            for left in range(2 * reach + 1):
-                window = part[:, top:top + inner, left:left + inner].reshape(len(part), -1)
-                window = window - window.mean(1, keepdims=True)
-                window /= np.maximum(np.linalg.norm(window, axis=1, keepdims=True), 1e-6)
-                np.maximum(best, window @ middle.T, out=best)
-        found.append(np.maximum(best[:, :len(some)], best[:, len(some):]))
-    return np.concatenate(found)
 
 
 def file_stem(stem, version):
@@ -206,28 +57,28 @@ def read_label(path, stem, versions):
     try:
         entries = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: label missing; every quintuplet needs the votes of annotators A, B and C") from None
+        raise runs.UserError(f"{path}: label missing; every quintuplet needs the votes of annotators A, B and C") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
+        raise runs.UserError(f"{path}: not a JSON file ({error})") from None
     if not isinstance(entries, dict):
-        raise ValueError(f"{path}: not a label file; expected an object with Picture_1, Picture_2, ...")
+        raise runs.UserError(f"{path}: not a label file; expected an object with Picture_1, Picture_2, ...")
     codes = {}
     for key, entry in entries.items():
         if not key.startswith("Picture_"):
             continue
         if not isinstance(entry, dict):
-            raise ValueError(f"{path}: {key} is {entry!r}; expected an object with Name, File and Label")
+            raise runs.UserError(f"{path}: {key} is {entry!r}; expected an object with Name, File and Label")
         version, label, name = entry.get("File"), entry.get("Label"), entry.get("Name")
         if version not in versions or version in codes:
-            raise ValueError(f"{path}: {key} has File {version!r}; expected each of {versions} once")
+            raise runs.UserError(f"{path}: {key} has File {version!r}; expected each of {versions} once")
         if Path(str(name)).stem != file_stem(stem, version):
-            raise ValueError(f"{path}: {key} names {name!r}, which is not version {version!r} of {stem}")
+            raise runs.UserError(f"{path}: {key} names {name!r}, which is not version {version!r} of {stem}")
         if version != "original" and label not in LABELS:
-            raise ValueError(f"{path}: {key} has Label {label!r}; expected one of {list(LABELS)}")
+            raise runs.UserError(f"{path}: {key} has Label {label!r}; expected one of {list(LABELS)}")
         codes[version] = ORIGINAL if version == "original" else LABELS[label]
     missing = [v for v in versions[1:] if v not in codes]
     if missing:
-        raise ValueError(f"{path}: no label for version(s) {missing}")
+        raise runs.UserError(f"{path}: no label for version(s) {missing}")
     return codes
 
 
@@ -288,7 +139,7 @@ class Sets:
         """-> (Sets without, Sets with only) `photos` photos drawn by seed. All patches of a photo stay on one side. flag: named in errors."""
         names = sorted({self.photo(s) for s in self.stems})
         if not 0 < photos < len(names):
-            raise ValueError(f"{flag} {photos}: the data set has {len(names)} photos; hold out between 1 and {len(names) - 1}")
+            raise runs.UserError(f"{flag} {photos}: the data set has {len(names)} photos; hold out between 1 and {len(names) - 1}")
         held = set(np.random.default_rng(seed).permutation(names)[:photos].tolist())
         sides = [[s for s in self.stems if (self.photo(s) in held) == side] for side in (False, True)]
         return tuple(Sets(self.files, self.label_folder, self.lq, stems, self.packed, self.signed, self.patches) for stems in sides)
@@ -296,11 +147,11 @@ class Sets:
     def labels(self):
         """Merged labels, (number of stems, number of versions) int64; column 0 is ORIGINAL."""
         if self.label_folder is None:
-            raise ValueError(f"{next(iter(self.files['original'].values())).parent.parent}: no labels beside it (labels/<any>/A, B, C): "
+            raise runs.UserError(f"{next(iter(self.files['original'].values())).parent.parent}: no labels beside it (labels/<any>/A, B, C): "
                              "samplers upos and smp need them; rand, sma and amo work without")
         for annotator in "ABC":
             if not (self.label_folder / annotator).is_dir():
-                raise FileNotFoundError(f"{self.label_folder / annotator}: missing; HGGT's vote needs three annotators A, B and C")
+                raise runs.UserError(f"{self.label_folder / annotator}: missing; HGGT's vote needs three annotators A, B and C")
         rows = []
         for stem in self.stems:
             a, b, c = (read_label(self.label_folder / n / f"{stem}.json", stem, self.versions) for n in "ABC")
@@ -311,7 +162,7 @@ class Sets:
 def find_photos(folder, flag="--data"):
     """A folder of photographs as Sets with the one version "original"; a quintuplet data set, or its folder of originals, gives those."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; {flag} DIR names the photographs, --demo needs no download")
+        raise runs.UserError(f"{folder}: no such folder; {flag} DIR names the photographs, --demo needs no download")
     if (Path(folder) / "Train").is_dir():
         return Sets({"original": find_sets(folder, "Train").files["original"]})
     patches = Path(folder).name.lower() == "original" and (Path(folder).parent / "01").is_dir()
@@ -325,24 +176,24 @@ def find_folders(root, split):
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such data set; README says how to get HGGT (--data DIR), --demo needs no download")
+        raise runs.UserError(f"{root}: no such data set; README says how to get HGGT (--data DIR), --demo needs no download")
     base = root / "Train" if split == "Train" else root / "Test" / "GT"
     originals = sorted(p for p in base.glob("**/[Oo]riginal") if p.is_dir())     # the test archive is said to spell it both ways
     if not originals:
         if split == "Test":
             return None
-        raise FileNotFoundError(f"{base}: no images/*/original folder under it; expected HGGT's layout (see data.py)")
+        raise runs.UserError(f"{base}: no images/*/original folder under it; expected HGGT's layout (see data.py)")
     if len(originals) > 1:
-        raise ValueError(f"{base}: several sets ({', '.join(str(o.parent) for o in originals)}): keep one")
+        raise runs.UserError(f"{base}: several sets ({', '.join(str(o.parent) for o in originals)}): keep one")
     images = originals[0].parent
     enhanced = sorted(f for f in images.iterdir() if f.is_dir() and re.fullmatch(r"\d\d", f.name))
     if not enhanced:
-        raise ValueError(f"{images}: no folders of enhanced versions (01, 02, ...) beside {originals[0].name}/")
+        raise runs.UserError(f"{images}: no folders of enhanced versions (01, 02, ...) beside {originals[0].name}/")
     labels = sorted({p.parent for p in base.glob("**/labels/**/[ABC]") if p.is_dir()})
     lq = sorted((root / "Test").glob("**/Blind_LR")) if split == "Test" else []
     for several in (labels, lq):
         if len(several) > 1:
-            raise ValueError(f"{base}: one set of images but {len(several)} folders {', '.join(map(str, several))}: keep one")
+            raise runs.UserError(f"{base}: one set of images but {len(several)} folders {', '.join(map(str, several))}: keep one")
     return {"images": {"original": originals[0]} | {f.name: f for f in enhanced},
             "labels": labels[0] if labels else None, "lq": lq[0] if lq else None}
 
@@ -357,135 +208,20 @@ def find_sets(root, split, packed=True):
         expected = {f"{s}_{version}" for s in files["original"]}
         for problem, names in (("missing", expected - set(files[version])), ("without an original", set(files[version]) - expected)):
             if names:
-                raise ValueError(f"{folder}: {len(names)} files {problem} (of {len(expected)} expected), first {min(names)}.png: "
-                                 "fetch or make the data set again; python prepare.py verify DIR lists everything")
+                raise runs.UserError(f"{folder}: {len(names)} files {problem} (of {len(expected)} expected), first {min(names)}.png: "
+                                 "fetch or make the data set again; python -m prepare.verify verify DIR lists everything")
     lq = folders["lq"]
     ready = list_images(lq) if lq else None
     missing = set(files["original"]) - set(ready or files["original"])
     if missing:
-        raise ValueError(f"{lq}: no LR image for {len(missing)} of the test set's originals, first {min(missing)}.png")
+        raise runs.UserError(f"{lq}: no LR image for {len(missing)} of the test set's originals, first {min(missing)}.png")
     for stem in sorted(files["original"]) if ready else []:
         check_lr_size(ready[stem], image_size(ready[stem]), image_size(files["original"][stem]))
     sets = Sets(files, folders["labels"], ready)
     if packed and (Path(root) / "packed" / f"{split}.json").exists():
+        from prepare.pack import Packed
         sets.packed = Packed(Path(root) / "packed", split, sets)
     return sets
-
-
-class Packed:
-    """The decoded images of a split in one file that `prepare.py pack` wrote, memory-mapped; a sample reads crops, not images.
-
-    <folder>/<split>.bin: the images' bytes, (3, H, W) uint8, one after the other; <split>.json: {"signature", "images": {version: {stem: [offset, H, W]}}}.
-    ValueError where it is not whole or was made of other files.
-    """
-
-    def __init__(self, folder, split, sets):
-        self.file, index = folder / f"{split}.bin", folder / f"{split}.json"
-        remedy = f"remove {folder}, and to use it again: python prepare.py pack {folder.parent}"
-        try:
-            about = json.loads(index.read_text())
-            images, self.bytes, signature = about["images"], np.memmap(self.file, mode="r"), about["signature"]
-            self.rows, self.columns = {stem: k for k, stem in enumerate(images["original"])}, {version: k for k, version in enumerate(sets.versions)}
-            self.index = np.array([[images[version][stem] for version in self.columns] for stem in self.rows])     # (stems, versions, 3): offset, H, W; not an object each
-            places = self.index.reshape(-1, 3)[self.index[..., 0].ravel().argsort()]
-            ends = (3 * places[:, 1] * places[:, 2]).cumsum()
-            if self.index.dtype.kind != "i" or (places[:, 1:] < 1).any() or (places[:, 0] != [0, *ends[:-1]]).any():
-                raise ValueError("the images do not lie one after the other")
-            size = int(ends[-1])
-        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: damaged ({' '.join(str(error).split())[:80]}): {remedy}") from None
-        if size != len(self.bytes):
-            raise ValueError(f"{self.file}: {len(self.bytes)} bytes, expected {size}: {remedy}")
-        if signature != sets.signature():
-            raise ValueError(f"{self.file}: was packed from other images than are there now: {remedy}")
-
-    def place(self, stem, version):
-        """Offset in the file, height and width of an image."""
-        return self.index[self.rows[stem], self.columns[version]].tolist()
-
-    def read(self, stem, version):
-        offset, h, w = self.place(stem, version)
-        return self.bytes[offset:offset + 3 * h * w].reshape(3, h, w)
-
-    def __getstate__(self):
-        return {k: v for k, v in vars(self).items() if k != "bytes"}             # a worker process maps the file again
-
-    def __setstate__(self, state):
-        vars(self).update(state)
-        self.bytes = np.memmap(self.file, mode="r")
-
-
-class Atlas:
-    """The reward of every version's crops on a grid of positions, flipped and not, as `prepare.py atlas` computed it.
-
-    A .npy file of (stems, versions, 2, rows, columns) float32, memory-mapped, and its .json: what it belongs to. sets, crop: what is trained on;
-    `rewards`: what it holds. ValueError for an atlas of other data or crop, one that is not finished, or whose table or record is not what was written.
-    """
-
-    def __init__(self, path, sets, crop):
-        path = Path(path)
-        try:
-            about, self.table = Atlas.load(path)
-            self.stride, self.rewards = about["stride"], about["reward"]
-            self.rows = {stem: k for k, stem in enumerate(about["stems"])}
-            belongs, finished = {k: about[k] for k in ("signature", "versions", "crop")}, about["finished"]
-            names = [f"{name}:{part['hash']}x{part['weight']:g}" for name, part in self.rewards.items()]
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"--atlas {path}: not a whole atlas ({' '.join(str(error).split())[:100]}); remove what is there, and python prepare.py atlas makes one") from None
-        wanted = {"signature": sets.signature(), "versions": sets.versions, "crop": crop}
-        for what, value in wanted.items():
-            if belongs[what] != value:
-                raise ValueError(f"--atlas {path}: made of other {'images' if what == 'signature' else what} ({belongs[what]}, here {value}); make one of these: python prepare.py atlas")
-        if not finished:
-            raise ValueError(f"--atlas {path}: not finished; the same `prepare.py atlas` command continues it")
-        width, height = sets.size(sets.stems[0])
-        grid = [(n // 4 * 4 - crop) // self.stride + 1 for n in (height, width)] if type(self.stride) is int and self.stride > 0 else None
-        if grid != list(self.table.shape[3:]) or sorted(self.rows) != sorted(sets.files["original"]):
-            raise ValueError(f"--atlas {path}: its .json was changed (stride {self.stride} and {len(self.rows)} stems do not fit its table or the images); remove both, and python prepare.py atlas makes them")
-        self.told = " ".join(names) + f" stride {self.stride} table {about['table']}"
-
-    @staticmethod
-    def load(path):
-        """(record, memory-mapped table) of the two files, as they were written; a finished table is hashed, .04 s for HGGT's 65 MB."""
-        about, table = json.loads(path.with_suffix(".json").read_text()), np.load(path, mmap_mode="r")
-        if list(table.shape) != about["shape"] or table.dtype != np.float32:
-            raise ValueError(f"a table of {table.shape}, expected {about['shape']}")
-        if about["finished"] and hashlib.sha256(table.reshape(-1)).hexdigest()[:12] != about["table"]:
-            raise ValueError("its table was changed after it was finished")
-        return about, table
-
-    @staticmethod
-    def open_all(words, sets, crop, reward=None):
-        """["FILE", "FILE=WEIGHT"] -> [(Atlas, weight)] of one grid. What they sum up to must be the reward in use, if there is one."""
-        opened = []
-        for word in words:
-            file, _, weight = word.partition("=")
-            try:
-                number = float(weight) if weight else 1.0
-            except ValueError:
-                number = np.nan
-            if not np.isfinite(number):
-                raise ValueError(f"--atlas {word}: write FILE or FILE=WEIGHT")
-            opened.append((Atlas(file, sets, crop), number))
-        if len({(atlas.stride, atlas.table.shape) for atlas, _ in opened}) > 1:
-            raise ValueError(f"--atlas {' '.join(words)}: of different grids; make them with one --stride")
-        if opened and reward is not None:
-            total, wanted = {}, {(name, part["hash"]): part["weight"] for name, part in reward.identity().items()}
-            for atlas, weight in opened:
-                for name, part in atlas.rewards.items():
-                    total[name, part["hash"]] = total.get((name, part["hash"]), 0.0) + weight * part["weight"]
-            if total.keys() != wanted.keys() or any(not np.isclose(total[key], wanted[key]) for key in total):
-                told = lambda parts: " ".join(f"{name}={weight:g} ({digest})" for (name, digest), weight in parts.items())
-                raise ValueError(f"--atlas {' '.join(words)}: the sum of {told(total)}, but --reward is {told(wanted)}: name the same reward, weights and all, or none")
-        return opened
-
-    def position(self, u):
-        """Two uniform draws in [0, 1) -> top and left of a crop on the grid, in pixels."""
-        return tuple(int(u[i] * n) * self.stride for i, n in enumerate(self.table.shape[3:]))
-
-    def scores(self, stem, flipped, y, x):
-        """(versions,) float32 of the crops at this position of the (flipped) images."""
-        return torch.from_numpy(self.table[self.rows[stem], :, int(flipped), y // self.stride, x // self.stride].copy())
 
 
 def find_realsr(root):
@@ -495,7 +231,7 @@ def find_realsr(root):
         name = hr.name.removesuffix("_HR.png")
         lq = hr.with_name(f"{name}_LR4.png")
         if not lq.exists():
-            raise FileNotFoundError(f"{lq}: missing, the LR image of {hr.name}: fetch RealSR v3 again")
+            raise runs.UserError(f"{lq}: missing, the LR image of {hr.name}: fetch RealSR v3 again")
         pairs[f"{hr.parts[-4]}_{name}"] = lq, hr
     return pairs
 
@@ -503,16 +239,16 @@ def find_realsr(root):
 def check_lr_size(path, size, hr_size):
     """ValueError unless an LR image of `size` (width, height) is a quarter of its original."""
     if size != (hr_size[0] // 4, hr_size[1] // 4):
-        raise ValueError(f"{path}: {size[0]}x{size[1]} pixels, expected a quarter of its original's {hr_size[0]}x{hr_size[1]}")
+        raise runs.UserError(f"{path}: {size[0]}x{size[1]} pixels, expected a quarter of its original's {hr_size[0]}x{hr_size[1]}")
 
 
 # Ground-truth samplers, paper Sec. 4.2
 
-def candidates_for(sampler, labels, include_original=True):
+def candidates_for(sampler, labels):
     """The candidate set S_I of Eq. 4 as a mask: A_I = all versions, P_I = those labelled POSITIVE (never the original).
 
-    labels: (B, K) codes, column 0 the original; only upos and smp look at the values. include_original=False takes the
-    original out of A_I ("one GT out of the four", Sec. 4.2). Returns (B, K) bool.
+    labels: (B, K) codes, column 0 the original; only upos and smp look at the values. Returns (B, K) bool.
+    CHOICE: A_I holds the original, as Eq. 4 has it; Sec. 4.2 once says "one GT out of the four".
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -521,8 +257,6 @@ def candidates_for(sampler, labels, include_original=True):
     mask = torch.ones_like(labels, dtype=torch.bool)
     if sampler == "orig":
         mask[:, 1:] = False
-    elif not include_original:
-        mask[:, 0] = False
     return mask
 
 
@@ -562,6 +296,58 @@ def pick_gt(sampler, candidates, scores=None, tau=10.0, u=None):
     return torch.minimum(index, last)
 
 
+# Training pairs
+
+def crop_like(lq, where, size, scale=4):
+    """The part of each whole LR image that belongs to its HR crop. lq (B, 3, h, w), where (B, 2) HR top and left, size in HR pixels."""
+    rows = [image[:, y // scale:(y + size) // scale, x // scale:(x + size) // scale] for image, (y, x) in zip(lq, where.tolist())]
+    return torch.stack(rows)
+
+
+def make_pair(batch, step, lanes, seeds, device, degradation, group_size, crop, reward=None, usm=False):
+    """One fresh training pair per lane: lq (b, 3, p/4, p/4) and gt (b, 3, p, p) in [0, 1], which version was chosen (b,), and
+    its score (b,), None unless the sampler is amo.
+
+    The LR image is always made from the whole original, then cropped; AMO scores the aligned crops of all versions at once.
+    usm: sharpen the whole image first, for LR image and target (HGGT's psnr stage of RRDBNet).
+    """
+    original = batch["original"].to(device, non_blocking=True).float() / 255      # (b, 3, H, W)
+    crops = batch["crops"].to(device, non_blocking=True).float() / 255            # (b, V, 3, p, p)
+    if usm:
+        original = degradations.usm_sharpen(original)
+    lq = degradations.degrade(original, degradation, [seeds(step, lane, "degrade") for lane in lanes],
+                              [seeds(step, lane // group_size, "degrade-group") for lane in lanes])
+    lq = crop_like(lq, batch["where"], crop)
+    versions = batch["version"].to(device, non_blocking=True)                     # (b, V)
+    if "candidates" not in batch:                                                 # chosen when the sample was read
+        gt = crop_like(original, batch["where"], crop, scale=1) if usm else crops[:, 0]
+        return lq, gt, versions[:, 0], batch["score"].to(device, non_blocking=True) if "score" in batch else None
+    with torch.no_grad():
+        scores = reward(crops.flatten(0, 1)).view(versions.shape)
+    index = pick_gt("amo", batch["candidates"].to(device, non_blocking=True), scores)[:, None]
+    gt = torch.take_along_dim(crops, index[:, :, None, None, None], 1)[:, 0]
+    return lq, gt, versions.gather(1, index)[:, 0], scores.gather(1, index)[:, 0]
+
+
+def validation_pair(sets, i, seeds, device, degradation):
+    """-> lq (1, 3, h, w), gt (1, 3, 4h, 4w) in [0, 1]: image i of a validation split, with its own LR image or always the same degradation."""
+    gt = load_image(sets.path(sets.stems[i]))[None].to(device).float() / 255
+    gt = cut_to_x4(gt)
+    if sets.lq is not None:                                                        # LR images that came with the set
+        return load_image(sets.lq[sets.stems[i]])[None].to(device).float() / 255, gt
+    return degradations.degrade(gt, degradation, [seeds(0, i, "val")], [seeds(0, i, "val-group")]), gt
+
+
+def synthetic_pairs(dataset, seeds, device, degradation, patch, group_size):
+    """(step, lanes, batch) -> aligned lq (b, 3, p, p) and hr (b, 3, 4p, 4p) of plain photographs: a synthetic degradation, flips and rotations."""
+    def pairs(step, lanes, batch=None):
+        batch = batch or collate([dataset.sample(step, lane) for lane in lanes])
+        lq, hr, *_ = make_pair(batch, step, lanes, seeds, device, degradation, group_size, 4 * patch)
+        turns = [int(np.random.default_rng(seeds(step, lane, "turn")).integers(4)) for lane in lanes]
+        return tuple(torch.stack([image.rot90(k, (1, 2)) for image, k in zip(images, turns)]) for images in (lq, hr))
+    return pairs
+
+
 # Training samples
 
 class TrainingSet(Dataset):
@@ -572,26 +358,22 @@ class TrainingSet(Dataset):
     load_size:  0 = the whole image; otherwise a random window of that side is what the network's world consists of
     group_size: lanes that share a crop position (HGGT: one position per GPU batch)
     A sample is {"original": (3, H, W) uint8, "crops": (V, 3, crop, crop) uint8, "where": (2,) top and left of the crop,
-    "candidates": (V,) bool, "version": (V,) index of each crop's version}. V is K for amo and 1 otherwise: only what the
-    sampler needs is decoded. All images of a sample share flip, window and crop.
+    "version": (V,) index of each crop's version}. V is K for amo, whose sample also has "candidates" (V,) bool: `make_pair` chooses. Otherwise
+    V is 1, the choice is made here, and only what the sampler needs is decoded. All images of a sample share flip, window and crop.
     atlases: [(Atlas, weight)]: amo without a reward at hand. Crops lie on the atlas' grid, the weighted sum of the tables chooses, V is 1, and
-    the sample also has "score" (). margin: by so much an enhanced version must beat the original; tau: None arg max, else soft AMO.
+    the sample also has "score" (). tau: None arg max, else soft AMO.
     """
 
     def __init__(self, sets, sampler, seeds, batch_size, group_size, crop, load_size=0, tau=10.0, labels=None, scores=None,
-                 include_original=True, drop_without_positive=False, scale=4, atlases=(), margin=0.0):
+                 atlases=()):
         self.sets, self.sampler, self.seeds = sets, sampler, seeds
         self.batch_size, self.group_size, self.crop, self.load_size = batch_size, group_size, crop, load_size
-        self.tau, self.scale, self.atlases, self.margin = tau, scale, list(atlases), margin
+        self.tau, self.scale, self.atlases = tau, 4, list(atlases)
         codes = torch.full((len(sets.stems), len(sets.versions)), ORIGINAL) if labels is None else labels
-        candidates = candidates_for(sampler, codes, include_original)
-        keep = candidates.any(1)
-        if drop_without_positive:
-            keep &= (codes == POSITIVE).any(1)
-        rows = keep.nonzero()[:, 0].tolist()
+        candidates = candidates_for(sampler, codes)
+        rows = candidates.any(1).nonzero()[:, 0].tolist()
         if not rows:
-            raise ValueError(f"no quintuplet is left to train on with sampler {sampler}: "
-                             "check the labels, --val-photos and --drop-without-positive")
+            raise runs.UserError(f"no quintuplet is left to train on with sampler {sampler}: check the labels and --val-photos")
         self.stems = [sets.stems[i] for i in rows]
         self.candidates = candidates[rows]
         self.scores = None if scores is None else scores[rows]
@@ -639,26 +421,21 @@ class TrainingSet(Dataset):
         more, draw = {}, rng["sampler"].random(1)
         if self.atlases:
             scores = sum(weight * atlas.scores(stem, flipped, y, x) for atlas, weight in self.atlases)
-            handicapped = scores + self.margin * (torch.arange(len(scores)) == 0)
-            if self.tau is None:
-                chosen = [int(pick_gt("amo", candidates[None], handicapped[None]))]
-            else:
-                chosen = [int(pick_gt("sma", candidates[None], handicapped[None], self.tau, draw))]
+            soft = "amo" if self.tau is None else "sma"
+            chosen = [int(pick_gt(soft, candidates[None], scores[None], self.tau, draw))]
             more = {"score": scores[chosen[0]]}
         elif self.sampler == "amo":
-            chosen = range(len(candidates))
+            chosen, more = range(len(candidates)), {"candidates": candidates}
         else:
             scores = None if self.scores is None else self.scores[index][None]
             chosen = [int(pick_gt(self.sampler, candidates[None], scores, self.tau, draw))]
-        if len(chosen) == 1:
-            candidates = torch.ones(1, dtype=torch.bool)
 
         def cut(image, y, x, height, width):                                      # as if the window had been mirrored first
             part = image[:, top + y:top + y + height, left + (w - x - width if flipped else x):][:, :, :width]
             part = torch.from_numpy(np.array(part))
             return part.flip(2) if flipped else part                              # PyTorch mirrors six times faster than NumPy (512 px, one thread)
         crops = [cut(original if v == 0 else self._read(stem, v, original), y, x, self.crop, self.crop) for v in chosen]
-        return {"original": cut(original, 0, 0, h, w), "where": torch.tensor([y, x]), "candidates": candidates, "crops": torch.stack(crops),
+        return {"original": cut(original, 0, 0, h, w), "where": torch.tensor([y, x]), "crops": torch.stack(crops),
                 "version": torch.tensor(list(chosen)), **more}
 
     def _read(self, stem, v, original=None):
@@ -673,7 +450,7 @@ def check_headers(dataset, world):
     """Refuse training images of a wrong size or mode before the first step, from their headers; processes share the work.
 
     -> {stem: (width, height)} of this process's originals. ValueError names the first one that is wrong. What only decoding finds
-    (truncated files) is found when it is drawn, or by `prepare.py verify`.
+    (truncated files) is found when it is drawn, or by `prepare.verify verify`.
     """
     sets, need = dataset.sets, max(dataset.crop, dataset.load_size)
     mine = dataset.stems[world.rank::world.size]
@@ -700,9 +477,9 @@ def check_headers(dataset, world):
 def check_size(path, size, original, need=0):
     """ValueError unless an image of `size` (width, height) is as large as its original, and at least `need` pixels in both."""
     if tuple(size) != tuple(original):
-        raise ValueError(f"{path}: {size[0]}x{size[1]} pixels but its original has {original[0]}x{original[1]}: make this quintuplet again")
+        raise runs.UserError(f"{path}: {size[0]}x{size[1]} pixels but its original has {original[0]}x{original[1]}: make this quintuplet again")
     if min(size) < need:
-        raise ValueError(f"{path}: {size[0]}x{size[1]} pixels, smaller than the {need}-pixel crop: "
+        raise runs.UserError(f"{path}: {size[0]}x{size[1]} pixels, smaller than the {need}-pixel crop: "
                          f"use --crop/--load-size of at most {min(size) // 4 * 4}")
 
 
@@ -786,9 +563,11 @@ class TrainingPool:
 
     def __init__(self, size, batch_size, lanes, seeds, state=None, device="cpu", eight_bit=True):
         if size % batch_size:
-            raise ValueError(f"--pool-size {size} must be a multiple of --batch-size {batch_size} (0 switches the pool off)")
+            raise runs.UserError(f"--pool-size {size} must be a multiple of --batch-size {batch_size} (0 switches the pool off)")
         self.slots, self.lanes, self.seeds, self.eight_bit = size // batch_size, lanes, seeds, eight_bit
         self.held = None if state is None else tuple(t[lanes.start:lanes.stop].to(device) for t in state)
+        if self.held and not eight_bit:
+            self.held = tuple(t.float() / 255 if t.dtype == torch.uint8 else t for t in self.held)
 
     def swap(self, pair, step):
         """pair: tuple of (b, ...) tensors of this process's lanes, images in [0, 1] -> the pair to train on at `step`."""

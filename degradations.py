@@ -80,14 +80,14 @@ def degrade(gt, preset, seeds, group_seeds, jpeg_table="hggt"):
         raise ValueError(f"degrade: gt must be a float tensor (B, 3, H, W), got {gt.dtype} {tuple(gt.shape)}")
     b, _, h, w = gt.shape
     if h % 4 or w % 4:
-        raise ValueError(f"degrade: height and width must be multiples of 4, got {h}x{w}; crop the image first")
+        raise runs.UserError(f"degrade: height and width must be multiples of 4, got {h}x{w}; crop the image first")
     if b == 0 or len(seeds) != b or len(group_seeds) != b:
         raise ValueError(f"degrade: {b} images need as many seeds and group seeds, got {len(seeds)} and {len(group_seeds)}")
     k, smallest = preset["pad_kernels_to"], min(h, w)
     if len(preset["rounds"]) == 2:  # later filters see the image after the first resize, and at a quarter
         smallest = int(smallest * min(preset["rounds"][0]["resize_range"][0], 0.25))
     if smallest <= k // 2:
-        raise ValueError(f"degrade: {h}x{w} images are too small to reflect-pad for {k}-pixel kernels; use larger ones")
+        raise runs.UserError(f"degrade: {h}x{w} images are too small to reflect-pad for {k}-pixel kernels; use larger ones")
     if not gt.is_cuda and not bool(((gt >= 0) & (gt <= 1)).all()):  # NaN fails too
         raise ValueError(f"degrade: gt must lie in [0, 1], got {gt.min():.4g} to {gt.max():.4g}; divide 8-bit images by 255")
 

@@ -14,10 +14,13 @@ Metrics: psnr, ssim, vgg (the perceptual loss as a distance), flat_hf (high-freq
 module:function, and every pyiqa metric. Scores are kept under --cache (scoring.py): another row or call costs only what is new. torchrun shares the images.
 """
 import argparse
+import re
 from pathlib import Path
 
-import flags
+import runs
 
+
+NINE, FULL_REFERENCE = runs.literal("report/tables", "NINE"), runs.literal("metrics", "FULL_REFERENCE")
 DEMO = dict(weights=[Path("runs/compact-small-orig"), Path("runs/compact-small-amo")],
             lq=Path("datasets/demo/Test/Blind_Degradation_Benchmark_LQ/demo/Blind_LR"), gt=Path("datasets/demo/Test/GT/demo/untouched"),
             metrics=["ranker", "piqe", "psnr"], out_json=Path("runs/demo.json"), figure=Path("runs/demo.png"))
@@ -30,7 +33,7 @@ PROTOCOLS = {                                                                   
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
     p.add_argument("--demo", action="store_true", help="the runs and test images of `make demo`")
     g = p.add_argument_group("rows")
     g.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH", help="weight files, run folders, adapter.pth files of finetune_lora.py")
@@ -39,7 +42,7 @@ def parse_args(argv=None):
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for nearest+conv files")
     g.add_argument("--names", nargs="+", default=[], metavar="NAME", help="what the rows of --weights are called, one for each; default: folder or file")
     g.add_argument("--base", type=Path, metavar="PATH", help="weights or run that the adapters belong to; default: what their run folder says")
-    g.add_argument("--scale", type=flags.number(float), nargs="+", default=[1.0], metavar="S", help="strengths of adapters, one row each")
+    g.add_argument("--scale", type=runs.number(float), nargs="+", default=[1.0], metavar="S", help="strengths of adapters, one row each")
     g.add_argument("--images", type=Path, nargs="+", default=[], metavar="DIR", help="folders of outputs, <stem>.png, else <stem>_<anything>.png")
     g.add_argument("--baselines", nargs="*", choices=["bicubic", "reference", "gold"], default=["bicubic"],
                    help="bicubic interpolation; the originals or references judged as if they were outputs; gold: per image and no-reference metric "
@@ -56,12 +59,12 @@ def parse_args(argv=None):
     g.add_argument("--metric-weights", nargs="*", default=[], metavar="NAME=FILE", help="local weight files of metrics")
     g.add_argument("--cache", type=Path, default=Path("runs/evaluation-cache"), metavar="DIR", help="scores of earlier calls")
     g = p.add_argument_group("computing")
-    g.add_argument("--tile", type=flags.TILE, metavar="SIDE",
+    g.add_argument("--tile", type=runs.TILE, metavar="SIDE",
                    help="LR tile in pixels; 0: whole image, as HGGT tests; default: 0 with --protocol realsr, else 256 (HGGT's test images have 128, so they stay whole); "
                         "halved where a GPU's memory does not suffice")
-    g.add_argument("--batch-size", type=flags.SIZE, default=8, help="outputs of one image that a metric sees at a time")
+    g.add_argument("--batch-size", type=runs.SIZE, default=8, help="outputs of one image that a metric sees at a time")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
-    g.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
+    g.add_argument("--threads", type=runs.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
     g = p.add_argument_group("results (a Markdown table is printed)")
     g.add_argument("--out-json", type=Path, metavar="FILE", help="every image's scores, means, intervals and what made them")
     g.add_argument("--csv", type=Path, metavar="FILE", help="every image's scores")
@@ -69,11 +72,11 @@ def parse_args(argv=None):
     g.add_argument("--figure", type=Path, metavar="FILE", help="PNG: each row | GT, of whole images; LR | GT | each row, of --crop; GT: the reference with the best inset score, "
                    "the first one for a metric that compares")
     g.add_argument("--inset", metavar="NAME", help="the metric whose score stands above each cell; default: musiq, else the last no-reference one, else the first")
-    g.add_argument("--figure-images", type=flags.SIZE, default=4, help="rows of the picture")
+    g.add_argument("--figure-images", type=runs.SIZE, default=4, help="rows of the picture")
     g.add_argument("--crop", nargs="+", default=[], metavar="STEM:X,Y,SIDE", help="rows of the picture: squares of images, in HR pixels, instead of whole images")
     g.add_argument("--front", nargs=3, metavar=("METRIC", "METRIC", "FILE"), help="PNG: the rows' means of one metric against another")
     g.add_argument("--page", type=Path, metavar="FILE", help="one self-contained HTML page: every output with synchronised zoom, before/after slider, sorted by any score")
-    g.add_argument("--page-images", type=flags.COUNT, default=24, help="images on the page, evenly spread; 0: all")
+    g.add_argument("--page-images", type=runs.COUNT, default=24, help="images on the page, evenly spread; 0: all")
     g.add_argument("--diff", type=Path, nargs=2, metavar="FILE", help="compare two files of --out-json, and nothing else")
     if p.parse_known_args(argv)[0].demo:
         p.set_defaults(**DEMO)
@@ -86,10 +89,10 @@ def parse_args(argv=None):
 def complete(p, args):
     """Fill the defaults that depend on other flags; refuse combinations that cannot work."""
     references = args.gt is not None or args.lq is None
-    args.metrics = args.metrics or [m for m in flags.NINE if references or m not in flags.FULL_REFERENCE]
+    args.metrics = args.metrics or [m for m in NINE if references or m not in FULL_REFERENCE]
     if args.tile is None:
         args.tile = 0 if args.protocol == "realsr" else 256
-    needy = [m for m in args.metrics if m in flags.FULL_REFERENCE]
+    needy = [m for m in args.metrics if m in FULL_REFERENCE]
     if not references and needy:
         p.error(f"--metrics {' '.join(needy)}: compared with references: --gt DIR is needed")
     if not references and "reference" in args.baselines:
@@ -115,7 +118,7 @@ def complete(p, args):
         if given and not args.figure:
             p.error(f"{flag}: a part of --figure FILE.png: give both")
     for word in args.crop:
-        if not flags.CROP.fullmatch(word):
+        if not re.fullmatch(r".+:\d+,\d+,\d+", word):
             p.error(f"--crop {word}: write STEM:X,Y,SIDE, the last three in HR pixels")
 
 
@@ -131,12 +134,13 @@ import torch
 import archs
 import data
 import lora
-import page
-import pictures
-import quality
+from report import page
+from report import pictures
+import metrics as quality
 import runs
-import scoring
-import tables
+import metrics as scoring
+from images import image_size, list_images, match_images
+from report import tables
 
 
 # Test images: {stem: {"lq": path or None, "refs": [path], "versions": [path]}}; lq None: degraded from versions[0]
@@ -148,12 +152,12 @@ def find_items(args, world):
     if pairs:
         return {stem: {"lq": lq, "refs": [gt], "versions": []} for stem, (lq, gt) in pairs.items()}
     if not (args.data / "Test").is_dir() and (args.protocol == "realsr" or args.data.name.lower().startswith("realsr")):
-        raise FileNotFoundError(f"--data {args.data}: no RealSR v3 there (<camera>/Test/4/*_LR4.png and *_HR.png); README says where it is found")
+        raise runs.UserError(f"--data {args.data}: no RealSR v3 there (<camera>/Test/4/*_LR4.png and *_HR.png); README says where it is found")
     sets = data.find_sets(args.data, "Test")
     if sets is None:
-        raise FileNotFoundError(f"{args.data}: no Test split of HGGT's layout and no RealSR; name test images with --lq and --gt")
+        raise runs.UserError(f"{args.data}: no Test split of HGGT's layout and no RealSR; name test images with --lq and --gt")
     if sets.lq is None and args.degradation is None:
-        raise ValueError(f"{args.data}: this set has no LR images (Test/**/Blind_LR): --degradation one-round or two-round makes them")
+        raise runs.UserError(f"{args.data}: this set has no LR images (Test/**/Blind_LR): --degradation one-round or two-round makes them")
     labels = sets.labels() if sets.label_folder else torch.zeros(len(sets.stems), len(sets.versions), dtype=torch.long)
     items = {}
     for stem, codes in zip(sets.stems, labels.tolist()):
@@ -165,22 +169,22 @@ def find_items(args, world):
 def choose(items, file):
     """The items that --only FILE names."""
     if not file.is_file():
-        raise FileNotFoundError(f"--only {file}: no such file")
+        raise runs.UserError(f"--only {file}: no such file")
     names = file.read_text().split()
     unknown = [name for name in names if name not in items]
     if unknown or not names:
-        raise ValueError(f"--only {file}: " + (f"no image is called {unknown[0]}" if unknown else "names no image"))
+        raise runs.UserError(f"--only {file}: " + (f"no image is called {unknown[0]}" if unknown else "names no image"))
     return {name: items[name] for name in names}
 
 
 def find_pairs(args, world):
     for folder in filter(None, (args.lq, args.gt)):
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder" + ("; train.py --demo makes the demo's" if args.demo else ""))
-    lqs, gts = data.list_images(args.lq), data.list_images(args.gt) if args.gt else {}
+            raise runs.UserError(f"{folder}: no such folder" + ("; train.py --demo makes the demo's" if args.demo else ""))
+    lqs, gts = list_images(args.lq), list_images(args.gt) if args.gt else {}
     missing, more = (sorted(set(a) - set(b)) if args.gt else [] for a, b in ((lqs, gts), (gts, lqs)))
     if missing:
-        raise FileNotFoundError(f"{args.gt}: no reference for {len(missing)} of {len(lqs)} images, first {missing[0]}")
+        raise runs.UserError(f"{args.gt}: no reference for {len(missing)} of {len(lqs)} images, first {missing[0]}")
     if more and world.is_main:
         print(f"remark: {len(more)} references in --gt {args.gt} have no image in --lq {args.lq} and are left out, first {more[0]}")
     return {stem: {"lq": path, "refs": [gts[stem]] if gts else [], "versions": []} for stem, path in lqs.items()}
@@ -203,7 +207,7 @@ def find_rows(args, items, device):
             add_row(rows, name + (f" x{scale:g}" if adapter and (len(args.scale) > 1 or not args.names) else ""),
                     scoring.Row(partial(archs.upscale_tiled, net.to(device), tile=args.tile), None, scoring.digest(made), info | made))
     for folder in args.images:
-        files = data.match_images(folder, items, "--images")
+        files = match_images(folder, items, "--images")
         add_row(rows, folder.name, scoring.Row(None, files, None, {"folder": str(folder), "hash": scoring.digest([scoring.digest(files[stem]) for stem in items])}))
     return rows
 
@@ -217,7 +221,7 @@ def row_name(path):
 
 def add_row(rows, name, row):
     if name in rows or name in ("gold", "LR") or name.partition(" ")[0] == "GT":
-        raise ValueError(f"{'two rows are called' if name in rows else 'no row can be called'} {name}: rename a file or folder" + ", or use --names" * (row.files is None))
+        raise runs.UserError(f"{'two rows are called' if name in rows else 'no row can be called'} {name}: rename a file or folder" + ", or use --names" * (row.files is None))
     rows[name] = row
 
 
@@ -227,12 +231,12 @@ def check_sizes(rows, items, metrics, crops):
         return
     for stem, item in items.items():
         x4 = f"{item['lq']} x4" if item["lq"] else f"{item['versions'][0]}, cut to multiples of 4,", pictures.hr_size(item)
-        others = [(f"its reference {ref}", data.image_size(ref)) for ref in item["refs"]] + [x4] * bool(crops)
+        others = [(f"its reference {ref}", image_size(ref)) for ref in item["refs"]] + [x4] * bool(crops)
         for name, row in rows.items():
-            file, (width, height) = x4 if row.files is None else (row.files[stem], data.image_size(row.files[stem]))
+            file, (width, height) = x4 if row.files is None else (row.files[stem], image_size(row.files[stem]))
             for other, (w, h) in others:
                 if (w, h) != (width, height):
-                    raise ValueError(f"{name}, image {stem}: {file} has {width}x{height} pixels, {other} {w}x{h}: outputs must be as large as their references, x4 the LR image")
+                    raise runs.UserError(f"{name}, image {stem}: {file} has {width}x{height} pixels, {other} {w}x{h}: outputs must be as large as their references, x4 the LR image")
 
 
 # Metrics
@@ -243,18 +247,17 @@ def create_metrics(args, device):
     for word in args.metric_weights:
         name, _, file = word.rpartition("=")
         if name not in args.metrics:
-            raise ValueError(f"--metric-weights {word}: write NAME=FILE with a NAME of --metrics ({', '.join(args.metrics)})")
+            raise runs.UserError(f"--metric-weights {word}: write NAME=FILE with a NAME of --metrics ({', '.join(args.metrics)})")
         files[name] = file
     protocol = PROTOCOLS[args.protocol]
     for m in args.metrics:
         try:
             metrics[m] = quality.create_metric(m, device, files.get(m), protocol["border"], protocol["y"])
-        except (ValueError, OSError) as error:
+        except runs.UserError as error:
             text = str(error).replace("--vgg-weights FILE, or do without the perceptual loss: --lambda-p 0", "--metric-weights vgg=FILE")
-            lost.append((type(error), f"{'' if text.startswith('--metric') else f'--metrics {m}: '}{text}{hub_file(error)}"))
+            lost.append(f"{'' if text.startswith('--metric') else f'--metrics {m}: '}{text}{hub_file(error)}")
     if lost:
-        kind = OSError if all(issubclass(kind, OSError) for kind, _ in lost) else ValueError
-        raise kind((f"{len(lost)} metrics cannot be had: " if len(lost) > 1 else "") + " || ".join(text for _, text in lost))
+        raise runs.UserError((f"{len(lost)} metrics cannot be had: " if len(lost) > 1 else "") + " || ".join(lost))
     return metrics
 
 
@@ -279,12 +282,12 @@ def explain(paths):
     results = []
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"--diff {path}: no such file")
+            raise runs.UserError(f"--diff {path}: no such file")
         try:
             results.append(json.loads(path.read_bytes()))
             tables.check_result(results[-1])
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"--diff {path}: not a file of --out-json ({error})") from None
+            raise runs.UserError(f"--diff {path}: not a file of --out-json ({error})") from None
     lines = tables.explain(*results)
     print("\n".join(lines) or "no difference: same commit, images, weights, protocol, versions and scores")
 
@@ -316,7 +319,7 @@ def main(args):
     needy, without = [m for m, metric in metrics.items() if metric.full_reference], [stem for stem, item in items.items() if not item["refs"]]
     if needy and without:
         why = "none of its versions is a positive for two of three annotators" if items[without[0]]["versions"] else "--gt DIR is needed"
-        raise ValueError(f"--metrics {' '.join(needy)}: compared with references, and {len(without)} of {len(items)} images have none, first {without[0]}: {why}")
+        raise runs.UserError(f"--metrics {' '.join(needy)}: compared with references, and {len(without)} of {len(items)} images have none, first {without[0]}: {why}")
     rows = find_rows(args, items, world.device)
     check_sizes(rows, items, metrics, crops)
 

@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import data
 import runs
+from images import load_image
 
-RANKER_WEIGHTS = Path(__file__).resolve().parent / "weights" / "ranker.pth"
+RANKER_WEIGHTS = Path(__file__).resolve().parent / "rewards" / "ranker.pth"
+MUSIQ = ("fused", "fused-bf16", "pyiqa")
 SET_LEVEL = ("fid", "sfid", "fid_dinov2", "inception_score")                     # pyiqa lists them as NR; they judge sets of images
 
 
@@ -101,13 +102,13 @@ class Ranker(nn.Module):
 def load_ranker(path=RANKER_WEIGHTS):
     """The embedded Ranker with the weights of train_iqa.py."""
     if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no weights of the ranker; make them with: python train_iqa.py")
+        raise runs.UserError(f"{path}: no weights of the ranker; make them with: python -m rewards.train_ranker")
     net = Ranker()
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not weights of the ranker ({' '.join(str(error).split())[:100]}); "
-                         "make them with: python train_iqa.py") from None
+        raise runs.UserError(f"{path}: not weights of the ranker ({' '.join(str(error).split())[:100]}); "
+                         "make them with: python -m rewards.train_ranker") from None
     return net
 
 
@@ -119,9 +120,9 @@ def parse_rewards(words):
         try:
             parsed.append((name, float(weight) if weight else 1.0))
         except ValueError:
-            raise ValueError(f"--reward {word}: {weight!r} is not a number; write NAME or NAME=WEIGHT") from None
+            raise runs.UserError(f"--reward {word}: {weight!r} is not a number; write NAME or NAME=WEIGHT") from None
         if not name or not math.isfinite(parsed[-1][1]) or name in dict(parsed[:-1]):
-            raise ValueError(f"--reward {word}: names must differ and weights must be finite")
+            raise runs.UserError(f"--reward {word}: names must differ and weights must be finite")
     return parsed
 
 
@@ -156,7 +157,7 @@ class Reward(nn.Module):
             for key, model in self.models.items():
                 score = model(x.float()).float()
                 if score.numel() != len(x):
-                    raise ValueError(f"reward {key} returned shape {tuple(score.shape)} for {len(x)} images, expected one score each")
+                    raise runs.UserError(f"reward {key} returned shape {tuple(score.shape)} for {len(x)} images, expected one score each")
                 scores[key] = -score.reshape(-1) if getattr(model, "lower_better", False) else score.reshape(-1)
         return scores
 
@@ -186,7 +187,7 @@ class _Fused(nn.Module):
 
     def __init__(self, metric, bf16):
         super().__init__()
-        import musiq                                                            # imports pyiqa
+        from rewards import musiq                                               # imports pyiqa
         self.metric, self.fused = metric, musiq.FusedMUSIQ.from_pyiqa(metric.net, bf16)
         self.reward_source = b"bf16" if bf16 else b""                           # in fp32 the scores are those of the metric
 
@@ -203,21 +204,21 @@ def _plain(model):
     return model.metric if isinstance(model, _Fused) else model
 
 
-def create_reward(words, device="cpu", weights_file=None, need_gradient=False, flag="--reward", fused=False):
+def create_reward(words, device="cpu", weights_file=None, need_gradient=False, flag="--reward", musiq="pyiqa"):
     """Build Q from `--reward` words: a pyiqa NR metric, `ranker`, or `module:function` of the user's own; several are summed.
 
     module:function is called with the device and returns a callable (B, 3, H, W) in [0, 1] -> (B,); it may carry
     `lower_better = True`. weights_file: a local weight file for the one pyiqa metric named. need_gradient: the models are
     created differentiable and each is probed with a backward pass on a natural and on a random image. flag: named in errors.
-    fused: every MUSIQ of pyiqa (names musiq*) scores square images through musiq.py, equal and faster, and images of any other shape
-    through pyiqa's own model; "bf16": the square ones in bfloat16, whose scores are close but not equal, so that identity() differs.
+    musiq: "fused": every MUSIQ of pyiqa (names musiq*) scores square images through rewards/musiq.py, equal and faster, and images of any other
+    shape through pyiqa's own model; "fused-bf16": the square ones in bfloat16, whose scores are close but not equal, so that identity() differs.
     ValueError for a full-reference, unknown, set-level or (if a gradient is needed) non-differentiable metric.
     """
-    if fused not in (False, True, "bf16"):
-        raise ValueError(f"fused must be False, True or 'bf16', got {fused!r}")
+    if musiq not in MUSIQ:
+        raise runs.UserError(f"musiq must be one of {', '.join(MUSIQ)}, got {musiq!r}")
     parsed = parse_rewards(words)
     if weights_file and len(parsed) > 1:
-        raise ValueError("--reward-weights names the weights of one metric: give one --reward")
+        raise runs.UserError("--reward-weights names the weights of one metric: give one --reward")
     models, weights = {}, {}
     for name, weight in parsed:
         if name == "ranker":
@@ -226,7 +227,7 @@ def create_reward(words, device="cpu", weights_file=None, need_gradient=False, f
             model = _user_model(name, device, flag)
         else:
             model = pyiqa_model(name, device, weights_file, need_gradient, flag=flag)
-            model = _Fused(model, fused == "bf16") if fused and name.startswith("musiq") else model
+            model = _Fused(model, musiq == "fused-bf16") if musiq != "pyiqa" and name.startswith("musiq") else model
         key = name.replace(".", "_")                                            # ModuleDict keys may hold no dot
         models[key], weights[key] = model.to(device), weight
     reward = Reward(models, weights).to(device)
@@ -241,7 +242,7 @@ def _user_model(name, device, flag):
     try:
         build = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{flag} {name}: {error}; is the folder of {module.split('.')[0]}.py in PYTHONPATH?") from error
+        raise runs.UserError(f"{flag} {name}: {error}; is the folder of {module.split('.')[0]}.py in PYTHONPATH?") from error
     model = build(device)
     model = model if isinstance(model, nn.Module) else _Callable(model)
     model.reward_source = Path(sys.modules[module].__file__).read_bytes()       # edited code means other scores
@@ -273,7 +274,7 @@ def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag
         kind = "compares two sets of images" if name in SET_LEVEL else "is a full-reference metric" if name in modes else "is unknown"
         usable = [n for n, m in modes.items() if m == mode] + ["ranker"]
         near = [] if name in modes or name in SET_LEVEL else difflib.get_close_matches(name, usable, n=3, cutoff=0.4)
-        raise ValueError(f"{flag} {name}: this {kind}; wanted is one that judges a single image without reference, for example {', '.join(near or ['musiq', 'ranker'])}")
+        raise runs.UserError(f"{flag} {name}: this {kind}; wanted is one that judges a single image without reference, for example {', '.join(near or ['musiq', 'ranker'])}")
     local = {"--reward": "--reward-weights ", "--metrics": f"--metric-weights {name}="}.get(flag, "")         # the flag that names a local file
     options = {"as_loss": True, "loss_reduction": "none"} if need_gradient else {"check_input_range": False}
     if weights_file:
@@ -292,29 +293,29 @@ def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag
         own = place and Path(place[2]).parent.name == "pyiqa"                   # else torchvision's or timm's backbone
         or_local = f", or name a local copy with {local}FILE" if own and local else ""
         remedy = "--reward ranker needs no download" if flag == "--reward" else f"or leave it out of {flag}"
-        raise OSError(f"{flag} {name}: weights are not here and could not be fetched: {where}{or_local}; {remedy}") from None
+        raise runs.UserError(f"{flag} {name}: weights are not here and could not be fetched: {where}{or_local}; {remedy}") from None
     except ImportError as error:
         package = "'setuptools<81'" if error.name == "pkg_resources" else error.name
-        raise ValueError(f"{flag} {name}: pyiqa needs a package that is not installed ({error}): pip install {package}") from None
+        raise runs.UserError(f"{flag} {name}: pyiqa needs a package that is not installed ({error}): pip install {package}") from None
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         loaded = re.search(r"Loading pretrained model \S+ from (.+)", said.getvalue())
         if not (weights_file or loaded):
             raise
         file = f"{local}{weights_file}" if weights_file else loaded[1]
         remedy = "" if weights_file else ": remove it, to have it fetched again"
-        raise ValueError(f"{file}: does not fit metric {name} ({' '.join(str(error).split())[:120]}){remedy}") from None
+        raise runs.UserError(f"{file}: does not fit metric {name} ({' '.join(str(error).split())[:120]}){remedy}") from None
 
 
 def _check_weights_file(path, flag):
     """Refuse what is missing, damaged, or would run code when loaded: pyiqa itself would unpickle anything."""
     from scipy.io import loadmat, matlab
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{flag}{path}: no such file")
+        raise runs.UserError(f"{flag}{path}: no such file")
     try:
         loadmat(path) if Path(path).suffix == ".mat" else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, TypeError, ValueError, KeyError, RuntimeError, EOFError, zlib.error, pickle.UnpicklingError,
             matlab.MatReadError) as error:
-        raise ValueError(f"{flag}{path}: not a plain weight file ({' '.join(str(error).split())[:80]})") from None
+        raise runs.UserError(f"{flag}{path}: not a plain weight file ({' '.join(str(error).split())[:80]})") from None
 
 
 def _probe(reward, name, device, need_gradient, flag):
@@ -333,12 +334,12 @@ def _probe(reward, name, device, need_gradient, flag):
             except RuntimeError as error:                                       # pyiqa's numpy metrics refuse tensors with a gradient
                 if not need_gradient:
                     raise
-                raise ValueError(f"{flag} {name}: no gradient ({' '.join(str(error).split())[:80]}): it can choose ground truths, "
+                raise runs.UserError(f"{flag} {name}: no gradient ({' '.join(str(error).split())[:80]}): it can choose ground truths, "
                                  "but not be optimised directly") from None
         if not torch.isfinite(score).all():
-            raise ValueError(f"{flag} {name}: its score on {kind} is not finite")
+            raise runs.UserError(f"{flag} {name}: its score on {kind} is not finite")
         if need_gradient and (gradient is None or not torch.isfinite(gradient).all() or not gradient.any()):
-            raise ValueError(f"{flag} {name}: no usable gradient on {kind} (zero, missing or not finite): it can choose ground "
+            raise runs.UserError(f"{flag} {name}: no usable gradient on {kind} (zero, missing or not finite): it can choose ground "
                              "truths, but not be optimised directly")
 
 
@@ -390,7 +391,7 @@ def score_images(paths, reward, cache, world, batch_size=8, flag="--score-cache"
             images = {}
             for i, path in fresh:
                 try:
-                    images[i] = data.load_image(path).float() / 255
+                    images[i] = load_image(path).float() / 255
                 except (ValueError, OSError) as error:
                     if failed is None:
                         raise
@@ -400,7 +401,7 @@ def score_images(paths, reward, cache, world, batch_size=8, flag="--score-cache"
                 if isinstance(value, Exception) or not math.isfinite(value):
                     why = f"its score is not finite ({value})" if isinstance(value, float) else f"{type(value).__name__}: {value}"
                     if failed is None:
-                        raise ValueError(f"{path}: {why}; choose another --reward or repair the image")
+                        raise runs.UserError(f"{path}: {why}; choose another --reward or repair the image")
                     value, lost[path] = math.nan, why
                 scores[i] = value
             for i, _, row in batch:

@@ -18,15 +18,15 @@ As a script it merges an adapter into its base, at any strength:
 import argparse
 from pathlib import Path
 
-import flags
+import runs
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
     p.add_argument("adapter", type=Path, metavar="ADAPTER", help="run folder of finetune_lora.py, or an adapter.pth")
     p.add_argument("--base", type=Path, metavar="PATH", help="weights or run that was tuned; default: what the run folder of ADAPTER says")
     p.add_argument("--weights-key", choices=["params_ema", "params"], help="key of the base; default params_ema, else params, else bare")
-    p.add_argument("--scale", type=flags.number(float), default=1.0, help="strength: 0 is the base, 1 the tuned network, 1.5 beyond it")
+    p.add_argument("--scale", type=runs.number(float), default=1.0, help="strength: 0 is the base, 1 the tuned network, 1.5 beyond it")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="plain generator to write")
     return p.parse_args(argv)
 
@@ -42,7 +42,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import archs
-import runs
 
 
 class LoRA(nn.Module):
@@ -84,22 +83,18 @@ def matching_layers(net, targets):
     try:
         found = {name: layer for name, layer in net.named_modules() if re.search(targets, name)}
     except re.error as error:
-        raise ValueError(f"LoRA targets {targets!r}: not a regular expression ({error})") from None
+        raise runs.UserError(f"LoRA targets {targets!r}: not a regular expression ({error})") from None
     other = [f"{name} ({type(layer).__name__})" for name, layer in found.items() if not isinstance(layer, (nn.Linear, nn.Conv2d))]
     if not found or other:
-        raise ValueError(f"LoRA targets {targets!r} match " + (f"{other[0]}, which is neither Linear nor Conv2d" if other else
+        raise runs.UserError(f"LoRA targets {targets!r} match " + (f"{other[0]}, which is neither Linear nor Conv2d" if other else
                          f"no layer of {type(net).__name__}; its layers are called {', '.join(n for n, _ in named_layers(net))[:120]} ..."))
     return found
 
 
 def default_targets(net):
-    """The layers that the paper adapts (Sec. 8.3), as a pattern of names: SwinIR's MLPs (72 layers), every convolution of RRDBNet's dense blocks (345).
-
-    CHOICE for SRVGGNetCompact, which the paper does not train: all convolutions but the first and the last, as in RRDBNet.
-    """
-    if isinstance(net, archs.SRVGGNetCompact):
-        return rf"^body\.(?!0$|{len(net.body) - 1}$)\d*[02468]$"                 # odd ones are PReLUs
-    return {archs.SwinIR: r"\.mlp\.fc[12]$", archs.RRDBNet: r"^body\.\d+\.rdb[123]\.conv[1-5]$"}[type(net)]
+    """The layers that the paper adapts (Sec. 8.3), as a pattern of names: what archs.ARCHS says of the network's class."""
+    pattern = next(entry["tune"]["targets"] for entry in archs.ARCHS.values() if entry["class"] == type(net).__name__)
+    return pattern.replace("LAST", str(len(net.body) - 1)) if "LAST" in pattern else pattern
 
 
 def named_layers(net):
@@ -158,16 +153,16 @@ def load_lora(net, path, scale=1.0):
     """
     state = archs.read_file(path)
     if not isinstance(state, dict) or not {"lora", "rank", "alpha", "targets", "base_sha256"} <= set(state):
-        raise ValueError(f"{path}: not a LoRA adapter of this repository")
+        raise runs.UserError(f"{path}: not a LoRA adapter of this repository")
     if state["base_sha256"] != base_hash(net):
-        raise ValueError(f"{path}: this adapter belongs to another base (its weights have SHA-256 {state['base_sha256'][:12]}, "
+        raise runs.UserError(f"{path}: this adapter belongs to another base (its weights have SHA-256 {state['base_sha256'][:12]}, "
                          f"these {base_hash(net)[:12]})")
     add_lora(net, "^(" + "|".join(map(re.escape, state["targets"])) + ")$", state["rank"], state["alpha"])
     values = state.get("lora_ema", state["lora"])
     wanted = {key: value.shape for key, value in lora_state_dict(net).items()}
     wrong = sorted(set(wanted) ^ set(values)) or [key for key, shape in wanted.items() if values[key].shape != shape]
     if wrong:
-        raise ValueError(f"{path}: a damaged adapter ({len(wrong)} tensors are missing, left over or of another shape, first {wrong[0]})")
+        raise runs.UserError(f"{path}: a damaged adapter ({len(wrong)} tensors are missing, left over or of another shape, first {wrong[0]})")
     for name, lora in adapted(net).items():
         lora.load_state_dict({key: values[f"{name}.{key}"] for key in ("lora_A", "lora_B")})
         lora.scale = scale
@@ -201,15 +196,15 @@ def load_tuned(path, scale=1.0, base=None, key=None, pad_mode=None, flag="--base
     """
     file = path / "lora" / "adapter.pth" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such adapter; finetune_lora.py leaves <run>/lora/adapter.pth")
+        raise runs.UserError(f"{file}: no such adapter; finetune_lora.py leaves <run>/lora/adapter.pth")
     record = file.parent.parent / "args.json"
     made_by = runs.read_record(record)["args"] if record.is_file() else {}
     recorded = made_by.get("init") or made_by.get("base")
     if base is None and recorded and not Path(recorded).exists():
-        raise FileNotFoundError(f"{record}: was tuned from {recorded}, which is not here; call from the folder where it was trained, or name it with {flag}")
+        raise runs.UserError(f"{record}: was tuned from {recorded}, which is not here; call from the folder where it was trained, or name it with {flag}")
     base = base or recorded
     if base is None:
-        raise ValueError(f"{file}: no args.json of a run beside it to say what it belongs to; name the tuned weights with {flag}")
+        raise runs.UserError(f"{file}: no args.json of a run beside it to say what it belongs to; name the tuned weights with {flag}")
     net, info = archs.load_run(base, flag, key or made_by.get("weights_key"), pad_mode or made_by.get("pad_mode"))
     load_lora(net, file, scale)
     return merge_lora(net), info | {"adapter": str(file), "strength": scale}

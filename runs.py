@@ -1,4 +1,4 @@
-"""A run seen from the outside: processes, seeds, run folder, logs, exact save and resume.
+"""What the scripts share: flags, processes, seeds, the run folder, logs, exact save and resume.
 
     runs/<name>/args.json  log.txt  metrics.jsonl  ckpt/last.pt  weights/*.pth  samples/*.png
 
@@ -6,8 +6,12 @@ Nothing here knows what is trained. Every file is written under a temporary name
 moment leaves either the old file or the new one. Checkpoints hold plain tensors, numbers, strings and lists only: they
 load with `weights_only=True`.
 """
+import argparse
+import ast
 import contextlib
+import importlib
 import json
+import math
 import os
 import pickle
 import platform
@@ -17,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,39 +28,202 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+
+
+class Lazy:
+    """A module that is imported when something of it is used: scripts parse their flags with this file, and torch takes seconds."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, key):
+        return getattr(importlib.import_module(self.name), key)
+
+
+torch, dist = Lazy("torch"), Lazy("torch.distributed")
 
 REPO = Path(__file__).resolve().parent
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)                   # see StopSignal
+# see StopSignal
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class UserError(ValueError):
+    """Something that the user can mend: bad data, a missing file, flags that do not fit. The text says what, where, and what to do."""
 
 
 def cli(main):
-    """Run a script's `main`: errors that our own code raises end in one line and exit code 2, anything else in a traceback.
+    """Run a script's `main`: a UserError ends in one line and exit code 2, every other exception in its traceback and exit code 1.
 
-    A ValueError, OSError, ArithmeticError or MemoryError whose last frame is a `raise` of a file in this folder is a message to the user
-    (bad data, missing file, ...). The same type coming out of torch or numpy is a bug and keeps its traceback.
+    One line each have also what the system says of a file (no permission, full disk) and memory that does not suffice.
     IQASR_TRACEBACK=1 shows the traceback of every error.
     """
     try:
         main()
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        print(f"{program()}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, ArithmeticError, MemoryError) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        ours = Path(last.filename).resolve().parent == REPO and (last.line or "").lstrip().startswith("raise ")
-        if os.environ.get("IQASR_TRACEBACK") or not (ours or isinstance(error, OSError) and error.filename):
+    except (UserError, OSError, MemoryError) as error:
+        if os.environ.get("IQASR_TRACEBACK") or isinstance(error, OSError) and not error.filename:
             raise
         sys.stdout.flush()
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        text = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}{rank}: error: {text}", file=sys.stderr, flush=True)
+        print(f"{program()}{rank}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
-        if dist.is_available() and dist.is_initialized():
+        if "torch" in sys.modules and dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def program():
+    """What was started: train.py, or selfsup.finetune for `python -m selfsup.finetune`."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name.removesuffix(".__main__") if spec and spec.name else Path(sys.argv[0]).name
+
+
+def python(script, *words, processes=1):
+    """The command that runs one of this repository's scripts, "train.py" or "selfsup.finetune", in one or more processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    where = [str(REPO / script)] if script.endswith(".py") else ["-m", script]
+    return [sys.executable, *launch, *where, *map(str, words)]
+
+
+def make_missing(path, world, script, *words):
+    """Unless `path` is there, rank 0 runs the script of this repository that leaves it, alone. What a demo starts from is made so."""
+    if world.is_main and not path.exists():
+        print(f"{path} is missing and made first: python {'' if script.endswith('.py') else '-m '}{script} {' '.join(map(str, words))}", flush=True)
+        alone = {k: v for k, v in python_path().items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        status = subprocess.run(python(script, *words), env=alone).returncode
+        if status:
+            raise UserError(f"{script} ended with {status}, so {path} is not there")
+    world.barrier()
+
+
+def python_path():
+    """os.environ with this repository in PYTHONPATH: what `python` of a `-m` script needs wherever it is called."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+# Flags
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The module's docstring as it stands, and every flag with its default."""
+
+
+def number(kind, low=-math.inf, high=math.inf, above=False, below=False):
+    """An argparse type: a finite `kind` (int or float) in [low, high]; above / below exclude low / high."""
+    def convert(text):
+        value = kind(text)
+        if not math.isfinite(value) or value < low or above and value == low or value > high or below and value == high:
+            bounds = [f"{'more than' if above else 'at least'} {low}"] * (low > -math.inf) + \
+                     [f"{'less than' if below else 'at most'} {high}"] * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(bounds) or 'finite'}")
+        return value
+    convert.__name__ = "whole number" if kind is int else "number"                # argparse says: invalid number value: 'x'
+    return convert
+
+
+def TILE(text):
+    """An argparse type: side of an LR tile in pixels, 0 for the whole image."""
+    value = COUNT(text)
+    if 0 < value <= 128:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more than 128: tiles overlap by 64")
+    return value
+
+
+TILE.__name__ = "whole number"
+COUNT, SIZE = number(int, 0), number(int, 1)                                      # 0 often means off
+WEIGHT, RATE = number(float, 0), number(float, 0, above=True)
+SHARE = number(float, 0, 1, below=True)                                           # in [0, 1): EMA decay, drop rate
+
+
+def literal(module, name):
+    """The value of a constant of one of this repository's modules, read from its text: importing the module would import torch.
+
+    Of a dict whose values are computed, its keys.
+    """
+    for node in ast.parse((REPO / f"{module}.py").read_text()).body:
+        if isinstance(node, ast.Assign) and [getattr(target, "id", None) for target in node.targets] == [name]:
+            try:
+                return ast.literal_eval(node.value)
+            except ValueError:
+                return [ast.literal_eval(key) for key in node.value.keys]
+    raise AttributeError(f"{module}.py has no constant {name}")
+
+
+def add_training(p, leave_out=()):
+    """The flags that train.py and finetune_lora.py share, in the order of the paper. Defaults: the paper's GAN training."""
+    onoff = argparse.BooleanOptionalAction
+
+    def add(group, flag, **options):
+        if flag not in leave_out:
+            group.add_argument(flag, **options)
+    g = p.add_argument_group("data")
+    add(g, "--data", type=Path, default=Path("datasets/HGGT"), metavar="DIR",
+        help="quintuplets in HGGT's layout, as python -m prepare.quintuplets makes them of photographs; for train.py --stage psnr any photo folder")
+    add(g, "--val-photos", type=COUNT, default=0, help="hold out this many photos where there is no Test split")
+    add(g, "--load-size", type=COUNT, default=0,
+        help="window of the image that is degraded, in pixels; 0 = whole image (HGGT: 512 of 512; Real-ESRGAN: 400)")
+    add(g, "--crop", type=number(int, 32), default=256, help="side of the HR training crop in pixels (HGGT)")
+    add(g, "--workers", type=COUNT, default=8, help="data processes per GPU (HGGT)")
+    g = p.add_argument_group("degradation (Sec. 5)")
+    add(g, "--degradation", choices=literal("degradations", "PRESETS"), help="[arch] preset of degradations.py")
+    g = p.add_argument_group("ground-truth sampling (Sec. 4.2)")
+    add(g, "--sampler", choices=literal("data", "SAMPLERS"), default="amo", help="which GT supervises (Eq. 2-4)")
+    add(g, "--reward", nargs="+", default=["musiq"], metavar="NAME[=WEIGHT]",
+        help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none where the sampler needs none")
+    add(g, "--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
+    add(g, "--tau", type=RATE, help="softmax temperature in score units: default 10 for sma and smp (Sec. 8.1); with --atlas soft AMO, default arg max")
+    add(g, "--atlas", nargs="+", default=[], metavar="FILE[=WEIGHT]",
+        help="amo from tables of prepare.atlas instead of online scoring, on their grid of crops; several are summed, and --reward must be the "
+             "same sum, or none")
+    g = p.add_argument_group("losses (Eq. 1)")
+    add(g, "--lambda-l1", type=WEIGHT, default=1.0, help="weight of L1 (HGGT)")
+    add(g, "--lambda-p", type=WEIGHT, default=1.0, help="weight of the VGG19 perceptual loss (HGGT); 0: no VGG")
+    add(g, "--lambda-a", type=WEIGHT, default=0.1, help="weight of the adversarial loss (HGGT); 0: no discriminator")
+    add(g, "--vgg-weights", type=Path, metavar="FILE", help="torchvision vgg19 or features-only file instead of a download")
+    add(g, "--d-features", type=SIZE, default=64, help="width of the U-Net discriminator (HGGT)")
+    g = p.add_argument_group("optimisation (HGGT)")
+    add(g, "--total-steps", type=SIZE, default=300_000, help="optimisation steps")
+    add(g, "--batch-size", type=SIZE, help="[arch] crops per step, summed over processes")
+    add(g, "--group-size", type=SIZE, help="[arch] lanes that share HGGT's once-per-GPU-batch draws (scale, mode, crop position)")
+    add(g, "--pool-size", type=COUNT, help="[arch] pairs in the training-pair pool, summed over processes; 0: no pool")
+    add(g, "--lr", type=RATE, default=1e-4, help="learning rate of G and D (HGGT; psnr: 2e-4)")
+    add(g, "--milestones", type=COUNT, nargs="*", help="[arch] steps after which the learning rate halves")
+    add(g, "--ema-decay", type=SHARE, default=0.999, help="of the generator's weights, every step")
+    add(g, "--drop-path", type=SHARE, default=0.0, help="[arch] stochastic depth of SwinIR; 0: off")
+    add(g, "--accumulate", type=SIZE, default=1, help="micro-batches per step and process (CHOICE: 1)")
+    add(g, "--seed", type=COUNT, default=0, help="of every random draw (HGGT)")
+    g = p.add_argument_group("speed")
+    add(g, "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
+    add(g, "--threads", type=COUNT, default=0, help="CPU threads per process; 0: PyTorch's choice")
+    add(g, "--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="bf16 keeps losses, reward and weights in fp32")
+    add(g, "--channels-last", action=onoff, default=True,
+        help="memory format of the convolutional networks, so not of SwinIR; on a CPU 1.1 to 1.6 times faster (experiments/tricks.py), unmeasured on CUDA")
+    add(g, "--musiq", choices=literal("iqa", "MUSIQ"), default="fused",
+        help="how MUSIQ scores crops: fused is rewards/musiq.py, equal to pyiqa's in 1e-5 and faster; fused-bf16 is close only; pyiqa its own code")
+    add(g, "--compile", action=onoff, default=False, help="torch.compile generator and discriminator")
+    g = p.add_argument_group("output")
+    add(g, "--log-every", type=SIZE, default=100, help="steps between progress lines")
+    add(g, "--save-every", type=COUNT, default=5_000, help="steps between checkpoints (ckpt/last.pt); 0: only at the end")
+    add(g, "--val-every", type=COUNT, default=50_000, help="steps between weight files, validations and sample grids (HGGT); 0: only at the end")
+    add(g, "--tensorboard", action=onoff, default=False, help="also write TensorBoard events")
+
+
+def check_training(p, args):
+    """What argparse cannot see: combinations of add_training's flags that cannot work. Fills args.tau."""
+    if args.atlas and (args.sampler != "amo" or args.load_size):
+        need = "--sampler amo" if args.sampler != "amo" else f"--load-size 0 (it is {args.load_size}{', the default of --demo' if args.demo else ''})"
+        p.error(f"--atlas is for --sampler amo on whole images: give {need}")
+    if args.tau is None and not args.atlas:
+        args.tau = 10.0
+    if args.reward == ["none"] and args.sampler in ("sma", "smp", "amo") and not args.atlas:
+        p.error(f"--sampler {args.sampler} chooses by score: it needs a --reward")
+    if args.drop_path and "drop_path" not in literal("archs", "ARCHS")[args.arch]["train"]:
+        p.error("--drop-path is SwinIR's: use 0 for convolutional nets")
+    if args.crop % 8 or args.load_size % 4 or 0 < args.load_size < args.crop:
+        p.error(f"--crop {args.crop} must be a multiple of 8, --load-size {args.load_size} one of 4 and 0 or at least the crop")
+    if args.degradation == "realesrgan" and max(args.crop, args.load_size) < 80:
+        p.error("--degradation realesrgan shrinks to 15 % before it blurs: --load-size or --crop must be at least 80")
 
 
 # Seeds
@@ -79,7 +245,7 @@ class World:
     """This process among all: rank 0..size-1 and its device."""
     rank: int
     size: int
-    device: torch.device
+    device: "torch.device"
 
     @property
     def is_main(self):
@@ -88,7 +254,7 @@ class World:
     def lanes(self, batch_size):
         """The lanes of the global batch that this process trains on, a contiguous range. Raises if they do not divide."""
         if batch_size % self.size:
-            raise ValueError(f"--batch-size {batch_size} does not divide by {self.size} processes: "
+            raise UserError(f"--batch-size {batch_size} does not divide by {self.size} processes: "
                              f"use a multiple, for example {self.size * max(1, batch_size // self.size)}")
         share = batch_size // self.size
         return range(self.rank * share, (self.rank + 1) * share)
@@ -97,10 +263,10 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def reduce(self, tensor, op=dist.ReduceOp.SUM):
-        """All-reduce in place over the processes; returns the tensor."""
+    def reduce(self, tensor, op="SUM"):
+        """All-reduce in place over the processes; op: SUM, MIN or MAX. Returns the tensor."""
         if self.size > 1:
-            dist.all_reduce(tensor, op=op)
+            dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op))
         return tensor
 
     def parallel(self, net):
@@ -111,7 +277,7 @@ class World:
         """
         if self.size == 1:
             return net
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
         net.broadcast_buffers = False                                             # not as an argument: PyTorch 2.15 warns of it, and older ones do not know its new name
         return net
 
@@ -142,7 +308,7 @@ def start_world(device="auto", threads=0):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("--device cuda: this PyTorch sees no GPU; use --device cpu or install a CUDA build")
+            raise UserError("--device cuda: this PyTorch sees no GPU; use --device cpu or install a CUDA build")
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
@@ -150,12 +316,28 @@ def start_world(device="auto", threads=0):
     return World(rank, size, torch.device(device))
 
 
-def start_training(args):
-    """The beginning of every training -> world, seeds(step, lane, purpose), autocast(): the context in which networks run. Of args it reads device, threads, seed, precision."""
-    world = start_world(args.device, args.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+def start_training(device, threads, seed, precision):
+    """The beginning of every training -> world, seeds(step, lane, purpose), autocast(): the context in which networks run."""
+    world = start_world(device, threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = True
-    return world, partial(sample_seed, args.seed), partial(torch.autocast, world.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    return world, partial(sample_seed, seed), partial(torch.autocast, world.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def update_ema(ema, net, decay):
+    """ema <- decay * ema + (1 - decay) * net, over the parameters. One foreach call is 1.1 to 1.2 times faster than a loop (experiments/tricks.py, CPU); equal bitwise there."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def adam(weights, lr):
+    """HGGT's Adam."""
+    return torch.optim.Adam(weights, lr=lr, betas=(0.9, 0.99))
+
+
+def learning_rate(step, lr, milestones):
+    """HGGT's scheduler starts at step 2, so milestone m acts from step m + 1."""
+    return lr * 0.5 ** sum(step > m for m in milestones)
 
 
 def due(step, total, every):
@@ -188,7 +370,7 @@ class StopSignal:
         if step % self.every:
             return False
         flag = torch.tensor(float(self.received), device=self.world.device)
-        return bool(self.world.reduce(flag, dist.ReduceOp.MAX).item())
+        return bool(self.world.reduce(flag, "MAX").item())
 
 
 # Files
@@ -219,7 +401,7 @@ def check_writable(folder, flag):
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise OSError(f"{flag} {folder} cannot be written ({error.strerror}): choose a place you may write to") from None
+        raise UserError(f"{flag} {folder} cannot be written ({error.strerror}): choose a place you may write to") from None
 
 
 def check_output(path, flag):
@@ -227,7 +409,7 @@ def check_output(path, flag):
     if path is not None:
         check_writable(path.parent, flag)
         if path.is_dir():
-            raise ValueError(f"{flag} {path}: a folder; name a file")
+            raise UserError(f"{flag} {path}: a folder; name a file")
 
 
 def save_json(path, value):
@@ -239,9 +421,9 @@ def read_record(path):
     try:
         record = json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: damaged ({error}); the run's weights can be named by their file") from None
+        raise UserError(f"{path}: damaged ({error}); the run's weights can be named by their file") from None
     if not isinstance(record, dict) or not isinstance(record.get("args"), dict):
-        raise ValueError(f"{path}: not the record of a run (no args in it); the run's weights can be named by their file")
+        raise UserError(f"{path}: not the record of a run (no args in it); the run's weights can be named by their file")
     return record
 
 
@@ -257,7 +439,7 @@ def find_weights(path, remedy):
     path = Path(path)
     found = [*sorted(path.glob("weights/ema_*.pth")), *path.glob("weights/merged.pth")] if path.is_dir() else [path] if path.is_file() else []
     if not found:
-        raise FileNotFoundError(f"{path}: no {'weights/ema_*.pth in it' if path.is_dir() else 'such file or run'}; {remedy}")
+        raise UserError(f"{path}: no {'weights/ema_*.pth in it' if path.is_dir() else 'such file or run'}; {remedy}")
     return found[-1]
 
 
@@ -265,7 +447,7 @@ def find_discriminator(run):
     """The newest weights/net_d_*.pth of a run folder."""
     found = sorted(Path(run).glob("weights/net_d_*.pth"))
     if not found:
-        raise FileNotFoundError(f"{run}: no weights/net_d_*.pth in it, which --lambda-a > 0 needs; train.py leaves it, or name one with --d-init FILE")
+        raise UserError(f"{run}: no weights/net_d_*.pth in it, which --lambda-a > 0 needs; train.py leaves it, or name one with --d-init FILE")
     return found[-1]
 
 
@@ -274,9 +456,9 @@ def load_checkpoint(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such checkpoint; without --resume a new run starts") from None
+        raise UserError(f"{path}: no such checkpoint; without --resume a new run starts") from None
     except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:      # torch: damaged
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error)[:80]})") from error
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error)[:80]})") from error
 
 
 def describe_machine():
@@ -319,28 +501,52 @@ class Run:
 
     resume: "no" (the folder must be new), "must" (needs ckpt/last.pt) or "auto" (continues if there is one, else starts).
     fixed: names of arguments, and of facts given to `pin`, that a resumed run must share with the checkpoint.
+    retired: {flag of earlier commits: the only value that still is possible}.
     `self.checkpoint` is the loaded state or None. Nothing is left on disk before `open()`; only rank 0 writes.
     """
 
-    def __init__(self, out, args, world, resume="no", fixed=(), tensorboard=False):
+    def __init__(self, out, args, world, resume="no", fixed=(), retired=(), tensorboard=False):
         self.out, self.world, self.last = Path(out), world, Path(out) / "ckpt" / "last.pt"
         self.args = {k: (v if isinstance(v, (str, int, float, bool, list, type(None))) else str(v)) for k, v in args.items()}
         used = self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
         if used and resume == "no":
             begun = not self.last.exists() and (self.out / "args.json").exists()
             way = "it ended before its first checkpoint, --resume auto starts it again" if begun else "continue it with --resume"
-            raise ValueError(f"{self.out} exists and is not empty: {way}, or choose another --out")
+            raise UserError(f"{self.out} exists and is not empty: {way}, or choose another --out")
         if resume == "must" and not self.last.exists():
-            raise FileNotFoundError(f"--resume: {self.last} does not exist; --resume auto starts a run where there is none")
+            raise UserError(f"--resume: {self.last} does not exist; --resume auto starts a run where there is none")
         if used and not self.last.exists() and not (self.out / "args.json").exists():
-            raise ValueError(f"{self.out} exists and is not a run folder: choose another --out")
+            raise UserError(f"{self.out} exists and is not a run folder: choose another --out")
         self.checkpoint = load_checkpoint(self.last) if self.last.exists() else None
+        before = self.checkpoint["args"] if self.checkpoint else {}
+        lost = [f"{name} {before[name]!r}" for name, value in dict(retired).items() if before.get(name, value) != value]
+        if lost:
+            raise UserError(f"--resume {self.out}: its {', '.join(lost)} is no flag any more; the commit in its args.json continues it")
         self.fixed, self.changed = fixed, []
         self.pin(**{k: v for k, v in self.args.items() if k != "resume"})
         if world.is_main:
             check_writable(self.out, "--out")
         self.start_step = self.checkpoint["step"] if self.checkpoint else 0
-        self.tensorboard, self.use_tensorboard = None, tensorboard
+        self.tensorboard, self.use_tensorboard, self.bar = None, tensorboard, None
+
+    def check_steps(self, total):
+        """UserError where the run is further than it shall go."""
+        if self.start_step > total:
+            raise UserError(f"--total-steps {total}: {self.out} is already at step {self.start_step}")
+
+    def steps(self, total):
+        """The steps that are left, with a progress bar where the output is a terminal."""
+        if self.start_step == total:
+            self.say(f"nothing to do: {self.out} is finished; remove it to train again")
+        if self.world.is_main and sys.stdout.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=total, initial=self.start_step, unit="step", dynamic_ncols=True)
+        for step in range(self.start_step + 1, total + 1):
+            yield step
+            if self.bar is not None:
+                self.bar.update()
+        if self.bar is not None:
+            self.bar.close()
 
     def pin(self, **facts):
         """Record facts beside the arguments (for example how many samples there are) and compare them with the checkpoint's."""
@@ -349,7 +555,7 @@ class Run:
         changed = changes(before, facts)
         broken = [text for k, text in changed.items() if k in self.fixed]
         if broken:
-            raise ValueError(f"--resume {self.out}: this checkpoint was made with other settings ({'; '.join(broken)})")
+            raise UserError(f"--resume {self.out}: this checkpoint was made with other settings ({'; '.join(broken)})")
         self.changed += changed.values()
 
     def open(self):
@@ -378,10 +584,13 @@ class Run:
             whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]   # the last may be cut off
             write_atomic(path, lambda t: t.write_text("".join(line for line in whole if json.loads(line)["step"] <= step)))
 
-    def say(self, text):
-        """Print and append to log.txt, on rank 0."""
+    def say(self, text, quiet=False):
+        """Print and append to log.txt, on rank 0. quiet: what the progress bar shows anyway."""
         if self.world.is_main:
-            print(text, flush=True)
+            if self.bar is None:
+                print(text, flush=True)
+            elif not quiet:
+                self.bar.write(text)
             with open(self.out / "log.txt", "a") as f:
                 f.write(text + "\n")
 
@@ -398,12 +607,21 @@ class Run:
     def progress(self, step, total, meter, lr, picked):
         """The line that grep and eyes read, and the same numbers as an event. picked: {version: times chosen so far}, {} where nothing is chosen. -> the window's averages"""
         terms, speed, waiting = meter.read()
-        losses = " ".join(f"{k} {v:.4g}" for k, v in terms.items())
-        seen = max(1.0, sum(picked.values()))
-        chosen = " ".join(f"{k} {v / seen:.0%}" for k, v in picked.items())
-        self.say(f"step {step:07d}/{total:07d} | {losses} | lr {lr:.1e} | {speed:.2f} it/s | wait {waiting:.0%} | "
-                 f"eta {(total - step) / speed / 3600:.2f}h" + (f" | gt {chosen}" if picked else ""))
-        self.event(step, "train", **terms, lr=lr, it_per_s=round(speed, 5), wait=round(waiting, 3), memory=round(peak_memory(self.world.device), 3), picked=picked)
+        loss = " ".join(f"{k} {v:.3g}" for k, v in terms.items() if k != "score" and not k.startswith("D_"))
+        if "D_real" in terms:
+            loss += f" | D {terms['D_real']:.2f} {terms['D_fake']:.2f}"
+        left = timedelta(seconds=round((total - step) / speed))
+        self.say(f"{time.strftime('%H:%M:%S')} step {step}/{total} | {loss} | lr {lr:.0e} | {speed:.2f} it/s"
+                 + (f" | wait {waiting:.0%}" if waiting >= 0.1 else "") + f" | eta {left}", quiet=True)
+        if self.bar is not None:
+            self.bar.set_postfix_str(loss)
+        if len(picked) > 1:
+            # of the fresh pairs, before the pool swaps them
+            chosen = max(1.0, sum(picked.values()))
+            self.say("  chosen so far: " + " ".join(f"{version} {count / chosen:.0%}" for version, count in picked.items() if count)
+                     + (f"; score of the fresh pairs {terms['score']:.1f}" if "score" in terms else ""), quiet=True)
+        self.event(step, "train", **terms, lr=lr, it_per_s=round(speed, 5), wait=round(waiting, 3),
+                   memory=round(peak_memory(self.world.device), 3), picked=picked)
         return terms
 
     def save(self, step, state):
@@ -451,9 +669,9 @@ class Meter:
     def check_finite(self, describe):
         """Raise FloatingPointError naming the first non-finite term and its step; describe(step) names the samples."""
         for name, first in self.first_bad.items():
-            step = int(self.world.reduce(first.clone(), dist.ReduceOp.MIN).item())          # a device sync
+            step = int(self.world.reduce(first.clone(), "MIN").item())          # a device sync
             if step < 2 ** 31 - 1:
-                raise FloatingPointError(f"{name} is not finite at step {step}; the last checkpoint is older. Samples: {describe(step)}")
+                raise UserError(f"{name} is not finite at step {step}; the last checkpoint is older. Samples: {describe(step)}")
 
     def read(self):
         """(averages over window and processes, steps per second, share of time spent waiting for data); starts a new window."""

@@ -11,21 +11,22 @@ image that cannot be read or written is named, the others are done, and the exit
 import argparse
 from pathlib import Path
 
-import flags
+import runs
+
 
 FORMATS = {".png": dict(compression=6), ".jpg": dict(Q=95), ".jpeg": dict(Q=95), ".webp": dict(Q=95), ".tif": dict(compression="deflate"),
            ".tiff": dict(compression="deflate")}                                   # options of libvips' savers
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=flags.Help)
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
     p.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (all images in them) or patterns in quotes")
     p.add_argument("--weights", type=Path, metavar="PATH", help="weight file or run folder (its newest EMA weights); with --lora by default what was tuned")
     p.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take; default params_ema, else params, else bare")
     p.add_argument("--pad-mode", choices=["hggt", "swinir"],
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for nearest+conv files")
     p.add_argument("--lora", type=Path, metavar="PATH", help="adapter of finetune_lora.py: its run folder, or an adapter.pth that belongs to --weights")
-    p.add_argument("--scale", type=flags.number(float), default=1.0, help="strength of --lora: 0 leaves the network as it is, 1 is as tuned")
+    p.add_argument("--scale", type=runs.number(float), default=1.0, help="strength of --lora: 0 leaves the network as it is, 1 is as tuned")
     p.add_argument("--out", type=Path, default=Path("sr"), metavar="DIR", help="folder of the results, which keep their names")
     p.add_argument("--format", choices=[s[1:] for s in FORMATS], help="of the results; default: that of the image, png for formats not in this list")
     g = p.add_mutually_exclusive_group()
@@ -33,9 +34,9 @@ def parse_args(argv=None):
     g.add_argument("--skip", action="store_true", help="leave results that exist: continue a call that was stopped")
     p.add_argument("--tile", default="auto", type=tile, metavar="PIXELS",
                    help="LR pixels, more than twice the overlap; 0: whole image; auto: by free memory, 512 at most. Halved when memory does not suffice")
-    p.add_argument("--overlap", type=flags.COUNT, default=64, help="of tiles, LR pixels (CHOICE: seams below one grey level, README)")
+    p.add_argument("--overlap", type=runs.COUNT, default=64, help="of tiles, LR pixels (CHOICE: seams below one grey level, README)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
-    p.add_argument("--threads", type=flags.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
+    p.add_argument("--threads", type=runs.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
     args = p.parse_args(argv)
     if not (args.weights or args.lora):
         p.error("which network? --weights names a weight file or a run folder")
@@ -47,7 +48,7 @@ def parse_args(argv=None):
 
 
 def tile(text):
-    return text if text == "auto" else flags.COUNT(text)
+    return text if text == "auto" else runs.COUNT(text)
 
 
 tile.__name__ = "whole number"
@@ -67,9 +68,8 @@ import torch
 from tqdm import tqdm
 
 import archs
-import data
 import lora
-import runs
+from images import IMAGE_SUFFIXES
 
 PILLOW_LIMIT = 178_956_970                                                        # pixels; twice Image.MAX_IMAGE_PIXELS is its error
 SIDES = {".webp": 16_383, ".jpg": 65_535, ".jpeg": 65_535}                        # limits of the formats
@@ -81,27 +81,27 @@ def find_images(words):
     found = []
     for word in words:
         path = Path(word)
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in data.IMAGE_SUFFIXES and not p.is_dir()) if path.is_dir() else []
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()) if path.is_dir() else []
         if path.is_dir() and not inside:
-            raise FileNotFoundError(f"{path}: no images ({', '.join(data.IMAGE_SUFFIXES)}) directly in it")
+            raise runs.UserError(f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}) directly in it")
         paths = inside if inside else [path] if os.path.lexists(path) else [Path(p) for p in sorted(glob.glob(word))]
         if not paths:
-            raise FileNotFoundError(f"{word}: no such file, folder or pattern")
+            raise runs.UserError(f"{word}: no such file, folder or pattern")
         found += [p for p in paths if not p.is_dir()]                            # a broken link is named when its turn comes
     if not found:
-        raise FileNotFoundError(f"{' '.join(words)}: only folders there, no images")
+        raise runs.UserError(f"{' '.join(words)}: only folders there, no images")
     return list(dict.fromkeys(found))
 
 
 def read(path):
     """An image as pyvips shows it, upright, in grey or RGB with or without alpha, 8 or 16 bit. ValueError for anything else."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: a link to a file that is not there")
+        raise runs.UserError(f"{path}: a link to a file that is not there")
     try:
         image = pyvips.Image.new_from_file(str(path), fail_on="error")
         pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
         if pages > 1 or image.get("vips-loader") == "pngload" and animated_png(path):
-            raise ValueError(f"{path}: {f'{pages} pages or' if pages > 1 else 'several'} frames: give the one you want as a file of its own")
+            raise runs.UserError(f"{path}: {f'{pages} pages or' if pages > 1 else 'several'} frames: give the one you want as a file of its own")
         if image.interpretation == "cmyk":
             image = image.icc_transform("srgb", embedded=True, input_profile="cmyk")
         image = image.autorot().copy_memory()                                     # what is damaged shows now
@@ -109,10 +109,10 @@ def read(path):
         if not os.access(path, os.R_OK):
             raise PermissionError(f"{path}: you may not read it") from None
         said = error.detail.strip().splitlines() or ["unreadable"]
-        raise ValueError(f"{path}: not a readable image ({said[0]})") from None
+        raise runs.UserError(f"{path}: not a readable image ({said[0]})") from None
     if image.interpretation not in ("b-w", "grey16", "srgb", "rgb16", "rgb") or image.format not in ("uchar", "ushort") \
             or image.bands - image.hasalpha() not in (1, 3):
-        raise ValueError(f"{path}: {image.bands} bands of {image.format} ({image.interpretation}); expected grey or RGB of 8 or 16 bit")
+        raise runs.UserError(f"{path}: {image.bands} bands of {image.format} ({image.interpretation}); expected grey or RGB of 8 or 16 bit")
     return image
 
 
@@ -141,7 +141,7 @@ def enlarge(net, image, factor, tile, overlap, device, stop):
         if stop.received:
             raise KeyboardInterrupt
         if not rows.isfinite().all():
-            raise ValueError("the network's output is not finite: its weights are damaged, or --scale is too large")
+            raise runs.UserError("the network's output is not finite: its weights are damaged, or --scale is too large")
         rows = rows.clamp(0, 1)
         rows = rows if sr.shape[2] == 3 else rows.mean(1, keepdim=True)           # a grey image stays grey
         sr[y:y + rows.shape[2]] = rows[0].mul(top).round().permute(1, 2, 0).cpu().numpy()
@@ -166,10 +166,10 @@ def check_result(path, image, factor, suffix, free):
     width, height = image.width * factor, image.height * factor
     limit = SIDES.get(suffix, math.inf)
     if max(width, height) > limit:
-        raise ValueError(f"{path}: the result has {width}x{height} pixels, and {suffix[1:]} ends at {limit}: take --format png or tif")
+        raise runs.UserError(f"{path}: the result has {width}x{height} pixels, and {suffix[1:]} ends at {limit}: take --format png or tif")
     need = width * height * image.bands * (1 + (image.format == "ushort"))
     if need > free:
-        raise ValueError(f"{path}: the result takes {need / 2**30:.1f} GiB, free are {free / 2**30:.1f}: cut the image into parts")
+        raise runs.UserError(f"{path}: the result takes {need / 2**30:.1f} GiB, free are {free / 2**30:.1f}: cut the image into parts")
 
 
 def free_memory(device):
@@ -195,14 +195,14 @@ def one_image(net, path, target, factor, args, device, stop):
     if target.exists() and args.skip:
         return "was there"
     if target.exists() and not args.overwrite:
-        raise ValueError(f"{target} exists: --overwrite replaces it, --skip leaves it, --out names another folder")
+        raise runs.UserError(f"{target} exists: --overwrite replaces it, --skip leaves it, --out names another folder")
     image = read(path)
     check_result(path, image, factor, target.suffix, free_memory(torch.device("cpu")))
     tile = auto_tile(device, args.overlap) if args.tile == "auto" else args.tile
     try:
         result = enlarge(net, image, factor, tile, args.overlap, device, stop)
     except (ValueError, MemoryError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise runs.UserError(f"{path}: {error}") from None
     remarks = []
     if image.format == "ushort" and target.suffix not in (".png", ".tif", ".tiff"):
         remarks.append(f"{target.suffix[1:]} has 8 bit only")
@@ -215,7 +215,7 @@ def one_image(net, path, target, factor, args, device, stop):
     try:
         runs.write_atomic(target, lambda temporary: result.write_to_target(pyvips.Target.new_to_file(str(temporary)), target.suffix, **FORMATS[target.suffix]))
     except pyvips.Error as error:
-        raise OSError(f"{target}: cannot be written ({error.detail.strip().splitlines()[0]})") from None
+        raise runs.UserError(f"{target}: cannot be written ({error.detail.strip().splitlines()[0]})") from None
     return "; ".join(remarks)
 
 
@@ -228,9 +228,9 @@ def main(args):
     owners = {}
     for path, target in targets.items():
         if owners.setdefault(target, path) != path:
-            raise ValueError(f"{owners[target]} and {path} would both become {target}: give them different names, or take two calls with --out")
+            raise runs.UserError(f"{owners[target]} and {path} would both become {target}: give them different names, or take two calls with --out")
         if target.resolve() == path.resolve():
-            raise ValueError(f"--out {args.out}: {path} would be replaced by its result: name another folder")
+            raise runs.UserError(f"--out {args.out}: {path} would be replaced by its result: name another folder")
     if args.lora:
         net, info = lora.load_tuned(args.lora, args.scale, args.weights, args.weights_key, args.pad_mode, "--weights")
     else:

@@ -3,19 +3,17 @@
 `exp` is what experiment.py's parse_args returns: folders, seeds, rewards and metrics.
 """
 import json
-import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 from tqdm import tqdm
 
-import data
-import quality
+import metrics as quality
 import runs
-import scoring
-import tables
+import metrics as scoring
+from images import load_image, save_image
+from report import tables
 
 WITH_REFERENCE = ("psnr", "ssim", "vgg", "flat_hf")                               # what the experiments report beside no-reference metrics
 RUNNING = set()                                                                   # child processes
@@ -24,10 +22,9 @@ RUNNING = set()                                                                 
 def call(log, script, *words, processes=1):
     """One of this repository's scripts, in one or more processes with one thread each; its output goes to the file `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     with open(log, "a") as out:
-        child = subprocess.Popen([sys.executable, *launch, str(runs.REPO / script), *map(str, words), "--threads", "1"], stdout=out, stderr=out,
-                                 env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+        child = subprocess.Popen(runs.python(script, *words, "--threads", 1, processes=processes), stdout=out, stderr=out,
+                                 env=runs.python_path() | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
         RUNNING.add(child)
         try:
             status = child.wait()
@@ -37,7 +34,7 @@ def call(log, script, *words, processes=1):
     if status:
         lines = log.read_text().strip().splitlines() or ["no output"]
         last = ([line for line in lines if line.startswith(f"{script}: error:")] or lines)[-1]
-        raise ValueError(f"{script} ended with {status}: {last} (all of it in {log})")
+        raise runs.UserError(f"{script} ended with {status}: {last} (all of it in {log})")
 
 
 def once(made, log, script, *words, inputs=()):
@@ -48,18 +45,18 @@ def once(made, log, script, *words, inputs=()):
         call(log, script, *words)
         runs.save_json(record, about)
     elif record.exists() and json.loads(record.read_text()) != about:
-        raise ValueError(f"{made}: was made with other flags or of other inputs than now, kept in {record.name}: remove what is after the change, or choose another --work")
+        raise runs.UserError(f"{made}: was made with other flags or of other inputs than now, kept in {record.name}: remove what is after the change, or choose another --work")
 
 
 def copy_photos(files, target, tile=0):
     """The photos as PNG under <folder>-<name>, so that none of two folders collide. tile: whole squares of this side only, <folder>-<name>-<row>-<column>: less to decode for a crop."""
     for path in files:
-        image, name = data.load_image(path), f"{path.parent.name}-{path.stem}"
+        image, name = load_image(path), f"{path.parent.name}-{path.stem}"
         tops, lefts = ([k * tile for k in range(n // tile)] if tile else [0] for n in image.shape[1:])
         for top in tops:
             for left in lefts:
                 part = image[:, top:top + tile, left:left + tile] if tile else image
-                data.save_image(target / (f"{name}-{top}-{left}.png" if tile else f"{name}.png"), part)
+                save_image(target / (f"{name}-{top}-{left}.png" if tile else f"{name}.png"), part)
 
 
 def parallel(jobs, tasks):
@@ -84,7 +81,7 @@ def judge(exp, metric):
 
 def test_pair(exp, stem):
     """-> lq (1, 3, h, w), gt (1, 3, 4h, 4w) in [0, 1]"""
-    return [data.load_image(exp.work / "test" / kind / f"{stem}.png")[None].float() / 255 for kind in ("lq", "gt")]
+    return [load_image(exp.work / "test" / kind / f"{stem}.png")[None].float() / 255 for kind in ("lq", "gt")]
 
 
 def metric_files(exp, metrics):

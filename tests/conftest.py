@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+import runs
+from images import save_image
+
 torch.set_num_threads(1)
 
 REWARDS = '''
@@ -46,7 +49,6 @@ def quintuplets(tmp_path_factory):
     """A data set in HGGT's layout: 6 sets of 3 photos, 64 px; version 02 is the brightest, 03 the darkest; labels of A, B, C."""
     import json
 
-    import data
     root = tmp_path_factory.mktemp("data") / "HGGT"
     rng = np.random.default_rng(0)
     shift = {"original": 0, "01": 10, "02": 30, "03": -30, "04": 5}
@@ -55,7 +57,7 @@ def quintuplets(tmp_path_factory):
         base = torch.from_numpy(rng.integers(60, 190, (3, 64, 64)))
         for version, value in shift.items():
             name = stem if version == "original" else f"{stem}_{version}"
-            data.save_image(root / "Train" / "images" / "0-6" / version / f"{name}.png", (base + value).byte())
+            save_image(root / "Train" / "images" / "0-6" / version / f"{name}.png", (base + value).byte())
         for annotator in "ABC":
             entries = {f"Picture_{i + 1}": {"Name": f"{stem}.png" if v == "original" else f"{stem}_{v}.png", "File": v,
                                             "Label": None if v == "original" else ("Positive" if v == "01" and n else "Similar")}
@@ -78,11 +80,10 @@ def vgg_file(tmp_path_factory):
 
 @pytest.fixture
 def script(rewards):
-    """Run one of the repository's scripts as a user would: script("train.py", "--demo", ...) -> CompletedProcess."""
+    """Run one of the repository's scripts as a user would: script("train.py", "--demo", ...), script("selfsup.finetune", ...) -> CompletedProcess."""
     def call(name, *words, processes=1, cwd=REPO, timeout=300, check=True):
-        launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        result = subprocess.run([sys.executable, *launch, str(REPO / name), *map(str, words)], capture_output=True, text=True, cwd=cwd,
-                                timeout=timeout, env={**os.environ, "PYTHONPATH": str(rewards), "OMP_NUM_THREADS": "1"})
+        result = subprocess.run(runs.python(name, *words, processes=processes), capture_output=True, text=True, cwd=cwd, timeout=timeout,
+                                env={**os.environ, "PYTHONPATH": f"{rewards}{os.pathsep}{REPO}", "OMP_NUM_THREADS": "1"})
         if check and result.returncode:
             raise AssertionError(f"{name} exited {result.returncode}:\n{result.stdout}\n{result.stderr}")
         return result

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import analyze_iqa
-import data
+from images import load_image, save_image
 
 REPO = Path(__file__).resolve().parents[1]
 LABELS = REPO.parent / "shared" / "data" / "labels"
@@ -28,7 +28,7 @@ def run(*words):
 def preferences(tmp_path):
     """Six images of rising brightness; people mostly prefer the brighter one."""
     for k in range(6):
-        data.save_image(tmp_path / "images" / f"m{k % 3}" / f"{k}.png", torch.full((3, 64, 64 + 8 * (k % 2)), 0.1 + 0.05 * k))
+        save_image(tmp_path / "images" / f"m{k % 3}" / f"{k}.png", torch.full((3, 64, 64 + 8 * (k % 2)), 0.1 + 0.05 * k))
     names = [f"m{k % 3}/{k}.png" for k in range(6)]
     rows = [(names[i], names[j], 0.9 if (i + j) % 4 else 0.5 if j == 5 else 0.2) for i in range(6) for j in range(i + 1, 6)]
     pd.DataFrame(rows, columns=["first", "second", "vote"]).to_csv(tmp_path / "votes.csv", index=False)
@@ -47,7 +47,7 @@ def test_pairs_from_images_to_tables(preferences, rewards, capsys):
     said = capsys.readouterr().out
     assert "understood: 90% of people prefer m1/1.png to m0/0.png" in said and "nothing was left out" in said
     scores = pd.read_csv(preferences / "run/scores.csv", index_col="image")
-    assert scores["test_rewards:brightness"].to_numpy() == pytest.approx([100 * data.load_image(preferences / "images" / name).float().mean().item() / 255 for name in scores.index], abs=1e-3)
+    assert scores["test_rewards:brightness"].to_numpy() == pytest.approx([100 * load_image(preferences / "images" / name).float().mean().item() / 255 for name in scores.index], abs=1e-3)
     votes = pd.read_csv(preferences / "votes.csv")
     consensus = votes[votes.vote != 0.5]
     run("sbs", preferences / "run")
@@ -85,7 +85,7 @@ def test_what_cannot_be_scored_is_named_and_left_out(preferences, monkeypatch, c
     monkeypatch.syspath_prepend(preferences)
     (preferences / "images/m0/0.png").unlink()
     (preferences / "images/m1/1.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
-    data.save_image(preferences / "images/m2/5.png", torch.full((3, 64, 64), 0.9))
+    save_image(preferences / "images/m2/5.png", torch.full((3, 64, 64), 0.9))
     score(preferences, "--keep-going", metrics=("odd_metric:build", "ranker", "musiq-nonsense"))
     said = capsys.readouterr().out
     assert "odd_metric:build: 4 of 6 images have no score" in said and "ranker: 2 of 6 images have no score" in said and "metric musiq-nonsense left out: --metrics musiq-nonsense: this is unknown" in said
@@ -95,10 +95,10 @@ def test_what_cannot_be_scored_is_named_and_left_out(preferences, monkeypatch, c
     with pytest.raises(ValueError, match=r"musiq-nonsense.*\(--keep-going leaves such a metric out; scores so far are kept\)"):
         score(preferences, metrics=("ranker", "musiq-nonsense"))
     for path in (preferences / "images").glob("*/*.png"):
-        data.save_image(path, torch.full((3, 64, 64), 0.9))
+        save_image(path, torch.full((3, 64, 64), 0.9))
     with pytest.raises(ValueError, match="odd_metric:build: fails on every image, first: no such image .--keep-going"):
         score(preferences, metrics=["odd_metric:build"])
-    with pytest.raises(FileNotFoundError, match="--images .*: none of the 6 images is in it, for example "):
+    with pytest.raises(ValueError, match="--images .*: none of the 6 images is in it, for example "):
         run("score", "--pairs", preferences / "votes.csv", *ARGS, "--images", preferences, "--out", preferences / "run", "--metrics", "ranker")
 
 
@@ -133,7 +133,7 @@ def test_the_best_of_phase_one_are_scored_in_phase_two(preferences, rewards):
     best = next(iter(json.loads((preferences / "run/sbs.json").read_text())["accuracy"][0]))
     assert pd.read_csv(preferences / "two/scores.csv").columns.tolist() == ["image", best]
     run("sbs", preferences / "run", preferences / "two", "--metrics", best)
-    with pytest.raises(FileNotFoundError, match="no sbs.json in it; make it with: python analyze_iqa.py sbs"):
+    with pytest.raises(ValueError, match="no sbs.json in it; make it with: python analyze_iqa.py sbs"):
         run("score", "--pairs", preferences / "votes.csv", *ARGS, "--out", preferences / "three", "--phase1", preferences / "none")
 
 
@@ -239,8 +239,8 @@ def test_demo_and_what_it_may_not_claim(tmp_path, script):
     scores = pd.read_csv(out / "scores.csv", index_col="image")
     assert len(scores) == 40 and json.loads((out / "recommend.json").read_text())["train"] == "ranker"      # PIQE has no gradient
     pairs = pd.read_csv(out / "pairs.csv")
-    import quality
-    near = lambda path: quality.psnr(*(data.load_image(tmp_path / p)[None].float() / 255 for p in (path, Path("datasets/demo/Test/GT/demo/untouched") / re.sub(r"(_\d\d)?\.png$", ".png", Path(path).name)))).item()
+    import metrics as quality
+    near = lambda path: quality.psnr(*(load_image(tmp_path / p)[None].float() / 255 for p in (path, Path("datasets/demo/Test/GT/demo/untouched") / re.sub(r"(_\d\d)?\.png$", ".png", Path(path).name)))).item()
     for pair in pairs.sample(5, random_state=0).itertuples():
         delta = near(pair.right) - near(pair.left)
         assert pair.score == (0.5 if abs(delta) <= 0.05 else float(delta > 0))

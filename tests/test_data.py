@@ -12,7 +12,9 @@ from scipy import stats
 
 import data
 import runs
+from images import list_images, load_image, save_image
 from data import NEGATIVE, ORIGINAL, POSITIVE, SIMILAR, TrainingPool, TrainingSet, candidates_for, pick_gt, sampling_probs
+from report import pictures
 
 pytestmark = pytest.mark.fast
 
@@ -30,7 +32,7 @@ def coordinates(h, w, version, stem=0):
 def write_sets(root, stems, versions=VERSIONS, size=(64, 96), train="Train/images/0-2"):
     for n, stem in enumerate(stems):
         for v, version in enumerate(versions):
-            data.save_image(root / train / version / f"{stem}{f'_{version}' if v else ''}.png", coordinates(*size, v, n))
+            save_image(root / train / version / f"{stem}{f'_{version}' if v else ''}.png", coordinates(*size, v, n))
     return root
 
 
@@ -118,7 +120,7 @@ def test_unreadable_label_file_is_refused(tmp_path):
 def test_labels_of_two_annotators_are_refused(root, annotator):
     for stem, name in itertools.product(["cat-0-0", "cat-0-288", "dog-0-0"], sorted({*"ABC"} - {annotator})):
         write_label(root / "Train/labels/0-2" / name / f"{stem}.json", stem, dict.fromkeys(VERSIONS[1:], SIMILAR))
-    with pytest.raises(FileNotFoundError, match=f"labels/0-2/{annotator}: missing.*three annotators"):
+    with pytest.raises(ValueError, match=f"labels/0-2/{annotator}: missing.*three annotators"):
         data.find_sets(root, "Train").labels()
 
 
@@ -128,7 +130,7 @@ def test_missing_label_file_and_missing_label_folder_are_named(root, sets):
     for stem, name in itertools.product(["cat-0-0", "cat-0-288", "dog-0-0"], "ABC"):
         write_label(root / "Train/labels/0-2" / name / f"{stem}.json", stem, dict.fromkeys(VERSIONS[1:], SIMILAR))
     (root / "Train/labels/0-2/B/dog-0-0.json").unlink()
-    with pytest.raises(FileNotFoundError, match="B/dog-0-0.json: label missing"):
+    with pytest.raises(ValueError, match="B/dog-0-0.json: label missing"):
         data.find_sets(root, "Train").labels()
 
 
@@ -309,7 +311,7 @@ def test_flips_are_per_sample_with_probability_one_half(sets):
 
 @pytest.mark.parametrize("sampler", data.SAMPLERS)
 def test_only_what_the_sampler_needs_is_decoded_each_file_once(sets, sampler, monkeypatch):
-    opened, load = [], data.load_image
+    opened, load = [], load_image
     monkeypatch.setattr(data, "load_image", lambda path: opened.append(path) or load(path))
     dataset = plain(sets, sampler, labels=torch.tensor([[0, 1, 2, 2, 1]] * 3), scores=torch.full((3, 5), 50.0))
     amounts = Counter()
@@ -367,7 +369,7 @@ def test_every_epoch_visits_each_set_once_in_another_order(tmp_path):
                                    ["2023-01-11", "2023-01-12", "2023-02-11"], ["scan-001-1", "scan-001-2", "scan-002-1"]])
 def test_dates_and_numbers_in_names_of_photographs_group_nothing(tmp_path, names):
     for name in names:
-        data.save_image(tmp_path / "photos" / f"{name}.png", torch.zeros(3, 8, 8))
+        save_image(tmp_path / "photos" / f"{name}.png", torch.zeros(3, 8, 8))
     sets = data.find_photos(tmp_path / "photos")
     kept, held = sets.hold_out(1, 0)
     assert [len(kept.stems), len(held.stems)] == [len(names) - 1, 1] and [kept.photo(name) for name in names] == names
@@ -495,16 +497,16 @@ def test_test_split_is_found_in_both_spellings_with_its_lr_images(tmp_path):
         (root / "Test/GT/Test-100/images/original").rename(root / "Test/GT/Test-100/images" / spelling)
         assert data.find_sets(root, "Test").lq is None
         lr = root / "Test/Blind_Degradation_Benchmark_LQ/Test-100/Blind_LR"
-        data.save_image(lr / "t-0-0.png", coordinates(16, 24, 0))
+        save_image(lr / "t-0-0.png", coordinates(16, 24, 0))
         with pytest.raises(ValueError, match="Blind_LR: no LR image for 1 of .* first u-0-0.png"):
             data.find_sets(root, "Test")
-        data.save_image(lr / "u-0-0.png", coordinates(16, 24, 0))
-        data.save_image(lr / "u-0-0.png", coordinates(16, 23, 0))
+        save_image(lr / "u-0-0.png", coordinates(16, 24, 0))
+        save_image(lr / "u-0-0.png", coordinates(16, 23, 0))
         with pytest.raises(ValueError, match="u-0-0.png: 23x16 pixels, expected a quarter of its original's 96x64"):
             data.find_sets(root, "Test")
-        data.save_image(lr / "u-0-0.png", coordinates(16, 24, 0))
+        save_image(lr / "u-0-0.png", coordinates(16, 24, 0))
         sets = data.find_sets(root, "Test")
-        assert sets.lq == data.list_images(lr) and sets.stems == ["t-0-0", "u-0-0"] and sets.path("t-0-0").parent.name == spelling
+        assert sets.lq == list_images(lr) and sets.stems == ["t-0-0", "u-0-0"] and sets.path("t-0-0").parent.name == spelling
         assert sets.path("u-0-0", "03").name == "u-0-0_03.png" and data.find_sets(root, "Train").stems == ["a-0-0"]
 
 
@@ -522,13 +524,13 @@ def test_two_folders_of_labels_or_of_lr_images_are_refused(tmp_path):
 
 
 def test_photos_are_a_folder_or_the_originals_of_a_data_set(tmp_path, root):
-    data.save_image(tmp_path / "photos/b.png", coordinates(8, 8, 0))
+    save_image(tmp_path / "photos/b.png", coordinates(8, 8, 0))
     Image.new("RGB", (8, 8)).save(tmp_path / "photos/a.JPG")
     (tmp_path / "photos/notes.txt").write_text("")
     photos = data.find_photos(tmp_path / "photos")
     assert photos.stems == ["a", "b"] and photos.versions == ["original"]
     assert data.find_photos(root).stems == ["cat-0-0", "cat-0-288", "dog-0-0"] and data.find_photos(root).versions == ["original"]
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(ValueError, match="no such folder"):
         data.find_photos(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no images"):
@@ -536,17 +538,17 @@ def test_photos_are_a_folder_or_the_originals_of_a_data_set(tmp_path, root):
 
 
 def test_incomplete_data_sets_are_named_with_the_first_file(root, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such data set"):
+    with pytest.raises(ValueError, match="nowhere: no such data set"):
         data.find_sets(tmp_path / "nowhere", "Train")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no images/\\*/original folder"):
+    with pytest.raises(ValueError, match="no images/\\*/original folder"):
         data.find_sets(tmp_path / "empty", "Train")
     images = root / "Train/images/0-2"
     (images / "03/dog-0-0_03.png").rename(tmp_path / "kept.png")
     with pytest.raises(ValueError, match=r"03: 1 files missing \(of 3 expected\), first dog-0-0_03.png"):
         data.find_sets(root, "Train")
     (tmp_path / "kept.png").rename(images / "03/dog-0-0_03.png")
-    data.save_image(images / "02/extra_02.png", coordinates(8, 8, 0))
+    save_image(images / "02/extra_02.png", coordinates(8, 8, 0))
     with pytest.raises(ValueError, match="02: 1 files without an original.* first extra_02.png"):
         data.find_sets(root, "Train")
     (images / "02/extra_02.png").unlink()
@@ -568,7 +570,7 @@ def test_versions_of_another_size_and_images_below_the_crop_are_refused(root, se
     with pytest.raises(ValueError, match="smaller than the 80-pixel crop"):
         plain(sets, load_size=80).sample(1, 0)
     for stem in sets.stems:
-        data.save_image(root / f"Train/images/0-2/04/{stem}_04.png", coordinates(64, 92, 4))
+        save_image(root / f"Train/images/0-2/04/{stem}_04.png", coordinates(64, 92, 4))
     with pytest.raises(ValueError, match="_04.png: 92x64 pixels but its original has 96x64"):
         plain(sets).sample(1, 0)
 
@@ -585,7 +587,7 @@ def test_images_of_different_sizes_need_a_load_size(tmp_path):
 def test_images_that_are_not_rgb_are_refused(tmp_path, mode):
     Image.new(mode, (8, 8)).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match=f"x.png: image mode {mode}, expected 8-bit RGB"):
-        data.load_image(tmp_path / "x.png")
+        load_image(tmp_path / "x.png")
 
 
 def test_damaged_images_are_refused_wherever_they_are_cut(tmp_path):
@@ -596,9 +598,9 @@ def test_damaged_images_are_refused_wherever_they_are_cut(tmp_path):
         for cut in range(0, len(raw) - 20, 41):
             (tmp_path / f"cut.{suffix}").write_bytes(raw[:cut])
             with pytest.raises(ValueError, match=f"cut.{suffix}: damaged image"):
-                data.load_image(tmp_path / f"cut.{suffix}")
-    with pytest.raises(FileNotFoundError, match="none.png: no such image"):
-        data.load_image(tmp_path / "none.png")
+                load_image(tmp_path / f"cut.{suffix}")
+    with pytest.raises(ValueError, match="none.png: no such image"):
+        load_image(tmp_path / "none.png")
 
 
 def test_error_in_a_worker_process_arrives_as_the_same_line(root, sets):
@@ -685,18 +687,18 @@ def test_batches_fetched_ahead_are_those_of_the_loader(sets, workers):
 
 def test_saved_images_are_read_back(tmp_path):
     image = coordinates(12, 20, 3)
-    data.save_image(tmp_path / "new/folder/a.png", image)
-    data.save_image(tmp_path / "b.png", image.float() / 255)
-    data.save_image(tmp_path / "c.png", torch.tensor([-0.2, 0.5 / 255 + 1e-4, 1.7]).view(3, 1, 1))
-    assert all(torch.equal(data.load_image(tmp_path / name), image) for name in ("new/folder/a.png", "b.png"))
-    assert data.load_image(tmp_path / "c.png").flatten().tolist() == [0, 1, 255]  # clamped and rounded, not truncated
+    save_image(tmp_path / "new/folder/a.png", image)
+    save_image(tmp_path / "b.png", image.float() / 255)
+    save_image(tmp_path / "c.png", torch.tensor([-0.2, 0.5 / 255 + 1e-4, 1.7]).view(3, 1, 1))
+    assert all(torch.equal(load_image(tmp_path / name), image) for name in ("new/folder/a.png", "b.png"))
+    assert load_image(tmp_path / "c.png").flatten().tolist() == [0, 1, 255]  # clamped and rounded, not truncated
     assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), image.permute(1, 2, 0).numpy())
 
 
 def test_grid_holds_every_image_under_its_caption(tmp_path):
     rows = [[(torch.zeros(3, 20, 30), "a"), (coordinates(24, 40, 5), "b")], [(torch.ones(3, 10, 30), "c")]]
-    data.save_grid(tmp_path / "samples/grid.png", rows)
-    sheet = data.load_image(tmp_path / "samples/grid.png")
+    pictures.save_grid(tmp_path / "samples/grid.png", rows)
+    sheet = load_image(tmp_path / "samples/grid.png")
     assert sheet.shape == (3, (16 + 24) + 4 + (16 + 10), 30 + 4 + 40)
     assert torch.equal(sheet[:, 16:40, 34:], coordinates(24, 40, 5)) and not sheet[:, 16:36, :30].any()
     assert (sheet[:, :16, :30] < 128).any() and (sheet[:, 60:, :30] == 255).all()

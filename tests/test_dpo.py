@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import data
-import dpo
-import dpo_pool
-import dpo_train
-import flow
-import preference
-import quality
+from dpo import __main__ as dpo
+from dpo import pool as dpo_pool
+from dpo import tune as dpo_train
+from dpo import flow
+from dpo import preference
+import metrics as quality
 import runs
+from images import image_size, list_images, load_image, save_image
 
 fast = pytest.mark.fast
 
@@ -276,7 +277,7 @@ def test_a_sample_is_three_crops_of_one_place_and_its_weight(tmp_path):
     torch.manual_seed(0)
     lq, win, lose = torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8), *torch.randint(0, 256, (2, 3, 36, 28), dtype=torch.uint8)
     for name, image in (("lq", lq), ("3", win), ("5", lose)):
-        data.save_image(tmp_path / f"{name}.png", image)
+        save_image(tmp_path / f"{name}.png", image)
     rows = [{"name": "a", "w_seed": 3, "l_seed": 5, "w_intra": 1.0, "w_inter": 1.0}]
     pairs = dpo_train.PairSet(rows, [1.25], {"a": {"lq": tmp_path / "lq.png"}}, {"a": [tmp_path / f"{s}.png" for s in range(6)]}, lambda *words: runs.sample_seed(0, *words), 2, 4)
     places = set()
@@ -325,23 +326,23 @@ def test_the_stages_leave_plain_files(stages):
     pool = stages / "pool"
     rows = [json.loads(line) for line in (pool / "scores.jsonl").read_text().splitlines()]
     assert len(rows) == 20 and set(rows[0]) == {"name", "seed", "ssim", "test_rewards:brightness"}
-    image = data.load_image(pool / "cand" / rows[3]["name"] / f"{rows[3]['seed']}.png")
+    image = load_image(pool / "cand" / rows[3]["name"] / f"{rows[3]['seed']}.png")
     assert image.shape == (3, 32, 32) and rows[3]["test_rewards:brightness"] == pytest.approx(100 * (image.float() / 255).mean().item(), abs=1e-3)
     pairs = [json.loads(line) for line in (pool / "pairs.jsonl").read_text().splitlines()]
     assert len(pairs) == 5 and all(row["R_w"] > row["R_l"] for row in pairs)
     norm = json.loads((pool / "norm.json").read_text())["metrics"]
     assert norm["ssim"]["high"] == max(row["ssim"] for row in rows) and norm["ssim"]["full_reference"]
-    photos = {data.photo_of(name) for name in data.list_images(pool / "lq")}
+    photos = {data.photo_of(name) for name in list_images(pool / "lq")}
     assert photos <= {"photo0", "photo1", "photo2"}
-    assert len({tuple(p.read_bytes() for p in sorted((pool / "cand" / name).iterdir())) for name in data.list_images(pool / "lq")}) == 5
+    assert len({tuple(p.read_bytes() for p in sorted((pool / "cand" / name).iterdir())) for name in list_images(pool / "lq")}) == 5
 
 
 def test_candidates_are_what_the_generator_gives_for_name_and_seed(stages):
     gen = flow.load_flow(stages / "gen")
-    name, path = next(iter(data.list_images(stages / "pool" / "lq").items()))
-    lq = data.load_image(path)[None].float() / 255
+    name, path = next(iter(list_images(stages / "pool" / "lq").items()))
+    lq = load_image(path)[None].float() / 255
     again = gen.sample(gen.net, lq, [name], [2])[0]
-    kept = data.load_image(stages / "pool" / "cand" / name / "2.png").float() / 255
+    kept = load_image(stages / "pool" / "cand" / name / "2.png").float() / 255
     assert (again - kept).abs().max() < 0.51 / 255 + 1e-5                          # made with seeds 0 to 3 at once
 
 
@@ -354,7 +355,7 @@ def test_an_interrupted_sampling_continues_and_keeps_what_is_there(stages, quint
     shutil.rmtree(folders[-1])
     (tmp_path / "pool" / "cand" / f"{folders[-1].name}.tmp").mkdir()               # of the killed call
     words = ["sample", "--gen", stages / "gen", "--hr", quintuplets, "--groups", 5, "--patch", 8, "--load-size", 48, "--degradation", "two-round", "--samples", 4, "--out", tmp_path / "pool"]
-    with pytest.raises(FileNotFoundError, match="1 of 5 images have no candidates"):
+    with pytest.raises(ValueError, match="1 of 5 images have no candidates"):
         dpo_pool.open_pool(tmp_path / "pool")
     dpo.main(dpo.parse_args(words))
     assert {p.name: [f.read_bytes() for f in sorted(p.iterdir())] for p in (tmp_path / "pool" / "cand").iterdir()} == before and kept.stat().st_mtime_ns == stamp
@@ -406,10 +407,10 @@ def assert_same(a, b):
 def test_two_processes_train_and_sample_what_one_does(stages, quintuplets, script, tmp_path):
     words = ["train", "--gen", stages / "gen", "--pairs", stages / "pool", *TUNE, "--total-steps", 3, "--hpo", "both"]
     dpo.main(dpo.parse_args([*words, "--out", tmp_path / "one"]))
-    script("dpo.py", *words, "--out", tmp_path / "two", processes=2)
+    script("dpo", *words, "--out", tmp_path / "two", processes=2)
     one, two = (weights_of(tmp_path / name / "weights" / "gen.pth")["params"] for name in ("one", "two"))
     assert all(torch.allclose(one[k], two[k], atol=2e-5) for k in one) and any(not torch.equal(one[k], v) for k, v in flow.load_flow(stages / "gen").net.state_dict().items())
-    script("dpo.py", "sample", "--gen", stages / "gen", "--hr", quintuplets, "--groups", 5, "--patch", 8, "--load-size", 48, "--degradation", "two-round", "--samples", 4, "--out", tmp_path / "pool", processes=2)
+    script("dpo", "sample", "--gen", stages / "gen", "--hr", quintuplets, "--groups", 5, "--patch", 8, "--load-size", 48, "--degradation", "two-round", "--samples", 4, "--out", tmp_path / "pool", processes=2)
     for path in (stages / "pool").glob("cand/*/*.png"):
         assert path.read_bytes() == (tmp_path / "pool" / path.relative_to(stages / "pool")).read_bytes()
 
@@ -426,15 +427,15 @@ def test_training_brings_out_what_the_reward_likes(stages, tmp_path, monkeypatch
     events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     train, val = ([e for e in events if e["split"] == split] for split in ("train", "val"))
     assert train[-1]["accuracy"] > 0.8 and train[-1]["win_change"] < train[-1]["lose_change"] and val[-1]["reward"] > val[0]["reward"]
-    names = list(data.list_images(tmp_path / "pool" / "lq"))
+    names = list(list_images(tmp_path / "pool" / "lq"))
     held = dpo_train.hold_out(names, 1, runs.sample_seed(0, 0, 0, "val-groups"))
     assert seen == set(names) - set(held) and len(held) >= 1
-    gens, lq = [flow.load_flow(path) for path in (stages / "gen", tmp_path / "out")], data.load_image(data.list_images(tmp_path / "pool" / "lq")[held[0]])[None].float() / 255
+    gens, lq = [flow.load_flow(path) for path in (stages / "gen", tmp_path / "out")], load_image(list_images(tmp_path / "pool" / "lq")[held[0]])[None].float() / 255
     before, after = (gen.sample(gen.net, lq.expand(8, -1, -1, -1), [held[0]] * 8, range(8)).mean().item() for gen in gens)
     assert after > before
     # the watched reward is that of seeds 0 to 3 on the scale of the pool
     norm = json.loads((tmp_path / "pool" / "norm.json").read_text())["metrics"]["test_rewards:brightness"]
-    bright = torch.stack([data.load_image(tmp_path / "pool" / "cand" / name / f"{s}.png").float().mean() / 2.55 for name in held for s in range(4)])
+    bright = torch.stack([load_image(tmp_path / "pool" / "cand" / name / f"{s}.png").float().mean() / 2.55 for name in held for s in range(4)])
     assert val[0]["reward"] == pytest.approx(((bright.mean().item() - norm["low"]) / (norm["high"] - norm["low"])), abs=2e-3)
     # the best of the checks, kept through an interruption
     best = max(val[1:], key=lambda e: e["reward"])
@@ -456,7 +457,7 @@ def test_winner_and_loser_share_time_and_noise_and_every_option_enters_the_loss(
     (eps, t), terms = calls[-1], losses[-1]
     assert torch.equal(*eps.chunk(2)) and torch.equal(*t.chunk(2)) and len(set(t.tolist())) == 4 and terms[4] == 500 and torch.equal(terms[0], terms[1]) and torch.equal(terms[2], terms[3])
     rows = [json.loads(line) for line in (stages / "pool" / "pairs.jsonl").read_text().splitlines()]
-    assert set(terms[5].tolist()) <= set(np.float32(dpo_train.weights_of([row for row in rows if row["name"] not in dpo_train.hold_out(list(data.list_images(stages / "pool" / "lq")), 1,
+    assert set(terms[5].tolist()) <= set(np.float32(dpo_train.weights_of([row for row in rows if row["name"] not in dpo_train.hold_out(list(list_images(stages / "pool" / "lq")), 1,
                                                                       runs.sample_seed(0, 0, 0, "val-groups"))], "both", 1)).tolist()) and len(set(terms[5].tolist())) > 1
     run("sq", "--beta-t", "sq")
     assert torch.allclose(losses[-1][4], 500 * (1 - t.chunk(2)[0]) ** 2)
@@ -527,8 +528,8 @@ def test_evaluation_is_what_its_files_say(evaluated, stages):
     out, words = evaluated
     found = json.loads((out / "eval.json").read_text())
     assert list(found["rows"]) == ["gen", "tuned", "gen, 0.9 of the noise", "gen, 0.7 of the noise", "gen + unsharp 0.5", "gen + unsharp 1"] and found["inside"] == ["ssim", "test_rewards:brightness"] and found["outside"] == ["psnr"]
-    names = list(data.list_images(out / "images" / "lq"))
-    images = torch.stack([torch.stack([data.load_image(out / "gen" / name / f"{s}.png") for s in range(4)]) for name in names]).float() / 255
+    names = list(list_images(out / "images" / "lq"))
+    images = torch.stack([torch.stack([load_image(out / "gen" / name / f"{s}.png") for s in range(4)]) for name in names]).float() / 255
     bright = (100 * images.mean((2, 3, 4))).numpy()
     photos = [data.photo_of(name) for name in names]
     by_photo = [bright[[p == photo for p in photos]].mean() for photo in dict.fromkeys(photos)]
@@ -541,14 +542,14 @@ def test_evaluation_is_what_its_files_say(evaluated, stages):
     for row, values in raw.items():                                               # the reward is linear in the metrics
         assert found["rows"][row]["per_photo"]["reward"] == pytest.approx(list(dpo_pool.rewards_of(values, norm, "hybrid")), abs=1e-6)
         assert row == "gen" or found["rows"][row]["minus_first"]["psnr"]["mean"] == pytest.approx(np.mean(found["rows"][row]["per_photo"]["psnr"]) - np.mean(found["rows"]["gen"]["per_photo"]["psnr"]))
-    sharp = data.load_image(out / "gen + unsharp 1" / names[0] / "2.png")
-    assert torch.equal(sharp, (255 * quality.unsharp(images[0, 2][None], 1.0)[0]).round().byte()) and not torch.equal(sharp, data.load_image(out / "gen" / names[0] / "2.png"))
-    gen, lq = flow.load_flow(stages / "gen", tau=0.7), data.load_image(out / "images" / "lq" / f"{names[0]}.png")[None].float() / 255
-    assert (gen.sample(gen.net, lq, [names[0]], [1])[0] - data.load_image(out / "gen, 0.7 of the noise" / names[0] / "1.png").float() / 255).abs().max() < 0.51 / 255 + 1e-5
+    sharp = load_image(out / "gen + unsharp 1" / names[0] / "2.png")
+    assert torch.equal(sharp, (255 * quality.unsharp(images[0, 2][None], 1.0)[0]).round().byte()) and not torch.equal(sharp, load_image(out / "gen" / names[0] / "2.png"))
+    gen, lq = flow.load_flow(stages / "gen", tau=0.7), load_image(out / "images" / "lq" / f"{names[0]}.png")[None].float() / 255
+    assert (gen.sample(gen.net, lq, [names[0]], [1])[0] - load_image(out / "gen, 0.7 of the noise" / names[0] / "1.png").float() / 255).abs().max() < 0.51 / 255 + 1e-5
     assert found["rows"]["gen, 0.7 of the noise"]["means"]["diversity"]["mean"] > 0 and found["lower_is_better"]["diversity"] is None
     std = torch.stack([images[[p == photo for p in photos]].mean((2, 3, 4)).std(1, unbiased=False).mean() for photo in dict.fromkeys(photos)]).mean().item() * 100
     assert found["rows"]["gen"]["seed_std"]["test_rewards:brightness"] == pytest.approx(std, abs=1e-3)
-    assert data.load_image(out / "grid.png").shape[0] == 3 and (out / "curves.png").is_file() and "tuned - gen" in (out / "table.md").read_text()
+    assert load_image(out / "grid.png").shape[0] == 3 and (out / "curves.png").is_file() and "tuned - gen" in (out / "table.md").read_text()
 
 
 def test_evaluation_again_computes_nothing_and_another_generator_is_refused(evaluated, stages, tmp_path, monkeypatch):
@@ -561,15 +562,15 @@ def test_evaluation_again_computes_nothing_and_another_generator_is_refused(eval
         dpo.main(dpo.parse_args([*words, "--names", "tuned", "gen"]))
     with pytest.raises(ValueError, match="--shown-rows 'other': no such row; choose from gen, tuned"):
         dpo.main(dpo.parse_args([*words, "--shown-rows", "other"]))
-    wide = data.image_size(out / "grid.png")
+    wide = image_size(out / "grid.png")
     dpo.main(dpo.parse_args([*words, "--shown-rows", "gen + unsharp 1"]))
-    assert data.image_size(out / "grid.png")[0] < wide[0]
+    assert image_size(out / "grid.png")[0] < wide[0]
 
 
 # What is refused, in one line
 
 def refused(script, match, *words):
-    result = script("dpo.py", *words, check=False)
+    result = script("dpo", *words, check=False)
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) >= 1, result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert match in last and "Traceback" not in result.stderr, result.stderr
@@ -580,11 +581,11 @@ def test_m_below_2n(stages, script):
 
 
 def test_unpaired_images_with_a_full_reference_reward(stages, script, tmp_path):
-    script("dpo.py", "sample", "--gen", stages / "gen", "--lq-dir", stages / "pool" / "lq", "--samples", 2, "--out", tmp_path / "pool")
+    script("dpo", "sample", "--gen", stages / "gen", "--lq-dir", stages / "pool" / "lq", "--samples", 2, "--out", tmp_path / "pool")
     refused(script, "no ground truth to compare with", "score", "--pool", tmp_path / "pool", "--fr", "ssim", "--nr", "test_rewards:brightness")
-    script("dpo.py", "score", "--pool", tmp_path / "pool", "--fr", "--nr", "test_rewards:brightness")
+    script("dpo", "score", "--pool", tmp_path / "pool", "--fr", "--nr", "test_rewards:brightness")
     refused(script, "--reward hybrid needs a full-reference metric", "curate", "--pool", tmp_path / "pool", "--top", 1)
-    script("dpo.py", "curate", "--pool", tmp_path / "pool", "--top", 1, "--reward", "nr")
+    script("dpo", "curate", "--pool", tmp_path / "pool", "--top", 1, "--reward", "nr")
 
 
 def test_groups_without_spread_and_metrics_without(stages, script, tmp_path):
@@ -594,7 +595,7 @@ def test_groups_without_spread_and_metrics_without(stages, script, tmp_path):
     first = rows[0]["name"]
     dpo_pool.write_lines(pool / "scores.jsonl", [row | ({"ssim": 0.5, "test_rewards:brightness": 30.0} if row["name"] == first else {}) for row in rows])
     refused(script, f"1 image(s) are all equally good, first {first}", "curate", "--pool", pool, "--top", 1)
-    out = script("dpo.py", "curate", "--pool", pool, "--top", 1, "--min-sigma", "1e-6").stdout
+    out = script("dpo", "curate", "--pool", pool, "--top", 1, "--min-sigma", "1e-6").stdout
     assert "4 images (1 dropped)" in out
     dpo_pool.write_lines(pool / "scores.jsonl", [row | {"ssim": 0.5} for row in rows])
     refused(script, "ssim is 0.5 for every candidate", "curate", "--pool", pool, "--top", 1)
@@ -605,7 +606,7 @@ def test_scores_that_are_not_finite(stages, script, rewards, tmp_path):
     pool = tmp_path / "pool"
     shutil.copytree(stages / "pool", pool)
     name = sorted((pool / "cand").iterdir())[0]
-    data.save_image(name / "1.png", torch.ones(3, 32, 32))
+    save_image(name / "1.png", torch.ones(3, 32, 32))
     refused(script, f"image {name.name}: bad_at_white:build is nan", "score", "--pool", pool, "--fr", "--nr", "bad_at_white:build")
     text = (pool / "scores.jsonl").read_text().splitlines()
     (pool / "scores.jsonl").write_text("\n".join([text[0].replace(text[0].split('"ssim": ')[1].split(",")[0], "NaN"), *text[1:]]) + "\n")
@@ -650,10 +651,10 @@ def test_what_a_stage_left_is_looked_at_before_it_is_used(stages, tmp_path):
         with pytest.raises(ValueError, match=match):
             dpo.main(dpo.parse_args(words))
         (pool / name).write_text(text[name])
-    path = next(iter(data.list_images(pool / "lq").values()))
-    lq = data.load_image(path)
-    data.save_image(path, lq[:, :7])
-    data.save_image(pool / "gt" / path.name, torch.zeros(3, 28, 32))
+    path = next(iter(list_images(pool / "lq").values()))
+    lq = load_image(path)
+    save_image(path, lq[:, :7])
+    save_image(pool / "gt" / path.name, torch.zeros(3, 28, 32))
     for patch, match in ((0, "--patch 0 needs one size"), (8, "8x7 pixels, smaller than --patch 8")):
         with pytest.raises(ValueError, match=match):
             dpo.main(dpo.parse_args([*train, "--patch", patch, "--val-groups", 0]))
@@ -668,8 +669,8 @@ def test_a_held_out_reward_that_is_not_finite_ends_the_run(stages, tmp_path, mon
 
 def test_a_reference_of_another_size(stages, script, tmp_path):
     shutil.copytree(stages / "pool" / "gt", tmp_path / "gt")
-    path = next(iter(data.list_images(tmp_path / "gt").values()))
-    data.save_image(path, torch.zeros(3, 28, 32))
+    path = next(iter(list_images(tmp_path / "gt").values()))
+    save_image(path, torch.zeros(3, 28, 32))
     refused(script, f"{path.name}: 32x28 pixels, expected four times its LR image's 8x8", "sample", "--gen", stages / "gen", "--lq-dir", stages / "pool" / "lq", "--gt-dir", tmp_path / "gt", "--out", tmp_path / "pool")
     assert not (tmp_path / "pool").exists()
 
@@ -680,7 +681,7 @@ def test_a_missing_diffusers_folder(stages, script, tmp_path):
 
 
 def test_pairs_of_another_generator(stages, script, quintuplets, tmp_path):
-    script("dpo.py", "pretrain", "--hr", quintuplets, "--out", tmp_path / "gen", "--total-steps", 1, *GEN, "--seed", 5)
+    script("dpo", "pretrain", "--hr", quintuplets, "--out", tmp_path / "gen", "--total-steps", 1, *GEN, "--seed", 5)
     refused(script, "another generator's", "train", "--gen", tmp_path / "gen", "--pairs", stages / "pool", *TUNE, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -711,7 +712,7 @@ def test_images_that_changed_are_refused(stages, tmp_path):
     shutil.copytree(stages / "pool" / "lq", tmp_path / "lq")
     words = ["sample", "--gen", stages / "gen", "--lq-dir", tmp_path / "lq", "--samples", 2, "--out", tmp_path / "pool"]
     dpo.main(dpo.parse_args(words))
-    data.save_image(tmp_path / "lq" / "new.png", torch.rand(3, 8, 8))
+    save_image(tmp_path / "lq" / "new.png", torch.rand(3, 8, 8))
     with pytest.raises(ValueError, match="made with other settings .images"):
         dpo.main(dpo.parse_args(words))
 
@@ -752,4 +753,4 @@ def test_damaged_generators(stages, script, tmp_path):
 
 def test_the_help_of_every_stage_answers_at_once(script):
     for stage in ("pretrain", "sample", "score", "curate", "train", "eval"):
-        assert "(default: " in script("dpo.py", stage, "--help", timeout=20).stdout
+        assert "(default: " in script("dpo", stage, "--help", timeout=20).stdout

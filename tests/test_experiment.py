@@ -12,11 +12,11 @@ import torch
 
 import archs
 from experiments import jobs
-import data
-import experiment
-import experiment_lora
+from experiments import samplers as experiment
+from experiments import lora_tuning as experiment_lora
 import runs
-import tables
+from images import load_image, save_image
+from report import tables
 
 
 @pytest.mark.fast
@@ -114,15 +114,15 @@ def small(tmp_path_factory, vgg_file):
     from skimage import data as photos
     for name in ("astronaut", "coffee"):
         image = torch.from_numpy(getattr(photos, name)()[64:256, 128:320].copy()).permute(2, 0, 1)
-        data.save_image(folder / "photos" / f"{name}.png", image)
-        data.save_image(folder / "test" / f"{name}.png", image[:, :130, :150])
+        save_image(folder / "photos" / f"{name}.png", image)
+        save_image(folder / "test" / f"{name}.png", image[:, :130, :150])
     for k, seed in enumerate((1, 2)):
         torch.manual_seed(seed)
-        runs.save_weights(folder / f"enhancer{k}.pth", archs.ARCHS["compact-small"]().state_dict())
+        runs.save_weights(folder / f"enhancer{k}.pth", archs.create("compact-small").state_dict())
     replace = {"--arch": "compact-small", "--total-steps": "2", "--batch-size": "2", "--group-size": "2", "--pool-size": "4", "--crop": "64",
                "--load-size": "64", "--d-features": "4"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "call", call)
+        patch.setattr(jobs, "call", call)
         patch.setattr(experiment, "TRAIN", [replace.get(before, word) for before, word in zip([""] + experiment.TRAIN, experiment.TRAIN)])
         patch.setattr(experiment, "QUINTUPLETS", "--soften 1 --patch 96 --step 96 --min-std 0 --min-laplacian 0".split())
         patch.setattr(experiment, "SHRINKS", (0.25, 0.5))
@@ -147,8 +147,8 @@ def test_a_whole_experiment_in_small(small, monkeypatch):
     picks = json.loads((out / "exp-picks.json").read_text())["rewards"]["ranker"]
     assert all(sum(shares.values()) == pytest.approx(1) for shares in picks.values())
     assert [row["shrink"] for row in json.loads((out / "exp-shrink.json").read_text())["rows"]] == [0.25, 0.5]
-    assert data.load_image(out / "exp.png").shape[2] == 5 * 256 + 4 * 4
-    monkeypatch.setattr(compare, "call", lambda log, script, *words, **more: script == "make_quintuplets.py" or pytest.fail(f"{script} again"))
+    assert load_image(out / "exp.png").shape[2] == 5 * 256 + 4 * 4
+    monkeypatch.setattr(jobs, "call", lambda log, script, *words, **more: script == "prepare.quintuplets" or pytest.fail(f"{script} again"))
     experiment.main(small)
     assert json.loads((out / "exp.json").read_text())["mean"] == summary["mean"]
     with pytest.raises(ValueError, match="exp-settings.json: these results were made with other train: choose"):
@@ -173,9 +173,9 @@ def test_the_lora_experiment_in_small(small, tmp_path, monkeypatch):
     for point, row in ((none, "before"), (full, "lora +2")):
         for key, metric in (("reward", "ranker"), ("psnr", "psnr"), ("vgg", "vgg")):
             assert point[key] == pytest.approx(summary["mean"][row][summary["metrics"].index(metric)], abs=2e-3), (row, metric)
-    assert data.load_image(tmp_path / "lora.png").shape[2] == 5 * 256 + 4 * 4 and (tmp_path / "lora-strength.png").stat().st_size > 10_000
+    assert load_image(tmp_path / "lora.png").shape[2] == 5 * 256 + 4 * 4 and (tmp_path / "lora-strength.png").stat().st_size > 10_000
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "call", lambda log, script, *words, **more: pytest.fail(f"{script} again"))
+        patch.setattr(jobs, "call", lambda log, script, *words, **more: pytest.fail(f"{script} again"))
         experiment_lora.main(args, small)
     assert json.loads((tmp_path / "lora.json").read_text())["mean"] == summary["mean"]
     changed = json.loads((tmp_path / "lora" / "lora-1-0.5.json").read_text())

@@ -2,9 +2,9 @@
 import json
 import shlex
 
-import data
-import dpo
-import experiment_dpo as exp
+from images import load_image
+from dpo import __main__ as dpo
+from experiments import preferences as exp
 
 
 def test_the_queue_in_small(quintuplets, tmp_path, script):
@@ -13,7 +13,7 @@ def test_the_queue_in_small(quintuplets, tmp_path, script):
              "--variants", "best-worst", "HPO", "--crops", sizes, "--work", tmp_path / "work", "--results", tmp_path / "dpo",
              "--pretrain", f"--size tiny {sizes} --batch-size 2 --group-size 2 --val-photos 1 --total-steps 2 --workers 0 --steps 2 --val-every 0",
              "--train", "--batch-size 2 --total-steps 2 --val-groups 1 --val-every 1 --log-every 1 --workers 0"]
-    said = script("experiment_dpo.py", *words, timeout=580).stdout
+    said = script("experiments.preferences", *words, timeout=580).stdout
     found = json.loads((tmp_path / "dpo.json").read_text())
     assert list(found["mean"]) == ["base", "best-worst", "HPO", "base, 0.6 of the noise", "base + unsharp 0.5", "base + unsharp 1"]
     assert {"HPO - base", "HPO - best-worst", "HPO - base, 0.6 of the noise", "base + unsharp 1 - base"} <= set(found["differences"]) and "1 of 4 - base" not in found["differences"]
@@ -25,9 +25,9 @@ def test_the_queue_in_small(quintuplets, tmp_path, script):
     assert abs(found["differences"]["HPO - base"]["reward"]["mean"] - found["mean"]["HPO"][k] + found["mean"]["base"][k]) < 1e-9
     assert "| HPO - base |" in said and "sigma_g of the reward over seeds" in said and "error at winners, change" in said
     for name in ("curves", "steps", "grid"):
-        assert data.load_image(tmp_path / "dpo-grid.png").shape[0] == 3 and (tmp_path / f"dpo-{name}.png").stat().st_size > 1000
+        assert load_image(tmp_path / "dpo-grid.png").shape[0] == 3 and (tmp_path / f"dpo-{name}.png").stat().st_size > 1000
     words[words.index("--train") + 1] += " --lr 1e-3"
-    again = script("experiment_dpo.py", "train", *words, check=False)
+    again = script("experiments.preferences", "train", *words, check=False)
     assert again.returncode == 2 and "was made with other flags" in again.stderr.strip().splitlines()[-1]
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import archs
-import flow
+from dpo import flow
 import runs
 
 pytestmark = pytest.mark.fast
@@ -103,7 +103,7 @@ def test_training_learns_what_the_base_lacks(prediction):
 
 def test_a_network_as_base_is_kept_beside_the_weights(tmp_path):
     torch.manual_seed(0)
-    base = archs.ARCHS["compact-small"]()
+    base = archs.create("compact-small")
     gen, lq = flow.FlowSR(**SMALL, base=base, steps=2), torch.rand(1, 3, 8, 8)
     assert gen.condition(lq).shape == (1, 51, 8, 8)
     gen.sigma_r = 0.1
@@ -111,7 +111,7 @@ def test_a_network_as_base_is_kept_beside_the_weights(tmp_path):
     again = flow.load_flow(tmp_path)
     assert torch.equal(again.net.state_dict()["last.bias"], gen.net.last.bias + 0.01) and again.sigma_r == 0.1       # EMA first
     assert torch.allclose(again.enlarged(lq), base(lq), atol=1e-6) and flow.load_flow(tmp_path, steps=5, tau=None).steps == 5
-    runs.save_weights(tmp_path / "weights" / "base.pth", archs.ARCHS["compact-small"]().state_dict())
+    runs.save_weights(tmp_path / "weights" / "base.pth", archs.create("compact-small").state_dict())
     with pytest.raises(ValueError, match="base.pth: other weights"):
         flow.load_flow(tmp_path)
     (tmp_path / "weights" / "base.pth").unlink()
@@ -120,7 +120,7 @@ def test_a_network_as_base_is_kept_beside_the_weights(tmp_path):
 
 
 def test_the_base_is_not_trained():
-    base = archs.ARCHS["compact-small"]()
+    base = archs.create("compact-small")
     gen = flow.FlowSR(**SMALL, base=base)
     assert not any(p.requires_grad for p in base.parameters()) and not gen.enlarged(torch.rand(1, 3, 8, 8)).requires_grad
 

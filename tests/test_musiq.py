@@ -12,7 +12,7 @@ pytest.importorskip("pyiqa")
 from pyiqa.archs.musiq_arch import MUSIQ
 
 import iqa
-import musiq
+from rewards import musiq
 import runs
 
 
@@ -194,7 +194,7 @@ def musiq_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rewards_of(musiq_file):
-    return {fused: iqa.create_reward(["musiq"], weights_file=musiq_file, need_gradient=True, fused=fused) for fused in (False, True, "bf16")}
+    return {fused: iqa.create_reward(["musiq"], weights_file=musiq_file, need_gradient=True, musiq={False: "pyiqa", True: "fused", "bf16": "fused-bf16"}[fused]) for fused in (False, True, "bf16")}
 
 
 def test_fused_reward_equals_the_plain_one_and_other_shapes_go_through_pyiqa(rewards_of):
@@ -222,7 +222,7 @@ def test_a_net_that_is_not_frozen_can_be_differentiated_again_and_again():
 
 
 def test_a_reward_without_gradients_gives_none_even_where_they_are_enabled(musiq_file):
-    reward = iqa.create_reward(["musiq"], weights_file=musiq_file, fused=True)
+    reward = iqa.create_reward(["musiq"], weights_file=musiq_file, musiq="fused")
     assert not reward(crops(1, 64).requires_grad_(True)).requires_grad           # as pyiqa's metric
 
 
@@ -236,9 +236,9 @@ def test_identity_and_versions_are_those_of_the_plain_reward_in_fp32_only(reward
 
 
 def test_only_musiq_is_fused_and_an_unknown_word_is_refused():
-    assert type(iqa.create_reward(["ranker"], fused=True).models["ranker"]) is iqa.Ranker
+    assert type(iqa.create_reward(["ranker"], musiq="fused").models["ranker"]) is iqa.Ranker
     with pytest.raises(ValueError, match="fused must be False, True or 'bf16', got 'fp16'"):
-        iqa.create_reward(["ranker"], fused="fp16")
+        iqa.create_reward(["ranker"], musiq="fp16")
 
 
 AVA = """
@@ -246,7 +246,7 @@ import sys; sys.path.insert(0, {repo!r})
 import torch; torch.set_num_threads(1)
 import iqa
 x = torch.rand(2, 3, 96, 96)
-plain, fused = (iqa.create_reward(["musiq-ava"], fused=fused) for fused in (False, True))
+plain, fused = (iqa.create_reward(["musiq-ava"], musiq=musiq) for musiq in ("pyiqa", "fused"))
 with torch.no_grad():
     print(type(fused.models["musiq-ava"]).__name__, (plain(x) - fused(x)).abs().max().item() < 1e-5, plain.identity() == fused.identity())
 """

@@ -4,8 +4,8 @@ import shutil
 import pytest
 import torch
 
-import page
-import tables
+from report import page
+from report import tables
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -7,7 +7,7 @@ import pytest
 
 import evaluate
 import finetune_lora
-import paper
+from report import paper_tables as paper
 import train
 
 
@@ -32,7 +32,7 @@ def test_commands_are_accepted_and_chain(table, rows, tmp_path, monkeypatch):
             assert finetune_lora.parse_args([*without, *(["--gt-reward", "musiq"] if "none" in without else [])]).out == folder              # its own name for that variant
         done.add(folder)
     assert len(judged.weights) == 2 * rows and set(judged.weights) <= done and judged.protocol == ("realsr" if table == 8 else "hggt")
-    assert judged.metrics == evaluate.flags.NINE and ("gold" in judged.baselines) == (table != 8)
+    assert judged.metrics == list(evaluate.NINE) and ("gold" in judged.baselines) == (table != 8)
 
 
 @pytest.mark.fast
@@ -61,7 +61,7 @@ def in_place(tmp_path):
 
 
 def test_run_stops_at_the_first_failure(in_place):
-    done = subprocess.run([sys.executable, "paper.py", "8", "--run", *map(str, in_place)], cwd=paper.Path(paper.__file__).parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "report.paper_tables", "8", "--run", *map(str, in_place)], cwd=paper.Path(paper.__file__).parent, capture_output=True, text=True)
     assert done.returncode not in (0, None) and "photos: no images" in done.stderr and "psnr stage ended with" in done.stderr and "OrigsOnly" not in done.stdout
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 
 import data
 import iqa
-import prepare
+from prepare import verify as prepare
 import runs
+from images import load_image, save_image
 
 pytestmark = pytest.mark.fast
 VERSIONS = ("original", "01", "02", "03", "04")
@@ -26,12 +27,12 @@ def photo(seed, size=64):
 
 def add_set(images, stem, picture):
     for k, version in enumerate(VERSIONS):                                        # each a little darker
-        data.save_image(images / version / f"{data.file_stem(stem, version)}.png", (picture.float() * (1 - 0.02 * k)).byte())
+        save_image(images / version / f"{data.file_stem(stem, version)}.png", (picture.float() * (1 - 0.02 * k)).byte())
 
 
 def add_lr(root, stem, picture):
     small = torch.nn.functional.interpolate(picture[None].float(), scale_factor=1 / 4, mode="area")[0]
-    data.save_image(root / "Test" / "LQ" / "t" / "Blind_LR" / f"{stem}.png", small.round().byte())
+    save_image(root / "Test" / "LQ" / "t" / "Blind_LR" / f"{stem}.png", small.round().byte())
 
 
 def add_label(folder, stem, labels=("Positive", "Similar", "Negative", "Positive")):
@@ -72,12 +73,12 @@ def test_ten_planted_defects_are_found_each_once(root):
     (train / "01" / "photo0-0-0_01.png").unlink()                                 # 1 missing
     cut = train / "02" / "photo0-0-0_02.png"
     cut.write_bytes(cut.read_bytes()[:900])                                       # 2 truncated
-    data.save_image(train / "03" / "photo0-0-0_03.png", photo(0, 60))             # 3 mis-sized
+    save_image(train / "03" / "photo0-0-0_03.png", photo(0, 60))             # 3 mis-sized
     (train / "04" / "photo0-0-0_04.png").rename(train / "04" / "photo0-0-0_4.png")            # 4 mis-named: and so missing
     Image.fromarray(photo(1)[0].numpy()).save(train / "original" / "photo0-1-0.png")          # 5 grey
     add_label(labels / "A", "photo1-0-0", ("Positive", "Similar", "Bad", "Positive"))         # 6 unknown word
     (labels / "B" / "photo1-0-0.json").unlink()                                   # 7 a missing vote
-    data.save_image(root / "Test" / "LQ" / "t" / "Blind_LR" / "test0-0-0.png", photo(0, 17))  # 8 LR of a wrong size
+    save_image(root / "Test" / "LQ" / "t" / "Blind_LR" / "test0-0-0.png", photo(0, 17))  # 8 LR of a wrong size
     shifted = photo(2).float().mul(0.9).add(4).round().byte()                     # 9 a near-duplicate: darker
     add_set(test, "test1-0-0", shifted)
     add_lr(root, "test1-0-0", shifted)
@@ -105,7 +106,7 @@ def test_foreign_doubled_and_stray_files_and_a_missing_annotator(root):
 def test_a_jpeg_of_a_training_patch_is_a_near_duplicate_and_another_sky_is_not(root, tmp_path):
     test = root / "Test" / "GT" / "t" / "images"
     Image.fromarray(photo(4).permute(1, 2, 0).numpy()).save(tmp_path / "p.jpg", quality=60)
-    add_set(test, "test0-0-0", data.load_image(tmp_path / "p.jpg"))
+    add_set(test, "test0-0-0", load_image(tmp_path / "p.jpg"))
     add_lr(root, "test0-0-0", photo(4))
     ramp = torch.linspace(80, 200, 64).view(1, 64, 1).expand(3, 64, 64)
     add_set(root / "Train" / "images" / "x", "sky-0-0", (ramp + 2 * torch.randn(3, 64, 64)).byte())
@@ -116,13 +117,13 @@ def test_a_jpeg_of_a_training_patch_is_a_near_duplicate_and_another_sky_is_not(r
 
 
 def test_the_script_exits_with_1_for_defects_and_2_without_a_data_set(root, script, tmp_path):
-    sound = script("prepare.py", "verify", root, "--out-json", tmp_path / "out.json")
+    sound = script("prepare.verify", "verify", root, "--out-json", tmp_path / "out.json")
     assert "defects: 0" in sound.stdout and "Train: 1 of 6 sets have no positive: upos and smp leave them out" in sound.stdout
     assert json.loads((tmp_path / "out.json").read_text())["counts"]["Train"]["positive"] == 10
     (root / "Train" / "images" / "x" / "01" / "photo0-0-0_01.png").unlink()
-    bad = script("prepare.py", "verify", root, check=False)
+    bad = script("prepare.verify", "verify", root, check=False)
     assert bad.returncode == 1 and "photo0-0-0_01.png: missing" in bad.stdout and "defects: 1 (1 missing)" in bad.stdout
-    none = script("prepare.py", "verify", tmp_path / "nowhere", check=False)
+    none = script("prepare.verify", "verify", tmp_path / "nowhere", check=False)
     assert none.returncode == 2 and none.stderr.count("\n") == 1 and "no such data set" in none.stderr
 
 
@@ -180,8 +181,8 @@ def test_shifted_copies_of_photographs_are_found_and_other_patches_of_their_text
     for name, top, left in (("astronaut", 0, 40), ("chelsea", 60, 120), ("coffee", 100, 150), ("grass", 0, 0), ("gravel", 0, 0)):
         pixels = torch.from_numpy(np.atleast_3d(getattr(pictures, name)())).permute(2, 0, 1).expand(3, -1, -1)[:, top:, left:]
         train, test = two_cuts(pixels, 128, 8, 7)
-        thumbnails = [data.thumbnail(image)[1:] for image in (train, test, pixels[:, 8:136, -128:], pixels[:, -128:, 9:137])]
-        scores = data.look_alike(np.concatenate(thumbnails[1:]), thumbnails[0])[0]
+        thumbnails = [prepare.thumbnail(image)[1:] for image in (train, test, pixels[:, 8:136, -128:], pixels[:, -128:, 9:137])]
+        scores = prepare.look_alike(np.concatenate(thumbnails[1:]), thumbnails[0])[0]
         assert scores[0] > prepare.CANDIDATE + 0.1 and (scores[1:] < prepare.CANDIDATE - 0.1).all(), (name, scores)
 
 
@@ -189,8 +190,8 @@ def test_a_texture_that_repeats_is_told_apart_by_its_detail(root, tmp_path):
     rng = np.random.default_rng(0)                                                # two walls of the same bricks, of different stone
     bricks = 80 * (torch.arange(192) // 16 % 2)[:, None].logical_xor((torch.arange(192) // 24 % 2)[None]).float() + 60
     walls = [(bricks.expand(3, -1, -1) + torch.from_numpy(rng.normal(0, 40, (1, 192, 192)))).clamp(0, 255).byte() for _ in range(2)]
-    thumbnails = [data.thumbnail(wall)[1:] for wall in walls]
-    assert data.look_alike(*thumbnails).item() > prepare.CANDIDATE
+    thumbnails = [prepare.thumbnail(wall)[1:] for wall in walls]
+    assert prepare.look_alike(*thumbnails).item() > prepare.CANDIDATE
     add_set(root / "Train" / "images" / "x", "wall-0-0", walls[0])
     add_set(root / "Test" / "GT" / "t" / "images", "test1-0-0", walls[1])
     add_lr(root, "test1-0-0", walls[1])
@@ -235,7 +236,7 @@ def test_a_set_twice_under_two_names_is_reported(root):
 
 
 def test_what_is_said_of_a_test_set_is_not_about_training(root, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["prepare.py"])
+    monkeypatch.setattr("sys.argv", ["prepare.verify"])
     prepare.main(prepare.parse_args(["verify", str(root)]))
     test = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Test:"))
     assert test.endswith("no labels: evaluate.py compares with the originals")
@@ -262,7 +263,7 @@ def test_packed_and_unpacked_give_the_same_samples(quintuplets, tmp_path, sample
     assert plain.packed is None and packed.packed is not None and (root / "packed/Train.bin").stat().st_size == 30 * 3 * 64 * 64
     for a, b in zip(expected, found):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    original = data.load_image(packed.path(packed.stems[2], "03"))
+    original = load_image(packed.path(packed.stems[2], "03"))
     assert np.array_equal(packed.read(packed.stems[2], "03"), original.numpy())
 
 
@@ -271,11 +272,11 @@ def test_packed_images_that_do_not_fit_are_refused(quintuplets, tmp_path):
     call("pack", root)
     whole = (root / "packed/Train.bin").read_bytes()
     (root / "packed/Train.bin").write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match="Train.bin: 368639 bytes, expected 368640: remove .*packed, and to use it again: python prepare.py pack"):
+    with pytest.raises(ValueError, match="Train.bin: 368639 bytes, expected 368640: remove .*packed, and to use it again: python -m prepare.verify pack"):
         data.find_sets(root, "Train")
     (root / "packed/Train.bin").write_bytes(whole)
     path = next((root / "Train/images/0-6/02").glob("*.png"))
-    data.save_image(path, torch.zeros(3, 64, 64))
+    save_image(path, torch.zeros(3, 64, 64))
     with pytest.raises(ValueError, match="was packed from other images than are there now"):
         data.find_sets(root, "Train")
     (root / "packed/Train.json").write_text("{")
@@ -291,7 +292,7 @@ def test_packed_images_that_do_not_fit_are_refused(quintuplets, tmp_path):
 def test_the_atlas_picks_what_scoring_every_crop_would(quintuplets, rewards, tmp_path):
     root = shutil.copytree(quintuplets, tmp_path / "set")
     for k, path in enumerate(sorted((root / "Train/images").rglob("*.png"))):      # each with another texture, so that no scores are equal
-        data.save_image(path, (data.load_image(path).float() + 4 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(k))).clamp(0, 255).byte())
+        save_image(path, (load_image(path).float() + 4 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(k))).clamp(0, 255).byte())
     for reward, file in (("ranker", "ranker-32-8.npy"), ("test_rewards:brightness", "test_rewards_brightness-32-8.npy")):
         call("atlas", root, "--reward", reward, "--crop", 32, "--stride", 8, "--device", "cpu")
         model, sets = iqa.create_reward([reward]), data.find_sets(root, "Train")
@@ -364,7 +365,7 @@ def test_an_atlas_of_something_else_is_refused_by_name(quintuplets, rewards, tmp
     with pytest.raises(ValueError, match="begun with other stride and shape: remove it and .*json to begin anew, or name another --out"):
         call(*words[:-3], 8, *words[-2:], "--out", file)
     path = next((root / "Train/images/0-6/02").glob("*.png"))
-    data.save_image(path, torch.zeros(3, 64, 64))
+    save_image(path, torch.zeros(3, 64, 64))
     with pytest.raises(ValueError, match="made of other images"):
         data.Atlas(file, data.find_sets(root, "Train"), 32)
     with pytest.raises(ValueError, match="begun with other images; its scores are of the images as they were then: remove it and .*json to begin anew, or name another --out"):
@@ -385,7 +386,7 @@ def test_an_interrupted_atlas_continues(quintuplets, rewards, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         call(*words)
     file = root / "atlas/test_rewards_brightness-32-16.npy"
-    with pytest.raises(ValueError, match="not finished; the same `prepare.py atlas` command continues it"):
+    with pytest.raises(ValueError, match="not finished; the same `prepare.verify atlas` command continues it"):
         data.Atlas(file, data.find_sets(root, "Train"), 32)
     half = np.load(file)
     assert np.isfinite(half[:2]).all() and np.isnan(half[3:]).all()
@@ -398,10 +399,10 @@ def test_an_interrupted_atlas_continues(quintuplets, rewards, tmp_path, monkeypa
 def test_two_processes_make_the_same_atlas(quintuplets, script, tmp_path):
     root = shutil.copytree(quintuplets, tmp_path / "set")
     words = ["atlas", root, "--reward", "ranker", "--crop", 32, "--stride", 16, "--device", "cpu"]
-    script("prepare.py", *words, "--out", tmp_path / "one.npy")
-    script("prepare.py", *words, "--out", tmp_path / "two.npy", processes=2)
+    script("prepare.verify", *words, "--out", tmp_path / "one.npy")
+    script("prepare.verify", *words, "--out", tmp_path / "two.npy", processes=2)
     assert np.array_equal(np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy"))
-    said = script("prepare.py", *words, "--compare", 20, "--out-json", tmp_path / "c.json").stdout
+    said = script("prepare.verify", *words, "--compare", 20, "--out-json", tmp_path / "c.json").stdout
     assert said.count("the same winner in") == 2 and "of 20 random crops" in said
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["n"] == 20 and f"stride 16: the same winner in {found['same_winner']['16'] / 20:.1%}" in said
@@ -540,7 +541,7 @@ def test_a_killed_pack_leaves_what_was_packed_before(quintuplets, tmp_path, monk
 
 
 def test_what_a_packed_set_costs_is_linear_in_its_size():
-    """tests/large_sets.py in small: sizes are checked without a look at all sets for every set, and an image's place is a few bytes, not an object."""
+    """experiments/large_sets.py in small: sizes are checked without a look at all sets for every set, and an image's place is a few bytes, not an object."""
     import large_sets
     looked = []
     any_of = torch.Tensor.any

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import quality
+import metrics as quality
+from images import load_image
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def test_psnr_and_ssim_are_the_published_values_of_five_tid2013_pairs():
     """Published: PSNR over RGB; SSIM of MATLAB's rgb2gray, nothing cropped."""
     with open(CALIBRATION / "results_official.csv") as file:
         published = {row[0]: [float(v) for v in row[1:]] for row in list(csv.reader(file))[1:]}
-    pairs = [[data.load_image(CALIBRATION / folder / f"{name}.bmp")[None].double() / 255 for folder in ("dist", "ref")] for name in ("I03", "I04", "I06", "I08", "I19")]
+    pairs = [[load_image(CALIBRATION / folder / f"{name}.bmp")[None].double() / 255 for folder in ("dist", "ref")] for name in ("I03", "I04", "I06", "I08", "I19")]
     grey = lambda x: (255 * x * x.new_tensor([0.2989, 0.5870, 0.1140]).view(3, 1, 1)).sum(1, keepdim=True).round() / 255
     assert [quality.psnr(*pair, border=0).item() for pair in pairs] == pytest.approx(published["psnr"], abs=0.006)
     assert [quality.ssim(*map(grey, pair), border=0).item() for pair in pairs] == pytest.approx(published["ssim"], abs=0.0002)
@@ -55,7 +55,7 @@ def test_ilniqe_is_the_published_one_of_five_tid2013_images():
     """Values of pyiqa 0.1.16 (shared/data/README.md): the published ones of MATLAB differ from pyiqa's by up to 4 %."""
     metric = quality.create_metric("ilniqe", CPU, CALIBRATION.parent / "weights/iqa/ILNIQE_templateModel.mat")
     assert metric.lower_is_better and not metric.full_reference
-    images = [data.load_image(CALIBRATION / "dist" / f"{name}.bmp")[None].float() / 255 for name in ("I03", "I04", "I06", "I08", "I19")]
+    images = [load_image(CALIBRATION / "dist" / f"{name}.bmp")[None].float() / 255 for name in ("I03", "I04", "I06", "I08", "I19")]
     scores = [metric(image, None).item() for image in images]
     assert scores == pytest.approx([115.6177, 24.0712, 19.7533, 22.3366, 54.8366], rel=0.002)
     with open(CALIBRATION / "results_official.csv") as file:
@@ -66,7 +66,7 @@ def test_ilniqe_is_the_published_one_of_five_tid2013_images():
 LPIPS = """
 import json, sys, torch, lpips
 sys.path.insert(0, sys.argv[2])
-import quality
+import metrics as quality
 a, b = torch.load(sys.argv[1], weights_only=True)
 metric = quality.create_metric("lpips", torch.device("cpu"))
 theirs = lpips.LPIPS(net="alex", verbose=False)

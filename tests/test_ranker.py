@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import train_iqa
+from rewards import train_ranker as train_iqa
+import runs
 from conftest import REPO
 from iqa import RANKER_WEIGHTS, Ranker, load_ranker
 
@@ -169,7 +170,7 @@ def test_orders_the_severities_on_photographs_it_has_not_seen(tmp_path):
 def test_training_writes_a_loadable_file_twice_the_same_and_leaves_the_committed_one(tmp_path):
     committed = hashlib.sha256(RANKER_WEIGHTS.read_bytes()).hexdigest()
     flags = ["--steps", "2", "--chains", "1", "--threads", "1", "--out"]
-    done = subprocess.run([sys.executable, REPO / "train_iqa.py", *flags, "a.pth"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-m", "rewards.train_ranker", *flags, "a.pth"], capture_output=True, text=True, cwd=tmp_path, env=runs.python_path())
     assert done.returncode == 0, done.stderr
     train_iqa.main(train_iqa.parse_args([*flags, str(tmp_path / "b.pth")]))
     load_ranker(tmp_path / "a.pth")
@@ -181,7 +182,7 @@ def test_training_writes_a_loadable_file_twice_the_same_and_leaves_the_committed
 @pytest.mark.fast
 def test_help_answers_at_once():
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, REPO / "train_iqa.py", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "rewards.train_ranker", "--help"], capture_output=True, text=True, env=runs.python_path())
     assert done.returncode == 0 and "--evaluate" in done.stdout and "(default: 2000)" in done.stdout
     assert time.perf_counter() - start < 2
 
@@ -194,5 +195,5 @@ def test_bad_input_is_one_line_and_non_zero(tmp_path, flags, message):
         flags = [flags[0], "cut"]
         (tmp_path / "cut").mkdir()
         (tmp_path / "cut" / "cut.png").write_bytes(RANKER_WEIGHTS.parent.parent.joinpath("results", "demo.png").read_bytes()[:9000])
-    done = subprocess.run([sys.executable, REPO / "train_iqa.py", *flags], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-m", "rewards.train_ranker", *flags], capture_output=True, text=True, cwd=tmp_path, env=runs.python_path())
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr

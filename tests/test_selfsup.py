@@ -6,13 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import metrics
 import archs
-import data
 import degradations
-import features
-import reconstruction as rec
+from selfsup import encoders as features
+from selfsup import networks as rec
 import runs
-import selfsup
+from losses import VGGFeatureLoss
+from images import image_size, load_image, save_image
+from selfsup import __main__ as selfsup
 
 SMALL = dict(width=8, blocks=(1, 1, 2), dim=16)
 
@@ -113,7 +115,7 @@ def test_band_encoder_tells_blur_and_noise():
 @pytest.mark.fast
 def test_hqi_is_one_for_the_enlarged_image():
     lq, _ = pair()
-    for distance in (features.Proxy(), lambda a, b: (a - b).abs().mean((1, 2, 3))):
+    for distance in (metrics.Proxy(), lambda a, b: (a - b).abs().mean((1, 2, 3))):
         d = rec.hqi_distance(distance, lq, F.interpolate(lq, scale_factor=4, mode="bicubic"))
         torch.testing.assert_close(d, torch.zeros(2), atol=1e-6, rtol=0)
 
@@ -125,7 +127,7 @@ def test_signs_of_eq_8():
     sharp = torch.from_numpy(astronaut()[:256, 128:384].copy()).permute(2, 0, 1)[None].float() / 255
     lq = F.interpolate(sharp, scale_factor=0.25, mode="area")
     blurred = degradations.blur(sharp, degradations.gaussian_kernel(21, 3.0))
-    d = {name: rec.hqi_distance(features.Proxy(), lq, hr) for name, hr in (("sharp", sharp), ("blurred", blurred))}
+    d = {name: rec.hqi_distance(metrics.Proxy(), lq, hr) for name, hr in (("sharp", sharp), ("blurred", blurred))}
     assert d["sharp"] > d["blurred"] + 0.1
     s = lambda rule, which, **more: rec.controller(rule, d[which], torch.zeros(1, 4), **more)[0, 0]
     assert s("eq8", "sharp", pretrain=True) > s("eq8", "blurred", pretrain=True)
@@ -146,7 +148,7 @@ def test_without_controller_s_is_one(net):
 @pytest.mark.fast
 def test_the_controller_is_no_loss():
     lq, hr = pair()
-    assert not rec.hqi_distance(features.Proxy(), lq, hr.requires_grad_()).requires_grad
+    assert not rec.hqi_distance(metrics.Proxy(), lq, hr.requires_grad_()).requires_grad
 
 
 # FAR
@@ -222,7 +224,7 @@ def test_wavelet_against_pywavelets():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("make", [features.Proxy, lambda: features.VGGCosine(FILE, 3)])
+@pytest.mark.parametrize("make", [metrics.Proxy, lambda: metrics.VGGCosine(FILE, 3)])
 def test_distances(make, vgg_file):
     global FILE
     FILE = vgg_file
@@ -242,8 +244,8 @@ def test_distances(make, vgg_file):
 
 @pytest.mark.fast
 def test_vgg_distance_by_hand(vgg_file):
-    distance, a, b = features.VGGCosine(vgg_file, 2), torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
-    vgg = archs.VGGFeatureLoss(vgg_file)
+    distance, a, b = metrics.VGGCosine(vgg_file, 2), torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
+    vgg = VGGFeatureLoss(vgg_file)
     tap = lambda x, n: F.relu(vgg.features[:n]((x - vgg.mean) / vgg.std))
     expected = sum(1 - F.cosine_similarity(tap(a, n), tap(b, n), dim=1).mean() for n in (3, 8)) / 2
     torch.testing.assert_close(distance(a, b)[0], expected, atol=1e-5, rtol=1e-4)
@@ -254,7 +256,7 @@ def test_lpips_is_the_package_s(monkeypatch):
     torch.manual_seed(0)
     model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     monkeypatch.setattr(lpips, "LPIPS", lambda **_: model)
-    ours, a, b = features.LPIPS("alex").eval(), torch.rand(2, 3, 64, 72), torch.rand(2, 3, 64, 72)
+    ours, a, b = metrics.LPIPS("alex").eval(), torch.rand(2, 3, 64, 72), torch.rand(2, 3, 64, 72)
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(ours(a, b), model(2 * a - 1, 2 * b - 1).flatten())
@@ -269,8 +271,8 @@ def test_missing_lpips_weights(monkeypatch, tmp_path):
     def fails(**_):
         raise OSError("no route")
     monkeypatch.setattr(lpips, "LPIPS", fails)
-    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af.pth.*--distance vgg"):
-        features.LPIPS("vgg")
+    with pytest.raises(ValueError, match=r"vgg16-397923af.pth.*--distance vgg"):
+        metrics.LPIPS("vgg")
 
 
 # Established encoders
@@ -314,7 +316,7 @@ def test_clip_from_a_torchscript_archive(tmp_path):
 def test_missing_clip_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
-    with pytest.raises(FileNotFoundError, match=r"RN50.pt is not here.*save https.* as .*clip/RN50.pt.*--clip-weights FILE.*--far-enc vgg"):
+    with pytest.raises(ValueError, match=r"RN50.pt is not here.*save https.* as .*clip/RN50.pt.*--clip-weights FILE.*--far-enc vgg"):
         features.clip_state()
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="not CLIP's RN50"):
@@ -324,7 +326,7 @@ def test_missing_clip_weights(monkeypatch, tmp_path):
 @pytest.mark.fast
 @pytest.mark.parametrize("arch", ["swinir-small", "rrdbnet-small", "compact-small"])
 def test_features_of_a_network(arch):
-    net = archs.ARCHS[arch]().eval()
+    net = archs.create(arch).eval()
     encoder = features.create_encoder("sr", sr=net)
     x = torch.rand(1, 3, 32, 32, requires_grad=True)
     found = encoder(x)
@@ -346,8 +348,8 @@ def photos(tmp_path_factory):
     for k in range(4):
         small = torch.from_numpy(rng.random((1, 3, 12, 12))).float()
         hr = (F.interpolate(small, size=(96, 96), mode="bicubic") + 0.05 * torch.from_numpy(rng.standard_normal((1, 3, 96, 96)))).clamp(0, 1).float()
-        data.save_image(root / "gt" / f"p{k}.png", hr[0])
-        data.save_image(root / "lq" / f"p{k}.png", F.interpolate(hr, scale_factor=0.25, mode="area")[0])
+        save_image(root / "gt" / f"p{k}.png", hr[0])
+        save_image(root / "lq" / f"p{k}.png", F.interpolate(hr, scale_factor=0.25, mode="area")[0])
     torch.manual_seed(0)
     runs.save_weights(root / "sr.pth", archs.SRVGGNetCompact(num_feat=8, num_conv=2).state_dict())
     runs.save_weights(root / "x2.pth", archs.SRVGGNetCompact(num_feat=8, num_conv=2, upscale=2).state_dict())
@@ -386,7 +388,7 @@ def test_pretrain_resumes_bitwise(photos, tmp_path):
     last = torch.load(tmp_path / "cut" / "ckpt" / "last.pt", weights_only=True)
     assert last["step"] == 5
     import copy
-    import selfsup_pretrain
+    from selfsup import pretrain as selfsup_pretrain
     stopped = tmp_path / "stopped"
     args = selfsup.parse_args([*words, "--out", str(stopped)])
     real = selfsup_pretrain.runs.StopSignal.requested
@@ -447,7 +449,7 @@ def test_finetune_changes_the_network_alone(photos, trained, tmp_path):
     before = torch.load(photos / "sr.pth", weights_only=True)["params"]
     frozen = (trained / "method" / "weights" / "rec.pth").read_bytes()
     seen = {}
-    import selfsup_finetune
+    from selfsup import finetune as selfsup_finetune
     real = selfsup_finetune.adapt
 
     def adapt(args, world, seeds, autocast, judge, *rest):
@@ -486,7 +488,7 @@ def test_switches(photos, trained, tmp_path, name, words):
 
 
 def test_finetune_resumes_bitwise(photos, trained, tmp_path):
-    import selfsup_finetune
+    from selfsup import finetune as selfsup_finetune
     whole = tune(photos, trained / "method", tmp_path / "whole", "--gt-dir", photos / "gt", "--stop", "val-gt")
     real = selfsup_finetune.runs.StopSignal.requested
     selfsup_finetune.runs.StopSignal.requested = lambda self, step: step == 3
@@ -505,7 +507,7 @@ def test_finetune_resumes_bitwise(photos, trained, tmp_path):
 def test_per_image(photos, trained, tmp_path):
     selfsup.main(selfsup.parse_args(["finetune", "--rec", str(trained / "method"), "--sr", str(photos / "sr.pth"), "--lr-dir", str(photos / "lq"), "--out", str(tmp_path / "out"), "--patch", "16",
                                      "--batch-size", "2", "--total-steps", "2", "--lr", "1e-3", "--workers", "0", "--per-image", "--device", "cpu"]))
-    assert [data.image_size(path) for path in sorted((tmp_path / "out" / "sr").glob("*.png"))] == [(96, 96)] * 4
+    assert [image_size(path) for path in sorted((tmp_path / "out" / "sr").glob("*.png"))] == [(96, 96)] * 4
     weights = [torch.load(tmp_path / "out" / f"p{k}" / "weights" / "ema_0000002.pth", weights_only=True)["params"]["body.0.weight"] for k in (0, 1)]
     assert not torch.equal(*weights)
 
@@ -519,15 +521,15 @@ def test_the_result_loads_everywhere(photos, trained, tmp_path, script):
     with torch.no_grad():
         torch.testing.assert_close(spandrel.ModelLoader().load_from_file(file).model(lq), net(lq), atol=1e-5, rtol=1e-4)
     script("upscale.py", "--weights", tmp_path / "out", photos / "lq" / "p0.png", "--out", tmp_path / "sr")
-    assert data.image_size(tmp_path / "sr" / "p0.png") == (96, 96)
-    said = script("selfsup.py", "eval", "--weights", photos / "sr.pth", tmp_path / "out", "--lr-dir", photos / "lq", "--gt-dir", photos / "gt", "--metrics", "psnr", "ssim", "--cache", tmp_path / "cache",
+    assert image_size(tmp_path / "sr" / "p0.png") == (96, 96)
+    said = script("selfsup", "eval", "--weights", photos / "sr.pth", tmp_path / "out", "--lr-dir", photos / "lq", "--gt-dir", photos / "gt", "--metrics", "psnr", "ssim", "--cache", tmp_path / "cache",
                   "--out-json", tmp_path / "r.json").stdout
     assert "nothing cropped" in said
     result = json.loads((tmp_path / "r.json").read_text())
     from skimage.color import rgb2ycbcr
     from skimage.metrics import peak_signal_noise_ratio
-    upscaled = data.load_image(tmp_path / "sr" / "p0.png").permute(1, 2, 0).numpy()
-    truth = data.load_image(photos / "gt" / "p0.png").permute(1, 2, 0).numpy()
+    upscaled = load_image(tmp_path / "sr" / "p0.png").permute(1, 2, 0).numpy()
+    truth = load_image(photos / "gt" / "p0.png").permute(1, 2, 0).numpy()
     expected = peak_signal_noise_ratio(*(rgb2ycbcr(image)[..., 0] for image in (truth, upscaled)), data_range=255)
     assert result["scores"]["out"]["p0"]["psnr"] == pytest.approx(expected, abs=1e-3)
 
@@ -536,7 +538,7 @@ def test_domain_and_probes(photos, trained, tmp_path, capsys):
     call = lambda *words: selfsup.main(selfsup.parse_args([str(word) for word in words]))
     call("domain", "--hr", photos / "gt", "--out", tmp_path / "domain")
     assert {p.name for p in (tmp_path / "domain" / "lq").iterdir()} == {f"p{k}.png" for k in range(4)}
-    assert data.image_size(tmp_path / "domain" / "lq" / "p0.png") == (24, 24)
+    assert image_size(tmp_path / "domain" / "lq" / "p0.png") == (24, 24)
     again = tmp_path / "again"
     call("domain", "--hr", photos / "gt", "--out", again)
     assert all((again / "lq" / f"p{k}.png").read_bytes() == (tmp_path / "domain" / "lq" / f"p{k}.png").read_bytes() for k in range(4))
@@ -549,12 +551,12 @@ def test_domain_and_probes(photos, trained, tmp_path, capsys):
     tune(photos, trained / "method", tmp_path / "tuned", "--gt-dir", photos / "gt")
     call("probe", "fig9", "--runs", tmp_path / "tuned", "--out", tmp_path / "fig9")
     for n in (7, 8, 9):
-        assert min(data.image_size(tmp_path / f"fig{n}.png")) > 200
+        assert min(image_size(tmp_path / f"fig{n}.png")) > 200
 
 
 @pytest.mark.fast
 def test_area_under_the_curve():
-    import selfsup_probe
+    from selfsup import probe as selfsup_probe
     assert selfsup_probe.area(np.array([1, 2, 3.0]), np.array([4, 5.0])) == 1
     assert selfsup_probe.area(np.array([1, 2, 3.0]), np.array([2, 2.0])) == 0.5
     rng = np.random.default_rng(0)
@@ -592,15 +594,15 @@ def test_probes_of_what_does_not_fit(photos, trained, tmp_path):
 
 def test_missing_vgg_weights_name_flags_of_this_script(monkeypatch):
     monkeypatch.setattr(archs, "vgg19_download", lambda: (_ for _ in ()).throw(FileNotFoundError("no VGG19: name a file with --vgg-weights FILE, or do without the perceptual loss: --lambda-p 0")))
-    for make, instead in ((features.VGGCosine, "proxy"), (features.VGGFeatures, "--far-enc rand")):
-        with pytest.raises(FileNotFoundError, match=instead) as caught:
+    for make, instead in ((metrics.VGGCosine, "proxy"), (features.VGGFeatures, "--far-enc rand")):
+        with pytest.raises(ValueError, match=instead) as caught:
             make()
         assert "--lambda-p" not in str(caught.value)
 
 
 def test_the_demo_says_what_it_starts_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="train.py --demo --stage psnr"):
+    with pytest.raises(ValueError, match="train.py --demo --stage psnr"):
         selfsup.main(selfsup.parse_args(["--demo"]))
     assert not list(tmp_path.iterdir())
 
@@ -633,7 +635,7 @@ def test_errors_of_finetune(photos, trained, tmp_path, words, message):
     content["settings"]["looked_through"][2] = "0123"
     torch.save(content, tmp_path / "other.pth")
     places = {"OLD": tmp_path / "old.pth", "OTHER": tmp_path / "other.pth", "X2": photos / "x2.pth", "EMPTY": tmp_path / "empty", "WIDE": tmp_path / "wide.pth", "SR": photos / "sr.pth", "PLAIN": trained / "plain", "LQ": photos / "lq"}
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises(ValueError, match=message):
         tune(photos, trained / "method", tmp_path / "out", *[places.get(word, word) for word in words])
     assert not (tmp_path / "out").exists()
 
@@ -662,15 +664,15 @@ def test_switches_of_the_tables():
 
 def test_two_processes_learn_what_one_learns(photos, tmp_path, script):
     words = ["pretrain", "--hr", photos / "gt", *TINY, "--total-steps", "3"]
-    script("selfsup.py", *words, "--out", tmp_path / "one")
-    script("selfsup.py", *words, "--out", tmp_path / "two", processes=2)
+    script("selfsup", *words, "--out", tmp_path / "one")
+    script("selfsup", *words, "--out", tmp_path / "two", processes=2)
     one, two = (torch.load(tmp_path / n / "weights" / "rec.pth", weights_only=True)["params"] for n in ("one", "two"))
     for k in one:
         torch.testing.assert_close(one[k], two[k], atol=2e-4, rtol=1e-3)
     tuned = ["finetune", "--rec", tmp_path / "one", "--sr", photos / "sr.pth", "--lr-dir", photos / "lq", "--gt-dir", photos / "gt", "--patch", "16", "--batch-size", "2", "--total-steps", "2", "--lr", "1e-4",
              "--workers", "0", "--device", "cpu"]
     for name, processes in (("a", 1), ("b", 2)):
-        script("selfsup.py", *tuned, "--out", tmp_path / name, processes=processes)
+        script("selfsup", *tuned, "--out", tmp_path / name, processes=processes)
     a, b = (torch.load(tmp_path / n / "weights" / "ema_0000002.pth", weights_only=True)["params"] for n in "ab")
     start = torch.load(photos / "sr.pth", weights_only=True)["params"]
     flat = lambda state: torch.cat([state[k].flatten() for k in start])

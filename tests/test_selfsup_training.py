@@ -9,18 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import metrics
 import archs
 from experiments import jobs
 import data
 import degradations
-import experiment_selfsup
-import features
-import reconstruction as rec
+from experiments import self_supervision as experiment_selfsup
+from selfsup import encoders as features
+from selfsup import networks as rec
 import runs
-import selfsup
-import selfsup_finetune
-import selfsup_pretrain
-import selfsup_probe
+from images import load_image
+from selfsup import __main__ as selfsup
+from selfsup import finetune as selfsup_finetune
+from selfsup import pretrain as selfsup_pretrain
+from selfsup import probe as selfsup_probe
 from test_selfsup import TINY, photos, trained, tune                              # noqa: F401, fixtures among them
 
 SEEDS = lambda *words: runs.sample_seed(0, *words)
@@ -58,7 +60,7 @@ def test_a_step_of_fine_tuning_follows_the_gradient_worked_out_here(photos, trai
     tune(photos, trained / "method", tmp_path / "out", "--total-steps", 1, "--clip-grad", 0, "--lambda-ft", 0.05, "--val-every", 0, *words)
     given = dict(zip(words[::2], words[1::2])) if words and not str(words[0]).startswith("--no") else {}
     m, (net, settings) = archs.load_x4(photos / "sr.pth", "--sr")[0], rec.load_reconstruction(trained / "method" / "weights" / "rec.pth")
-    distance, encoder = features.create_distances("proxy")[0], features.create_encoder("rand")
+    distance, encoder = metrics.create_distances("proxy")[0], features.create_encoder("rand")
     dataset = data.TrainingSet(data.find_photos(photos / "lq"), "orig", SEEDS, 2, 1, 16, 16)
     lq = torch.stack([dataset.sample(1, lane)["crops"][0] for lane in range(2)]).float() / 255
     n = float(given.get("--n-std", 1.0)) * torch.stack([degradations.normal_field((16,), SEEDS(1, lane, "n")) for lane in range(2)])
@@ -99,7 +101,7 @@ def test_gradients_are_clipped_and_noise_is_drawn_anew(photos, trained, tmp_path
 def test_nothing_is_random_in_a_network_that_is_adapted_and_its_rate_is_by_kind(photos, trained, tmp_path, monkeypatch):
     rates, drops = {}, []
     for arch in ("swinir-small", "compact-small"):
-        net = archs.ARCHS[arch]()
+        net = archs.create(arch)
         runs.save_weights(tmp_path / f"{arch}.pth", net.state_dict())
         real = archs.load_x4
         monkeypatch.setattr(archs, "load_x4", lambda *a, **k: (lambda found: (setattr(found[0], "drop_path", 0.5) if hasattr(found[0], "drop_path") else None, found)[1])(real(*a, **k)))
@@ -146,7 +148,7 @@ def test_the_checks_see_what_was_held_out(photos, trained, tmp_path, monkeypatch
     monkeypatch.setattr(selfsup_finetune, "check", lambda net, patches, judge, items, *a: seen.append((patches, items)) or real(net, patches, judge, items, *a))
     tune(photos, trained / "plain", tmp_path / "out", "--hold-out", 1)
     held = (tmp_path / "out" / "held_out.txt").read_text().split()
-    image = data.load_image(photos / "lq" / f"{held[0]}.png").float() / 255
+    image = load_image(photos / "lq" / f"{held[0]}.png").float() / 255
     windows = image.unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
     for patches, items in seen:
         assert [path.stem for path, _ in items] == held
@@ -212,7 +214,7 @@ def test_a_step_of_pretraining_follows_the_gradient_worked_out_here(photos, tmp_
     assert not set(sets.stems) & set(held.stems)
     dataset = data.TrainingSet(sets, "orig", SEEDS, 4, 2, 64, 64)
     lq, hr = selfsup_pretrain.pairs_of(dataset, args, SEEDS, torch.device("cpu"), 2)(1, range(4))
-    distance, encoder = features.create_distances("proxy")[0], features.create_encoder("rand")
+    distance, encoder = metrics.create_distances("proxy")[0], features.create_encoder("rand")
     n = args.n_std * torch.stack([degradations.normal_field((16,), SEEDS(1, lane, "n")) for lane in range(4)])
     d = distance(F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1), hr).clamp(0, 1)[:, None]
     s = 1.0 if args.s_rule == "one" else n + d                                    # clean HR: far from the LR image means much degradation
@@ -262,7 +264,7 @@ def test_held_out_checks_are_what_they_say():
             return (lq.roll(1, 0) if shuffle else lq), None
     hr = torch.rand(4, 3, 32, 32)
     lq = (F.interpolate(hr, scale_factor=0.25, mode="area") * 0.9).clamp(0, 1)
-    distance = features.create_distances("proxy")[0]
+    distance = metrics.create_distances("proxy")[0]
     found = selfsup_pretrain.check_pretraining(Knows(), [(lq, hr)], distance, distance, None, argparse.Namespace(s_rule="eq8", offdiag=False))
     bicubic = F.interpolate(hr, scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1)
     assert found["psnr"] == 100 and found["psnr_shuffled"] < 30 and found["l1"] == 0
@@ -310,10 +312,10 @@ def test_networks_of_one_name_or_of_other_weights_are_refused(trained, tmp_path)
 def test_a_domain_is_blurred_noisy_and_compressed(photos, tmp_path):
     def made(name, *more):
         selfsup.main(selfsup.parse_args(["domain", "--hr", str(photos / "gt"), "--out", str(tmp_path / name), *more]))
-        return torch.stack([data.load_image(p).float() for p in sorted((tmp_path / name / "lq").iterdir())])
+        return torch.stack([load_image(p).float() for p in sorted((tmp_path / name / "lq").iterdir())])
     plain = made("plain", "--blur", "0.1", "0.1", "--noise", "0", "--jpeg", "100")
     detail = lambda x: x.diff(dim=3).square().mean().item()
-    area = torch.stack([F.interpolate(data.load_image(photos / "gt" / f"p{k}.png")[None].float(), scale_factor=0.25, mode="area")[0] for k in range(4)])
+    area = torch.stack([F.interpolate(load_image(photos / "gt" / f"p{k}.png")[None].float(), scale_factor=0.25, mode="area")[0] for k in range(4)])
     luma = lambda x: (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)                            # JPEG halves the chroma
     assert (luma(plain) - luma(area)).abs().mean() < 1.5
     assert detail(made("blur", "--blur", "4", "4", "--noise", "0", "--jpeg", "100")) < 0.5 * detail(plain)
@@ -328,8 +330,8 @@ def test_the_queue_in_small(photos, tmp_path, monkeypatch, capsys):
     def call(log, script, *words, processes=1):
         module = importlib.import_module(script.removesuffix(".py"))
         module.main(module.parse_args([*map(str, words), "--threads", "1"]))
-    monkeypatch.setattr(compare, "call", call)
-    monkeypatch.setattr(compare, "parallel", lambda jobs, tasks: [task() for task in tasks])
+    monkeypatch.setattr(jobs, "call", call)
+    monkeypatch.setattr(jobs, "parallel", lambda count, tasks: [task() for task in tasks])
     (tmp_path / "vgg.pth").touch()
     tiny = "--patch 16 --load-size 64 --degradation two-round --batch-size 2 --group-size 2 --val-photos 1 --width 8 --blocks 1 1 1 --dim 16 --distance proxy --far-enc rand --workers 0 --total-steps 2 --val-every 2"
     words = ["--photos", photos / "gt", "--test", photos / "gt", "--real", photos / "lq", "--sr", photos / "sr.pth", "--pretrain", tiny, "--finetune", "--patch 16 --batch-size 2 --total-steps 2 --workers 0 --val-every 2",

@@ -16,6 +16,7 @@ import archs
 import data
 import finetune_lora
 import runs
+from losses import adversarial_loss
 import train
 from test_finetune import TINY, base  # noqa: F401 (a fixture)
 from test_train import flags, init  # noqa: F401 (a fixture)
@@ -160,7 +161,7 @@ def test_the_pool_copies_its_draws_without_waiting(fake_cuda):
 
 def test_swinirs_stochastic_depth_copies_its_draws_without_waiting(fake_cuda):
     with torch.utils._python_dispatch._disable_current_modes():
-        net = archs.ARCHS["swinir-small"](drop_path=0.5).train()
+        net = archs.create("swinir-small", drop_path=0.5).train()
         mask = {(24, 24, fake_cuda, torch.float32): archs.shift_mask(24, 24, 8, 4)}
     net = copy_to(net, fake_cuda)
     net.masks = {key: torch.zeros(value.shape, device=fake_cuda) for key, value in mask.items()}      # made once per size: that copy waits
@@ -185,7 +186,7 @@ def test_losses_choice_and_meter_read_nothing_on_a_gpu(fake_cuda):
     with torch.utils._python_dispatch._disable_current_modes():
         net_d = archs.UNetDiscriminatorSN(4).train()
     net_d = copy_to(net_d, fake_cuda)
-    loss = train.adversarial_loss(net_d(torch.zeros(2, 3, 32, 32, device=fake_cuda)), True)
+    loss = adversarial_loss(net_d(torch.zeros(2, 3, 32, 32, device=fake_cuda)), True)
     meter = runs.Meter(runs.World(0, 1, fake_cuda))
     for step in (1, 2):
         meter.add(step, adv=loss, score=scores.mean())

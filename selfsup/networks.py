@@ -1,0 +1,281 @@
+"""Make a low-resolution image again from a high-resolution one: what self-supervised adaptation judges a super-resolution network by.
+
+    net = Reconstruction()                                   encoders and reconstructor of HR-aware SR; image_encoder=False: LWay's
+    lq_again, far = net(lq, hr, s, e_clip)                   Eq. 4 and the feature-alignment regulariser, Eq. 9-11
+
+"High-Resolution Be Aware! Improving the Self-Supervised Real-World Super-Resolution" (Zhang and Yao, arXiv 2411.16175) and "Low-Res Leads the Way"
+(LWay, CVPR 2024). Neither has released code, and the first paper's supplement, which has the sizes and weights of losses, is not public. So each number
+here says where it is from: PAPER (the first paper), LWAY (README and answers of its author), INFERRED, or CHOICE (ours).
+
+lq is (B, 3, h, w), hr (B, 3, 4h, 4w), RGB in [0, 1]; nothing here knows how the networks are trained. The super-resolution network that is adapted lies
+outside: gradients reach it through `hr`.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import archs
+import degradations
+import runs
+
+lrelu = lambda x: F.leaky_relu(x, 0.1)
+
+
+# Networks
+
+class DegradationEncoder(nn.Module):
+    """E_deg: (B, 3, h, w) -> (B, dim), what was done to this image. PAPER: 16 residual blocks, 512 numbers; CHOICE: the rest.
+
+    He's initialisation, so that embeddings differ more between images: after 600 steps by .20 and .25 of their size, by .03 and .18 with PyTorch's. PSNR did not tell the two apart, and R used
+    neither yet (two seeds; results/selfsup-choices.json, python python -m experiments.selfsup_choices).
+    """
+
+    def __init__(self, width=64, blocks=16, dim=512):
+        super().__init__()
+        self.first = archs.conv3x3(3, width)
+        self.blocks = nn.Sequential(*[archs.ResidualBlock(width) for _ in range(blocks)])
+        self.down = nn.ModuleList(nn.Conv2d(width * n, width * 2 * n, 4, 2, 1) for n in (1, 2, 4))
+        self.head = nn.ModuleList(nn.Linear(n, dim) for n in (width * 8, dim, dim))
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(layer.weight, a=0.1)
+                nn.init.zeros_(layer.bias)
+            if isinstance(layer, archs.ResidualBlock):
+                layer.conv2.weight.data *= 0.3
+
+    def forward(self, lq):
+        x = self.blocks(lrelu(self.first(lq)))
+        for conv in self.down:
+            x = lrelu(conv(x))
+        x = x.mean((2, 3))
+        for layer in self.head[:-1]:
+            x = lrelu(layer(x))
+        return self.head[-1](x)
+
+
+class BandEncoder(nn.Module):
+    """E_deg for short pre-training (CHOICE, nobody's): (B, 3, h, w) -> (B, dim) from the logarithms of how strong first and second differences of the grey image
+    are at three scales, twelve numbers that tell blur and noise and need not be learned. They differ by .71 and .95 of their size where the convolutional encoder's do by .2 (600 steps, two seeds;
+    results/selfsup-choices.json); after 2,000 steps R loses 1.6 to 2.7 dB with other images' (results/selfsup.json)."""
+
+    def __init__(self, dim=512, width=128):
+        super().__init__()
+        self.head = nn.ModuleList(nn.Linear(a, b) for a, b in ((12, width), (width, width), (width, dim)))
+
+    def forward(self, lq):
+        x, strengths = lq.float().mean(1, keepdim=True), []
+        for _ in range(3):
+            first = x.diff(dim=2), x.diff(dim=3)
+            strengths += [(d.square().mean((1, 2, 3)) + 1e-6).log() for d in (*first, first[0].diff(dim=2), first[1].diff(dim=3))]
+            x = F.avg_pool2d(x, 2)
+        x = (torch.stack(strengths, 1) + 6) / 2                                   # about zero mean and unit variance for photos
+        for layer in self.head[:-1]:
+            x = lrelu(layer(x))
+        return self.head[-1](x)
+
+
+class ImageEncoder(nn.Module):
+    """E_img: (B, 3, H, W) -> (B, width, H, W). PAPER: six residual blocks of 64 channels that keep the resolution."""
+
+    def __init__(self, width=64, blocks=6):
+        super().__init__()
+        self.first = archs.conv3x3(3, width)
+        self.blocks = nn.Sequential(*[archs.ResidualBlock(width) for _ in range(blocks)])
+
+    def forward(self, hr):
+        return self.blocks(lrelu(self.first(hr)))
+
+
+class ModulatedConv(nn.Module):
+    """3x3 convolution whose input channels are scaled by a style, and whose output channels are then brought to unit weight (StyleGAN2).
+
+    x (B, C, h, w), z (B, dim) -> (B, C, h, w). Scaling input and output is the same as scaling the kernel of every sample, and needs one convolution
+    for all of them: a sample's result does not depend on the others.
+    """
+
+    def __init__(self, width, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width, 3, 3) / (3 * width ** 0.5))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.style = nn.Linear(dim, width)
+        nn.init.ones_(self.style.bias)                                            # StyleGAN2: an embedding of zero changes nothing
+
+    def forward(self, x, z):
+        style = self.style(z)                                                     # (B, C)
+        norm = (self.weight.square().sum((2, 3)) @ style.square().mT + 1e-8).rsqrt().mT             # (B, C) of the output
+        return F.conv2d(x * style[:, :, None, None], self.weight, padding=1) * norm[:, :, None, None] + self.bias[:, None, None]
+
+
+class ModulatedBlock(nn.Module):
+    """Residual block, modulated convolution, noise of learned strength, convolution."""
+
+    def __init__(self, width, dim):
+        super().__init__()
+        self.residual, self.modulated, self.conv = archs.ResidualBlock(width), ModulatedConv(width, dim), archs.conv3x3(width, width)
+        self.noise = nn.Parameter(torch.zeros(width, 1, 1))
+
+    def forward(self, x, z, noise):
+        x = self.modulated(self.residual(x), z)
+        if noise is not None:
+            x = x + self.noise * noise
+        return lrelu(self.conv(x))
+
+
+class Reconstructor(nn.Module):
+    """R: image features (B, channels, 4h, 4w) and embedding (B, dim) -> (B, 3, h, w). PAPER: SRResNet and StyleGAN2 combined; CHOICE: the rest.
+
+    Where the factor of four goes is not published: here two convolutions of stride 2 come first. The blocks are bridged as SRResNet's are, or R
+    learns more slowly: after 600 steps 3.1 and 3.4 dB less (two seeds; results/selfsup-choices.json). noise: (B, blocks, h, w) normal, or None for none.
+    """
+
+    def __init__(self, channels=64, width=64, blocks=4, dim=512):
+        super().__init__()
+        self.down = nn.ModuleList([nn.Conv2d(channels, width, 3, 2, 1), nn.Conv2d(width, width, 3, 2, 1)])
+        self.blocks = nn.ModuleList(ModulatedBlock(width, dim) for _ in range(blocks))
+        self.last = nn.ModuleList([archs.conv3x3(width, width), archs.conv3x3(width, 3)])
+
+    def forward(self, features, z, noise=None):
+        x = features
+        for conv in self.down:
+            x = lrelu(conv(x))
+        y = x
+        for k, block in enumerate(self.blocks):
+            y = block(y, z, None if noise is None else noise[:, k:k + 1])
+        return self.last[1](lrelu(self.last[0](x + y)))
+
+
+class Reconstruction(nn.Module):
+    """E_deg, E_img, R, and the two linear layers of FAR: everything that pre-training learns (Eq. 4, 11).
+
+    width: channels of all three networks; blocks: residual blocks of E_deg, E_img and R; image_encoder=False: R sees the HR image itself (LWAY).
+    bands: BandEncoder for E_deg.
+    far_channels: channels of the established encoder's features, 0 for no FAR. offdiag, path: see forward.
+    """
+
+    def __init__(self, width=64, blocks=(16, 6, 4), dim=512, image_encoder=True, far_channels=0, bands=False):
+        super().__init__()
+        if far_channels and not image_encoder:
+            raise ValueError("FAR aligns the image encoder's features, and LWay has none")
+        self.dim, self.noise_maps = dim, blocks[2]
+        self.e_deg = BandEncoder(dim) if bands else DegradationEncoder(width, blocks[0], dim)
+        self.e_img = ImageEncoder(width, blocks[1]) if image_encoder else nn.Identity()
+        self.r = Reconstructor(width if image_encoder else 3, width, blocks[2], dim)
+        if far_channels:
+            self.t_a, self.t_m = nn.Linear(width, far_channels), nn.Linear(width, far_channels)
+
+    def forward(self, lq, hr, s, e_clip=None, noise=None, shuffle=False, offdiag=False, path="both"):
+        """-> (reconstruction of lq (B, 3, h, w), FAR of hr (B,), or None without e_clip).
+
+        s: controller, (B, dim) or a number; e_clip: the established encoder's features of hr (B, C, H', W'); noise: (B, blocks, h, w) for R, or None
+        shuffle: embeddings of the neighbours in the batch instead, to see whether they matter
+        path: where FAR's gradient may go to hr, "im" (the image encoder), "cl" (the established one) or "both"
+        """
+        e_d, e_im = self.e_deg(lq), self.e_img(hr)
+        lq_again = self.r(e_im, s * (e_d.roll(1, 0) if shuffle else e_d), noise)
+        if e_clip is None:
+            return lq_again, None
+        ours, theirs = descriptors(e_im.detach() if path == "cl" else e_im, offdiag), descriptors(e_clip.detach() if path == "im" else e_clip, offdiag)
+        with torch.autocast(hr.device.type, enabled=False):
+            return lq_again, sum(length(t(a) - b) for t, a, b in zip((self.t_a, self.t_m), ours, theirs))
+
+
+def descriptors(features, offdiag=False):
+    """S_avg and S_max of Eq. 10: mean and maximum of each row of the Gram matrix of (B, C, H, W) -> two (B, C).
+
+    The Gram matrix is divided by H W, so that the size of an image does not matter (CHOICE). offdiag: without a channel's correlation with itself, as the
+    text has it ("to others"); the formula has it in.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        f = features.float().flatten(2)
+        gram = f @ f.mT / f.shape[2]                                              # (B, C, C)
+        if not offdiag:
+            return gram.mean(2), gram.amax(2)
+        diagonal = torch.eye(gram.shape[1], dtype=torch.bool, device=gram.device)
+        others = gram.masked_fill(diagonal, 0)
+        return others.sum(2) / (gram.shape[1] - 1), gram.masked_fill(diagonal, -torch.inf).amax(2)
+
+
+def length(x):
+    """Euclidean length of (B, C), with a gradient at zero too."""
+    return (x.square().sum(1) + 1e-8).sqrt()
+
+
+# Controller (Eq. 7, 8)
+
+def hqi_distance(distance, lq, hr):
+    """d = 1 - HQI (Eq. 7): the distance of hr to bicubically enlarged lq, in [0, 1] -> (B,), no gradient (CHOICE: a controller, not a loss).
+
+    A misleading name: the indicator is high where hr still looks like the low-resolution image, so where super-resolution did little.
+    """
+    with torch.no_grad():
+        return distance(F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1), hr.detach().clamp(0, 1)).clamp(0, 1)
+
+
+def controller(rule, d, noise=0.0, pretrain=False, shift=(0.0, 0.0)):
+    """s of Eq. 8, (B, dim) or 1. d: hqi_distance (B,), noise: n of Eq. 8, (B, dim) or 0.
+
+    Pre-training sees true HR images: far from the LR image means much degradation, s = n + d. Fine-tuning ("eq8"): near means that the network did
+    little, s = n + 1 - d, more degradation by R, so that the network need not degrade. "flip": n + d there too (Table 4, row 1), "one": no controller,
+    "shifted" (ours): n + s0 + d0 - d with shift = (s0, d0), the mean of s in pre-training and of d before tuning, so that both stages begin alike.
+    """
+    if rule == "one":
+        return 1.0
+    s = d if pretrain or rule == "flip" else 1 - d if rule == "eq8" else shift[0] + shift[1] - d
+    return noise + s[:, None]
+
+
+# Reconstruction loss
+
+def high_frequency_map(lq):
+    """W of LWay's loss, (B, 1, h, w) in [0, 1], zero for a flat image: the length of the three detail bands of a wavelet transform.
+
+    CHOICE: Haar, one level, of the luma, stretched to [0, 1] per image, each value for its 2x2 pixels. Odd sides are reflected.
+    """
+    with torch.no_grad():
+        h, w = lq.shape[2:]
+        y = (lq * lq.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+        y = archs.pad_reflect(y, h % 2, w % 2)
+        a, b, c, d = y[..., ::2, ::2], y[..., ::2, 1::2], y[..., 1::2, ::2], y[..., 1::2, 1::2]
+        bands = ((a - b + c - d) / 2, (a + b - c - d) / 2, (a - b - c + d) / 2)
+        detail = sum(band.square() for band in bands).sqrt()
+        low, high = detail.amin((2, 3), keepdim=True), detail.amax((2, 3), keepdim=True)
+        detail = (detail - low) / (high - low).clamp_min(1e-6)
+        return detail.repeat_interleave(2, 2).repeat_interleave(2, 3)[..., :h, :w]
+
+
+def reconstruction_loss(distance, lq_again, lq, weight=None):
+    """L_rec: {"l1", "percep"} of (B,), L1 and the perceptual distance (LWAY), both weighted by W (B, 1, h, w) where it is given."""
+    difference = (lq_again - lq).abs()
+    l1 = (difference if weight is None else difference * weight).mean((1, 2, 3))
+    return {"l1": l1, "percep": distance(lq_again, lq, weight)}
+
+
+# Files
+
+SETTINGS = ("s_rule", "far_enc", "far_layer", "offdiag", "distance", "vgg_stages", "degradation", "patch", "load_size", "n_std", "mean_d", "lambda_pt", "looked_through")
+
+
+def load_reconstruction(path):
+    """What `selfsup.py pretrain` left -> (Reconstruction with its EMA weights, in eval mode and frozen; dict of settings). ValueError for anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        settings, state = content["settings"], content["params_ema"]
+        net = Reconstruction(**settings["sizes"])
+        missing = [name for name in SETTINGS if name not in settings]
+        if missing:
+            raise ValueError(f"its settings lack {', '.join(missing)}: of another version of selfsup.py?")
+    except archs.TORCH_DAMAGE as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+        raise runs.UserError(f"--rec {path}: not a reconstruction network of selfsup.py pretrain ({reason})") from None
+    here = net.state_dict()
+    other = [f"{k} is {tuple(state[k].shape) if k in state else 'missing'} there, {tuple(v.shape)} by its settings" for k, v in here.items()
+             if k not in state or state[k].shape != v.shape] + [f"{k} is not expected" for k in state if k not in here]
+    if other:
+        raise runs.UserError(f"--rec {path}: weights of another width than its settings say: {len(other)} differ, the first: {other[0]}; make it again with selfsup.py pretrain")
+    net.load_state_dict(state)
+    return net.eval().requires_grad_(False), settings
+
+
+def noise_maps(net, seeds, size, device):
+    """(B, blocks, h, w) normal for Reconstructor, one seed per sample."""
+    return torch.stack([degradations.normal_field((net.noise_maps, *size), seed, device) for seed in seeds])
