@@ -106,11 +106,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from report import agreement
-from report import analyses
 import data
 from images import cut_to_x4, image_size, list_images, load_image, match_images
-
+from report import agreement, analyses
 
 # Scoring
 
@@ -190,7 +188,7 @@ def find_images(args, about, say):
 
 def compute(args, names, about, world):
     """Score the images `names` by each metric -> (scores by name, {metric: facts}, lines of what was left out)."""
-    import iqa                                                                    # the analyses do without, and are lighter
+    import iqa  # the analyses do without, and are lighter
     wanted = args.metrics or (top_of(args.phase1, args.top) if args.phase1 else list(agreement.TABLE6) if args.draw else agreement.TOP7)
     files = dict(word.split("=", 1) for word in args.metric_weights if "=" in word)
     unknown = [word for word in args.metric_weights if word.partition("=")[0] not in wanted or "=" not in word]

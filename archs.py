@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import spectral_norm   # the legacy one: torch.nn.utils.parametrizations gives other key names
+from torch.nn.utils import spectral_norm  # the legacy one: torch.nn.utils.parametrizations gives other key names
 
 import runs
 

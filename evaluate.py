@@ -19,7 +19,6 @@ from pathlib import Path
 
 import runs
 
-
 NINE, FULL_REFERENCE = runs.literal("report/tables", "NINE"), runs.literal("metrics", "FULL_REFERENCE")
 DEMO = dict(weights=[Path("runs/compact-small-orig"), Path("runs/compact-small-amo")],
             lq=Path("datasets/demo/Test/Blind_Degradation_Benchmark_LQ/demo/Blind_LR"), gt=Path("datasets/demo/Test/GT/demo/untouched"),
@@ -134,14 +133,11 @@ import torch
 import archs
 import data
 import lora
-from report import page
-from report import pictures
 import metrics as quality
-import runs
 import metrics as scoring
+import runs
 from images import image_size, list_images, match_images
-from report import tables
-
+from report import page, pictures, tables
 
 # Test images: {stem: {"lq": path or None, "refs": [path], "versions": [path]}}; lq None: degraded from versions[0]
 

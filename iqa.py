@@ -187,7 +187,7 @@ class _Fused(nn.Module):
 
     def __init__(self, metric, bf16):
         super().__init__()
-        from rewards import musiq                                               # imports pyiqa
+        from rewards import musiq  # imports pyiqa
         self.metric, self.fused = metric, musiq.FusedMUSIQ.from_pyiqa(metric.net, bf16)
         self.reward_source = b"bf16" if bf16 else b""                           # in fp32 the scores are those of the metric
 

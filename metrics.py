@@ -28,7 +28,6 @@ import losses
 import runs
 from images import cut_to_x4, load_image
 
-
 FULL_REFERENCE = ("psnr", "ssim", "vgg", "flat_hf", "lpips", "stlpips", "dists")   # metrics that compare; pyiqa knows further ones
 
 

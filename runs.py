@@ -83,7 +83,7 @@ def program():
 def python(script, *words, processes=1):
     """The command that runs one of this repository's scripts, "train.py" or "selfsup.finetune", in one or more processes."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    where = [str(REPO / script)] if script.endswith(".py") else ["-m", script]
+    where = [str(REPO / script)] if str(script).endswith(".py") else ["-m", script]
     return [sys.executable, *launch, *where, *map(str, words)]
 
 

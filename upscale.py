@@ -13,7 +13,6 @@ from pathlib import Path
 
 import runs
 
-
 FORMATS = {".png": dict(compression=6), ".jpg": dict(Q=95), ".jpeg": dict(Q=95), ".webp": dict(Q=95), ".tif": dict(compression="deflate"),
            ".tiff": dict(compression="deflate")}                                   # options of libvips' savers
 

@@ -14,7 +14,8 @@ from PIL import Image
 from torchvision.models import vgg19
 
 import archs
-from archs import ARCHS, RRDBNet, SRVGGNetCompact, SwinIR, UNetDiscriminatorSN, VGGFeatureLoss
+from archs import ARCHS, RRDBNet, SRVGGNetCompact, SwinIR, UNetDiscriminatorSN
+from losses import VGGFeatureLoss
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REPO = Path(__file__).resolve().parents[1]
@@ -107,7 +108,7 @@ def test_published_keys_have_their_published_shapes(make, shapes):
 
 @pytest.mark.fast
 def test_swinir_state_dict_has_the_computed_buffers_and_no_mean():
-    state = ARCHS["swinir-small"]().state_dict()
+    state = archs.create("swinir-small").state_dict()
     assert state["layers.0.residual_group.blocks.0.attn.relative_position_index"].dtype == torch.int64
     assert not any("mean" in k for k in state)
     index = state["layers.0.residual_group.blocks.0.attn.relative_position_index"]
@@ -116,13 +117,13 @@ def test_swinir_state_dict_has_the_computed_buffers_and_no_mean():
     mask = state["layers.1.residual_group.blocks.1.attn_mask"]
     assert mask.shape == (4, 64, 64) and set(mask.unique().tolist()) == {-100.0, 0.0}
     assert (mask[0] == 0).all() and (mask[3] == 0).float().mean() == 1 / 4        # no border in the first window, two in the last
-    net = ARCHS["swinir-small"]().to(torch.float64)
+    net = archs.create("swinir-small").to(torch.float64)
     assert net.mean.dtype == torch.float64
 
 
 @pytest.mark.fast
 def test_initial_weights_follow_the_sources():
-    net = ARCHS["swinir-small"]()
+    net = archs.create("swinir-small")
     block = net.layers[0].residual_group["blocks"][1]
     assert 0.015 < block.mlp.fc1.weight.std() < 0.025 and 0.015 < block.attn.relative_position_bias_table.std() < 0.025
     assert (block.attn.qkv.bias == 0).all() and (block.norm1.weight == 1).all() and (net.norm.bias == 0).all()
@@ -135,12 +136,12 @@ def test_initial_weights_follow_the_sources():
 
 @pytest.mark.fast
 @pytest.mark.parametrize("name, net", [
-    ("swinir", lambda: ARCHS["swinir-small"](pad_mode="swinir")),
+    ("swinir", lambda: archs.create("swinir-small", pad_mode="swinir")),
     ("swinir real", lambda: SwinIR(**TINY, pad_mode="swinir", upsampler="nearest+conv", resi_connection="3conv")),
     ("swinir x2", lambda: SwinIR(**TINY, pad_mode="swinir", upscale=2, mlp_ratio=4)),
-    ("rrdbnet", ARCHS["rrdbnet-small"]), ("rrdbnet x2", lambda: ARCHS["rrdbnet-small"](scale=2)),
-    ("rrdbnet x1", lambda: ARCHS["rrdbnet-small"](scale=1)),
-    ("compact", ARCHS["compact-small"]), ("compact x2", lambda: ARCHS["compact-small"](upscale=2))])
+    ("rrdbnet", lambda: archs.create("rrdbnet-small")), ("rrdbnet x2", lambda: archs.create("rrdbnet-small", scale=2)),
+    ("rrdbnet x1", lambda: archs.create("rrdbnet-small", scale=1)),
+    ("compact", lambda: archs.create("compact-small")), ("compact x2", lambda: archs.create("compact-small", upscale=2))])
 @pytest.mark.parametrize("layout", ["params", "both"])
 def test_spandrel_opens_our_file_and_gives_our_output(name, net, layout, tmp_path):
     net = randomise(net())
@@ -241,7 +242,7 @@ def test_shift_mask_separates_what_the_shift_brought_together():
 
 @pytest.mark.fast
 def test_masks_are_made_once_per_size():
-    net = randomise(ARCHS["swinir-small"](pad_mode="swinir"))
+    net = randomise(archs.create("swinir-small", pad_mode="swinir"))
     made, real = [], archs.shift_mask
     archs.shift_mask = lambda *args: made.append(args) or real(*args)
     try:
@@ -258,7 +259,7 @@ def test_masks_are_made_once_per_size():
 @pytest.mark.fast
 @pytest.mark.parametrize("size, padded", [((16, 24), (24, 32)), ((13, 17), (16, 24)), ((3, 1), (8, 8))])
 def test_hggt_padding_is_one_more_window_by_reflection(size, padded):
-    net = randomise(ARCHS["swinir-small"]())
+    net = randomise(archs.create("swinir-small"))
     x = image(1, 3, *size)
     manual = x.numpy()
     manual = np.pad(manual, ((0, 0), (0, 0), (0, padded[0] - size[0]), (0, padded[1] - size[1])), mode="reflect")
@@ -331,7 +332,7 @@ def test_a_dropped_branch_leaves_the_residual_alone_and_a_kept_one_is_scaled():
 
 @pytest.mark.fast
 def test_stochastic_depth_needs_seeds_in_training_and_ignores_them_in_evaluation():
-    net = randomise(ARCHS["swinir-small"]())
+    net = randomise(archs.create("swinir-small"))
     x = image(2, 3, 16, 16)
     assert torch.equal(net(x), net(x, [1, 2]))
     net.train()
@@ -344,7 +345,7 @@ def test_stochastic_depth_needs_seeds_in_training_and_ignores_them_in_evaluation
 
 @pytest.mark.fast
 def test_a_mask_made_under_inference_mode_serves_training():
-    net = ARCHS["swinir-small"](drop_path=0)
+    net = archs.create("swinir-small", drop_path=0)
     with torch.inference_mode():
         net(image(1, 3, 16, 16))
     net.train()(image(1, 3, 16, 16)).sum().backward()
@@ -354,7 +355,7 @@ def test_a_mask_made_under_inference_mode_serves_training():
 def test_generators_keep_float_images_under_bf16_autocast():
     x = image(1, 3, 16, 16)
     for name in ("swinir-small", "rrdbnet-small", "compact-small"):
-        net = randomise(ARCHS[name]())
+        net = randomise(archs.create(name))
         with torch.no_grad():
             exact = net(x)
             with torch.autocast("cpu", torch.bfloat16):
@@ -366,7 +367,7 @@ def test_generators_keep_float_images_under_bf16_autocast():
 def test_swinir_trains_through_torch_compile_without_recompiling_for_new_seeds():
     import torch._dynamo.testing
     torch._dynamo.reset()
-    net = randomise(ARCHS["swinir-small"](drop_path=0.3)).train()
+    net = randomise(archs.create("swinir-small", drop_path=0.3)).train()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(net, backend=counter)
     frames = []
@@ -496,7 +497,7 @@ def test_vgg_weights_that_do_not_fit_are_named(vgg, tmp_path):
     torch.save({k: v for k, v in whole.items() if k != "features.34.bias"}, tmp_path / "short.pth")
     torch.save(whole | {"features.0.weight": torch.zeros(64, 1, 3, 3)}, tmp_path / "grey.pth")
     torch.save(whole | {"features.0.weight": torch.zeros(64, 3, 3, 3, dtype=torch.uint8)}, tmp_path / "packed.pth")
-    torch.save({"params": ARCHS["compact-small"]().state_dict()}, tmp_path / "generator.pth")
+    torch.save({"params": archs.create("compact-small").state_dict()}, tmp_path / "generator.pth")
     for name, message in (("short", r"short.pth: .* 1 keys are missing: features.34.bias"),
                           ("generator", r"generator.pth: .* keys are missing: 0.weight, 0.bias"),
                           ("grey", r"features.0.weight is torch.float32 \(64, 1, 3, 3\)"),
@@ -564,7 +565,7 @@ def test_read_weights_drops_the_ddp_prefix_and_halves_become_floats(tmp_path):
 @pytest.mark.fast
 def test_safetensors_files_load_and_without_the_package_the_message_says_so(tmp_path, monkeypatch):
     from safetensors.torch import save_file
-    net = randomise(ARCHS["compact-small"]())
+    net = randomise(archs.create("compact-small"))
     save_file(net.state_dict(), tmp_path / "g.safetensors")
     loaded, info = archs.load_generator(tmp_path / "g.safetensors")
     assert info["key"] == "none" and torch.equal(loaded(image(1, 3, 8, 8)), net(image(1, 3, 8, 8)))
@@ -580,7 +581,7 @@ def test_safetensors_files_load_and_without_the_package_the_message_says_so(tmp_
 
 @pytest.mark.fast
 def test_files_that_hold_no_weights_are_refused_in_one_line(tmp_path):
-    good = {"params": ARCHS["compact-small"]().state_dict()}
+    good = {"params": archs.create("compact-small").state_dict()}
     torch.save(good, tmp_path / "good.pth")
     torch.save(good, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     whole, legacy = (tmp_path / "good.pth").read_bytes(), (tmp_path / "legacy.pth").read_bytes()
@@ -620,7 +621,7 @@ def test_files_that_hold_no_weights_are_refused_in_one_line(tmp_path):
     ("rrdbnet", dict(scale=1, num_feat=8, num_block=12, num_grow=4), 1),
     ("compact", dict(num_feat=8, num_conv=1, upscale=4), 4), ("compact", dict(num_feat=5, num_conv=11, upscale=2), 2)])
 def test_load_generator_recognises_every_size(arch, sizes, scale, tmp_path):
-    net = randomise(ARCHS[arch](**sizes))
+    net = randomise(archs.create(arch, **sizes))
     torch.save({"params_ema": net.state_dict()}, tmp_path / "g.pth")
     loaded, info = archs.load_generator(tmp_path / "g.pth")
     if arch == "swinir":
@@ -644,7 +645,7 @@ def test_pad_mode_follows_the_tail_unless_given(tmp_path):
 
 @pytest.mark.fast
 def test_files_of_unknown_or_incomplete_architecture_are_named(tmp_path):
-    compact, swinir = ARCHS["compact-small"]().state_dict(), ARCHS["swinir-small"]().state_dict()
+    compact, swinir = archs.create("compact-small").state_dict(), archs.create("swinir-small").state_dict()
     cases = {"vgg": ({"features.0.weight": torch.zeros(2, 2)}, "none of SwinIR, RRDBNet and SRVGGNetCompact .*features.0.weight"),
              "adapter": ({"body.0.lora_A": torch.zeros(2, 2)}, "a LoRA adapter"),
              "light": ({k: v for k, v in swinir.items() if "conv_before" not in k}, "lightweight, denoising or JPEG SwinIR"),
@@ -660,17 +661,17 @@ def test_files_of_unknown_or_incomplete_architecture_are_named(tmp_path):
 
 @pytest.mark.fast
 def test_load_weights_is_strict_and_says_what_the_file_is(tmp_path):
-    net = randomise(ARCHS["compact-small"]())
+    net = randomise(archs.create("compact-small"))
     torch.save({"params": net.state_dict(), "params_ema": randomise(copy.deepcopy(net), 1).state_dict()}, tmp_path / "g.pth")
-    other = ARCHS["compact-small"]()
+    other = archs.create("compact-small")
     assert archs.load_weights(other, tmp_path / "g.pth", "params") == "params"
     assert torch.equal(other.body[0].weight, net.body[0].weight)
     assert archs.load_weights(other, tmp_path / "g.pth") == "params_ema"
     assert not torch.equal(other.body[0].weight, net.body[0].weight)
     for target, message in (
-            (ARCHS["compact"](), r"file is compact \(num_feat 32, num_conv 6, upscale 4\), the network is compact \(num_feat 64"),
-            (ARCHS["rrdbnet-small"](), r"file is compact .*, the network is rrdbnet \(scale 4, num_feat 32, num_block 2"),
-            (ARCHS["compact-small"](upscale=2), r"the first: body.14.weight is \(48, 32, 3, 3\) there, \(12, 32, 3, 3\) here")):
+            (archs.create("compact"), r"file is compact \(num_feat 32, num_conv 6, upscale 4\), the network is compact \(num_feat 64"),
+            (archs.create("rrdbnet-small"), r"file is compact .*, the network is rrdbnet \(scale 4, num_feat 32, num_block 2"),
+            (archs.create("compact-small", upscale=2), r"the first: body.14.weight is \(48, 32, 3, 3\) there, \(12, 32, 3, 3\) here")):
         before = copy.deepcopy(target.state_dict())
         with pytest.raises(ValueError, match=message) as error:
             archs.load_weights(target, tmp_path / "g.pth")
@@ -692,9 +693,9 @@ def test_bad_options_are_refused():
 
 
 def test_every_arch_runs_on_odd_and_tiny_images_and_importing_needs_no_torchvision():
-    for name, make in ARCHS.items():
+    for name in ARCHS:
         if name.endswith("-small"):
-            net = randomise(make())
+            net = randomise(archs.create(name))
             for h, w in ((1, 1), (2, 5), (9, 13)):
                 sr = net(image(1, 3, h, w))
                 assert sr.shape == (1, 3, 4 * h, 4 * w) and sr.isfinite().all()
@@ -752,7 +753,7 @@ def test_tiles_in_batches_give_the_same_picture():
 def test_swinir_tiles_keep_the_window_grid():
     starts = [start for tile in (48, 50, 57) for start, _, _ in archs.tile_weights(200, tile, 16, 4)]
     assert all(start % 8 == 0 for start in starts) and len(starts) > 12
-    net = randomise(ARCHS["swinir-small"]())
+    net = randomise(archs.create("swinir-small"))
     x = image(1, 3, 70, 40)
     sr = archs.upscale_tiled(net, x, tile=48, overlap=16)
     assert sr.shape == (1, 3, 280, 160) and not sr.requires_grad

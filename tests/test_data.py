@@ -139,12 +139,11 @@ def test_only_upos_and_smp_drop_sets_without_a_positive(sets):
     scores = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
     for sampler in data.SAMPLERS:
         kept = plain(sets, sampler, labels=labels, scores=scores)
-        dropping = plain(sets, sampler, labels=labels, scores=scores, drop_without_positive=True)
         needs = sampler in ("upos", "smp")
         assert (len(kept), kept.dropped) == ((2, 1) if needs else (3, 0)), sampler
-        assert dropping.stems == ["cat-0-0", "dog-0-0"] and dropping.dropped == 1
-        if sampler in ("sma", "smp"):                                            # scores follow their sets
-            assert torch.equal(dropping.scores, scores[[0, 2]])
+        if needs:
+            # scores follow their sets
+            assert kept.stems == ["cat-0-0", "dog-0-0"] and torch.equal(kept.scores, scores[[0, 2]])
     with pytest.raises(ValueError, match="no quintuplet is left.*upos"):
         plain(sets, "upos", labels=torch.full((3, 5), SIMILAR))
 
@@ -156,10 +155,9 @@ def test_candidates_are_all_versions_or_the_positive_ones():
     every, positive = [[True] * 5], [[False, True, False, False, True]]
     for sampler in ("rand", "sma", "amo"):
         assert candidates_for(sampler, labels).tolist() == every
-        assert candidates_for(sampler, labels, include_original=False).tolist() == [[False, True, True, True, True]]
-    for sampler, include in itertools.product(("upos", "smp"), (True, False)):
-        assert candidates_for(sampler, labels, include).tolist() == positive
-    assert candidates_for("orig", labels, False).tolist() == [[True, False, False, False, False]]
+    for sampler in ("upos", "smp"):
+        assert candidates_for(sampler, labels).tolist() == positive
+    assert candidates_for("orig", labels).tolist() == [[True, False, False, False, False]]
     with pytest.raises(ValueError, match="unknown sampler 'best'.*orig, rand, upos, sma, smp, amo"):
         candidates_for("best", labels)
 
@@ -237,12 +235,11 @@ def test_draws_are_the_inverse_of_the_cumulated_probabilities_and_stay_inside_th
 
 def test_amo_takes_the_best_candidate_and_ties_go_to_the_original():
     scores = torch.rand(200, 5, generator=torch.Generator().manual_seed(1)).mul(4).round()         # many ties
-    for include in (True, False):
-        candidates = candidates_for("amo", torch.zeros(200, 5), include)
-        picks = pick_gt("amo", candidates, scores).tolist()
-        assert picks == [max(range(0 if include else 1, 5), key=lambda k: (row[k], -k)) for row in scores.tolist()]
+    picks = pick_gt("amo", candidates_for("amo", torch.zeros(200, 5)), scores).tolist()
+    assert picks == [max(range(5), key=lambda k: (row[k], -k)) for row in scores.tolist()]
     assert pick_gt("amo", candidates_for("amo", torch.zeros(1, 5)), torch.full((1, 5), 3.0)).tolist() == [0]
-    assert pick_gt("amo", candidates_for("amo", torch.zeros(1, 5), False), torch.full((1, 5), 3.0)).tolist() == [1]
+    without_original = torch.tensor([[False, True, True, True, True]])
+    assert pick_gt("amo", without_original, torch.full((1, 5), 3.0)).tolist() == [1]
 
 
 # Training samples

@@ -9,17 +9,18 @@ import pytest
 import torch
 
 import archs
+import data
 import degradations
 import finetune_lora as ft
 import lora
-import metrics as quality
+import metrics
 import runs
 from losses import VGGFeatureLoss
 from images import image_size
 import train
 from test_train import equal_on_both_ranks
 
-TINY = ["--crop", "64", "--watch", "--log-every", "1", "--sample-every", "0", "--val-every", "0", "--lr", "1e-2", "--lambda-q", "0.01", "--rank", "3",
+TINY = ["--crop", "64", "--watch", "--log-every", "1", "--val-every", "0", "--lr", "1e-2", "--lambda-q", "0.01", "--rank", "3",
         "--device", "cpu", "--workers", "0"]
 
 
@@ -31,7 +32,7 @@ def base(quintuplets, rewards, vgg_file, tmp_path_factory):
     runs.save_weights(folder / "init.pth", archs.create("compact-small").state_dict())
     train.main(train.parse_args([
         "--arch", "compact-small", "--batch-size", "4", "--group-size", "2", "--pool-size", "8", "--crop", "32", "--lambda-p", "0.5", "--vgg-weights", str(vgg_file),
-        "--d-features", "4", "--workers", "0", "--device", "cpu", "--sample-every", "0", "--init", str(folder / "init.pth"), "--data", str(quintuplets), "--reward",
+        "--d-features", "4", "--workers", "0", "--device", "cpu", "--init", str(folder / "init.pth"), "--data", str(quintuplets), "--reward",
         "test_rewards:brightness", "--total-steps", "2", "--val-photos", "1", "--ema-decay", "0.5", "--out", str(folder / "compact-small-amo")]))
     return folder / "compact-small-amo"
 
@@ -64,14 +65,18 @@ def test_the_papers_settings(tmp_path, monkeypatch):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("words, name", [([], "swinir-amo+musiq"), (["--naive"], "swinir-amo+musiq-naive"), (["--lambda-p", "2"], "swinir-amo+musiq-hp"),
-                                         (["--lambda-a", "0.1"], "swinir-amo+musiq-ig"), (["--reward", "none", "--lambda-a", "0.2", "--gt-reward", "musiq"], "swinir-amo+none-nnr2"),
-                                         (["--reward", "none", "--lambda-a", "0.5", "--gt-reward", "musiq"], "swinir-amo+none-nnr5"),
+@pytest.mark.parametrize("words, name", [([], "swinir-amo+musiq"), (["--tune", "all"], "swinir-amo+musiq-naive"), (["--lambda-p", "2"], "swinir-amo+musiq-hp"),
+                                         (["--lambda-a", "0.1"], "swinir-amo+musiq-ig"), (["--reward", "none", "--lambda-a", "0.2"], "swinir-amo+none-nnr2"),
+                                         (["--reward", "none", "--lambda-a", "0.5"], "swinir-amo+none-nnr5"),
                                          (["--reward", "paq2piq"], "swinir-amo+paq2piq"), (["--tune", "layers"], "swinir-amo+musiq-layers"),
-                                         (["--reward", "my.py:build"], "swinir-amo+my.py"), (["--name", "x"], "swinir-amo+musiq-x"),
+                                         (["--reward", "my.py:build"], "swinir-amo+my.py"),
                                          (["--reward", "musiq=0.05", "nima=0.5"], "swinir-amo+musiq+nima"), (["--base", "elsewhere/r"], "r+musiq")])
 def test_rows_of_the_paper_have_folders_of_their_own(words, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "none" in words:
+        with pytest.raises(SystemExit):
+            ft.parse_args(words)
+        runs.save_json(Path("runs/swinir-amo/args.json"), {"args": {"arch": "swinir", "reward": ["musiq"]}})
     args = ft.parse_args(words)
     assert args.out.name == name and args.lambda_q == (1 if "nima=0.5" in words else 0 if "none" in words else 0.05)
 
@@ -80,7 +85,7 @@ def test_rows_of_the_paper_have_folders_of_their_own(words, name, tmp_path, monk
 def test_a_given_lambda_q_stays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words, expected in ((["--reward", "musiq=1", "--lambda-q", "0.05"], 0.05), (["--demo"], "auto"), (["--demo", "--reward", "ranker=0.5"], 1),
-                            (["--demo", "--reward", "ranker=0.5", "--lambda-q", "auto"], "auto"), (["--demo", "--reward", "none", "--gt-reward", "ranker", "--lambda-a", "0.2"], 0)):
+                            (["--demo", "--reward", "ranker=0.5", "--lambda-q", "auto"], "auto")):
         assert ft.parse_args(words).lambda_q == expected, words
 
 
@@ -95,13 +100,13 @@ def test_the_runs_settings_are_the_defaults_and_flags_win(base):
 
 
 def test_reward_rises_the_base_stays_and_the_files_fit_together(base, tmp_path, vgg_file):
-    tune(base, tmp_path / "out", "--sample-every", 6, steps=12)
+    tune(base, tmp_path / "out", "--val-every", 6, steps=12)
     for step in (6, 12):                                                          # base | tuned | original, one line per validation image
         assert image_size(tmp_path / "out" / "samples" / f"{step:07d}.png")[0] == 3 * 3 * 64 + 2 * 4
     plain = archs.create("compact-small")
     archs.load_weights(plain, runs.find_weights(base, ""))
     val = events(tmp_path / "out", "val")
-    assert [e["step"] for e in val] == [0, 12] and val[1]["reward"] > val[0]["reward"] + 0.5
+    assert [e["step"] for e in val] == [0, 6, 12] and val[2]["reward"] > val[0]["reward"] + 0.5
     content = torch.load(tmp_path / "out" / "lora" / "adapter.pth", weights_only=True)
     assert content["base_sha256"] == lora.base_hash(plain) and content["rank"] == 3
     adapted = copy.deepcopy(plain)
@@ -168,9 +173,9 @@ def test_the_controls_train_what_they_say(base, tmp_path, how):
 
 
 def test_two_steps_of_equation_5_by_hand(base, tmp_path, vgg_file, monkeypatch):
-    pairs, make_pair = [], ft.make_pair
-    monkeypatch.setattr(ft, "make_pair", lambda *a: pairs.append(make_pair(*a)) or pairs[-1])
-    tune(base, tmp_path / "out", "--pool-size", 0, "--lambda-l1", 2, "--lambda-q", 0.03, "--milestones", 1, "--clip-grad", 0.05, "--seed", 7, steps=2)
+    pairs, make_pair = [], data.make_pair
+    monkeypatch.setattr(data, "make_pair", lambda *a, **k: pairs.append(make_pair(*a, **k)) or pairs[-1])
+    tune(base, tmp_path / "out", "--pool-size", 0, "--lambda-l1", 2, "--lambda-q", 0.03, "--milestones", 1, "--seed", 7, steps=2)
     net = archs.create("compact-small")
     archs.load_weights(net, runs.find_weights(base, ""))
     start = {k: v.clone() for k, v in net.state_dict().items()}
@@ -188,7 +193,6 @@ def test_two_steps_of_equation_5_by_hand(base, tmp_path, vgg_file, monkeypatch):
         loss = 2 * (sr - sharp).abs().mean() + 0.5 * vgg(sr, sharp) - 0.03 * (100 * sr.clamp(0, 1).mean((1, 2, 3))).mean()
         opt.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(A + B, 0.05)
         opt.param_groups[0]["lr"] = lr
         opt.step()
         ema = [0.5 * e + 0.5 * p.detach() for e, p in zip(ema, A + B)]
@@ -199,7 +203,7 @@ def test_two_steps_of_equation_5_by_hand(base, tmp_path, vgg_file, monkeypatch):
             assert torch.allclose(content["lora_ema"][f"{name}.{key}"], average[i], atol=2e-4)
 
 
-@pytest.mark.parametrize("more", [[], ["--naive", "--precision", "bf16"], ["--lambda-a", "0.1"], ["--lambda-q", "auto"]])
+@pytest.mark.parametrize("more", [[], ["--tune", "all", "--precision", "bf16"], ["--lambda-a", "0.1"], ["--lambda-q", "auto"]])
 def test_four_steps_are_two_and_two_bitwise(base, tmp_path, more):
     tune(base, tmp_path / "whole", *more, steps=4)
     tune(base, tmp_path / "parts", *more, steps=2)
@@ -220,8 +224,8 @@ def test_the_discriminator_is_the_runs(base, tmp_path, monkeypatch):
 
 
 def test_auto_weighs_the_gradients_on_the_target_layers(base, tmp_path, vgg_file, monkeypatch):
-    pairs, make_pair = [], ft.make_pair
-    monkeypatch.setattr(ft, "make_pair", lambda *a: pairs.append(make_pair(*a)) or pairs[-1])
+    pairs, make_pair = [], data.make_pair
+    monkeypatch.setattr(data, "make_pair", lambda *a, **k: pairs.append(make_pair(*a, **k)) or pairs[-1])
     tune(base, tmp_path / "out", "--lambda-q", "auto", steps=1)
     net, vgg, ratios = archs.create("compact-small"), VGGFeatureLoss(vgg_file), []
     archs.load_weights(net, runs.find_weights(base, ""))
@@ -232,7 +236,7 @@ def test_auto_weighs_the_gradients_on_the_target_layers(base, tmp_path, vgg_file
     assert len(pairs) == 9
     found = lambda out: torch.load(tmp_path / out / "ckpt" / "last.pt", weights_only=True)["lambda_q"]
     assert found("out") == pytest.approx(np.mean(ratios), rel=1e-4)
-    tune(base, tmp_path / "all", "--lambda-q", "auto", "--naive", steps=1)
+    tune(base, tmp_path / "all", "--lambda-q", "auto", "--tune", "all", steps=1)
     assert found("all") == found("out")
 
 
@@ -262,12 +266,12 @@ def test_noise_peaks_sees_grids_and_neither_sharpening_nor_noise():
         soft = degradations.blur(photo, degradations.gaussian_kernel(9, 1.0))
         sharp = soft + 1.0 * (soft - degradations.blur(soft, degradations.gaussian_kernel(9, 1.5)))
         for natural in (q(sharp) - q(soft), q(photo) - q(soft), 0.02 * torch.randn(photo.shape, generator=torch.Generator().manual_seed(0))):
-            assert quality.noise_peaks(natural) < 0.025
+            assert metrics.noise_peaks(natural) < 0.025
         for grid in grids.values():
-            plain = quality.noise_peaks(q(sharp) - q(soft))
-            assert quality.noise_peaks(q(soft + 2 / 255 * grid) - q(soft)) > 0.8
-            assert quality.noise_peaks(q(sharp + 3 / 255 * grid) - q(soft)) > plain + quality.PEAKS_ABOVE_UNSHARP
-    assert quality.noise_peaks(torch.zeros(1, 3, 64, 64)) == 0
+            plain = metrics.noise_peaks(q(sharp) - q(soft))
+            assert metrics.noise_peaks(q(soft + 2 / 255 * grid) - q(soft)) > 0.8
+            assert metrics.noise_peaks(q(sharp + 3 / 255 * grid) - q(soft)) > plain + metrics.PEAKS_ABOVE_UNSHARP
+    assert metrics.noise_peaks(torch.zeros(1, 3, 64, 64)) == 0
 
 
 @pytest.mark.fast
@@ -276,22 +280,23 @@ def test_unsharp_like_reaches_the_reward_or_the_most_it_can():
     contrast = lambda x: x.std((1, 2, 3)) * 100
     target = degradations.blur(image, degradations.gaussian_kernel(9, 1.5))
     wanted = (image + 0.9 * (image - target)).clamp(0, 1)
-    like, equal = quality.unsharp_like(image, wanted, contrast)
+    like, equal = metrics.unsharp_like(image, wanted, contrast)
     assert equal and contrast(like) >= contrast(wanted) and contrast(like) < contrast(wanted) * 1.1
     eight_bit = image.mul(255).round() / 255
-    less, equal = quality.unsharp_like(image, target, lambda x: -x.std((1, 2, 3)))             # no sharpening gets there: the nearest is none
+    less, equal = metrics.unsharp_like(image, target, lambda x: -x.std((1, 2, 3)))             # no sharpening gets there: the nearest is none
     assert torch.equal(less, eight_bit) and not equal
-    same, equal = quality.unsharp_like(image, image * 0.5, contrast)                           # what has less reward than the base needs no mask
+    same, equal = metrics.unsharp_like(image, image * 0.5, contrast)                           # what has less reward than the base needs no mask
     assert torch.equal(same, eight_bit) and equal
 
 
 @pytest.mark.fast
 def test_the_verdict_names_a_fooled_reward_and_structured_noise():
-    metrics = {"reward": quality.Metric(None), "piqe": quality.Metric(None, lower_is_better=True), "ranker": quality.Metric(None), "psnr": quality.Metric(None)}
+    judges = {"reward": metrics.Metric(None), "piqe": metrics.Metric(None, lower_is_better=True), "ranker": metrics.Metric(None),
+              "psnr": metrics.Metric(None)}
     before = {"reward": 50.0, "piqe": 40.0, "ranker": 60.0, "psnr": 25.0, "peaks": 0.0, "unsharp_peaks": 0.0, "unsharp_equal": 0.5}
-    say = lambda **after: ft.verdict(before, before | after, metrics)
+    say = lambda **after: ft.verdict(before, before | after, judges)
     assert "WARNING" not in say(reward=55.0, piqe=38.0, ranker=61.0, psnr=20.0) and "reward 50.00 -> 55.00" in say(reward=55.0, piqe=38.0)
-    assert "of as much reward in 50% of the images" in say()
+    assert "with the same reward in 50% of the images" in say()
     assert say(reward=55.0, piqe=41.0, ranker=59.0).startswith("WARNING, the reward may be fooled: it rose while piqe, ranker got worse")
     assert say(reward=55.0, piqe=38.0, ranker=59.0).startswith("WARNING, the reward may be fooled: it rose while ranker got worse")
     assert "WARNING" not in say(reward=49.0, piqe=41.0, ranker=59.0)
@@ -300,18 +305,16 @@ def test_the_verdict_names_a_fooled_reward_and_structured_noise():
     assert "WARNING, structured noise" in both and "WARNING, the reward may be fooled: it rose while piqe got worse" in both
     assert "WARNING" not in say(reward=55.0, piqe=30.0, peaks=0.2, unsharp_peaks=0.19)
     without = {k: v for k, v in before.items() if not k.startswith(("unsharp", "reward"))}
-    said = ft.verdict(without, without | {"peaks": 0.2}, {m: v for m, v in metrics.items() if m != "reward"})
+    said = ft.verdict(without, without | {"peaks": 0.2}, {m: v for m, v in judges.items() if m != "reward"})
     assert "WARNING" not in said and "no unsharp mask to compare with" in said
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("more, error, said", [
-    (["--base", "/nowhere"], FileNotFoundError, "/nowhere: no such file or run; make it with: python train.py --arch compact-small --sampler amo"),
+    (["--base", "/nowhere"], ValueError, "/nowhere: no such file or run; make it with: python train.py --arch compact-small --sampler amo"),
     (["--reward", "piqe"], ValueError, "--reward piqe: no usable gradient"),
-    (["--targets", "mlp"], ValueError, "'mlp' match no layer"),
-    (["--targets", "("], ValueError, "not a regular expression"),
     (["--watch", "musik"], ValueError, "--watch musik: this is unknown"),
-    (["--d-init", "/nowhere.pth", "--lambda-a", "0.1"], FileNotFoundError, "/nowhere.pth: no such weights"),
+    (["--d-init", "/nowhere.pth", "--lambda-a", "0.1"], ValueError, "/nowhere.pth: no such weights"),
     (["--reward", "test_rewards:nan_when_bright"], ValueError, "no usable gradient|not finite"),
     (["--arch", "rrdbnet-small"], ValueError, "ema_0000002.pth")])
 def test_refusals_leave_no_folder(base, tmp_path, more, error, said):
@@ -324,17 +327,18 @@ def test_refusals_leave_no_folder(base, tmp_path, more, error, said):
 def test_another_base_cannot_be_resumed(base, tmp_path):
     tune(base, tmp_path / "out", steps=1)
     torch.manual_seed(5)
-    runs.save_weights(tmp_path / "other.pth", archs.create("compact-small").state_dict())
+    other = shutil.copytree(base, tmp_path / "other")
+    runs.save_weights(runs.find_weights(other, ""), archs.create("compact-small").state_dict())
     with pytest.raises(ValueError, match="other settings .*base_sha256"):
-        tune(base, tmp_path / "out", "--init", tmp_path / "other.pth", "--resume", steps=2)
+        tune(other, tmp_path / "out", "--resume", steps=2)
     with pytest.raises(ValueError, match="other settings .*lambda_q 0.01 -> 0.5"):
         tune(base, tmp_path / "out", "--lambda-q", 0.5, "--resume", steps=2)
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("words, said", [(["--rank", "0"], "--rank 0: must be at least 1"), (["--lambda-q", "much"], "invalid number value: 'much'"),
-                                         (["--reward", "none", "--lambda-q", "auto", "--gt-reward", "musiq"], "it needs a --reward"),
-                                         (["--reward", "none", "--stop-gain", "3", "--gt-reward", "musiq"], "--stop-gain looks at the reward"),
+@pytest.mark.parametrize("words, said", [(["--rank", "0"], "--rank: 0: must be at least 1"), (["--lambda-q", "much"], "invalid number value: 'much'"),
+                                         (["--reward", "none", "--lambda-q", "auto"], "it needs a --reward"),
+                                         (["--reward", "none", "--stop-gain", "3"], "--stop-gain looks at the reward"),
                                          (["--base", "runs/nowhere", "--reward", "none", "--lambda-a", "0.2"], "runs/nowhere: no run there whose reward")])
 def test_flags_are_checked_at_once(words, said, capsys):
     with pytest.raises(SystemExit):
@@ -357,7 +361,7 @@ def build(device):
 
 
 @pytest.mark.fast
-def test_an_atlas_comes_with_its_run_and_a_new_one_means_arg_max(tmp_path):
+def test_an_atlas_comes_with_its_run(tmp_path):
     import train
     base = tmp_path / "run"
     base.mkdir()
@@ -366,9 +370,8 @@ def test_an_atlas_comes_with_its_run_and_a_new_one_means_arg_max(tmp_path):
         record = {k: v if isinstance(v, (str, int, float, bool, list, type(None))) else str(v) for k, v in vars(train.parse_args(["--arch", "compact-small", *trained])).items()}
         (base / "args.json").write_text(json.dumps({"args": record}))
         args = ft.parse_args(["--arch", "compact-small", "--base", str(base), "--reward", "ranker", *words])
-        return args.atlas, args.margin, args.tau, args.gt_reward
-    assert tuned(["--atlas", "a.npy", "--reward", "none", "--margin", "2"]) == (["a.npy"], 2, None, ["none"])
-    assert tuned(["--atlas", "a.npy", "--reward", "none", "--tau", "5"]) == (["a.npy"], 0, 5, ["none"])
-    assert tuned(["--reward", "ranker"], "--atlas", "b.npy") == (["b.npy"], 0, None, ["ranker"])
-    assert tuned(["--reward", "ranker"]) == ([], 0, 10, ["ranker"])
-    assert tuned(["--sampler", "sma", "--tau", "7", "--reward", "ranker"])[2] == 7
+        return args.atlas, args.tau, args.gt_reward
+    assert tuned(["--atlas", "a.npy", "--reward", "none"]) == (["a.npy"], None, ["none"])
+    assert tuned(["--atlas", "a.npy", "--reward", "none", "--tau", "5"]) == (["a.npy"], 5, ["none"])
+    assert tuned(["--reward", "ranker"]) == ([], 10, ["ranker"])
+    assert tuned(["--sampler", "sma", "--tau", "7", "--reward", "ranker"])[1] == 7

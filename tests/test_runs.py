@@ -31,10 +31,9 @@ def test_first_draws_of_neighbouring_seeds_are_uniform_and_uncorrelated():
 
 @pytest.mark.parametrize("precision, tf32, dtype", [("fp32", False, torch.float32), ("tf32", True, torch.float32), ("bf16", False, torch.bfloat16)])
 def test_precision_is_what_was_asked_for(precision, tf32, dtype):
-    import argparse
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
     try:
-        world, seeds, autocast = runs.start_training(argparse.Namespace(device="cpu", threads=0, seed=3, precision=precision))
+        world, seeds, autocast = runs.start_training("cpu", 0, 3, precision)
         with autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
         assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32 and seeds(1, 2, "crop") == runs.sample_seed(3, 1, 2, "crop") and world.size == 1
@@ -67,7 +66,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     def fail(path):
         path.write_text("half")
         raise OSError(28, "No space left on device")
-    with pytest.raises(ValueError, match="No space"):
+    with pytest.raises(OSError, match="No space"):
         runs.write_atomic(tmp_path / "a", fail)
     assert (tmp_path / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
@@ -121,9 +120,15 @@ def test_meter_names_the_first_non_finite_step_and_term():
         meter.check_finite(lambda step: f"of {step}")
 
 
-def test_own_errors_are_one_line_and_foreign_errors_keep_their_traceback(tmp_path):
-    code = "import sys; sys.argv = ['x.py']; import runs, archs, torch; runs.cli(lambda: {})"
-    own = subprocess.run([sys.executable, "-c", code.format("archs.create('swinir-small', upsampler='no')")], capture_output=True, text=True, cwd=runs.REPO)
-    assert own.returncode == 2 and own.stderr.startswith("x.py: error: SwinIR") and own.stderr.count("\n") == 1
-    bug = subprocess.run([sys.executable, "-c", code.format("int('x')")], capture_output=True, text=True, cwd=runs.REPO)
-    assert bug.returncode == 1 and "Traceback" in bug.stderr
+def test_user_errors_are_one_line_and_all_others_keep_their_traceback(tmp_path):
+    def run(body, **environment):
+        (tmp_path / "x.py").write_text(f"import runs\ndef main():\n    {body}\nruns.cli(main)\n")
+        return subprocess.run([sys.executable, str(tmp_path / "x.py")], capture_output=True, text=True, env=runs.python_path() | environment)
+    own = run("import archs; archs.read_file('nowhere.pth')")
+    assert own.returncode == 2 and own.stderr == "x.py: error: nowhere.pth: no such weights file\n"
+    assert "Traceback" in run("import archs; archs.read_file('nowhere.pth')", IQASR_TRACEBACK="1").stderr
+    missing = run("open('nowhere.txt')")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "nowhere.txt" in missing.stderr
+    for bug in ("int('x')", "import archs; archs.create('swinir-small', upsampler='no')", "raise OSError('of no file')"):
+        result = run(bug)
+        assert result.returncode == 1 and "Traceback" in result.stderr, bug

@@ -27,7 +27,7 @@ from losses import VGGFeatureLoss, adversarial_loss
 
 HERE = Path(__file__).resolve().parent
 TINY = ["--arch", "compact-small", "--batch-size", "4", "--group-size", "2", "--pool-size", "8", "--crop", "32", "--lambda-p", "0", "--d-features", "4",
-        "--workers", "0", "--device", "cpu", "--log-every", "1", "--sample-every", "0", "--init", "none"]
+        "--workers", "0", "--device", "cpu", "--log-every", "1", "--init", "none"]
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +109,7 @@ def test_explicit_flags_win_over_presets():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", ["train.py", "prepare.quintuplets", "evaluate.py", "rewards.train_ranker", "prepare.py verify", "finetune_lora.py", "lora.py",
+@pytest.mark.parametrize("name", ["train.py", "prepare.quintuplets", "evaluate.py", "rewards.train_ranker", "prepare.verify", "finetune_lora.py", "lora.py",
                                   "experiments.samplers", "experiments.lora_tuning", "upscale.py"])
 def test_help_answers_at_once_with_defaults(script, name):
     began = time.monotonic()
@@ -172,8 +172,9 @@ def test_amo_chooses_the_brightest_version_and_the_pool_gets_the_winner_only(qui
 
 
 @pytest.mark.parametrize("sampler, chosen", [("orig", {"original"}), ("rand", None), ("upos", {"01"}), ("sma", None), ("smp", {"01"})])
-def test_every_sampler_trains_on_the_versions_it_may(quintuplets, init, rewards, tmp_path, sampler, chosen):
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", sampler=sampler, total_steps=4, score_cache=tmp_path / "scores", tau=20)))
+def test_every_sampler_trains_on_the_versions_it_may(quintuplets, init, rewards, tmp_path, monkeypatch, sampler, chosen):
+    monkeypatch.chdir(tmp_path)
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", sampler=sampler, total_steps=4, tau=20)))
     picked = events(tmp_path / "run")[-1]["picked"]
     used = {v for v, n in picked.items() if n}
     assert sum(picked.values()) == 16 and (used == chosen if chosen else len(used) >= 3)
@@ -188,7 +189,7 @@ def test_psnr_stage_leaves_what_the_gan_stage_starts_from(quintuplets, rewards, 
     with pytest.raises(ValueError, match="train.py --stage psnr --arch compact-small"):
         train.main(train.parse_args(common + ["--data", str(quintuplets), "--reward", "test_rewards:brightness"]))
     assert not Path("runs/compact-small-amo").exists()
-    train.main(train.parse_args(common + ["--stage", "psnr", "--data", str(photos), "--load-size", "48", "--usm", "--val-photos", "1"]))
+    train.main(train.parse_args(common + ["--stage", "psnr", "--data", str(photos), "--load-size", "48", "--val-photos", "1"]))
     run = Path("runs/compact-small-psnr")
     assert set(events(run)[-1]) >= {"pix"} and events(run)[-1].get("adv") is None and not list(run.glob("weights/net_d*"))
     assert events(run, "val")[-1]["psnr"] > 5
@@ -201,18 +202,16 @@ def test_the_psnr_stage_of_rrdbnet_sharpens_the_whole_image_and_then_crops(quint
     photos = quintuplets / "Train" / "images" / "0-6" / "original"
     assert train.parse_args(["--stage", "psnr", "--arch", "rrdbnet"]).usm and not train.parse_args(["--stage", "psnr"]).usm
     pairs, make_pair, swapped, swap = [], data.make_pair, [], data.TrainingPool.swap
-    monkeypatch.setattr(train, "make_pair", lambda batch, *a: pairs.append((batch, *make_pair(batch, *a))) or pairs[-1][1:])
+    monkeypatch.setattr(data, "make_pair", lambda batch, *a, **k: pairs.append((batch, *make_pair(batch, *a, **k))) or pairs[-1][1:])
     monkeypatch.setattr(data.TrainingPool, "swap", lambda self, *a: swapped.append(swap(self, *a)) or swapped[-1])
-    train.main(train.parse_args(TINY[:-2] + ["--total-steps", "2", "--stage", "psnr", "--data", str(photos), "--load-size", "0", "--crop", "32", "--usm", "--pool-size", "8",
+    train.main(train.parse_args(TINY[:-2] + ["--total-steps", "2", "--stage", "psnr", "--data", str(photos), "--load-size", "0", "--crop", "32", "--pool-size", "8",
                                              "--out", str(tmp_path / "run")]))
-    for (batch, lq, gt, _, _), (_, pooled) in zip(pairs, swapped, strict=True):
+    for (batch, lq, gt, _, _), (_, pooled) in zip(pairs[:2], swapped, strict=True):
         whole = degradations.usm_sharpen(batch["original"].float() / 255)
         for image, crop, (y, x), original in zip(whole, gt, batch["where"].tolist(), batch["crops"][:, 0].float() / 255):
             assert torch.equal(crop, image[:, y:y + 32, x:x + 32]) and not torch.allclose(crop, degradations.usm_sharpen(original[None])[0], atol=1e-3)
         assert torch.equal(pooled, gt) and lq.shape == (4, 3, 8, 8)               # while the pool fills, a pair is trained on at once
     assert all(t.dtype == torch.float32 for t in runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["pool"])
-    with pytest.raises(SystemExit):
-        train.parse_args(["--usm"])
 
 
 def test_the_weight_files_load_in_spandrel_and_hold_ema_and_raw(quintuplets, init, rewards, tmp_path):
@@ -233,7 +232,7 @@ def test_the_weight_files_load_in_spandrel_and_hold_ema_and_raw(quintuplets, ini
 
 def test_sample_grid_and_tensorboard_and_validation(quintuplets, init, rewards, tmp_path):
     pytest.importorskip("tensorboard")
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, sample_every=2, val_photos=1, tensorboard=True)))
+    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, val_photos=1, tensorboard=True)))
     with Image.open(tmp_path / "run" / "samples" / "0000002.png") as grid:
         assert grid.size[0] == 3 * 32 + 2 * 4 and grid.size[1] >= 2 * (32 + 16)
     assert list((tmp_path / "run" / "tensorboard").iterdir())
@@ -249,7 +248,7 @@ def test_test_images_of_other_sizes_are_shown_and_validated_and_small_ones_refus
         for version in ("original", "01", "02", "03", "04"):
             name = f"t{n}-0-0" + ("" if version == "original" else f"_{version}")
             save_image(root / "Test" / "GT" / "t" / "images" / version / f"{name}.png", base[:, :h, :w] + int(version == "02"))
-    train.main(train.parse_args(flags(root, init, tmp_path / "run", total_steps=1, sample_every=1)))
+    train.main(train.parse_args(flags(root, init, tmp_path / "run", total_steps=1)))
     assert (tmp_path / "run" / "samples" / "0000001.png").exists() and 0 < events(tmp_path / "run", "val")[-1]["psnr"] < 60
     with pytest.raises(ValueError, match="41x47 pixels, smaller than the 48-pixel crop"):
         train.main(train.parse_args(flags(root, init, tmp_path / "other", total_steps=1) + ["--crop", "48"]))
@@ -273,8 +272,7 @@ def test_compiled_networks_give_the_same_losses(quintuplets, init, rewards, tmp_
         assert a == pytest.approx(b, rel=1e-5)
 
 
-@pytest.mark.parametrize("more", [dict(precision="bf16"), dict(clip_grad=0.01), dict(pool_size=0), dict(drop_without_positive=True),
-                                  dict(arch="swinir-small", pad_mode="swinir", workers=2)])
+@pytest.mark.parametrize("more", [dict(precision="bf16"), dict(pool_size=0), dict(arch="swinir-small", workers=2)])
 def test_options_run_to_finite_losses(quintuplets, init, rewards, tmp_path, more):
     train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, **more)))
     assert all(0 < e["pix"] < 10 for e in events(tmp_path / "run"))
@@ -286,11 +284,11 @@ def test_perceptual_loss_enters_the_objective(quintuplets, init, rewards, vgg_fi
 
 
 def test_two_steps_written_out_by_hand(quintuplets, init, rewards, vgg_file, tmp_path, monkeypatch):
-    """Eq. 1 with its weights, clipping, the halved rate, D's labels, EMA: plain torch gives the same nets."""
+    """Eq. 1 with its weights, the halved rate, D's labels, EMA: plain torch gives the same nets."""
     pairs, make_pair = [], data.make_pair
-    monkeypatch.setattr(train, "make_pair", lambda *a: pairs.append(make_pair(*a)) or pairs[-1])
+    monkeypatch.setattr(data, "make_pair", lambda *a, **k: pairs.append(make_pair(*a, **k)) or pairs[-1])
     train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, sampler="orig", lambda_l1=2, lambda_p=0.5,
-                                      lambda_a=0.3, vgg_weights=vgg_file, milestones=1, clip_grad=0.05, pool_size=0, ema_decay=0.9, lr=1e-3) + ["--no-channels-last"]))
+                                      lambda_a=0.3, vgg_weights=vgg_file, milestones=1, pool_size=0, ema_decay=0.9, lr=1e-3) + ["--no-channels-last"]))
     torch.manual_seed(0)
     g = archs.create("compact-small")
     d = archs.UNetDiscriminatorSN(4)
@@ -298,16 +296,14 @@ def test_two_steps_written_out_by_hand(quintuplets, init, rewards, vgg_file, tmp
     vgg, ema = VGGFeatureLoss(vgg_file), [p.detach().clone() for p in g.parameters()]
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=1, betas=(0.9, 0.99)) for net in (g, d))
     bce = torch.nn.BCEWithLogitsLoss()
-    for lr, (lq, gt, _, _) in zip((1e-3, 5e-4), pairs, strict=True):
+    for lr, (lq, gt, _, _) in zip((1e-3, 5e-4), pairs[:2], strict=True):
         sr = g(lq)
         fooled = d(sr)
         terms = {"pix": (sr - gt).abs().mean(), "percep": vgg(sr, gt), "adv": bce(fooled, torch.ones_like(fooled))}
         loss = 2 * terms["pix"] + 0.5 * terms["percep"] + 0.3 * terms["adv"]
         grads = torch.autograd.grad(loss, list(g.parameters()))
-        norm = torch.cat([v.flatten() for v in grads]).norm()
-        assert norm > 0.05                                                        # clipping has something to do
         for p, v in zip(g.parameters(), grads):
-            p.grad = v * 0.05 / (norm + 1e-6)
+            p.grad = v
         opt_g.param_groups[0]["lr"] = opt_d.param_groups[0]["lr"] = lr
         opt_g.step()
         ema = [0.9 * e + 0.1 * p.detach() for e, p in zip(ema, g.parameters())]
@@ -317,9 +313,8 @@ def test_two_steps_written_out_by_hand(quintuplets, init, rewards, vgg_file, tmp
         fake = d(sr.detach())
         terms["D_fake"] = bce(fake, torch.zeros_like(fake))
         grads = [a + b for a, b in zip(grads, torch.autograd.grad(terms["D_fake"], list(d.parameters())))]
-        norm = torch.cat([v.flatten() for v in grads]).norm()
         for p, v in zip(d.parameters(), grads):
-            p.grad = v * min(1, 0.05 / (norm.item() + 1e-6))
+            p.grad = v
         opt_d.step()
         event = events(tmp_path / "run")[int(lr == 5e-4)]
         assert {k: event[k] for k in terms} == pytest.approx({k: v.item() for k, v in terms.items()}, rel=1e-4) and event["lr"] == lr
@@ -340,7 +335,7 @@ def test_validation_is_of_the_ema(quintuplets, init, rewards, tmp_path):
     values = {}
     for key in ("ema", "net_g"):
         net.load_state_dict(state[key])
-        values[key] = train.validate(net, held, args, None, seeds, runs.World(0, 1, torch.device("cpu")))["psnr"]
+        values[key] = train.validate(net, held, args.degradation, None, seeds, runs.World(0, 1, torch.device("cpu")))["psnr"]
     assert events(tmp_path / "run", "val")[-1]["psnr"] == pytest.approx(values["ema"], abs=1e-4) and abs(values["ema"] - values["net_g"]) > 1e-2
 
 
@@ -397,7 +392,7 @@ def equal_on_both_ranks(script, tmp_path, name, words):
 
 def test_gradients_held_once_and_buffers_not_sent_change_nothing(quintuplets, init, rewards, tmp_path, script):
     """With what could disturb it: micro-batches without all-reduce, clipping, D's spectral norm, SwinIR's masks and stochastic depth."""
-    words = flags(quintuplets, init, arch="swinir-small", drop_path=0.5, total_steps=5, accumulate=2, clip_grad=1)
+    words = flags(quintuplets, init, arch="swinir-small", drop_path=0.5, total_steps=5, accumulate=2)
     state = equal_on_both_ranks(script, tmp_path, "train", words)
     assert any("_u" in k for k in state["net_d"]) and any("attn_mask" in k for k in state["net_g"])
 
@@ -415,8 +410,8 @@ def test_a_run_continues_after_a_change_of_processes(quintuplets, init, rewards,
 
 def test_ten_kills_leave_the_run_bitwise_as_if_undisturbed(quintuplets, init, rewards, tmp_path):
     words = flags(quintuplets, init, total_steps=12, save_every=1, log_every=2, workers=1)
-    result = subprocess.run([sys.executable, str(HERE / "kill_runs.py"), str(tmp_path), *words], capture_output=True, text=True,
-                            timeout=280, env={**os.environ, "PYTHONPATH": str(rewards)})
+    result = subprocess.run(runs.python("experiments.kill_runs", tmp_path, *words), capture_output=True, text=True,
+                            timeout=280, env={**os.environ, "PYTHONPATH": f"{rewards}{os.pathsep}{runs.REPO}"})
     assert result.returncode == 0 and "killed 10 times" in result.stdout, result.stderr
     whole, killed = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("whole", "killed"))
     assert whole.pop("args") | {"out": ""} == killed.pop("args") | {"out": ""} and whole["step"] == 12
@@ -431,7 +426,7 @@ def test_a_signal_to_the_process_group_saves_and_resume_ends_as_undisturbed(quin
     process = subprocess.Popen([sys.executable, str(runs.REPO / "train.py"), *words], stdout=subprocess.PIPE, text=True, start_new_session=True,
                                env={**os.environ, "PYTHONPATH": str(rewards)})
     for line in process.stdout:
-        if line.startswith("step 0000003"):
+        if " step 3/" in line:
             os.killpg(process.pid, getattr(signal, word))                            # as torchrun and Slurm do: the data workers get it too
             break
     assert "stopped by a signal" in process.communicate(timeout=60)[0] and process.returncode == 0
@@ -442,24 +437,6 @@ def test_a_signal_to_the_process_group_saves_and_resume_ends_as_undisturbed(quin
     train.main(train.parse_args(flags(quintuplets, init, tmp_path / "whole", total_steps=more)))
     a, b = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("run", "whole"))
     assert all(equal(a[k], b[k]) for k in a if k != "args")
-
-
-def test_fused_adam_makes_the_same_update_and_resumes_bitwise_and_from_the_other(quintuplets, init, rewards, tmp_path):
-    """Equal up to rounding, not bitwise; a checkpoint goes on with the kind that the new command names."""
-    run = lambda name, steps, *more: train.main(train.parse_args([*flags(quintuplets, init, tmp_path / name, total_steps=steps), *more]))
-    run("whole", 4, "--fused-adam")
-    run("run", 2, "--fused-adam")
-    run("run", 4, "--fused-adam", "--resume")
-    run("plain", 2)
-    shutil.copytree(tmp_path / "plain", tmp_path / "changed")
-    run("plain", 4, "--resume")
-    run("changed", 4, "--fused-adam", "--resume")
-    whole, resumed, plain, changed = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("whole", "run", "plain", "changed"))
-    assert all(equal(whole[k], resumed[k]) for k in whole if k != "args")
-    assert [state[opt]["param_groups"][0]["fused"] for state in (whole, plain, changed) for opt in ("opt_g", "opt_d")] == [True, True, None, None, True, True]
-    for other in (whole, changed):
-        assert all(torch.allclose(other[net][k], v, atol=1e-5) for net in ("net_g", "net_d") for k, v in plain[net].items()) and not equal(other["net_d"], plain["net_d"])
-    assert "fused_adam False -> True" in (tmp_path / "changed" / "log.txt").read_text()
 
 
 def test_a_non_finite_loss_names_term_step_and_samples_and_saves_nothing(quintuplets, init, rewards, tmp_path):
@@ -524,8 +501,9 @@ def test_a_second_start_into_a_run_is_refused_and_resume_needs_a_checkpoint(quin
         train.main(train.parse_args(words + ["--resume"]))
 
 
-def test_what_is_cheap_to_refuse_is_refused_before_any_score(quintuplets, init, rewards, tmp_path):
-    words = dict(total_steps=1, sampler="sma", score_cache=tmp_path / "scores")
+def test_what_is_cheap_to_refuse_is_refused_before_any_score(quintuplets, init, rewards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = dict(total_steps=1, sampler="sma")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     for more, said in ((dict(out=tmp_path / "taken"), "exists and is not empty"), (dict(out="/proc/run"), "--out /proc/run cannot be written")):
@@ -533,7 +511,7 @@ def test_what_is_cheap_to_refuse_is_refused_before_any_score(quintuplets, init, 
             train.main(train.parse_args(flags(quintuplets, init, **words, **more)))
     with pytest.raises(ValueError, match="/nowhere: no such file or run"):
         train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", **words) + ["--init", "/nowhere"]))
-    assert not (tmp_path / "scores").exists() and not (tmp_path / "run").exists()
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "run").exists()
 
 
 def test_the_demo_is_not_built_where_a_mistyped_data_set_points(init, tmp_path):
@@ -547,8 +525,8 @@ def test_the_demo_is_not_built_where_a_mistyped_data_set_points(init, tmp_path):
     (dict(accumulate=3), ValueError, "--accumulate 3 does not divide"),
     (dict(crop=72), ValueError, "64x64 pixels, smaller than the 72-pixel crop"),
     (dict(reward="muzik"), ValueError, "unknown.*musiq"),
-    (dict(data="/nowhere"), FileNotFoundError, "/nowhere: no such"),
-    (dict(init="/nowhere.pth"), FileNotFoundError, "/nowhere.pth"),
+    (dict(data="/nowhere"), ValueError, "/nowhere: no such"),
+    (dict(init="/nowhere.pth"), ValueError, "/nowhere.pth"),
     (dict(init="SWINIR"), ValueError, "compact"),
     (dict(val_photos=3), ValueError, "hold out between 1 and 2"),
     (dict(device="cuda"), ValueError, "no GPU"),
@@ -595,17 +573,16 @@ def test_training_with_an_atlas_needs_no_reward_and_is_amo_on_its_grid(quintuple
     """Brightness: 02 always wins. Another atlas on --resume is refused; a temperature makes the choice soft."""
     import shutil
 
-    from prepare import verify as prepare
+    from prepare import atlas
     root = shutil.copytree(quintuplets, tmp_path / "set")
-    prepare.main(prepare.parse_args(["atlas", str(root), "--reward", "test_rewards:brightness", "--crop", "32", "--stride", "16", "--device", "cpu"]))
+    atlas.main(atlas.parse_args([str(root), "--reward", "test_rewards:brightness", "--crop", "32", "--stride", "16", "--device", "cpu"]))
     file = root / "atlas/test_rewards_brightness-32-16.npy"
     words = flags(root, init, tmp_path / "run", sampler="amo", total_steps=4, atlas=file, reward="none", load_size=0)
     train.main(train.parse_args(words))
     last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][-1]
     assert {v for v, n in last["picked"].items() if n} == {"02"} and 45 < last["score"] < 100
-    for more, message in ((["--tau", "5"], "tau None -> 5.0"), (["--margin", "2"], "chosen_by '1 test_rewards:brightness:.* stride 16 table .* margin 0' -> '.* margin 2'")):
-        with pytest.raises(ValueError, match=message):
-            train.main(train.parse_args([*words, "--resume", *more]))
+    with pytest.raises(ValueError, match="tau None -> 5.0"):
+        train.main(train.parse_args([*words, "--resume", "--tau", "5"]))
     train.main(train.parse_args(flags(root, init, tmp_path / "soft", sampler="amo", total_steps=6, atlas=file, load_size=0, tau=10)))
     with pytest.raises(ValueError, match="chosen_by .* -> 'online'"):             # without the atlas it would go on by other ground truths
         train.main(train.parse_args([*flags(root, init, tmp_path / "soft", sampler="amo", total_steps=8, load_size=0), "--resume"]))
@@ -617,7 +594,7 @@ def test_training_with_an_atlas_needs_no_reward_and_is_amo_on_its_grid(quintuple
 def test_flags_of_the_atlas(capsys):
     for words, message in ((["--atlas", "a.npy", "--sampler", "rand"], "--atlas is for --sampler amo"), (["--atlas", "a.npy", "--load-size", "512"], "--atlas is for --sampler amo on whole images: give --load-size 0 (it is 512)"),
                            (["--demo", "--atlas", "a.npy"], "give --load-size 0 (it is 128, the default of --demo)"),
-                           (["--margin", "2"], "--margin is for amo with --atlas"), (["--reward", "none"], "it needs a --reward")):
+                           (["--reward", "none"], "it needs a --reward")):
         with pytest.raises(SystemExit):
             train.parse_args(words)
         assert message in capsys.readouterr().err
