@@ -531,6 +531,11 @@ def recognise(state):
                                    upscale=math.isqrt(shapes[f"body.{last}.weight"][0] // 3))
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"an incomplete state dict (first problem: {error})") from None
+    # a backbone that was added to ARCHS, in the sizes of its entry
+    for name in [name for name, entry in ARCHS.items() if entry["class"] not in ("SwinIR", "RRDBNet", "SRVGGNetCompact")]:
+        with torch.device("meta"):
+            if {k: tuple(v.shape) for k, v in create(name).state_dict().items()} == shapes:
+                return name, {}
     if "conv1.weight_orig" in shapes:
         raise ValueError("a discriminator, not a generator")
     if any("lora_" in k for k in shapes):
@@ -607,7 +612,7 @@ def load_generator(path, key=None, pad_mode=None):
     except ValueError as error:
         raise runs.UserError(f"{path}: {error}") from None
     load_strict(net, state, path)
-    scale = sizes["scale"] if arch == "rrdbnet" else sizes["upscale"]
+    scale = getattr(net, "scale", None) or getattr(net, "upscale", 4)
     return net.eval(), dict(arch=arch, key=used, scale=scale, parameters=sum(p.numel() for p in net.parameters()), sizes=sizes)
 
 
