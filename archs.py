@@ -23,7 +23,8 @@ from torch.nn.utils import spectral_norm  # the legacy one: torch.nn.utils.param
 
 import runs
 
-lrelu = partial(F.leaky_relu, negative_slope=0.2, inplace=True)   # in place: used on fresh convolution outputs only
+# in place: used on fresh convolution outputs only
+lrelu = partial(F.leaky_relu, negative_slope=0.2, inplace=True)
 
 
 def conv3x3(in_channels, out_channels):
@@ -68,8 +69,8 @@ class ResidualBlock(nn.Module):
 def shift_mask(h, w, window, shift):
     """(nW, N, N): -100 between tokens that the cyclic shift brought into one window from opposite image borders, else 0."""
     row, col = ((torch.arange(n) >= n - window).long() + (torch.arange(n) >= n - shift) for n in (h, w))
-    region = 3 * row[:, None] + col                                               # (h, w), nine regions
-    region = to_windows(region[None, :, :, None], window)[0, :, :, 0]             # (nW, N)
+    region = 3 * row[:, None] + col  # (h, w), nine regions
+    region = to_windows(region[None, :, :, None], window)[0, :, :, 0]  # (nW, N)
     return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
 
 
@@ -94,7 +95,7 @@ class WindowAttention(nn.Module):
         self.heads = heads
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-        dy, dx = (p.flatten()[:, None] - p.flatten() + window - 1 for p in (y, x))         # (N, N), 0 .. 2 * window - 2
+        dy, dx = (p.flatten()[:, None] - p.flatten() + window - 1 for p in (y, x))  # (N, N), 0 .. 2 * window - 2
         self.register_buffer("relative_position_index", dy * (2 * window - 1) + dx)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -103,15 +104,21 @@ class WindowAttention(nn.Module):
         """x: (B, nW, N, C); mask: (nW, N, N) added to the logits, or None -> (B, nW, N, C)"""
         b, nw, n, c = x.shape
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        bias = bias.view(n, n, self.heads).permute(2, 0, 1)                                # (heads, N, N)
+        bias = bias.view(n, n, self.heads).permute(2, 0, 1)  # (heads, N, N)
         qkv = self.qkv(x).view(b, nw, n, 3, self.heads, c // self.heads).permute(3, 0, 1, 4, 2, 5)
-        if mask is None:                                      # one bias for every window: windows join the batch
-            q, k, v = qkv.flatten(1, 2)                                                    # (B * nW, heads, N, C / heads)
+        # one bias for every window: windows join the batch
+        if mask is None:
+            # (B * nW, heads, N, C / heads)
+            q, k, v = qkv.flatten(1, 2)
             bias = bias[None]
-        else:                                                 # one mask per window: windows join the heads, the batch shares it
-            q, k, v = qkv.flatten(2, 3)                                                    # (B, nW * heads, N, C / heads)
-            bias = (bias + mask[:, None]).flatten(0, 1)[None]                              # (1, nW * heads, N, N)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)               # against written out: x1.07 forward, x.94 with backward, so no gain on a CPU (experiments/tricks.py); CUDA unmeasured
+        else:
+            # one mask per window: windows join the heads, the batch shares it
+            # (B, nW * heads, N, C / heads)
+            q, k, v = qkv.flatten(2, 3)
+            bias = (bias + mask[:, None]).flatten(0, 1)[None]  # (1, nW * heads, N, N)
+        # against written out: x1.07 forward, x.94 with backward, so no gain on a CPU (experiments/tricks.py);
+        # CUDA unmeasured
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.reshape(b, nw, self.heads, n, -1).transpose(2, 3).reshape(b, nw, n, c))
 
 
@@ -126,7 +133,8 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         hidden = round(dim * mlp_ratio)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
-        if shift:                                             # for the state dict alone; the one in use depends on the image
+        # for the state dict alone; the one in use depends on the image
+        if shift:
             self.register_buffer("attn_mask", shift_mask(img_size, img_size, window, shift))
 
     def forward(self, x, mask, keep):
@@ -203,7 +211,8 @@ class SwinIR(nn.Module):
         self.upscale, self.window, self.depths, self.pad_mode, self.drop_path = upscale, window, depths, pad_mode, drop_path
         # not persistent: public state dicts have no such key, yet it follows the module's device and dtype
         self.register_buffer("mean", torch.tensor([0.4488, 0.4371, 0.4040]).view(1, 3, 1, 1), persistent=False)
-        self.masks = {}                                       # shift masks by image size, the same for all blocks
+        # shift masks by image size, the same for all blocks
+        self.masks = {}
 
         self.conv_first = conv3x3(3, embed_dim)
         self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(embed_dim)})
@@ -211,7 +220,8 @@ class SwinIR(nn.Module):
                                     for depth, n in zip(depths, heads))
         self.norm = nn.LayerNorm(embed_dim)
         self.conv_after_body = residual_conv(embed_dim, resi_connection)
-        self.conv_before_upsample = nn.Sequential(conv3x3(embed_dim, 64), nn.LeakyReLU(0.01))         # 0.01 here, 0.2 elsewhere
+        # 0.01 here, 0.2 elsewhere
+        self.conv_before_upsample = nn.Sequential(conv3x3(embed_dim, 64), nn.LeakyReLU(0.01))
         if upsampler == "pixelshuffle":
             factors = {2: [2], 3: [3], 4: [2, 2], 8: [2, 2, 2]}[upscale]
             pairs = [(conv3x3(64, f * f * 64), nn.PixelShuffle(f)) for f in factors]
@@ -236,8 +246,8 @@ class SwinIR(nn.Module):
         x = pad_reflect(x, *pad)
         mask, keep = self.mask_and_keep(x, drop_path_seeds)
 
-        x = self.conv_first(x - self.mean)                    # (B, C, H, W)
-        y = self.patch_embed["norm"](x.permute(0, 2, 3, 1))   # (B, H, W, C)
+        x = self.conv_first(x - self.mean)  # (B, C, H, W)
+        y = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (B, H, W, C)
         done = 0
         for layer, depth in zip(self.layers, self.depths):
             y = layer(y, mask, keep[done:done + depth])
@@ -255,12 +265,14 @@ class SwinIR(nn.Module):
         x = to_rgb(self.conv_last, x) + self.mean
         return x[:, :, :h * self.upscale, :w * self.upscale]
 
-    @torch.compiler.disable                                   # a dict and NumPy: cheap in Python, nothing for a compiler
+    # a dict and NumPy: cheap in Python, nothing for a compiler
+    @torch.compiler.disable
     def mask_and_keep(self, x, seeds):
         """-> shift mask (nW, N, N) of this image size, and per block None or the (B, 2) scale of its branches."""
         key = (*x.shape[2:], self.mean.device, self.mean.dtype)
         if key not in self.masks:
-            if len(self.masks) >= 4:                          # 16 KB per window: 67 MB for a 512 x 512 input
+            # 16 KB per window: 67 MB for a 512 x 512 input
+            if len(self.masks) >= 4:
                 self.masks.pop(next(iter(self.masks)))
             self.masks[key] = shift_mask(*x.shape[2:], self.window, self.window // 2).to(self.mean)
         blocks = sum(self.depths)
@@ -270,7 +282,8 @@ class SwinIR(nn.Module):
             raise ValueError(f"SwinIR with drop_path {self.drop_path} in train mode needs drop_path_seeds, one int per sample: "
                              f"{len(x)} samples, {'no' if seeds is None else len(seeds)} seeds")
         rates = np.linspace(0, self.drop_path, blocks)[:, None]
-        draws = np.stack([np.random.default_rng(int(seed)).random((blocks, 2)) for seed in seeds], axis=1)   # (blocks, B, 2)
+        # (blocks, B, 2)
+        draws = np.stack([np.random.default_rng(int(seed)).random((blocks, 2)) for seed in seeds], axis=1)
         keep = (draws >= rates[:, None]) / (1 - rates[:, None])
         return self.masks[key], runs.to_device(torch.from_numpy(keep).to(self.mean.dtype), self.mean.device).unbind(0)
 
@@ -285,7 +298,8 @@ class ResidualDenseBlock(nn.Module):
         for i in range(5):
             conv = conv3x3(num_feat + i * num_grow, num_grow if i < 4 else num_feat)
             nn.init.kaiming_normal_(conv.weight)
-            conv.weight.data *= 0.1                           # a deep chain of residuals starts near the identity
+            # a deep chain of residuals starts near the identity
+            conv.weight.data *= 0.1
             nn.init.zeros_(conv.bias)
             setattr(self, f"conv{i + 1}", conv)
 
@@ -381,18 +395,20 @@ class UNetDiscriminatorSN(nn.Module):
     def forward(self, x):
         if x.shape[2] % 8 or x.shape[3] % 8:
             raise ValueError(f"discriminator: image of {x.shape[2]} x {x.shape[3]} pixels, both sides must be multiples of 8")
-        x0 = lrelu(self.conv0(x))                             # (B, 64, H, W)
-        x1 = lrelu(self.conv1(x0))                            # (B, 128, H/2, W/2)
-        x2 = lrelu(self.conv2(x1))                            # (B, 256, H/4, W/4)
-        y = lrelu(self.conv3(x2))                             # (B, 512, H/8, W/8)
+        x0 = lrelu(self.conv0(x))  # (B, 64, H, W)
+        x1 = lrelu(self.conv1(x0))  # (B, 128, H/2, W/2)
+        x2 = lrelu(self.conv2(x1))  # (B, 256, H/4, W/4)
+        y = lrelu(self.conv3(x2))  # (B, 512, H/8, W/8)
         for conv, skip in ((self.conv4, x2), (self.conv5, x1), (self.conv6, x0)):
             y = lrelu(conv(F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False))) + skip
         y = lrelu(self.conv8(lrelu(self.conv7(y))))
         return self.conv9(y)
 
 
-# Plain values only: runs.literal reads them from the text of this file. Per generator its class and sizes, and the defaults of every stage:
-# "train" of both stages of train.py, "psnr" and "gan" of one of them, "tune" of finetune_lora.py. Batch and pool are HGGT's options for 4 GPUs,
+# Plain values only: runs.literal reads them from the text of this file. Per generator its class and sizes, and the
+# defaults of every stage:
+# "train" of both stages of train.py, "psnr" and "gan" of one of them, "tune" of finetune_lora.py. Batch and pool are
+# HGGT's options for 4 GPUs,
 # summed over them; a group is one GPU's batch. LAST in "targets" is the number of the last layer of the body.
 ARCHS = {
     "swinir": {
@@ -422,7 +438,8 @@ ARCHS = {
         # all convolutions but the first and the last; odd layers are PReLUs
         "tune": {"rank": 16, "lr": 2e-4, "milestones": [], "targets": r"^body\.(?!0$|LAST$)\d*[02468]$"},
     },
-    # CHOICE: sizes that train on a CPU in minutes, for demo and tests; spandrel opens them (it takes num_grow 32 for granted)
+    # CHOICE: sizes that train on a CPU in minutes, for demo and tests; spandrel opens them (it takes num_grow 32
+    # for granted)
     "swinir-small": {
         "class": "SwinIR", "sizes": {"img_size": 16, "depths": (2, 2), "embed_dim": 32, "heads": (2, 2)},
         "train": {"degradation": "one-round", "batch_size": 8, "group_size": 4, "pool_size": 32, "drop_path": 0.1},
@@ -639,7 +656,8 @@ def load_x4(path, flag, key=None, pad_mode=None):
 
 # whole images
 
-OVERLAP = 64    # CHOICE: LR pixels; seams of the four public nets below a tenth of a grey level (tests/test_archs.py)
+# CHOICE: LR pixels; seams of the four public nets below a tenth of a grey level (tests/test_archs.py)
+OVERLAP = 64
 
 
 def tile_weights(size, tile, overlap, scale):
@@ -652,7 +670,8 @@ def tile_weights(size, tile, overlap, scale):
     spans = [(start, min(start + tile, size)) for start in range(0, max(size - overlap, 1), stride)]
     total, ramps = torch.zeros(size * scale), []
     for start, stop in spans:
-        rise = (4 * (torch.arange((stop - start) * scale) + 0.5) / (overlap * scale) - 1.5).clamp(0, 1)   # overlap 0: all 1
+        # overlap 0: all 1
+        rise = (4 * (torch.arange((stop - start) * scale) + 0.5) / (overlap * scale) - 1.5).clamp(0, 1)
         ramp = torch.ones_like(rise)
         if start > 0:
             ramp = ramp * rise
@@ -695,7 +714,8 @@ def upscale_tiled(net, lq, scale=4, tile=256, overlap=OVERLAP, batch=1, sink=Non
             tile = max(before // 2, smallest)
             if tile >= before:
                 raise MemoryError(f"memory does not suffice for a tile of {before} pixels ({' '.join(str(error).split())[:100]})") from None
-        torch.cuda.empty_cache()                              # here, where the exception no longer holds the failed attempt
+        # here, where the exception no longer holds the failed attempt
+        torch.cuda.empty_cache()
 
 
 def out_of_memory(error):
@@ -710,7 +730,8 @@ def upscaled_rows(net, lq, scale, tile, overlap, batch=1):
         yield 0, net(lq).float()
         return
     spans, columns = tile_weights(h, tile, overlap, scale), tile_weights(w, tile, overlap, scale)
-    open_rows = torch.zeros(b, 3, 0, w * scale, device=lq.device)                 # what the next row of tiles adds to
+    # what the next row of tiles adds to
+    open_rows = torch.zeros(b, 3, 0, w * scale, device=lq.device)
     for (top, bottom, weight_y), following in zip(spans, [start for start, _, _ in spans[1:]] + [h]):
         strip = F.pad(open_rows, (0, 0, 0, (bottom - top) * scale - open_rows.shape[2]))
         for width in dict.fromkeys(right - left for left, right, _ in columns):

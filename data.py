@@ -23,7 +23,8 @@ import degradations
 import runs
 from images import check_mode, cut_to_x4, image_size, list_images, load_image, open_image
 
-ORIGINAL, POSITIVE, SIMILAR, NEGATIVE = 0, 1, 2, 3                               # HGGT's integer codes
+# HGGT's integer codes
+ORIGINAL, POSITIVE, SIMILAR, NEGATIVE = 0, 1, 2, 3
 LABELS = {"Positive": POSITIVE, "Similar": SIMILAR, "Negative": NEGATIVE}
 SAMPLERS = ("orig", "rand", "upos", "sma", "smp", "amo")
 NEEDS_LABELS = ("upos", "smp")
@@ -126,7 +127,8 @@ class Sets:
                 size = file.seek(0, 2)
                 parts = [(file.seek(at), file.read(256))[1] for at in (0, size // 2, max(0, size - 256))]
             return f"{name} {size} ".encode() + b"".join(parts)
-        if self.signed:                                                           # computed once: all files are opened for it
+        # computed once: all files are opened for it
+        if self.signed:
             return self.signed
         digest = hashlib.sha256()
         with ThreadPoolExecutor(8) as pool:
@@ -178,7 +180,8 @@ def find_folders(root, split):
     if not root.is_dir():
         raise runs.UserError(f"{root}: no such data set; README says how to get HGGT (--data DIR), --demo needs no download")
     base = root / "Train" if split == "Train" else root / "Test" / "GT"
-    originals = sorted(p for p in base.glob("**/[Oo]riginal") if p.is_dir())     # the test archive is said to spell it both ways
+    # the test archive is said to spell it both ways
+    originals = sorted(p for p in base.glob("**/[Oo]riginal") if p.is_dir())
     if not originals:
         if split == "Test":
             return None
@@ -292,7 +295,8 @@ def pick_gt(sampler, candidates, scores=None, tau=10.0, u=None):
     else:
         probs = sampling_probs(torch.zeros(candidates.shape), candidates, 1.0)
     index = (probs.cumsum(1) <= torch.as_tensor(u, dtype=torch.float64).view(-1, 1)).sum(1)
-    last = (probs > 0).double().cumsum(1).argmax(1)                              # rounding may leave the last cumulated sum below 1
+    # rounding may leave the last cumulated sum below 1
+    last = (probs > 0).double().cumsum(1).argmax(1)
     return torch.minimum(index, last)
 
 
@@ -311,15 +315,16 @@ def make_pair(batch, step, lanes, seeds, device, degradation, group_size, crop, 
     The LR image is always made from the whole original, then cropped; AMO scores the aligned crops of all versions at once.
     usm: sharpen the whole image first, for LR image and target (HGGT's psnr stage of RRDBNet).
     """
-    original = batch["original"].to(device, non_blocking=True).float() / 255      # (b, 3, H, W)
-    crops = batch["crops"].to(device, non_blocking=True).float() / 255            # (b, V, 3, p, p)
+    original = batch["original"].to(device, non_blocking=True).float() / 255  # (b, 3, H, W)
+    crops = batch["crops"].to(device, non_blocking=True).float() / 255  # (b, V, 3, p, p)
     if usm:
         original = degradations.usm_sharpen(original)
     lq = degradations.degrade(original, degradation, [seeds(step, lane, "degrade") for lane in lanes],
                               [seeds(step, lane // group_size, "degrade-group") for lane in lanes])
     lq = crop_like(lq, batch["where"], crop)
-    versions = batch["version"].to(device, non_blocking=True)                     # (b, V)
-    if "candidates" not in batch:                                                 # chosen when the sample was read
+    versions = batch["version"].to(device, non_blocking=True)  # (b, V)
+    # chosen when the sample was read
+    if "candidates" not in batch:
         gt = crop_like(original, batch["where"], crop, scale=1) if usm else crops[:, 0]
         return lq, gt, versions[:, 0], batch["score"].to(device, non_blocking=True) if "score" in batch else None
     with torch.no_grad():
@@ -333,7 +338,8 @@ def validation_pair(sets, i, seeds, device, degradation):
     """-> lq (1, 3, h, w), gt (1, 3, 4h, 4w) in [0, 1]: image i of a validation split, with its own LR image or always the same degradation."""
     gt = load_image(sets.path(sets.stems[i]))[None].to(device).float() / 255
     gt = cut_to_x4(gt)
-    if sets.lq is not None:                                                        # LR images that came with the set
+    # LR images that came with the set
+    if sets.lq is not None:
         return load_image(sets.lq[sets.stems[i]])[None].to(device).float() / 255, gt
     return degradations.degrade(gt, degradation, [seeds(0, i, "val")], [seeds(0, i, "val-group")]), gt
 
@@ -382,7 +388,8 @@ class TrainingSet(Dataset):
     def __len__(self):
         return len(self.stems)
 
-    @lru_cache(maxsize=2)                                                        # two epochs meet inside a batch
+    # two epochs meet inside a batch
+    @lru_cache(maxsize=2)
     def _order(self, epoch):
         return np.random.default_rng(self.seeds(epoch, 0, "epoch")).permutation(len(self.stems))
 
@@ -397,7 +404,8 @@ class TrainingSet(Dataset):
     def __getitem__(self, key):
         try:
             return self.sample(*key)
-        except (ValueError, OSError) as error:                                  # raised again by `batches`: a worker would bury it
+        except (ValueError, OSError) as error:
+            # raised again by `batches`: a worker would bury it
             return error
 
     def sample(self, step, lane):
@@ -413,7 +421,8 @@ class TrainingSet(Dataset):
             h = w = self.load_size
         else:
             top, left, h, w = 0, 0, h - h % self.scale, w - w % self.scale
-        flipped = rng["flip"].random() < 0.5                                     # HGGT options: horizontal flip only
+        # HGGT options: horizontal flip only
+        flipped = rng["flip"].random() < 0.5
         u = np.random.default_rng(self.seeds(step, lane // self.group_size, "crop")).random(2)
         y, x = self.atlases[0][0].position(u) if self.atlases else (int(u[i] * ((n - self.crop) // self.scale + 1)) * self.scale for i, n in enumerate((h, w)))
 
@@ -430,10 +439,12 @@ class TrainingSet(Dataset):
             scores = None if self.scores is None else self.scores[index][None]
             chosen = [int(pick_gt(self.sampler, candidates[None], scores, self.tau, draw))]
 
-        def cut(image, y, x, height, width):                                      # as if the window had been mirrored first
+        # as if the window had been mirrored first
+        def cut(image, y, x, height, width):
             part = image[:, top + y:top + y + height, left + (w - x - width if flipped else x):][:, :, :width]
             part = torch.from_numpy(np.array(part))
-            return part.flip(2) if flipped else part                              # PyTorch mirrors six times faster than NumPy (512 px, one thread)
+            # PyTorch mirrors six times faster than NumPy (512 px, one thread)
+            return part.flip(2) if flipped else part
         crops = [cut(original if v == 0 else self._read(stem, v, original), y, x, self.crop, self.crop) for v in chosen]
         return {"original": cut(original, 0, 0, h, w), "where": torch.tensor([y, x]), "crops": torch.stack(crops),
                 "version": torch.tensor(list(chosen)), **more}
@@ -458,9 +469,11 @@ def check_headers(dataset, world):
 
     def check(stem):
         sizes = {}
-        for version in used:                                                     # the original comes first
+        # the original comes first
+        for version in used:
             path = sets.path(stem, version)
-            if sets.packed:                                                       # decoded once: sizes are in its index
+            # decoded once: sizes are in its index
+            if sets.packed:
                 sizes[version] = sets.size(stem, version)
             else:
                 with open_image(path) as image:
@@ -500,7 +513,8 @@ def collate(samples):
     for sample in samples:
         if isinstance(sample, Exception):
             return sample
-    shapes = {tuple(next(iter(s.values())).shape[1:]) for s in samples}           # of the whole image, the first of a sample
+    # of the whole image, the first of a sample
+    shapes = {tuple(next(iter(s.values())).shape[1:]) for s in samples}
     if len(shapes) > 1:
         return ValueError(f"images of different sizes in one batch ({sorted(shapes)}): set --load-size (dpo.py train: --patch) to at most the smallest side")
     return {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
@@ -545,9 +559,11 @@ def prefetch(batches, device):
         if isinstance(batch, Exception):
             raise batch
         main = torch.cuda.current_stream(device)
-        main.wait_stream(side)                                                    # for this batch alone: the next is not yet on its way
+        # for this batch alone: the next is not yet on its way
+        main.wait_stream(side)
         for name in batch.keys() - {"where"}:
-            batch[name].record_stream(main)                                       # else its memory is given away while `main` still reads it
+            # else its memory is given away while `main` still reads it
+            batch[name].record_stream(main)
         coming = fetch()
         yield batch
 

@@ -396,7 +396,8 @@ def main(args):
         opt_g.step()
         runs.update_ema(ema, raw_g, args.ema_decay)
 
-        # discriminator: real = the chosen GT, fake = SR. No forward pass is shared: D's of the generator's loss and these two each come after
+        # discriminator: real = the chosen GT, fake = SR. No forward pass is shared: D's of the generator's
+        # loss and these two each come after
         # another power iteration of the spectral norm
         if raw_d is not None:
             raw_d.requires_grad_(True)

@@ -19,8 +19,10 @@ def open_image(path):
             yield image
     except FileNotFoundError:
         raise runs.UserError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:       # Pillow's ways to say damaged
-        if getattr(error, "errno", None):                                       # not the image's fault: permission, disk
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow's ways to say damaged
+        # not the image's fault: permission, disk
+        if getattr(error, "errno", None):
             raise
         raise runs.UserError(f"{path}: damaged image ({error}): fetch or make it again") from None
 

@@ -42,14 +42,16 @@ class VGGFeatureLoss(nn.Module):
     there is no file or no download.
     """
 
-    TAPS = {2: 0.1, 7: 0.1, 16: 1.0, 25: 1.0, 34: 1.0}        # HGGT options: conv1_2, conv2_2, conv3_4, conv4_4, conv5_4
+    # HGGT options: conv1_2, conv2_2, conv3_4, conv4_4, conv5_4
+    TAPS = {2: 0.1, 7: 0.1, 16: 1.0, 25: 1.0, 34: 1.0}
 
     def __init__(self, weights=None):
         super().__init__()
         layers, channels = [], 3
         for width, convs in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
             for _ in range(convs):
-                layers += [archs.conv3x3(channels, width), nn.ReLU()]   # not in place, or it would overwrite the tap before it
+                # not in place, or it would overwrite the tap before it
+                layers += [archs.conv3x3(channels, width), nn.ReLU()]
                 channels = width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers[:max(self.TAPS) + 1])
@@ -85,7 +87,8 @@ class VGGFeatureLoss(nn.Module):
         if min(sr.shape[2:]) < 16:
             raise runs.UserError(f"VGG loss: image of {sr.shape[2]} x {sr.shape[3]} pixels, vgg19 needs at least 16 x 16")
         with torch.autocast(sr.device.type, enabled=False):
-            with torch.no_grad():                             # both in one batch: 1.3 to 1.5 times slower, 1.4 times the memory (experiments/tricks.py, CPU)
+            # both in one batch: 1.3 to 1.5 times slower, 1.4 times the memory (experiments/tricks.py, CPU)
+            with torch.no_grad():
                 wanted = self.taps(gt.float()) if wanted is None else wanted
             return sum(w * F.l1_loss(a, b) for w, a, b in zip(self.TAPS.values(), self.taps(sr.float()), wanted))
 
@@ -95,7 +98,8 @@ def vgg19_download():
     from torchvision.models import VGG19_Weights
     try:
         return VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:    # no network, wrong hash, damaged cache
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        # no network, wrong hash, damaged cache
         reason = " ".join(str(error).split())[:120]
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise runs.UserError(f"no VGG19 weights ({reason}): put vgg19-dcbb9e9d.pth into {folder}, or name a file with "

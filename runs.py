@@ -118,7 +118,8 @@ def number(kind, low=-math.inf, high=math.inf, above=False, below=False):
                      [f"{'less than' if below else 'at most'} {high}"] * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(bounds) or 'finite'}")
         return value
-    convert.__name__ = "whole number" if kind is int else "number"                # argparse says: invalid number value: 'x'
+    # argparse says: invalid number value: 'x'
+    convert.__name__ = "whole number" if kind is int else "number"
     return convert
 
 
@@ -131,9 +132,11 @@ def TILE(text):
 
 
 TILE.__name__ = "whole number"
-COUNT, SIZE = number(int, 0), number(int, 1)                                      # 0 often means off
+# 0 often means off
+COUNT, SIZE = number(int, 0), number(int, 1)
 WEIGHT, RATE = number(float, 0), number(float, 0, above=True)
-SHARE = number(float, 0, 1, below=True)                                           # in [0, 1): EMA decay, drop rate
+# in [0, 1): EMA decay, drop rate
+SHARE = number(float, 0, 1, below=True)
 
 
 def literal(module, name):
@@ -278,7 +281,8 @@ class World:
         if self.size == 1:
             return net
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-        net.broadcast_buffers = False                                             # not as an argument: PyTorch 2.15 warns of it, and older ones do not know its new name
+        # not as an argument: PyTorch 2.15 warns of it, and older ones do not know its new name
+        net.broadcast_buffers = False
         return net
 
     def gather_lanes(self, tensor):
@@ -312,7 +316,8 @@ def start_world(device="auto", threads=0):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))      # rank 0 may make images for hours, and candidates take unequal time
+        # rank 0 may make images for hours, and candidates take unequal time
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
     return World(rank, size, torch.device(device))
 
 
@@ -387,7 +392,8 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:     # a full disk does not say where
+        # a full disk does not say where
+        if isinstance(error, OSError) and error.errno and not error.filename:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
@@ -457,7 +463,8 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; without --resume a new run starts") from None
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:      # torch: damaged
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+        # torch: damaged
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error)[:80]})") from error
 
 
@@ -560,7 +567,8 @@ class Run:
 
     def open(self):
         """Start writing: called when everything that can be refused has been looked at, so a refused run leaves no folder."""
-        self.world.barrier()                            # every rank has looked at the folder before rank 0 writes into it
+        # every rank has looked at the folder before rank 0 writes into it
+        self.world.barrier()
         if not self.world.is_main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
@@ -581,7 +589,8 @@ class Run:
         """Events later than the checkpoint are about to happen again."""
         path = self.out / "metrics.jsonl"
         if path.exists():
-            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]   # the last may be cut off
+            # the last may be cut off
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             write_atomic(path, lambda t: t.write_text("".join(line for line in whole if json.loads(line)["step"] <= step)))
 
     def say(self, text, quiet=False):
@@ -669,7 +678,8 @@ class Meter:
     def check_finite(self, describe):
         """Raise FloatingPointError naming the first non-finite term and its step; describe(step) names the samples."""
         for name, first in self.first_bad.items():
-            step = int(self.world.reduce(first.clone(), "MIN").item())          # a device sync
+            # a device sync
+            step = int(self.world.reduce(first.clone(), "MIN").item())
             if step < 2 ** 31 - 1:
                 raise UserError(f"{name} is not finite at step {step}; the last checkpoint is older. Samples: {describe(step)}")
 

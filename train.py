@@ -19,7 +19,8 @@ ARCHS = runs.literal("archs", "ARCHS")
 # HGGT options of the L1 stage
 PSNR = dict(load_size=512, sampler="orig", reward=["none"], lambda_p=0.0, lambda_a=0.0, lr=2e-4)
 DEMO_DATA = Path("datasets/demo")
-# CHOICE: sized to finish in five minutes on two cores. No GAN: in so few steps rounding decides what a small one does, and hides the effect
+# CHOICE: sized to finish in five minutes on two cores. No GAN: in so few steps rounding decides what a small one
+# does, and hides the effect
 # of the ground truths (experiments/demo_seeds.py)
 DEMO = {
     "gan": dict(data=DEMO_DATA, total_steps=250, milestones=[150, 200], crop=96, load_size=128, lr=2e-3, reward=["ranker"], lambda_p=0.0,
@@ -298,7 +299,8 @@ def main(args):
         opt_g.step()
         runs.update_ema(ema, raw_g, args.ema_decay)
 
-        # discriminator: real = the chosen GT, fake = SR. No forward pass is shared: D's of the generator's loss and these two each come after
+        # discriminator: real = the chosen GT, fake = SR. No forward pass is shared: D's of the generator's
+        # loss and these two each come after
         # another power iteration of the spectral norm
         if raw_d is not None:
             raw_d.requires_grad_(True)

@@ -112,11 +112,13 @@ def test_swinir_state_dict_has_the_computed_buffers_and_no_mean():
     assert state["layers.0.residual_group.blocks.0.attn.relative_position_index"].dtype == torch.int64
     assert not any("mean" in k for k in state)
     index = state["layers.0.residual_group.blocks.0.attn.relative_position_index"]
-    known = {(0, 0): 7 * 15 + 7, (0, 1): 7 * 15 + 6, (8, 0): 8 * 15 + 7, (0, 63): 0, (63, 0): 224}    # by hand
+    # by hand
+    known = {(0, 0): 7 * 15 + 7, (0, 1): 7 * 15 + 6, (8, 0): 8 * 15 + 7, (0, 63): 0, (63, 0): 224}
     assert {ij: index[ij].item() for ij in known} == known
     mask = state["layers.1.residual_group.blocks.1.attn_mask"]
     assert mask.shape == (4, 64, 64) and set(mask.unique().tolist()) == {-100.0, 0.0}
-    assert (mask[0] == 0).all() and (mask[3] == 0).float().mean() == 1 / 4        # no border in the first window, two in the last
+    # no border in the first window, two in the last
+    assert (mask[0] == 0).all() and (mask[3] == 0).float().mean() == 1 / 4
     net = archs.create("swinir-small").to(torch.float64)
     assert net.mean.dtype == torch.float64
 
@@ -191,7 +193,8 @@ def test_real_nets_load_and_equal_spandrel_on_a_photo(name):
         ours, theirs = net(x), spandrel.ModelLoader().load_from_file(path).model.float().eval()(x)
     assert (ours - theirs).abs().max() < 1e-5
     down = F.interpolate(ours, x.shape[2:], mode="area")
-    assert (down - x).abs().mean() < 0.03                                         # it does enlarge this photo
+    # it does enlarge this photo
+    assert (down - x).abs().mean() < 0.03
 
 
 # SwinIR: attention, padding, masks, stochastic depth
@@ -225,7 +228,8 @@ def test_attention_equals_a_plain_softmax(masked):
     with torch.no_grad():
         expected = plain_attention(attn, x, mask)
         assert (attn(x, mask) - expected).abs().max() < 1e-5
-    y = attn(x, mask)                                                             # with gradients torch picks another kernel
+    # with gradients torch picks another kernel
+    y = attn(x, mask)
     assert (y - expected).abs().max() < 1e-5
     y.sum().backward()
     assert attn.relative_position_bias_table.grad.abs().sum() > 0
@@ -236,7 +240,8 @@ def test_shift_mask_separates_what_the_shift_brought_together():
     h, w, window, shift = 16, 24, 8, 4
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     y, x = (archs.to_windows(p.roll((-shift, -shift), (0, 1))[None, :, :, None], window)[0, :, :, 0] for p in (y, x))
-    near = lambda p: (p[:, :, None] - p[:, None, :]).abs() < window               # neighbours before the shift
+    # neighbours before the shift
+    near = lambda p: (p[:, :, None] - p[:, None, :]).abs() < window
     assert ((archs.shift_mask(h, w, window, shift) == 0) == (near(y) & near(x))).all()
 
 
@@ -251,7 +256,8 @@ def test_masks_are_made_once_per_size():
         assert made == [(16, 16, 8, 4), (24, 16, 8, 4)]
         for side in range(32, 96, 8):
             net(image(1, 3, 8, side))
-        assert len(net.masks) <= 4                                                # many sizes do not fill the memory
+        # many sizes do not fill the memory
+        assert len(net.masks) <= 4
     finally:
         archs.shift_mask = real
 
@@ -278,7 +284,8 @@ def test_padding_modes_differ_only_near_the_right_and_bottom_border():
         hggt = net(x)
         net.pad_mode = "swinir"
         difference = (hggt - net(x)).abs().amax((0, 1))
-    near = 4 * (8 + 4 + 8)                                                        # windows, shifted windows, convolutions
+    # windows, shifted windows, convolutions
+    near = 4 * (8 + 4 + 8)
     assert difference.max() > 1e-3 and difference[:-near, :-near].max() < 1e-5
     assert difference[:, -4:].max() > 1e-3 and difference[-4:].max() > 1e-3
 
@@ -306,13 +313,14 @@ def test_stochastic_depth_has_linear_rates_own_draws_per_branch_and_unit_expecta
     net = SwinIR(**TINY, drop_path=0.4).train()
     n = 4000
     _, keep = net.mask_and_keep(torch.empty(n, 3, 16, 16), range(n))
-    keep = torch.stack(keep).double()                                             # (5 blocks, n samples, 2 branches)
+    keep = torch.stack(keep).double()  # (5 blocks, n samples, 2 branches)
     for block, rate in enumerate([0.0, 0.1, 0.2, 0.3, 0.4]):
         assert sorted(keep[block].unique().tolist()) == pytest.approx([0, 1 / (1 - rate)] if rate else [1], rel=1e-6)
         assert ((keep[block] == 0).double().mean(0) - rate).abs().max() < 4 * math.sqrt(0.25 / n)
         assert (keep[block].mean(0) - 1).abs().max() < 0.06
     both = (keep[4] == 0).all(1).double().mean()
-    assert abs(both - 0.16) < 0.03                                                # independent branches: 0.4 * 0.4
+    # independent branches: 0.4 * 0.4
+    assert abs(both - 0.16) < 0.03
     assert torch.equal(keep[:, 7], torch.stack(net.mask_and_keep(torch.empty(1, 3, 16, 16), [7])[1])[:, 0].double())
 
 
@@ -361,7 +369,8 @@ def test_generators_keep_float_images_under_bf16_autocast():
             with torch.autocast("cpu", torch.bfloat16):
                 sr = net(x)
         assert sr.dtype == torch.float32 and 0 < (sr - exact).abs().max() < 0.1 * exact.abs().max()
-        assert len(sr.unique()) > 0.9 * sr.numel()                                # a bf16 image has far fewer values
+        # a bf16 image has far fewer values
+        assert len(sr.unique()) > 0.9 * sr.numel()
 
 
 def test_swinir_trains_through_torch_compile_without_recompiling_for_new_seeds():
@@ -404,7 +413,8 @@ def test_discriminator_equals_a_written_out_forward():
     net = UNetDiscriminatorSN(8)
     randomise(net).train()
     x = image(2, 3, 24, 40)
-    for _ in range(300):                                                          # power iterations until the norms are exact
+    # power iterations until the norms are exact
+    for _ in range(300):
         net(x[:1, :, :8, :8])
     net.eval()
     with torch.no_grad():
@@ -440,7 +450,8 @@ def vgg(tmp_path_factory):
     """torchvision's vgg19 with random weights, and files of it in both layouts."""
     with torch.device("meta"):
         net = vgg19()
-    net.classifier = torch.nn.Sequential()                                        # 124 of the 144 million parameters
+    # 124 of the 144 million parameters
+    net.classifier = torch.nn.Sequential()
     net = randomise(net.to_empty(device="cpu"))
     folder = tmp_path_factory.mktemp("vgg")
     whole = net.state_dict() | {"classifier.0.weight": torch.zeros(2, 2), "classifier.0.bias": torch.zeros(2)}
@@ -471,7 +482,8 @@ def vgg_loss_written_out(net, sr, gt):
 def test_vgg_loss_equals_one_written_with_torchvision(vgg, layout):
     net, folder = vgg
     loss = VGGFeatureLoss(folder / f"{layout}.pth")
-    sr, gt = 2 * image(2, 3, 32, 48) - 0.5, image(2, 3, 32, 48, seed=1)           # sr beyond [0, 1]: it is not clamped
+    # sr beyond [0, 1]: it is not clamped
+    sr, gt = 2 * image(2, 3, 32, 48) - 0.5, image(2, 3, 32, 48, seed=1)
     with torch.no_grad():
         expected = vgg_loss_written_out(net, sr, gt)
         assert expected > 0.1 and loss(sr, gt).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -625,7 +637,8 @@ def test_load_generator_recognises_every_size(arch, sizes, scale, tmp_path):
     torch.save({"params_ema": net.state_dict()}, tmp_path / "g.pth")
     loaded, info = archs.load_generator(tmp_path / "g.pth")
     if arch == "swinir":
-        info["sizes"]["mlp_ratio"] = round(info["sizes"]["mlp_ratio"], 6)         # hidden / embed_dim
+        # hidden / embed_dim
+        info["sizes"]["mlp_ratio"] = round(info["sizes"]["mlp_ratio"], 6)
     assert info == dict(arch=arch, key="params_ema", scale=scale, parameters=count(net), sizes=sizes)
     assert not loaded.training
     x = image(1, 3, 11, 13)
@@ -676,7 +689,8 @@ def test_load_weights_is_strict_and_says_what_the_file_is(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             archs.load_weights(target, tmp_path / "g.pth")
         assert "\n" not in str(error.value)
-        assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())       # nothing was half loaded
+        # nothing was half loaded
+        assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
 
 
 @pytest.mark.fast
@@ -720,15 +734,18 @@ def test_tile_weights_sum_to_one_and_tiles_cover_the_image(size, tile, overlap):
 
 @pytest.mark.fast
 def test_tiles_give_the_untiled_pixels_once_the_overlap_exceeds_the_field_of_view():
-    net = randomise(SRVGGNetCompact(8, 2))                                        # sees 4 pixels in every direction
+    # sees 4 pixels in every direction
+    net = randomise(SRVGGNetCompact(8, 2))
     x = image(1, 3, 61, 83)
     whole = archs.upscale_tiled(net, x, tile=0)
     with torch.no_grad():
         assert torch.equal(whole, net(x))
     assert (archs.upscale_tiled(net, x, tile=40, overlap=16) - whole).abs().max() < 1e-5
     narrow = (archs.upscale_tiled(net, x, tile=24, overlap=2) - whole).abs().amax((0, 1))
-    assert narrow.max() > 1e-3                                                    # the comparison can tell
-    assert narrow[:4 * 15, :4 * 15].max() < 1e-5                                  # far from every seam
+    # the comparison can tell
+    assert narrow.max() > 1e-3
+    # far from every seam
+    assert narrow[:4 * 15, :4 * 15].max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["4xLSDIRCompactC3", "realesr-animevideov3-x4", "realesr-general-x4v3", "realesr-general-wdn-x4v3"])

@@ -93,7 +93,8 @@ def edit(key, field, value):
 @pytest.mark.parametrize("change, words", [
     (edit("Picture_3", "File", "07"), "Picture_3 has File '07'"),
     (edit("Picture_3", "File", None), "Picture_3 has File None"),
-    (edit("Picture_3", "File", "01"), "Picture_3 has File '01'.*once"),           # doubled
+    # doubled
+    (edit("Picture_3", "File", "01"), "Picture_3 has File '01'.*once"),
     (edit("Picture_1", "File", "04"), "names 'a-0-0.png', which is not version '04'"),
     (edit("Picture_3", "Name", "b-0-0_02.png"), "names 'b-0-0_02.png', which is not version '02' of a-0-0"),
     (edit("Picture_3", "Name", "a-0-0_03.png"), "which is not version '02'"),
@@ -228,13 +229,15 @@ def test_draws_are_the_inverse_of_the_cumulated_probabilities_and_stay_inside_th
         for u in (0.1, 0.35, 0.5, 0.77, 0.93):
             assert pick_gt(sampler, mask, SCORES[None], 10.0, np.array([u])).item() == \
                 next(k for k in range(5) if u < sum(probs[:k + 1])), (bits, u)
-    far = torch.tensor([[9000.0, 0, 0], [0, 9000, 0]])                           # what rounds to zero is never drawn
+    # what rounds to zero is never drawn
+    far = torch.tensor([[9000.0, 0, 0], [0, 9000, 0]])
     for u in (0.0, 1 - 2 ** -53):
         assert pick_gt("sma", torch.ones(2, 3, dtype=torch.bool), far, 10.0, np.full(2, u)).tolist() == [0, 1]
 
 
 def test_amo_takes_the_best_candidate_and_ties_go_to_the_original():
-    scores = torch.rand(200, 5, generator=torch.Generator().manual_seed(1)).mul(4).round()         # many ties
+    # many ties
+    scores = torch.rand(200, 5, generator=torch.Generator().manual_seed(1)).mul(4).round()
     picks = pick_gt("amo", candidates_for("amo", torch.zeros(200, 5)), scores).tolist()
     assert picks == [max(range(5), key=lambda k: (row[k], -k)) for row in scores.tolist()]
     assert pick_gt("amo", candidates_for("amo", torch.zeros(1, 5)), torch.full((1, 5), 3.0)).tolist() == [0]
@@ -261,7 +264,8 @@ def test_all_five_versions_share_one_flip_window_and_crop(sets, load_size):
         stem, flipped, (left, top), crops = places(sample)
         h, w = (load_size, load_size) if load_size else (64, 96)
         y, x = sample["where"].tolist()
-        for v in range(5):                                                       # every image cut out of its file by hand
+        # every image cut out of its file by hand
+        for v in range(5):
             image = coordinates(64, 96, v, stem)[:, top:top + h, left:left + w]
             image = torch.from_numpy(image.numpy()[:, :, ::-1].copy()) if flipped else image
             assert torch.equal(sample["crops"][v], image[:, y:y + 32, x:x + 32])
@@ -286,7 +290,8 @@ def test_sizes_that_are_no_multiple_of_4_lose_their_last_pixels(tmp_path):
     for lane in range(4):
         sample = plain(sets, crop=48).sample(1, lane)
         assert sample["original"].shape == (3, 48, 60) and sample["crops"].shape == (5, 3, 48, 48)
-        assert int(sample["original"][0].max()) == 59                            # cut before the flip: the same pixels
+        # cut before the flip: the same pixels
+        assert int(sample["original"][0].max()) == 59
 
 
 def test_lanes_of_a_group_share_the_crop_position_and_groups_differ(sets):
@@ -296,7 +301,8 @@ def test_lanes_of_a_group_share_the_crop_position_and_groups_differ(sets):
         where = [tuple(dataset.sample(step, lane)["where"].tolist()) for lane in range(8)]
         assert len(set(where[:4])) == len(set(where[4:])) == 1
         same += where[0] == where[4]
-    assert same < 5                                                              # 153 positions
+    # 153 positions
+    assert same < 5
 
 
 def test_flips_are_per_sample_with_probability_one_half(sets):
@@ -319,7 +325,8 @@ def test_only_what_the_sampler_needs_is_decoded_each_file_once(sets, sampler, mo
         assert len(sample["crops"]) == (5 if sampler == "amo" else 1)
         version = sample["version"].tolist()
         assert {p.parent.name for p in opened} == {"original", *(VERSIONS[v] for v in version)}
-        assert sample["crops"][-1][2, 0, 0].item() % 20 == version[-1]           # the crop is of the version it claims
+        # the crop is of the version it claims
+        assert sample["crops"][-1][2, 0, 0].item() % 20 == version[-1]
         amounts[len(opened)] += 1
     assert set(amounts) == {"amo": {5}, "orig": {1}, "upos": {2}, "smp": {2}, "rand": {1, 2}, "sma": {1, 2}}[sampler]
 
@@ -355,7 +362,8 @@ def test_samples_depend_on_seed_step_and_lane_alone(sets):
 
 def test_every_epoch_visits_each_set_once_in_another_order(tmp_path):
     sets = data.find_sets(write_sets(tmp_path, [f"p-{n}-0" for n in range(11)], size=(8, 8), versions=VERSIONS[:2]), "Train")
-    dataset = plain(sets, "orig", batch_size=4, crop=8)                          # 11 is no multiple of 4: epochs meet in a batch
+    # 11 is no multiple of 4: epochs meet in a batch
+    dataset = plain(sets, "orig", batch_size=4, crop=8)
     visits = [dataset.index(step, lane) for step in range(1, 34) for lane in range(4)]
     epochs = [tuple(visits[i:i + 11]) for i in range(0, len(visits), 11)]
     assert len(epochs) == 12 and all(sorted(e) == list(range(11)) for e in epochs) and len(set(epochs)) == 12
@@ -408,7 +416,8 @@ def drive(pool, steps, lanes):
     out = []
     for step in steps:
         ids, images = pool.swap(numbers(step, lanes), step)
-        assert torch.equal(images, (ids % 256).byte().float()[:, None, None, None].expand(-1, 3, 2, 2) / 255)   # bit for bit
+        # bit for bit
+        assert torch.equal(images, (ids % 256).byte().float()[:, None, None, None].expand(-1, 3, 2, 2) / 255)
         out.append(ids)
     return torch.stack(out)
 
@@ -419,9 +428,11 @@ def test_pool_passes_the_filling_phase_through_and_gives_every_pair_back_once():
     assert torch.equal(out[:slots], torch.stack([numbers(step, lanes)[0] for step in range(1, slots + 1)]))
     for lane in lanes:
         times = Counter((out[:, lane] - 1000 * lane).tolist())
-        assert set(out[:, lane].div(1000, rounding_mode="floor").tolist()) == {lane}                # a lane keeps its own pairs
+        # a lane keeps its own pairs
+        assert set(out[:, lane].div(1000, rounding_mode="floor").tolist()) == {lane}
         assert all(times[s] == 2 for s in range(1, slots + 1)) and all(times[s] == 1 for s in range(slots + 1, 350))
-        assert max(times.values()) == 2 and len(times) == 400 - slots            # one per slot still waits
+        # one per slot still waits
+        assert max(times.values()) == 2 and len(times) == 400 - slots
 
 
 def test_pool_does_not_depend_on_how_lanes_are_split():
@@ -439,7 +450,8 @@ def test_pool_continues_from_its_saved_state_also_on_another_number_of_processes
     state = torch.load(tmp_path / "pool.pt", weights_only=True)
     assert [t.dtype for t in state] == [torch.int64, torch.uint8] and state[1].shape == (8, 4, 3, 2, 2)
     assert torch.equal(drive(TrainingPool(32, 8, range(8), SEEDS, state), range(8, 40), range(8)), expected)
-    state = torch.load(tmp_path / "pool.pt", weights_only=True)                  # the pool above wrote into the other copy
+    # the pool above wrote into the other copy
+    state = torch.load(tmp_path / "pool.pt", weights_only=True)
     halves = [drive(TrainingPool(32, 8, lanes, SEEDS, state), range(8, 40), lanes) for lanes in (range(0, 4), range(4, 8))]
     assert torch.equal(torch.cat(halves, 1), expected)
 
@@ -458,7 +470,8 @@ def test_waiting_times_are_those_of_shuffling_one_big_pool():
     born = out - 1000 * torch.arange(batch)
     ours = [step - b for step, row in enumerate(born.tolist(), 1) for b in row if step > b > size // batch and b < steps - tail]
     rng, pool, theirs = np.random.default_rng(0), np.repeat(np.arange(1, size // batch + 1), batch), []
-    for step in range(size // batch + 1, steps):                                 # HGGT: shuffle, take the first b, refill them
+    # HGGT: shuffle, take the first b, refill them
+    for step in range(size // batch + 1, steps):
         rng.shuffle(pool)
         theirs += [step - b for b in pool[:batch] if b > size // batch and b < steps - tail]
         pool[:batch] = step
@@ -673,9 +686,12 @@ def test_batches_fetched_ahead_are_those_of_the_loader(sets, workers):
     busy = torch.rand(2000, 2000, device=device)
     for batch, expected in zip(data.prefetch(data.batches(plain(sets), 1, 40, range(4), workers, True), device), plain_batches, strict=True):
         for _ in range(20):
-            busy = busy @ busy / 1000                                             # work that the next copy overtakes
-        again = {name: t.clone() for name, t in batch.items()}                    # read by the main stream, late
-        batch = None                                                              # its memory may be given away only after that
+            # work that the next copy overtakes
+            busy = busy @ busy / 1000
+        # read by the main stream, late
+        again = {name: t.clone() for name, t in batch.items()}
+        # its memory may be given away only after that
+        batch = None
         assert again["original"].is_cuda and not again["where"].is_cuda
         assert again.keys() == expected.keys() and all(torch.equal(again[k].cpu(), expected[k]) for k in expected)
         count += 1

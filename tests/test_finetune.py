@@ -96,12 +96,14 @@ def test_the_runs_settings_are_the_defaults_and_flags_win(base):
     assert args.crop == 64 and args.gt_reward == ["test_rewards:brightness"] and args.reward == ["musiq"]
     assert isinstance(args.data, Path) and isinstance(args.vgg_weights, Path) and args.lr == 2e-4 and args.lambda_a == 0
     paq = ft.parse_args(["--arch", "compact-small", "--base", str(base), "--reward", "paq2piq"])
-    assert paq.gt_reward == ["test_rewards:brightness"]                           # the pairs stay those of the run
+    # the pairs stay those of the run
+    assert paq.gt_reward == ["test_rewards:brightness"]
 
 
 def test_reward_rises_the_base_stays_and_the_files_fit_together(base, tmp_path, vgg_file):
     tune(base, tmp_path / "out", "--val-every", 6, steps=12)
-    for step in (6, 12):                                                          # base | tuned | original, one line per validation image
+    # base | tuned | original, one line per validation image
+    for step in (6, 12):
         assert image_size(tmp_path / "out" / "samples" / f"{step:07d}.png")[0] == 3 * 3 * 64 + 2 * 4
     plain = archs.create("compact-small")
     archs.load_weights(plain, runs.find_weights(base, ""))
@@ -111,7 +113,8 @@ def test_reward_rises_the_base_stays_and_the_files_fit_together(base, tmp_path, 
     assert content["base_sha256"] == lora.base_hash(plain) and content["rank"] == 3
     adapted = copy.deepcopy(plain)
     lora.load_lora(adapted, tmp_path / "out" / "lora" / "adapter.pth")
-    merged, info = archs.load_x4(tmp_path / "out", "--weights")                   # a run folder means weights/merged.pth
+    # a run folder means weights/merged.pth
+    merged, info = archs.load_x4(tmp_path / "out", "--weights")
     x = torch.rand(1, 3, 20, 24)
     with torch.no_grad():
         assert (merged(x) - adapted(x)).abs().max() < 1e-5 and (merged(x) - plain(x)).abs().max() > 1e-3
@@ -156,7 +159,8 @@ def test_stop_gain_ends_at_the_first_validation_that_has_it(base, tmp_path):
     assert (tmp_path / "out" / "weights" / "merged.pth").exists()
     at = lambda: torch.load(tmp_path / "out" / "ckpt" / "last.pt", weights_only=True)["step"]
     assert at() == val[-1]["step"]
-    tune(base, tmp_path / "out", "--val-every", 2, "--stop-gain", 0.1, "--resume", steps=30)                # reached: not one step more
+    # reached: not one step more
+    tune(base, tmp_path / "out", "--val-every", 2, "--stop-gain", 0.1, "--resume", steps=30)
     assert at() == val[-1]["step"] and events(tmp_path / "out", "val") == val
     tune(base, tmp_path / "out", "--val-every", 2, "--stop-gain", gains[-1] + 0.1, "--resume", steps=30)
     more = events(tmp_path / "out", "val")
@@ -180,7 +184,8 @@ def test_two_steps_of_equation_5_by_hand(base, tmp_path, vgg_file, monkeypatch):
     archs.load_weights(net, runs.find_weights(base, ""))
     start = {k: v.clone() for k, v in net.state_dict().items()}
     torch.manual_seed(7)
-    archs.create("compact-small")                                                # the draws before A's
+    # the draws before A's
+    archs.create("compact-small")
     names = [f"body.{k}" for k in range(2, 13, 2)]
     A = [torch.empty(3, 32 * 9) for _ in names]
     for a in A:
@@ -199,7 +204,8 @@ def test_two_steps_of_equation_5_by_hand(base, tmp_path, vgg_file, monkeypatch):
     content = torch.load(tmp_path / "out" / "lora" / "adapter.pth", weights_only=True)
     for i, name in enumerate(names):
         for key, values, average in (("lora_A", A, ema), ("lora_B", B, ema[len(A):])):
-            assert torch.allclose(content["lora"][f"{name}.{key}"], values[i], atol=2e-4)                   # steps are 1e-2 and 5e-3
+            # steps are 1e-2 and 5e-3
+            assert torch.allclose(content["lora"][f"{name}.{key}"], values[i], atol=2e-4)
             assert torch.allclose(content["lora_ema"][f"{name}.{key}"], average[i], atol=2e-4)
 
 
@@ -283,9 +289,11 @@ def test_unsharp_like_reaches_the_reward_or_the_most_it_can():
     like, equal = metrics.unsharp_like(image, wanted, contrast)
     assert equal and contrast(like) >= contrast(wanted) and contrast(like) < contrast(wanted) * 1.1
     eight_bit = image.mul(255).round() / 255
-    less, equal = metrics.unsharp_like(image, target, lambda x: -x.std((1, 2, 3)))             # no sharpening gets there: the nearest is none
+    # no sharpening gets there: the nearest is none
+    less, equal = metrics.unsharp_like(image, target, lambda x: -x.std((1, 2, 3)))
     assert torch.equal(less, eight_bit) and not equal
-    same, equal = metrics.unsharp_like(image, image * 0.5, contrast)                           # what has less reward than the base needs no mask
+    # what has less reward than the base needs no mask
+    same, equal = metrics.unsharp_like(image, image * 0.5, contrast)
     assert torch.equal(same, eight_bit) and equal
 
 

@@ -89,7 +89,8 @@ def test_events_after_the_checkpoint_are_dropped_on_resume(tmp_path):
         if step == 2:
             run.save(step, {})
     with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
-        f.write('{"step": 4, "spl')                                               # a process killed while writing
+        # a process killed while writing
+        f.write('{"step": 4, "spl')
     again = runs.Run(tmp_path / "run", {"lr": 2}, ALONE, resume="must")
     again.open()
     assert again.start_step == 2 and [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")] == [1, 2]

@@ -22,13 +22,19 @@ from test_finetune import TINY, base  # noqa: F401 (a fixture)
 from test_train import flags, init  # noqa: F401 (a fixture)
 
 aten = torch.ops.aten
-READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.equal, aten.is_nonzero}           # a GPU's answer is waited for
+# a GPU's answer is waited for
+READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.equal, aten.is_nonzero}
 ON_THE_CPU_ANYWAY = {
-    ("degradations.py", "degrade"),                                               # the range of its input, which it skips on CUDA
-    ("degradations.py", "jpeg"),                                                  # qualities, drawn by NumPy
-    ("data.py", "crop_like"),                                                    # batch["where"]
-    ("data.py", "__getitem__"),                                                   # a sample, made by a data worker
-    ("optimizer.py", "_get_value"),                                               # Adam's step counts, which stay on the CPU unless it is fused
+    # the range of its input, which it skips on CUDA
+    ("degradations.py", "degrade"),
+    # qualities, drawn by NumPy
+    ("degradations.py", "jpeg"),
+    # batch["where"]
+    ("data.py", "crop_like"),
+    # a sample, made by a data worker
+    ("data.py", "__getitem__"),
+    # Adam's step counts, which stay on the CPU unless it is fused
+    ("optimizer.py", "_get_value"),
 }
 
 
@@ -92,7 +98,8 @@ def run_tuning(base, tmp_path, *more):  # noqa: F811
 def reads(monkeypatch):
     """Who reads values between the log steps of the runs that follow."""
     mode = Reads()
-    for name in ("tolist", "numpy", "cpu"):                                       # these do not pass the dispatcher on a CPU
+    # these do not pass the dispatcher on a CPU
+    for name in ("tolist", "numpy", "cpu"):
         def note(self, *args, original=getattr(torch.Tensor, name), **kwargs):
             if torch.utils._python_dispatch._get_current_dispatch_mode() is mode:
                 mode.note()
@@ -164,7 +171,8 @@ def test_swinirs_stochastic_depth_copies_its_draws_without_waiting(fake_cuda):
         net = archs.create("swinir-small", drop_path=0.5).train()
         mask = {(24, 24, fake_cuda, torch.float32): archs.shift_mask(24, 24, 8, 4)}
     net = copy_to(net, fake_cuda)
-    net.masks = {key: torch.zeros(value.shape, device=fake_cuda) for key, value in mask.items()}      # made once per size: that copy waits
+    # made once per size: that copy waits
+    net.masks = {key: torch.zeros(value.shape, device=fake_cuda) for key, value in mask.items()}
     assert net(torch.zeros(2, 3, 16, 16, device=fake_cuda), drop_path_seeds=[1, 2]).device == fake_cuda
 
 
@@ -191,7 +199,8 @@ def test_losses_choice_and_meter_read_nothing_on_a_gpu(fake_cuda):
     for step in (1, 2):
         meter.add(step, adv=loss, score=scores.mean())
     with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
-        meter.check_finite(str)                                                  # what a log step does
+        # what a log step does
+        meter.check_finite(str)
 
 
 @pytest.mark.gpu

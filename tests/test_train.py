@@ -99,7 +99,8 @@ def test_every_preset_key_is_a_flag_and_every_choice_exists():
     assert runs.literal("archs", "ARCHS") == ARCHS and tuple(runs.literal("data", "SAMPLERS")) == data.SAMPLERS
     assert runs.literal("degradations", "PRESETS") == list(degradations.PRESETS) and tuple(runs.literal("iqa", "MUSIQ")) == iqa.MUSIQ
     assert {args.degradation for args in map(train.parse_args, (["--arch", a] for a in ARCHS))} <= set(degradations.PRESETS)
-    assert set(train.FIXED) - known == {"discriminator", "samples", "chosen_by"}               # facts, not flags
+    # facts, not flags
+    assert set(train.FIXED) - known == {"discriminator", "samples", "chosen_by"}
 
 
 @pytest.mark.fast
@@ -168,7 +169,8 @@ def test_amo_chooses_the_brightest_version_and_the_pool_gets_the_winner_only(qui
     pool = runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["pool"]
     assert [tuple(t.shape) for t in pool] == [(4, 2, 3, 8, 8), (4, 2, 3, 32, 32)] and all(t.dtype == torch.uint8 for t in pool)
     grey = pool[1].float().mean((2, 3, 4))
-    assert (grey > 145).all()                                                     # 02 is 30 grey levels brighter than the original
+    # 02 is 30 grey levels brighter than the original
+    assert (grey > 145).all()
 
 
 @pytest.mark.parametrize("sampler, chosen", [("orig", {"original"}), ("rand", None), ("upos", {"01"}), ("sma", None), ("smp", {"01"})])
@@ -210,7 +212,8 @@ def test_the_psnr_stage_of_rrdbnet_sharpens_the_whole_image_and_then_crops(quint
         whole = degradations.usm_sharpen(batch["original"].float() / 255)
         for image, crop, (y, x), original in zip(whole, gt, batch["where"].tolist(), batch["crops"][:, 0].float() / 255):
             assert torch.equal(crop, image[:, y:y + 32, x:x + 32]) and not torch.allclose(crop, degradations.usm_sharpen(original[None])[0], atol=1e-3)
-        assert torch.equal(pooled, gt) and lq.shape == (4, 3, 8, 8)               # while the pool fills, a pair is trained on at once
+        # while the pool fills, a pair is trained on at once
+        assert torch.equal(pooled, gt) and lq.shape == (4, 3, 8, 8)
     assert all(t.dtype == torch.float32 for t in runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["pool"])
 
 
@@ -237,7 +240,8 @@ def test_sample_grid_and_tensorboard_and_validation(quintuplets, init, rewards, 
         assert grid.size[0] == 3 * 32 + 2 * 4 and grid.size[1] >= 2 * (32 + 16)
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     assert set(events(tmp_path / "run", "val")[-1]) == {"step", "split", "psnr", "score"}
-    assert "4 sets of 5 versions" in (tmp_path / "run" / "log.txt").read_text()   # a photo has two patches: both are held out
+    # a photo has two patches: both are held out
+    assert "4 sets of 5 versions" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_test_images_of_other_sizes_are_shown_and_validated_and_small_ones_refused(quintuplets, init, rewards, tmp_path):
@@ -309,7 +313,8 @@ def test_two_steps_written_out_by_hand(quintuplets, init, rewards, vgg_file, tmp
         ema = [0.9 * e + 0.1 * p.detach() for e, p in zip(ema, g.parameters())]
         real = d(gt)
         terms["D_real"] = bce(real, torch.ones_like(real))
-        grads = torch.autograd.grad(terms["D_real"], list(d.parameters()))        # before the second pass moves the spectral norm
+        # before the second pass moves the spectral norm
+        grads = torch.autograd.grad(terms["D_real"], list(d.parameters()))
         fake = d(sr.detach())
         terms["D_fake"] = bce(fake, torch.zeros_like(fake))
         grads = [a + b for a, b in zip(grads, torch.autograd.grad(terms["D_fake"], list(d.parameters())))]
@@ -323,7 +328,8 @@ def test_two_steps_written_out_by_hand(quintuplets, init, rewards, vgg_file, tmp
         assert all(torch.allclose(v, saved[key][k], rtol=1e-4, atol=2e-6) for k, v in net.state_dict().items())
     assert all(torch.allclose(e, saved["ema"][k], rtol=1e-4, atol=2e-6) for e, (k, _) in zip(ema, g.named_parameters()))
     assert not any(torch.equal(saved["ema"][k], saved["net_g"][k]) for k, _ in g.named_parameters())
-    assert all(saved[opt]["param_groups"][0]["betas"] == (0.9, 0.99) for opt in ("opt_g", "opt_d"))      # too small an effect to see above
+    # too small an effect to see above
+    assert all(saved[opt]["param_groups"][0]["betas"] == (0.9, 0.99) for opt in ("opt_g", "opt_d"))
 
 
 def test_validation_is_of_the_ema(quintuplets, init, rewards, tmp_path):
@@ -416,7 +422,8 @@ def test_ten_kills_leave_the_run_bitwise_as_if_undisturbed(quintuplets, init, re
     whole, killed = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("whole", "killed"))
     assert whole.pop("args") | {"out": ""} == killed.pop("args") | {"out": ""} and whole["step"] == 12
     assert equal(whole, killed)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")              # averages of a window survive, none is missing or doubled
+    # averages of a window survive, none is missing or doubled
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
     assert not list((tmp_path / "whole").rglob("*.tmp"))
 
 
@@ -427,7 +434,8 @@ def test_a_signal_to_the_process_group_saves_and_resume_ends_as_undisturbed(quin
                                env={**os.environ, "PYTHONPATH": str(rewards)})
     for line in process.stdout:
         if " step 3/" in line:
-            os.killpg(process.pid, getattr(signal, word))                            # as torchrun and Slurm do: the data workers get it too
+            # as torchrun and Slurm do: the data workers get it too
+            os.killpg(process.pid, getattr(signal, word))
             break
     assert "stopped by a signal" in process.communicate(timeout=60)[0] and process.returncode == 0
     stopped = runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["step"]
@@ -472,7 +480,8 @@ def test_a_wrong_size_or_mode_anywhere_is_refused_before_the_first_step(quintupl
     shutil.copytree(quintuplets, tmp_path / "set")
     sets = data.find_sets(tmp_path / "set", "Train")
     dataset = data.TrainingSet(sets, "amo", functools.partial(runs.sample_seed, 0), 4, 2, 32)
-    last = ({*sets.stems} - {*dataset.names(1)}).pop()                            # not in the first batch
+    # not in the first batch
+    last = ({*sets.stems} - {*dataset.names(1)}).pop()
     Image.new(mode, size).save(sets.path(last, "03"))
     with pytest.raises(ValueError, match=f"{last}_03.png: {said}"):
         train.main(train.parse_args(flags(tmp_path / "set", init, tmp_path / "run", total_steps=1)))
@@ -584,7 +593,8 @@ def test_training_with_an_atlas_needs_no_reward_and_is_amo_on_its_grid(quintuple
     with pytest.raises(ValueError, match="tau None -> 5.0"):
         train.main(train.parse_args([*words, "--resume", "--tau", "5"]))
     train.main(train.parse_args(flags(root, init, tmp_path / "soft", sampler="amo", total_steps=6, atlas=file, load_size=0, tau=10)))
-    with pytest.raises(ValueError, match="chosen_by .* -> 'online'"):             # without the atlas it would go on by other ground truths
+    # without the atlas it would go on by other ground truths
+    with pytest.raises(ValueError, match="chosen_by .* -> 'online'"):
         train.main(train.parse_args([*flags(root, init, tmp_path / "soft", sampler="amo", total_steps=8, load_size=0), "--resume"]))
     last = [json.loads(line) for line in (tmp_path / "soft/metrics.jsonl").read_text().splitlines()][-1]
     assert len([v for v, n in last["picked"].items() if n]) > 2
