@@ -55,8 +55,13 @@ def cli(main):
     """Run a script's `main`: a UserError ends in one line and exit code 2, every other exception in its traceback and exit code 1.
 
     One line each have also what the system says of a file (no permission, full disk) and memory that does not suffice.
+    Under torchrun an error that every process meets is printed once, and the launcher's summary repeats it.
     IQASR_TRACEBACK=1 shows the traceback of every error.
     """
+    record_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if record_file:
+        from torch.distributed.elastic.multiprocessing.errors import record
+        main = record(main)
     try:
         main()
     except KeyboardInterrupt:
@@ -66,12 +71,28 @@ def cli(main):
         if os.environ.get("IQASR_TRACEBACK") or isinstance(error, OSError) and not error.filename:
             raise
         sys.stdout.flush()
-        rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"{program()}{rank}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        text = f"{program()}: error: {' '.join(str(error).split())}"
+        if not record_file or not said_by_first_process(Path(record_file), text):
+            print(text, file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         if "torch" in sys.modules and dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def said_by_first_process(file, text):
+    """Writes the error for torchrun's summary, and says whether the first process of this machine has met the same one within five seconds.
+
+    file: where torchrun wants this process's error; that of the first process lies beside it, under its number.
+    """
+    message = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    write_atomic(file, lambda temporary: temporary.write_text(json.dumps(message)))
+    first = file.parent.parent / "0" / file.name
+    for _ in range(50 if first != file else 0):
+        if first.exists() and json.loads(first.read_text())["message"]["message"] == text:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def program():

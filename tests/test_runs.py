@@ -133,3 +133,23 @@ def test_user_errors_are_one_line_and_all_others_keep_their_traceback(tmp_path):
     for bug in ("int('x')", "import archs; archs.create('swinir-small', upsampler='no')", "raise OSError('of no file')"):
         result = run(bug)
         assert result.returncode == 1 and "Traceback" in result.stderr, bug
+
+
+LAUNCHED = """
+import os, sys, time
+import runs
+def main():
+    if os.environ["RANK"] in sys.argv[1:]:
+        raise runs.UserError("this cannot be")
+    time.sleep(60)
+runs.cli(main)
+"""
+
+
+@pytest.mark.parametrize("ranks", [["0", "1"], ["1"]])
+def test_under_torchrun_an_error_is_printed_once_and_the_summary_repeats_it(script, tmp_path, ranks):
+    (tmp_path / "x.py").write_text(LAUNCHED)
+    result = script(tmp_path / "x.py", *ranks, processes=2, check=False)
+    assert result.returncode
+    assert [line for line in result.stderr.splitlines() if line.startswith("x.py: error:")] == ["x.py: error: this cannot be"]
+    assert "traceback : x.py: error: this cannot be" in result.stderr
