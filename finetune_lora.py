@@ -1,17 +1,18 @@
-"""Fine-tune a trained network on an NR-IQA model directly, through LoRA weights (paper Sec. 4.3, Eq. 5, Supp. 8.3 and 9).
+"""Fine-tune a trained network on an NR-IQA model directly, through LoRA weights (paper Sec. 4.3, Eq. 5, Supp. 8.3).
 
-    python finetune_lora.py --demo                                             in small, on a CPU, embedded reward, no download
-    torchrun --nproc_per_node 4 finetune_lora.py --reward musiq                the paper: from runs/swinir-amo, 20,000 steps
-    python finetune_lora.py --lambda-p 2                                       FT_HP: more perceptual loss
-    python finetune_lora.py --lambda-a 0.1                                     FT_IG: with the discriminator of the run
-    python finetune_lora.py --reward none --lambda-a 0.2                       FT_NNR x2 (0.5: x5): no reward, more GAN instead
-    python finetune_lora.py --tune all                                         all weights, no LoRA (the paper's Fig. 3 and 5)
-    python finetune_lora.py --base RealESRGAN_x4plus.pth --arch rrdbnet        from any weights of a known architecture
+    python finetune_lora.py --demo                                      in small, on a CPU, embedded reward, no download
+    torchrun --nproc_per_node 4 finetune_lora.py --reward musiq         the paper: from runs/swinir-amo, 20,000 steps
+    python finetune_lora.py --lambda-p 2                                FT_HP: more perceptual loss
+    python finetune_lora.py --lambda-a 0.1                              FT_IG: with the discriminator of the run
+    python finetune_lora.py --reward none --lambda-a 0.2                FT_NNR x2 (0.5: x5): more GAN, no reward
+    python finetune_lora.py --tune all                                  all weights, no LoRA (the paper's Fig. 3 and 5)
+    python finetune_lora.py --base RealESRGAN_x4plus.pth --arch rrdbnet         from weights of a known architecture
 
-It reads as train.py does. Data, pairs and losses are those of the run it starts from (--base); of a bare weights file they are the paper's for
-its --arch. What differs: the base is frozen and low-rank adapters are trained; a discriminator only when --lambda-a > 0; the loss has the term
-- lambda_q Q(SR), SR clamped to [0, 1] (Eq. 5). A quality model can be fooled, so every validation also reports metrics that are not optimised
-and looks for structured noise, and the run says so when only the optimised score gained.
+It reads as train.py does. Data, pairs and losses are those of the run it starts from (--base); for a bare weights file
+they are the paper's of its --arch. What differs: the base is frozen and low-rank adapters are trained; there is a
+discriminator only when --lambda-a > 0; the loss has the term - lambda_q Q(SR), SR clamped to [0, 1] (Eq. 5). A quality
+model can be fooled, so every validation also reports metrics that are not optimised and looks for structured noise, and
+the run says so when only the optimised score gained.
 Leaves lora/adapter.pth (A and B only) and weights/merged.pth, a plain generator.
 """
 import argparse
@@ -22,12 +23,14 @@ import runs
 
 ARCHS = runs.literal("archs", "ARCHS")
 # "as stage 2" (Supp. 8.3): taken from the run that is tuned
-OF_BASE = ("data", "val_photos", "load_size", "crop", "degradation", "sampler", "tau", "atlas", "lambda_l1", "lambda_p", "vgg_weights", "d_features",
-           "batch_size", "group_size", "pool_size", "ema_decay", "drop_path", "channels_last", "seed")
+OF_BASE = ("data", "val_photos", "load_size", "crop", "degradation", "sampler", "tau", "atlas", "lambda_l1", "lambda_p",
+           "vgg_weights", "d_features", "batch_size", "group_size", "pool_size", "ema_decay", "drop_path",
+           "channels_last", "seed")
 # flags of train.py whose values only that run, or the architecture, decides
 NO_FLAGS = ("--load-size", "--tau", "--atlas", "--d-features", "--group-size", "--drop-path", "--channels-last")
 # CHOICE: under 90 s on two cores
-DEMO = dict(reward=["ranker"], watch=["piqe"], lr=2e-3, total_steps=100, log_every=25, save_every=50, val_every=0, threads=1, workers=0)
+DEMO = dict(reward=["ranker"], watch=["piqe"], lr=2e-3, total_steps=100, log_every=25, save_every=50, val_every=0,
+            threads=1, workers=0)
 
 
 def lambda_q(text):
@@ -41,35 +44,45 @@ lambda_q.__name__ = "number"
 def parse_args(argv=None):
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    pre.add_argument("--demo", action="store_true", help="from the demo's AMO run, small net, embedded reward; same code")
-    pre.add_argument("--arch", choices=list(ARCHS), help="backbone; default: that of --base, else swinir. Fills the defaults marked [arch]")
-    pre.add_argument("--base", type=Path, metavar="PATH", help="run folder to start from (default runs/<arch>-<sampler>), or a weights file, which needs --arch")
+    pre.add_argument("--demo", action="store_true",
+                     help="from the demo's AMO run, which is made if it is missing; embedded reward; same code")
+    pre.add_argument("--arch", choices=list(ARCHS),
+                     help="backbone; default: that of --base, else swinir. Fills the defaults marked [arch]")
+    pre.add_argument("--base", type=Path, metavar="PATH",
+                     help="run folder to start from (default runs/<arch>-<sampler>), or a weights file with --arch")
     pre.add_argument("--sampler", default="amo", help=argparse.SUPPRESS)
     first = pre.parse_known_args(words)[0]
     arch = first.arch or ("compact-small" if first.demo else "swinir")
     base = first.base or Path("runs") / f"{arch}-{first.sampler}"
     trained = runs.read_record(base / "args.json")["args"] if (base / "args.json").is_file() else {}
     arch = first.arch or trained.get("arch") or arch
-    p = argparse.ArgumentParser(description=__doc__, parents=[pre], allow_abbrev=False, conflict_handler="resolve", formatter_class=runs.Help)
+    p = argparse.ArgumentParser(description=__doc__, parents=[pre], allow_abbrev=False, conflict_handler="resolve",
+                                formatter_class=runs.Help)
     runs.add_training(p, NO_FLAGS)
     g = p.add_argument_group("fine-tuning (Eq. 5)")
     g.add_argument("--lambda-q", type=lambda_q,
-                   help="weight of the reward; default 0.05, for MUSIQ's 0-100 (Supp. 8.3), 1 where --reward gives weights, auto with --demo. auto: "
-                        "chosen so that, averaged over the first 8 batches, the reward gradient on the adapted layers has the same norm as the "
-                        "gradient of L1 + perceptual loss (CHOICE)")
-    g.add_argument("--rank", type=runs.SIZE, help="[arch] of the adapters (Supp. 8.3); the update is B A, alpha being the rank (CHOICE)")
+                   help="weight of the reward; default 0.05, for MUSIQ's 0-100 (Supp. 8.3), 1 where --reward gives "
+                        "weights, auto with --demo. auto: chosen so that, averaged over the first 8 batches, the "
+                        "reward gradient on the adapted layers has the same norm as the gradient of L1 + perceptual "
+                        "loss (CHOICE)")
+    g.add_argument("--rank", type=runs.SIZE,
+                   help="[arch] of the adapters (Supp. 8.3); the update is B A, since alpha is the rank (CHOICE)")
     g.add_argument("--tune", choices=["lora", "layers", "all"], default="lora",
-                   help="lora; layers: the full weights of the same layers; all: every weight, the paper's naive tuning (Fig. 3 and 5)")
+                   help="lora; layers: the full weights of the same layers; all: every weight (the paper's naive)")
     g.add_argument("--stop-gain", type=runs.WEIGHT, default=0.0,
-                   help="stop once the validation reward exceeds the base's by this many points (0: run all --total-steps)")
+                   help="stop once the validation reward exceeds the base's by this many points (0: all --total-steps)")
     g.add_argument("--watch", nargs="*", default=["niqe", "piqe", "ranker"], metavar="NAME",
-                   help="no-reference metrics that validation reports and nothing optimises (CHOICE: piqe alone likes pixel grids)")
+                   help="no-reference metrics that validation reports and nothing optimises (CHOICE: piqe alone likes "
+                        "pixel grids)")
     g = p.add_argument_group("start and continue")
-    g.add_argument("--d-init", type=Path, metavar="FILE", help="discriminator weights instead of the run's; with --lambda-a > 0 only")
-    g.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take; default params_ema, else params, else bare")
+    g.add_argument("--d-init", type=Path, metavar="FILE",
+                   help="discriminator weights instead of the run's; with --lambda-a > 0 only")
+    g.add_argument("--weights-key", choices=["params_ema", "params"],
+                   help="key to take from --base; default params_ema, else params, else bare")
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
-    g.add_argument("--out", type=Path, help="run folder (default: <base>+<reward>[-<variant>]; variant: hp, ig, nnr2, nnr5, layers, naive)")
+    g.add_argument("--out", type=Path,
+                   help="run folder (default: <base>+<reward>[-<variant>]; variant: hp, ig, nnr2, nnr5, layers, naive)")
     # the paper's defaults, then what the base was trained with, then those of this stage; explicit flags still win
     values = {"load_size": 0, "tau": None, "atlas": [], "d_features": 64, "drop_path": 0.0, "channels_last": True}
     values |= ARCHS[arch]["train"] | ARCHS[arch]["gan"]
@@ -87,30 +100,32 @@ def parse_args(argv=None):
         p.error(f"--base {base}: a weights file does not say what it is: name its --arch")
     if args.reward == ["none"]:
         if args.lambda_q == "auto" or args.stop_gain:
-            p.error(f"{'--stop-gain' if args.stop_gain else '--lambda-q auto'} looks at the reward: it needs a --reward")
+            flag = "--stop-gain" if args.stop_gain else "--lambda-q auto"
+            p.error(f"{flag} looks at the reward: it needs a --reward")
         args.lambda_q = 0.0
     elif args.lambda_q is None:
         args.lambda_q = 1.0 if any("=" in word for word in args.reward) else "auto" if first.demo else 0.05
     # what chooses the ground truths
     args.gt_reward = trained.get("reward", args.reward)
     if args.gt_reward == ["none"] and args.sampler in ("sma", "smp", "amo") and not args.atlas:
-        p.error(f"{base}: no run there whose reward could choose the ground truths; make it with: python train.py --arch {arch} --sampler "
-                f"{args.sampler}, or name a --sampler that needs none")
+        p.error(f"{base}: no run there whose reward could choose the ground truths; make it with: python train.py "
+                f"--arch {arch} --sampler {args.sampler}, or name a --sampler that needs none")
     if args.out is None:
         more_p = args.lambda_p > of_base.get("lambda_p", 1.0)
-        variant = "-".join([*{"all": ["naive"], "layers": ["layers"], "lora": []}[args.tune], *(["hp"] if more_p else []),
-                            *([f"nnr{args.lambda_a / 0.1:g}" if args.reward == ["none"] else "ig"] if args.lambda_a else [])])
+        variants = {"all": ["naive"], "layers": ["layers"], "lora": []}[args.tune] + ["hp"] * more_p
+        if args.lambda_a:
+            variants.append(f"nnr{args.lambda_a / 0.1:g}" if args.reward == ["none"] else "ig")
         rewards = "+".join(word.partition("=")[0].partition(":")[0] for word in args.reward)
         folder = Path("runs") / base.stem if base.is_file() else base
-        args.out = folder.with_name(f"{folder.name}+{rewards}" + (f"-{variant}" if variant else ""))
+        args.out = folder.with_name("-".join([f"{folder.name}+{rewards}", *variants]))
     checked = argparse.Namespace(**vars(args) | {"reward": args.gt_reward})
     runs.check_training(p, checked)
     # its default depends on the sampler
     args.tau = checked.tau
     given = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     args.words = words
-    args.sources = "; ".join([f"of {base}: {', '.join(k for k in of_base if k not in given) or 'nothing'}", f"given: {', '.join(sorted(given)) or 'nothing'}",
-                              f"else the paper's of {arch}"])
+    inherited = ", ".join(k for k in of_base if k not in given) or "nothing"
+    args.sources = f"of {base}: {inherited}; given: {', '.join(sorted(given)) or 'nothing'}; else the paper's of {arch}"
     return args
 
 
@@ -146,17 +161,20 @@ def choose_tuned(net, tune, targets, rank):
     if tune == "lora":
         lora.add_lora(net, targets, rank)
         return lora.lora_parameters(net)
-    tuned = list(net.parameters()) if tune == "all" else [layer.weight for layer in lora.matching_layers(net.requires_grad_(False), targets).values()]
+    if tune == "all":
+        tuned = list(net.parameters())
+    else:
+        tuned = [layer.weight for layer in lora.matching_layers(net.requires_grad_(False), targets).values()]
     for p in tuned:
         p.requires_grad_(True)
     return tuned
 
 
 def gradient_ratio(net, targets, dataset, pairs, lambdas, vgg, reward, lanes, accumulate, world, batches=8):
-    """lambda_q = auto: mean over the first batches of |d losses / d W| / |d Q / d W|, W the weights of the target layers of the base.
+    """lambda_q = auto: mean over the first batches of |d losses / d W| / |d Q / d W|, W the target layers of the base.
 
-    CHOICE. Both then pull equally at what is adapted, and --tune lora, layers and all get the same number. (On the pixels of SR much of Q's
-    gradient is fine noise that no weight can follow.)
+    CHOICE. Both then pull equally at what is adapted, and --tune lora, layers and all get the same number. (On the
+    pixels of SR much of Q's gradient is fine noise that no weight can follow.)
     """
     weights, ratios = [layer.weight.requires_grad_(True) for layer in lora.matching_layers(net, targets).values()], []
 
@@ -164,11 +182,12 @@ def gradient_ratio(net, targets, dataset, pairs, lambdas, vgg, reward, lanes, ac
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, retain_graph=True)])
     for step in range(1, batches + 1):
         batch = data.collate([dataset.sample(step, lane) for lane in lanes])
-        lq, gt, _, _ = pairs(batch, step, lanes)
+        all_lq, all_gt, _, _ = pairs(batch, step, lanes)
         pull = push = 0
-        for lq, gt in zip(lq.chunk(accumulate), gt.chunk(accumulate)):
+        for lq, gt in zip(all_lq.chunk(accumulate), all_gt.chunk(accumulate)):
             sr = net(lq)
-            pull = pull + gradient(sum(weight * value for weight, value in losses.generator_terms(sr, gt, lambdas, vgg).values()))
+            terms = losses.generator_terms(sr, gt, lambdas, vgg)
+            pull = pull + gradient(sum(weight * value for weight, value in terms.values()))
             push = push + gradient(reward(sr.clamp(0, 1)).mean())
         ratios.append(world.reduce(pull).norm() / world.reduce(push).norm())
     net.requires_grad_(False)
@@ -180,33 +199,35 @@ def gradient_ratio(net, targets, dataset, pairs, lambdas, vgg, reward, lanes, ac
 
 @torch.no_grad()
 def validate(base, net, sets, judges, degradation, seeds, world):
-    """Means over the validation images, shared over processes: every metric in native units, psnr, and structured noise.
+    """Means over the validation images, which processes share: every metric in native units, psnr, structured noise.
 
-    peaks: metrics.noise_peaks of SR - base SR; unsharp_peaks: the same of a plain unsharp mask of the base with as much reward, or with the
-    highest that such a mask reaches; unsharp_equal: share of images where it has as much.
+    peaks: metrics.noise_peaks of SR - base SR; unsharp_peaks: the same of a plain unsharp mask of the base with as much
+    reward, or with the highest that such a mask reaches; unsharp_equal: share of images where it has as much.
     """
     totals = Counter()
     for i in range(world.rank, len(sets.stems), world.size):
         lq, gt = data.validation_pair(sets, i, seeds, world.device, degradation)
         sr, before = (degradations.to_8bit(archs.upscale_tiled(g, lq)) for g in (net, base))
-        totals.update({name: metric(sr, gt).item() for name, metric in judges.items()} | {"images": 1, "peaks": metrics.noise_peaks(sr - before).item()})
+        totals.update({name: metric(sr, gt).item() for name, metric in judges.items()})
+        totals.update({"images": 1, "peaks": metrics.noise_peaks(sr - before).item()})
         if "reward" in judges:
             like, equal = metrics.unsharp_like(before, sr, lambda x: judges["reward"](x, None))
             totals.update({"unsharp_peaks": metrics.noise_peaks(like - before).item(), "unsharp_equal": equal})
     names = [*judges, "peaks", *(["unsharp_peaks", "unsharp_equal"] if "reward" in judges else [])]
-    sums = world.reduce(torch.tensor([totals["images"], *(totals[n] for n in names)], dtype=torch.float64, device=world.device)).tolist()
-    return {name: value / sums[0] for name, value in zip(names, sums[1:])}
+    sums = torch.tensor([totals[name] for name in ["images", *names]], dtype=torch.float64, device=world.device)
+    images, *sums = world.reduce(sums).tolist()
+    return {name: value / images for name, value in zip(names, sums)}
 
 
 def verdict(before, after, judges):
-    """One line: did only what was optimised gain? before, after: what validate returned for the base and for the tuned network."""
+    """One line: did only the optimised score gain? before, after: values of the base and of the tuned network."""
     better = {m: (after[m] - before[m]) * (-1 if metric.lower_is_better else 1) > 0 for m, metric in judges.items()}
     worse = [m for m in judges if m not in ("reward", "psnr") and not better[m] and after[m] != before[m]]
     noisy = "unsharp_peaks" in after and after["peaks"] > after["unsharp_peaks"] + metrics.PEAKS_ABOVE_UNSHARP
     text = "; ".join(f"{m} {before[m]:.2f} -> {after[m]:.2f}" for m in judges) + f"; peaks {after['peaks']:.3f}"
     if "unsharp_peaks" in after:
-        text += (f", of an unsharp mask {after['unsharp_peaks']:.3f} (with the same reward in {after['unsharp_equal']:.0%} of the images, in the "
-                 "others with the highest that a mask reaches)")
+        text += (f", of an unsharp mask {after['unsharp_peaks']:.3f} (with the same reward in "
+                 f"{after['unsharp_equal']:.0%} of the images, in the others with the highest that a mask reaches)")
     else:
         text += " (no reward, so no unsharp mask to compare with)"
     warnings = ["structured noise: isolated peaks in the spectrum of what was changed"] if noisy else []
@@ -217,49 +238,72 @@ def verdict(before, after, judges):
 
 @torch.no_grad()
 def sample_grid(base, net, sets, degradation, seeds, device, path, rows=4, side=64):
-    """PNG: the flattest place of a few validation images, 1:1 pixels enlarged three times: base | tuned | original. Grids show there first."""
+    """PNG: the flattest place of a few validation images, where grids show first: base | tuned | original.
+
+    Every pixel is enlarged three times.
+    """
     from report import pictures
     cells = []
     for i in range(min(rows, len(sets.stems))):
         lq, gt = data.validation_pair(sets, i, seeds, device, degradation)
         y, x = pictures.flattest(gt, side)
-        images = {name: archs.upscale_tiled(g, lq).clamp(0, 1) for name, g in (("base", base), ("tuned", net))}
-        cells.append([(pictures.enlarged_crop(image, y, x, side, 3), name)
-                      for name, image in (images | {"original": gt}).items()])
+        images = {"base": archs.upscale_tiled(base, lq).clamp(0, 1), "tuned": archs.upscale_tiled(net, lq).clamp(0, 1),
+                  "original": gt}
+        cells.append([(pictures.enlarged_crop(image, y, x, side, 3), name) for name, image in images.items()])
     pictures.save_grid(path, cells)
 
 
+def with_demo_base(args):
+    """The same arguments; where the run that the demo tunes is missing, it is made, and its flags are the defaults."""
+    if not (args.demo and args.base == Path("runs") / f"{args.arch}-{args.sampler}" and not args.base.exists()):
+        return args
+    shorter = ["--total-steps", args.total_steps] if args.total_steps != DEMO["total_steps"] else []
+    world = runs.start_world(args.device, args.threads)
+    words = ["--demo", "--sampler", args.sampler, "--arch", args.arch, *shorter]
+    runs.make_missing(args.base, world, "train.py", *words)
+    return parse_args(args.words)
+
+
+def create_judges(reward, watch, device):
+    """{name: Metric} of what a validation reports: the reward, if there is one, the metrics to watch, and PSNR."""
+    judges = {} if reward is None else {"reward": metrics.Metric(lambda sr, gt: reward(sr))}
+    return judges | {name: metrics.create_metric(name, device, flag="--watch") for name in [*watch, "psnr"]}
+
+
 def main(args):
-    if args.demo and args.base == Path("runs") / f"{args.arch}-{args.sampler}" and not args.base.exists():
-        shorter = ["--total-steps", args.total_steps] if args.total_steps != DEMO["total_steps"] else []
-        runs.make_missing(args.base, runs.start_world(args.device, args.threads), "train.py", "--demo", "--sampler", args.sampler, "--arch", args.arch, "--device", args.device, *shorter)
-        # its flags are the defaults of this run
-        args = parse_args(args.words)
+    args = with_demo_base(args)
     world, seeds, autocast = runs.start_training(args.device, args.threads, args.seed, args.precision)
     device, lanes = world.device, world.lanes(args.batch_size)
     if len(lanes) % args.accumulate:
         raise runs.UserError(f"--accumulate {args.accumulate} does not divide the {len(lanes)} crops of one process")
 
     # cheap checks first, so that a bad command fails before anything is loaded
-    run = runs.Run(args.out, vars(args) | {"discriminator": args.lambda_a > 0}, world, args.resume, FIXED, RETIRED, args.tensorboard)
+    record = vars(args) | {"discriminator": args.lambda_a > 0}
+    run = runs.Run(args.out, record, world, args.resume, FIXED, RETIRED, args.tensorboard)
     run.check_steps(args.total_steps)
-    init = runs.find_weights(args.base, f"make it with: python train.py --arch {args.arch} --sampler {args.sampler}, or name weights with --base FILE --arch NAME")
+    init = runs.find_weights(
+        args.base, f"make it with: python train.py --arch {args.arch} --sampler {args.sampler}, or name a --base FILE")
     d_init = None if args.lambda_a == 0 else args.d_init or runs.find_discriminator(args.base)
-    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights, need_gradient=True, musiq=args.musiq)
-    gt_reward = reward if args.gt_reward == args.reward else None if args.gt_reward == ["none"] else iqa.create_reward(args.gt_reward, device, musiq=args.musiq)
-    judges = {} if reward is None else {"reward": metrics.Metric(lambda sr, gt: reward(sr))}
-    judges |= {name: metrics.create_metric(name, device, flag="--watch") for name in [*args.watch, "psnr"]}
+    reward = gt_reward = None
+    if args.reward != ["none"]:
+        reward = iqa.create_reward(args.reward, device, args.reward_weights, need_gradient=True, musiq=args.musiq)
+    if args.gt_reward != ["none"]:
+        same = args.gt_reward == args.reward
+        gt_reward = reward if same else iqa.create_reward(args.gt_reward, device, musiq=args.musiq)
+    judges = create_judges(reward, args.watch, device)
     sets, dataset, val_sets, _ = open_data(args, world, gt_reward, seeds)
     if args.stop_gain and val_sets is None:
-        raise runs.UserError(f"--stop-gain needs validation images, and {args.data} has no Test split: hold out photos with --val-photos N")
+        raise runs.UserError(f"--stop-gain needs validation images, and {args.data} has no Test split: "
+                             "hold out photos with --val-photos N")
     run.pin(samples=len(dataset), **chosen_by(dataset, run))
-    pairs = partial(data.make_pair, seeds=seeds, device=device, degradation=args.degradation, group_size=args.group_size, crop=args.crop,
-                    reward=gt_reward)
+    pairs = partial(data.make_pair, seeds=seeds, device=device, degradation=args.degradation,
+                    group_size=args.group_size, crop=args.crop, reward=gt_reward)
 
-    # networks: the base stays as it is, raw_g is what is tuned, net_* what the loop calls
-    # initial A; nothing else uses this state
+    # networks: raw_* are the plain modules that are saved, net_* what the loop calls
+    # initial weights; nothing else uses this state
     torch.manual_seed(args.seed)
-    base = archs.create(args.arch, **{"drop_path": args.drop_path} if "drop_path" in ARCHS[args.arch]["train"] else {})
+    drop_path = {"drop_path": args.drop_path} if "drop_path" in ARCHS[args.arch]["train"] else {}
+    base = archs.create(args.arch, **drop_path)
     key = archs.load_weights(base, init, args.weights_key)
     run.pin(base_sha256=lora.base_hash(base))
     memory = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -278,7 +322,8 @@ def main(args):
         archs.load_weights(raw_d, d_init)
         raw_d = raw_d.to(device, memory_format=memory)
         opt_d = runs.adam(raw_d.parameters(), args.lr)
-    state = run.checkpoint or {"pool": None, "meter": None, "picked": None, "lambda_q": args.lambda_q, "before": None, "after": None}
+    state = run.checkpoint or {"pool": None, "meter": None, "picked": None,
+                               "lambda_q": args.lambda_q, "before": None, "after": None}
     if run.checkpoint:
         raw_g.load_state_dict(state["net_g"])
         ema.load_state_dict(state["ema"])
@@ -305,8 +350,10 @@ def main(args):
     lambdas["lambda_q"] = weight_q
     run.open()
     adapters = f" in {len(lora.adapted(raw_g))} adapters of rank {args.rank}" if args.tune == "lora" else ""
-    run.say(f"{args.arch}, {args.tune}: {sum(p.numel() for p in tuned):,} of {sum(p.numel() for p in base.parameters()):,} weights{adapters}, "
-            f"lambda_q {weight_q:.4g}; sampler {args.sampler}, {len(dataset)} sets; {world.size} process(es) on {device}; "
+    count, total = (sum(p.numel() for p in weights) for weights in (tuned, base.parameters()))
+    run.say(f"{args.arch}, {args.tune}: {count:,} of {total:,} weights{adapters}, lambda_q {weight_q:.4g}; "
+            f"sampler {args.sampler}, {len(dataset)} sets; "
+            f"{world.size} process(es) on {device}; "
             f"{f'from step {run.start_step}' if run.checkpoint else f'start from {init}, key {key}'}")
     run.say(f"values {args.sources}")
     # the pool's copy alone may be 100 MB
@@ -322,8 +369,10 @@ def main(args):
 
     def save(step, weights):
         meter.check_finite(lambda s: ", ".join(dataset.names(s)))
-        state = {"net_g": raw_g.state_dict(), "ema": ema.state_dict(), "opt_g": opt_g.state_dict(), "pool": pool.state(world.gather_lanes),
-                 "meter": meter.state_dict(), "picked": world.reduce(picked.clone()).tolist(), "lambda_q": weight_q, "before": before, "after": after}
+        state = {"net_g": raw_g.state_dict(), "ema": ema.state_dict(), "opt_g": opt_g.state_dict(),
+                 "pool": pool.state(world.gather_lanes), "meter": meter.state_dict(),
+                 "picked": world.reduce(picked.clone()).tolist()}
+        state |= {"lambda_q": weight_q, "before": before, "after": after}
         if raw_d is not None:
             state |= {"net_d": raw_d.state_dict(), "opt_d": opt_d.state_dict()}
         if weights and world.is_main:
@@ -342,7 +391,8 @@ def main(args):
             run.say(f"step {step} validation, {len(val_sets.stems)} images: {verdict(before, after, judges)}")
             run.event(step, "val", **after)
         if step and world.is_main:
-            sample_grid(base, ema, val_sets or sets, args.degradation, seeds, device, args.out / "samples" / f"{step:07d}.png")
+            path = args.out / "samples" / f"{step:07d}.png"
+            sample_grid(base, ema, val_sets or sets, args.degradation, seeds, device, path)
 
     def gained_enough():
         return args.stop_gain and after and after["reward"] - before["reward"] >= args.stop_gain
@@ -376,7 +426,8 @@ def main(args):
         # training-pair pool: the winner only
         lq, gt = pool.swap((lq, gt), step)
         lq, gt = lq.contiguous(memory_format=memory_g), gt.contiguous(memory_format=memory)
-        parts = [slice(i, i + len(lanes) // args.accumulate) for i in range(0, len(lanes), len(lanes) // args.accumulate)]
+        share = len(lanes) // args.accumulate
+        parts = [slice(i, i + share) for i in range(0, len(lanes), share)]
         logged, fakes = Counter(), []
 
         # generator, Eq. 5
@@ -384,7 +435,9 @@ def main(args):
             raw_d.requires_grad_(False)
         opt_g.zero_grad(set_to_none=True)
         for part in parts:
-            drop = {"drop_path_seeds": [seeds(step, lane, "drop-path") for lane in lanes[part]]} if args.drop_path else {}
+            drop = {}
+            if args.drop_path:
+                drop = {"drop_path_seeds": [seeds(step, lane, "drop-path") for lane in lanes[part]]}
             with no_sync(net_g, part is parts[-1]):
                 with autocast():
                     sr = net_g(lq[part], **drop)
@@ -396,9 +449,8 @@ def main(args):
         opt_g.step()
         runs.update_ema(ema, raw_g, args.ema_decay)
 
-        # discriminator: real = the chosen GT, fake = SR. No forward pass is shared: D's of the generator's
-        # loss and these two each come after
-        # another power iteration of the spectral norm
+        # discriminator: real = the chosen GT, fake = SR. No forward pass is shared: D's of the generator's loss and
+        # these two each come after another power iteration of the spectral norm.
         if raw_d is not None:
             raw_d.requires_grad_(True)
             opt_d.zero_grad(set_to_none=True)
@@ -416,7 +468,8 @@ def main(args):
         meter.add(step, **logged)
         if due(step, args.log_every):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))
-            run.progress(step, args.total_steps, meter, lr, dict(zip(sets.versions, world.reduce(picked.clone()).tolist())))
+            counts = dict(zip(sets.versions, world.reduce(picked.clone()).tolist()))
+            run.progress(step, args.total_steps, meter, lr, counts)
         stopping = stop.requested(step)
         # before saving: a finished run has its last validation
         if due(step, args.val_every):
@@ -424,7 +477,8 @@ def main(args):
         if due(step, args.save_every) or due(step, args.val_every) or stopping:
             save(step, weights=due(step, args.val_every))
         if gained_enough():
-            run.say(f"reward +{after['reward'] - before['reward']:.2f} at step {step}: --stop-gain {args.stop_gain:g} is reached")
+            gain = after["reward"] - before["reward"]
+            run.say(f"reward +{gain:.2f} at step {step}: --stop-gain {args.stop_gain:g} is reached")
             return
         if stopping:
             run.say(f"stopped by a signal at step {step}; continue with --resume")

@@ -2,9 +2,9 @@
 
     runs/<name>/args.json  log.txt  metrics.jsonl  ckpt/last.pt  weights/*.pth  samples/*.png
 
-Nothing here knows what is trained. Every file is written under a temporary name and then renamed, so a run killed at any
-moment leaves either the old file or the new one. Checkpoints hold plain tensors, numbers, strings and lists only: they
-load with `weights_only=True`.
+Nothing here knows what is trained. Every file is written under a temporary name and then renamed, so a run killed at
+any moment leaves either the old file or the new one. Checkpoints hold plain tensors, numbers, strings and lists only:
+they load with `weights_only=True`.
 """
 import argparse
 import ast
@@ -31,7 +31,7 @@ import numpy as np
 
 
 class Lazy:
-    """A module that is imported when something of it is used: scripts parse their flags with this file, and torch takes seconds."""
+    """A module that is imported when something of it is used: this file parses flags, and torch takes seconds."""
 
     def __init__(self, name):
         self.name = name
@@ -48,13 +48,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class UserError(ValueError):
-    """Something that the user can mend: bad data, a missing file, flags that do not fit. The text says what, where, and what to do."""
+    """Something that the user can mend: bad data, a missing file, flags. The text says what, where, what to do."""
 
 
 def cli(main):
-    """Run a script's `main`: a UserError ends in one line and exit code 2, every other exception in its traceback and exit code 1.
+    """Run a script's `main`: a UserError ends in one line and exit code 2, other exceptions in a traceback and code 1.
 
-    One line each have also what the system says of a file (no permission, full disk) and memory that does not suffice.
+    What the system says of a file (no permission, full disk) and memory that does not suffice are one line, too.
     Under torchrun an error that every process meets is printed once, and the launcher's summary repeats it.
     IQASR_TRACEBACK=1 shows the traceback of every error.
     """
@@ -81,9 +81,10 @@ def cli(main):
 
 
 def said_by_first_process(file, text):
-    """Writes the error for torchrun's summary, and says whether the first process of this machine has met the same one within five seconds.
+    """Writes the error for torchrun's summary. -> has the first process of this machine met the same one?
 
-    file: where torchrun wants this process's error; that of the first process lies beside it, under its number.
+    file: where torchrun wants this process's error; that of the first process lies beside it, under its number, and is
+    waited for up to five seconds.
     """
     message = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
     write_atomic(file, lambda temporary: temporary.write_text(json.dumps(message)))
@@ -102,17 +103,20 @@ def program():
 
 
 def python(script, *words, processes=1):
-    """The command that runs one of this repository's scripts, "train.py" or "selfsup.finetune", in one or more processes."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    """The command that runs a script of this repository, "train.py" or "selfsup.finetune", in one or more processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launch = launch if processes > 1 else []
     where = [str(REPO / script)] if str(script).endswith(".py") else ["-m", script]
     return [sys.executable, *launch, *where, *map(str, words)]
 
 
 def make_missing(path, world, script, *words):
-    """Unless `path` is there, rank 0 runs the script of this repository that leaves it, alone. What a demo starts from is made so."""
+    """Unless `path` is there, rank 0 runs the script of this repository that leaves it: what a demo starts from."""
     if world.is_main and not path.exists():
-        print(f"{path} is missing and made first: python {'' if script.endswith('.py') else '-m '}{script} {' '.join(map(str, words))}", flush=True)
-        alone = {k: v for k, v in python_path().items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        shown = " ".join(["python", *([] if script.endswith(".py") else ["-m"]), script, *map(str, words)])
+        print(f"{path} is missing and made first: {shown}", flush=True)
+        of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE")
+        alone = {k: v for k, v in python_path().items() if k not in of_torchrun}
         status = subprocess.run(python(script, *words), env=alone).returncode
         if status:
             raise UserError(f"{script} ended with {status}, so {path} is not there")
@@ -161,9 +165,9 @@ SHARE = number(float, 0, 1, below=True)
 
 
 def literal(module, name):
-    """The value of a constant of one of this repository's modules, read from its text: importing the module would import torch.
+    """The value of a constant of one of this repository's modules; of a dict whose values are computed, its keys.
 
-    Of a dict whose values are computed, its keys.
+    It is read from the module's text: importing the module would import torch.
     """
     for node in ast.parse((REPO / f"{module}.py").read_text()).body:
         if isinstance(node, ast.Assign) and [getattr(target, "id", None) for target in node.targets] == [name]:
@@ -175,7 +179,7 @@ def literal(module, name):
 
 
 def add_training(p, leave_out=()):
-    """The flags that train.py and finetune_lora.py share, in the order of the paper. Defaults: the paper's GAN training."""
+    """The flags that train.py and finetune_lora.py share, in the paper's order. Defaults: the paper's GAN training."""
     onoff = argparse.BooleanOptionalAction
 
     def add(group, flag, **options):
@@ -183,7 +187,8 @@ def add_training(p, leave_out=()):
             group.add_argument(flag, **options)
     g = p.add_argument_group("data")
     add(g, "--data", type=Path, default=Path("datasets/HGGT"), metavar="DIR",
-        help="quintuplets in HGGT's layout, as python -m prepare.quintuplets makes them of photographs; for train.py --stage psnr any photo folder")
+        help="quintuplets in HGGT's layout, as python -m prepare.quintuplets makes them of photographs; "
+             "for train.py --stage psnr any photo folder")
     add(g, "--val-photos", type=COUNT, default=0, help="hold out this many photos where there is no Test split")
     add(g, "--load-size", type=COUNT, default=0,
         help="window of the image that is degraded, in pixels; 0 = whole image (HGGT: 512 of 512; Real-ESRGAN: 400)")
@@ -194,22 +199,26 @@ def add_training(p, leave_out=()):
     g = p.add_argument_group("ground-truth sampling (Sec. 4.2)")
     add(g, "--sampler", choices=literal("data", "SAMPLERS"), default="amo", help="which GT supervises (Eq. 2-4)")
     add(g, "--reward", nargs="+", default=["musiq"], metavar="NAME[=WEIGHT]",
-        help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none where the sampler needs none")
+        help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none: no score is needed")
     add(g, "--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
-    add(g, "--tau", type=RATE, help="softmax temperature in score units: default 10 for sma and smp (Sec. 8.1); with --atlas soft AMO, default arg max")
+    add(g, "--tau", type=RATE,
+        help="softmax temperature in score units: default 10 for sma and smp (Sec. 8.1); with --atlas soft AMO, "
+             "default arg max")
     add(g, "--atlas", nargs="+", default=[], metavar="FILE[=WEIGHT]",
-        help="amo from tables of prepare.atlas instead of online scoring, on their grid of crops; several are summed, and --reward must be the "
-             "same sum, or none")
+        help="amo from tables of prepare.atlas instead of online scoring, on their grid of crops; several are summed, "
+             "and --reward must be the same sum, or none")
     g = p.add_argument_group("losses (Eq. 1)")
     add(g, "--lambda-l1", type=WEIGHT, default=1.0, help="weight of L1 (HGGT)")
     add(g, "--lambda-p", type=WEIGHT, default=1.0, help="weight of the VGG19 perceptual loss (HGGT); 0: no VGG")
     add(g, "--lambda-a", type=WEIGHT, default=0.1, help="weight of the adversarial loss (HGGT); 0: no discriminator")
-    add(g, "--vgg-weights", type=Path, metavar="FILE", help="torchvision vgg19 or features-only file instead of a download")
+    add(g, "--vgg-weights", type=Path, metavar="FILE",
+        help="torchvision vgg19 or features-only file instead of a download")
     add(g, "--d-features", type=SIZE, default=64, help="width of the U-Net discriminator (HGGT)")
     g = p.add_argument_group("optimisation (HGGT)")
     add(g, "--total-steps", type=SIZE, default=300_000, help="optimisation steps")
     add(g, "--batch-size", type=SIZE, help="[arch] crops per step, summed over processes")
-    add(g, "--group-size", type=SIZE, help="[arch] lanes that share HGGT's once-per-GPU-batch draws (scale, mode, crop position)")
+    add(g, "--group-size", type=SIZE,
+        help="[arch] lanes that share HGGT's once-per-GPU-batch draws (scale, mode, crop position)")
     add(g, "--pool-size", type=COUNT, help="[arch] pairs in the training-pair pool, summed over processes; 0: no pool")
     add(g, "--lr", type=RATE, default=1e-4, help="learning rate of G and D (HGGT; psnr: 2e-4)")
     add(g, "--milestones", type=COUNT, nargs="*", help="[arch] steps after which the learning rate halves")
@@ -220,23 +229,29 @@ def add_training(p, leave_out=()):
     g = p.add_argument_group("speed")
     add(g, "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     add(g, "--threads", type=COUNT, default=0, help="CPU threads per process; 0: PyTorch's choice")
-    add(g, "--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="bf16 keeps losses, reward and weights in fp32")
+    add(g, "--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
+        help="bf16 keeps losses, reward and weights in fp32")
     add(g, "--channels-last", action=onoff, default=True,
-        help="memory format of the convolutional networks, so not of SwinIR; on a CPU 1.1 to 1.6 times faster (experiments/tricks.py), unmeasured on CUDA")
+        help="memory format of the convolutional networks, so not of SwinIR; on a CPU 1.1 to 1.6 times faster "
+             "(experiments/tricks.py), unmeasured on CUDA")
     add(g, "--musiq", choices=literal("iqa", "MUSIQ"), default="fused",
-        help="how MUSIQ scores crops: fused is rewards/musiq.py, equal to pyiqa's in 1e-5 and faster; fused-bf16 is close only; pyiqa its own code")
+        help="how MUSIQ scores crops: fused is rewards/musiq.py, equal to pyiqa's in 1e-5 and faster; fused-bf16 is "
+             "close only; pyiqa its own code")
     add(g, "--compile", action=onoff, default=False, help="torch.compile generator and discriminator")
     g = p.add_argument_group("output")
     add(g, "--log-every", type=SIZE, default=100, help="steps between progress lines")
-    add(g, "--save-every", type=COUNT, default=5_000, help="steps between checkpoints (ckpt/last.pt); 0: only at the end")
-    add(g, "--val-every", type=COUNT, default=50_000, help="steps between weight files, validations and sample grids (HGGT); 0: only at the end")
+    add(g, "--save-every", type=COUNT, default=5_000,
+        help="steps between checkpoints (ckpt/last.pt); 0: only at the end")
+    add(g, "--val-every", type=COUNT, default=50_000,
+        help="steps between weight files, validations and sample grids (HGGT); 0: only at the end")
     add(g, "--tensorboard", action=onoff, default=False, help="also write TensorBoard events")
 
 
 def check_training(p, args):
     """What argparse cannot see: combinations of add_training's flags that cannot work. Fills args.tau."""
     if args.atlas and (args.sampler != "amo" or args.load_size):
-        need = "--sampler amo" if args.sampler != "amo" else f"--load-size 0 (it is {args.load_size}{', the default of --demo' if args.demo else ''})"
+        default = ", the default of --demo" if args.demo else ""
+        need = "--sampler amo" if args.sampler != "amo" else f"--load-size 0 (it is {args.load_size}{default})"
         p.error(f"--atlas is for --sampler amo on whole images: give {need}")
     if args.tau is None and not args.atlas:
         args.tau = 10.0
@@ -245,7 +260,8 @@ def check_training(p, args):
     if args.drop_path and "drop_path" not in literal("archs", "ARCHS")[args.arch]["train"]:
         p.error("--drop-path is SwinIR's: use 0 for convolutional nets")
     if args.crop % 8 or args.load_size % 4 or 0 < args.load_size < args.crop:
-        p.error(f"--crop {args.crop} must be a multiple of 8, --load-size {args.load_size} one of 4 and 0 or at least the crop")
+        p.error(f"--crop {args.crop} must be a multiple of 8, --load-size {args.load_size} one of 4 and 0 or at least "
+                "the crop")
     if args.degradation == "realesrgan" and max(args.crop, args.load_size) < 80:
         p.error("--degradation realesrgan shrinks to 15 % before it blurs: --load-size or --crop must be at least 80")
 
@@ -276,7 +292,7 @@ class World:
         return self.rank == 0
 
     def lanes(self, batch_size):
-        """The lanes of the global batch that this process trains on, a contiguous range. Raises if they do not divide."""
+        """The lanes of the global batch that this process trains on, a contiguous range. They must divide."""
         if batch_size % self.size:
             raise UserError(f"--batch-size {batch_size} does not divide by {self.size} processes: "
                              f"use a multiple, for example {self.size * max(1, batch_size // self.size)}")
@@ -296,8 +312,9 @@ class World:
     def parallel(self, net):
         """The module in DDP, where there are several processes; its gradients are then averaged over them.
 
-        Gradients are held once, not a second time for the all-reduce. Buffers are not sent at every forward pass: SwinIR's (20 MB) are constants, and the spectral
-        norm's vectors follow from the weights, which are equal (a test compares weights and buffers with DDP's defaults, bitwise on a CPU).
+        Gradients are held once, not a second time for the all-reduce. Buffers are not sent at every forward pass:
+        SwinIR's (20 MB) are constants, and the spectral norm's vectors follow from the weights, which are equal (a test
+        compares weights and buffers with DDP's defaults, bitwise on a CPU).
         """
         if self.size == 1:
             return net
@@ -324,7 +341,10 @@ class World:
 
 
 def start_world(device="auto", threads=0):
-    """Join torchrun's process group (NCCL on CUDA, gloo on CPU) or be alone; choose the device; set CPU threads (0: leave). fp32 is fp32: cuDNN's default of TF32 is switched off."""
+    """Join torchrun's process group (NCCL on CUDA, gloo on CPU) or be alone; choose the device; set threads (0: leave).
+
+    fp32 is fp32: cuDNN's default of TF32 is switched off.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if threads > 0:
         torch.set_num_threads(threads)
@@ -343,15 +363,19 @@ def start_world(device="auto", threads=0):
 
 
 def start_training(device, threads, seed, precision):
-    """The beginning of every training -> world, seeds(step, lane, purpose), autocast(): the context in which networks run."""
+    """The beginning of every training. -> world, seeds(step, lane, purpose), autocast(): where networks run."""
     world = start_world(device, threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = True
-    return world, partial(sample_seed, seed), partial(torch.autocast, world.device.type, torch.bfloat16, enabled=precision == "bf16")
+    autocast = partial(torch.autocast, world.device.type, torch.bfloat16, enabled=precision == "bf16")
+    return world, partial(sample_seed, seed), autocast
 
 
 def update_ema(ema, net, decay):
-    """ema <- decay * ema + (1 - decay) * net, over the parameters. One foreach call is 1.1 to 1.2 times faster than a loop (experiments/tricks.py, CPU); equal bitwise there."""
+    """ema <- decay * ema + (1 - decay) * net, over the parameters.
+
+    One foreach call is 1.1 to 1.2 times faster than a loop (experiments/tricks.py, CPU) and bitwise equal there.
+    """
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
@@ -372,12 +396,12 @@ def due(step, total, every):
 
 
 def to_device(tensor, device):
-    """Copy a CPU tensor to the device; through pinned memory, since a plain copy waits until the GPU has done all its work."""
+    """Copy a CPU tensor to the device; through pinned memory, since a plain copy waits until the GPU is done."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 (what Slurm sends before the time limit) and Ctrl-C ask for a clean stop; a second Ctrl-C stops at once."""
+    """SIGTERM, SIGUSR1 (Slurm's, before its limit) and Ctrl-C ask for a clean stop; a second Ctrl-C stops at once."""
 
     def __init__(self, world, every=10):
         self.world, self.every, self.received = world, every, False
@@ -390,7 +414,7 @@ class StopSignal:
         self.received = True
 
     def requested(self, step):
-        """Has any process been told to stop? With several processes they agree every `every` steps (one tiny all-reduce, and on CUDA a sync)."""
+        """Has any process been told to stop? Processes agree every `every` steps: an all-reduce, a sync on CUDA."""
         if self.world.size == 1:
             return self.received
         if step % self.every:
@@ -402,7 +426,7 @@ class StopSignal:
 # Files
 
 def write_atomic(path, write):
-    """Call write(temporary path), flush it to disk and rename it to `path`: readers see the old file or the new, never half."""
+    """Call write(temporary path), flush it to disk, rename it to `path`: nobody sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -428,11 +452,11 @@ def check_writable(folder, flag):
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be written ({error.strerror}): choose a place you may write to") from None
+        raise UserError(f"{flag} {folder} cannot be written ({error.strerror}): choose another place") from None
 
 
 def check_output(path, flag):
-    """Raise unless the file `path` (None: not asked for) can be written, as `flag` asks: before the work, not after it."""
+    """Raise unless the file `path` (None: not asked for) can be written, as `flag` asks: before the work, not after."""
     if path is not None:
         check_writable(path.parent, flag)
         if path.is_dir():
@@ -450,7 +474,7 @@ def read_record(path):
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged ({error}); the run's weights can be named by their file") from None
     if not isinstance(record, dict) or not isinstance(record.get("args"), dict):
-        raise UserError(f"{path}: not the record of a run (no args in it); the run's weights can be named by their file")
+        raise UserError(f"{path}: not the record of a run (no args in it); the weights can be named by their file")
     return record
 
 
@@ -462,20 +486,24 @@ def save_weights(path, params, params_ema=None):
 
 
 def find_weights(path, remedy):
-    """The weight file meant by `path`: itself, or of a run folder weights/merged.pth, else the newest weights/ema_*.pth. `remedy` ends the error."""
+    """The weight file meant by `path`: itself, or a run folder's weights/merged.pth, else its newest weights/ema_*.pth.
+
+    remedy: how the error ends.
+    """
     path = Path(path)
-    found = [*sorted(path.glob("weights/ema_*.pth")), *path.glob("weights/merged.pth")] if path.is_dir() else [path] if path.is_file() else []
-    if not found:
+    files = [path] if path.is_file() else [*sorted(path.glob("weights/ema_*.pth")), *path.glob("weights/merged.pth")]
+    if not files:
         raise UserError(f"{path}: no {'weights/ema_*.pth in it' if path.is_dir() else 'such file or run'}; {remedy}")
-    return found[-1]
+    return files[-1]
 
 
 def find_discriminator(run):
     """The newest weights/net_d_*.pth of a run folder."""
-    found = sorted(Path(run).glob("weights/net_d_*.pth"))
-    if not found:
-        raise UserError(f"{run}: no weights/net_d_*.pth in it, which --lambda-a > 0 needs; train.py leaves it, or name one with --d-init FILE")
-    return found[-1]
+    files = sorted(Path(run).glob("weights/net_d_*.pth"))
+    if not files:
+        raise UserError(f"{run}: no weights/net_d_*.pth in it, which --lambda-a > 0 needs; train.py leaves it, or name "
+                        "one with --d-init FILE")
+    return files[-1]
 
 
 def load_checkpoint(path):
@@ -493,22 +521,28 @@ def describe_machine():
     """Commit, versions and hardware, as recorded beside every number."""
     def git(*words):
         try:
-            return subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True, check=True).stdout.strip()
+            done = subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True, check=True)
+            return done.stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
     commit = git("rev-parse", "HEAD")
     if commit and git("status", "--porcelain", "--untracked-files=no"):
         commit += "+dirty"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}, {os.cpu_count()} cores"
+    cpu = f"CPU {platform.machine()}, {os.cpu_count()} cores"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device}
 
 
 def peak_memory(device):
-    """GiB: allocated on this GPU at most, or resident of this process at most (on Linux getrusage would count the process that started this one, too)."""
+    """GiB: the most that was allocated on this GPU, or resident of this process.
+
+    On Linux getrusage would count the process that started this one, too.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
     if sys.platform == "linux":
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")) / 2 ** 20
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
@@ -527,7 +561,7 @@ def changes(before, now):
 class Run:
     """A run's folder: refuses to overwrite another run, writes args.json, log.txt, metrics.jsonl and ckpt/last.pt.
 
-    resume: "no" (the folder must be new), "must" (needs ckpt/last.pt) or "auto" (continues if there is one, else starts).
+    resume: "no" (the folder must be new), "must" (needs ckpt/last.pt), "auto" (continues if there is one, else starts).
     fixed: names of arguments, and of facts given to `pin`, that a resumed run must share with the checkpoint.
     retired: {flag of earlier commits: the only value that still is possible}.
     `self.checkpoint` is the loaded state or None. Nothing is left on disk before `open()`; only rank 0 writes.
@@ -535,11 +569,14 @@ class Run:
 
     def __init__(self, out, args, world, resume="no", fixed=(), retired=(), tensorboard=False):
         self.out, self.world, self.last = Path(out), world, Path(out) / "ckpt" / "last.pt"
-        self.args = {k: (v if isinstance(v, (str, int, float, bool, list, type(None))) else str(v)) for k, v in args.items()}
+        plain = (str, int, float, bool, list, type(None))
+        self.args = {k: v if isinstance(v, plain) else str(v) for k, v in args.items()}
         used = self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
         if used and resume == "no":
             begun = not self.last.exists() and (self.out / "args.json").exists()
-            way = "it ended before its first checkpoint, --resume auto starts it again" if begun else "continue it with --resume"
+            way = "continue it with --resume"
+            if begun:
+                way = "it ended before its first checkpoint, --resume auto starts it again"
             raise UserError(f"{self.out} exists and is not empty: {way}, or choose another --out")
         if resume == "must" and not self.last.exists():
             raise UserError(f"--resume: {self.last} does not exist; --resume auto starts a run where there is none")
@@ -549,7 +586,8 @@ class Run:
         before = self.checkpoint["args"] if self.checkpoint else {}
         lost = [f"{name} {before[name]!r}" for name, value in dict(retired).items() if before.get(name, value) != value]
         if lost:
-            raise UserError(f"--resume {self.out}: its {', '.join(lost)} is no flag any more; the commit in its args.json continues it")
+            raise UserError(f"--resume {self.out}: its {', '.join(lost)} is no flag any more; the commit in its "
+                            "args.json continues it")
         self.fixed, self.changed = fixed, []
         self.pin(**{k: v for k, v in self.args.items() if k != "resume"})
         if world.is_main:
@@ -577,7 +615,7 @@ class Run:
             self.bar.close()
 
     def pin(self, **facts):
-        """Record facts beside the arguments (for example how many samples there are) and compare them with the checkpoint's."""
+        """Record facts beside the arguments (say, how many samples there are); compare them with the checkpoint's."""
         self.args |= facts
         before = self.checkpoint["args"] if self.checkpoint else facts
         changed = changes(before, facts)
@@ -587,7 +625,7 @@ class Run:
         self.changed += changed.values()
 
     def open(self):
-        """Start writing: called when everything that can be refused has been looked at, so a refused run leaves no folder."""
+        """Start writing: called when all that can be refused has been checked; a refused run leaves no folder."""
         # every rank has looked at the folder before rank 0 writes into it
         self.world.barrier()
         if not self.world.is_main:
@@ -612,7 +650,8 @@ class Run:
         if path.exists():
             # the last may be cut off
             whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            write_atomic(path, lambda t: t.write_text("".join(line for line in whole if json.loads(line)["step"] <= step)))
+            kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+            write_atomic(path, lambda temporary: temporary.write_text(kept))
 
     def say(self, text, quiet=False):
         """Print and append to log.txt, on rank 0. quiet: what the progress bar shows anyway."""
@@ -625,7 +664,7 @@ class Run:
                 f.write(text + "\n")
 
     def event(self, step, split, **values):
-        """One object in metrics.jsonl: {"step": ..., "split": ..., **values}; scalars also go to TensorBoard if it is on."""
+        """One object in metrics.jsonl: {"step": ..., "split": ..., **values}; scalars also go to TensorBoard."""
         if self.world.is_main:
             with open(self.out / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({"step": step, "split": split, **values}) + "\n")
@@ -635,7 +674,10 @@ class Run:
                         self.tensorboard.add_scalar(f"{split}/{name}", value, step)
 
     def progress(self, step, total, meter, lr, picked):
-        """The line that grep and eyes read, and the same numbers as an event. picked: {version: times chosen so far}, {} where nothing is chosen. -> the window's averages"""
+        """The line that grep and eyes read, and the same numbers as an event. -> the window's averages
+
+        picked: {version: times chosen so far}, {} where nothing is chosen.
+        """
         terms, speed, waiting = meter.read()
         loss = " ".join(f"{k} {v:.3g}" for k, v in terms.items() if k != "score" and not k.startswith("D_"))
         if "D_real" in terms:
@@ -648,8 +690,9 @@ class Run:
         if len(picked) > 1:
             # of the fresh pairs, before the pool swaps them
             chosen = max(1.0, sum(picked.values()))
-            self.say("  chosen so far: " + " ".join(f"{version} {count / chosen:.0%}" for version, count in picked.items() if count)
-                     + (f"; score of the fresh pairs {terms['score']:.1f}" if "score" in terms else ""), quiet=True)
+            shares = " ".join(f"{version} {count / chosen:.0%}" for version, count in picked.items() if count)
+            score = f"; score of the fresh pairs {terms['score']:.1f}" if "score" in terms else ""
+            self.say(f"  chosen so far: {shares}{score}", quiet=True)
         self.event(step, "train", **terms, lr=lr, it_per_s=round(speed, 5), wait=round(waiting, 3),
                    memory=round(peak_memory(self.world.device), 3), picked=picked)
         return terms
@@ -676,7 +719,8 @@ class Meter:
 
     def state_dict(self):
         """Window sums averaged over processes, so that a resumed run logs the line an uninterrupted one would."""
-        return {"count": self.count, "sums": {k: self.world.reduce(v.clone()).cpu() / self.world.size for k, v in self.sums.items()}}
+        sums = {k: self.world.reduce(v.clone()).cpu() / self.world.size for k, v in self.sums.items()}
+        return {"count": self.count, "sums": sums}
 
     @contextlib.contextmanager
     def waiting(self):
@@ -702,11 +746,13 @@ class Meter:
             # a device sync
             step = int(self.world.reduce(first.clone(), "MIN").item())
             if step < 2 ** 31 - 1:
-                raise UserError(f"{name} is not finite at step {step}; the last checkpoint is older. Samples: {describe(step)}")
+                raise UserError(f"{name} is not finite at step {step}; the last checkpoint is older. "
+                                f"Samples: {describe(step)}")
 
     def read(self):
-        """(averages over window and processes, steps per second, share of time spent waiting for data); starts a new window."""
-        averages = {k: (self.world.reduce(v.clone()) / self.world.size).item() / self.count for k, v in self.sums.items()}
+        """Starts a new window. -> averages over window and processes, steps per second, share of time spent waiting"""
+        averages = {k: (self.world.reduce(v.clone()) / self.world.size).item() / self.count
+                    for k, v in self.sums.items()}
         elapsed = time.perf_counter() - self.started
         speed, waiting = self.steps / elapsed, self.waited / elapsed
         self.sums, self.count, self.steps, self.waited, self.started = {}, 0, 0, 0.0, time.perf_counter()

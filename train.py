@@ -1,14 +1,14 @@
-"""Train x4 super-resolution on quintuplets with any ground-truth sampler (paper Sec. 4.1-4.2, Eq. 1-4; settings of HGGT).
+"""Train x4 super-resolution on quintuplets with any ground-truth sampler (paper Sec. 4.1 and 4.2, Eq. 1-4).
 
-    python train.py --demo                                                     everything in small, on a CPU, no download
-    python train.py --stage psnr --arch swinir --data PHOTOS                   L1 pre-training, leaves runs/swinir-psnr
-    torchrun --nproc_per_node 4 train.py --arch swinir --sampler amo           the paper: datasets/HGGT, MUSIQ, 4 GPUs
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --arch rrdbnet --sampler sma
-    python train.py --demo --resume                                            continue after an interruption
+    python train.py --demo                                              everything in small, on a CPU, no download
+    python train.py --stage psnr --arch swinir --data PHOTOS            L1 pre-training, leaves runs/swinir-psnr
+    torchrun --nproc_per_node 4 train.py --arch swinir --sampler amo    the paper: datasets/HGGT, MUSIQ, 4 GPUs
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --arch rrdbnet
+    python train.py --demo --resume                                     continue after an interruption
 
-For every photo there are several candidate ground truths (an original, four enhanced versions). The sampler chooses the one
-that supervises each crop: orig, rand, upos (uniform over those people preferred), sma / smp (softmax of NR-IQA scores over
-all / positives), amo (the crop that the NR-IQA model likes best). Everything else is HGGT's GAN training.
+For every photo there are several candidate ground truths (an original, four enhanced versions). The sampler chooses the
+one that supervises each crop: orig, rand, upos (uniform over those people preferred), sma / smp (softmax of NR-IQA
+scores over all / positives), amo (the crop that the NR-IQA model likes best). Everything else is HGGT's GAN training.
 """
 import argparse
 from pathlib import Path
@@ -19,22 +19,25 @@ ARCHS = runs.literal("archs", "ARCHS")
 # HGGT options of the L1 stage
 PSNR = dict(load_size=512, sampler="orig", reward=["none"], lambda_p=0.0, lambda_a=0.0, lr=2e-4)
 DEMO_DATA = Path("datasets/demo")
-# CHOICE: sized to finish in five minutes on two cores. No GAN: in so few steps rounding decides what a small one
-# does, and hides the effect
-# of the ground truths (experiments/demo_seeds.py)
+# CHOICE: sized to finish in five minutes on two cores. No GAN: in so few steps rounding decides what a small one does,
+# and hides the effect of the ground truths (experiments/demo_seeds.py).
 DEMO = {
-    "gan": dict(data=DEMO_DATA, total_steps=250, milestones=[150, 200], crop=96, load_size=128, lr=2e-3, reward=["ranker"], lambda_p=0.0,
-                lambda_a=0.0, ema_decay=0.97, log_every=50, save_every=100, val_every=0, workers=0, threads=1),
-    "psnr": dict(data=DEMO_DATA, total_steps=400, crop=48, load_size=64, lr=2e-3, reward=["none"], ema_decay=0.98, log_every=100, save_every=200,
-                 val_every=0, workers=0, threads=1),
+    "gan": dict(data=DEMO_DATA, total_steps=250, milestones=[150, 200], crop=96, load_size=128, lr=2e-3,
+                reward=["ranker"], lambda_p=0.0, lambda_a=0.0, ema_decay=0.97, log_every=50, save_every=100,
+                val_every=0, workers=0, threads=1),
+    "psnr": dict(data=DEMO_DATA, total_steps=400, crop=48, load_size=64, lr=2e-3, reward=["none"], ema_decay=0.98,
+                 log_every=100, save_every=200, val_every=0, workers=0, threads=1),
 }
 
 
 def parse_args(argv=None):
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    pre.add_argument("--demo", action="store_true", help="demo data set, small net, short schedule, embedded reward, no VGG; same code")
-    pre.add_argument("--arch", choices=list(ARCHS), help="backbone; fills the defaults marked [arch] (paper: swinir, rrdbnet)")
-    pre.add_argument("--stage", choices=["gan", "psnr"], default="gan", help="gan: Eq. 1; psnr: HGGT's L1-only pre-training")
+    pre.add_argument("--demo", action="store_true",
+                     help="demo data set, small net, short schedule, embedded reward, no VGG, no GAN; same code")
+    pre.add_argument("--arch", choices=list(ARCHS),
+                     help="backbone; fills the defaults marked [arch] (paper: swinir, rrdbnet)")
+    pre.add_argument("--stage", choices=["gan", "psnr"], default="gan",
+                     help="gan: Eq. 1; psnr: HGGT's L1-only pre-training")
     first = pre.parse_known_args(argv)[0]
     arch = first.arch or ("compact-small" if first.demo else "swinir")
     psnr = first.stage == "psnr"
@@ -49,7 +52,8 @@ def parse_args(argv=None):
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
     g.add_argument("--out", type=Path, help="run folder (default: runs/<arch>-<sampler>, runs/<arch>-psnr)")
     # explicit flags still win
-    p.set_defaults(arch=arch, **{"usm": False} | ARCHS[arch]["train"] | (PSNR if psnr else {}) | ARCHS[arch][first.stage])
+    p.set_defaults(arch=arch, usm=False)
+    p.set_defaults(**ARCHS[arch]["train"] | (PSNR if psnr else {}) | ARCHS[arch][first.stage])
     if first.demo:
         p.set_defaults(**DEMO[first.stage])
     args = p.parse_args(argv)
@@ -80,10 +84,12 @@ import iqa
 import losses
 import metrics
 
-FIXED = ("arch", "stage", "sampler", "reward", "degradation", "usm", "tau", "batch_size", "group_size", "pool_size", "crop", "load_size", "drop_path",
-         "d_features", "chosen_by", "seed", "discriminator", "samples")
+# what a resumed run must share with its checkpoint
+FIXED = ("arch", "stage", "sampler", "reward", "degradation", "usm", "tau", "batch_size", "group_size", "pool_size",
+         "crop", "load_size", "drop_path", "d_features", "chosen_by", "seed", "discriminator", "samples")
 # flags of earlier commits, and what this one does in their place
-RETIRED = {"jpeg_table": "hggt", "pad_mode": "hggt", "include_original": True, "drop_without_positive": False, "clip_grad": 0.0, "margin": 0.0}
+RETIRED = {"jpeg_table": "hggt", "pad_mode": "hggt", "include_original": True, "drop_without_positive": False,
+           "clip_grad": 0.0, "margin": 0.0}
 
 
 def chosen_by(dataset, run):
@@ -95,34 +101,45 @@ def chosen_by(dataset, run):
 
 @torch.no_grad()
 def validate(net, sets, degradation, reward, seeds, world):
-    """Mean PSNR (8-bit output against the original, as evaluate.py) and mean reward over the validation images, shared over processes."""
+    """Mean PSNR (8-bit output against the original, as evaluate.py) and mean reward over the validation images.
+
+    Processes share the images; every one gets the means.
+    """
     # count, PSNR, score
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
     for i in range(world.rank, len(sets.stems), world.size):
         lq, gt = data.validation_pair(sets, i, seeds, world.device, degradation)
         sr = degradations.to_8bit(archs.upscale_tiled(net, lq))
         psnr = metrics.psnr(sr, gt)[0]
-        totals += torch.stack([torch.ones_like(psnr), psnr, reward(sr)[0].double() if reward else torch.zeros_like(psnr)])
+        score = reward(sr)[0].double() if reward else torch.zeros_like(psnr)
+        totals += torch.stack([torch.ones_like(psnr), psnr, score])
     count, psnr, score = world.reduce(totals).tolist()
     return {"psnr": psnr / count} | ({"score": score / count} if reward else {})
 
 
 @torch.no_grad()
 def sample_grid(net, dataset, pairs, reward, path, rows=4):
-    """PNG with lq | sr | chosen gt of the first few fixed samples, each with its score. pairs: (batch, step, lanes) -> what training sees."""
+    """PNG with lq | sr | chosen gt of the first few fixed samples, each with its score.
+
+    pairs: (batch, step, lanes) -> lq, gt, version, score, as the training loop sees them.
+    """
     from report import pictures
-    lanes = range(min(rows, len(dataset), dataset.batch_size))
-    # one by one: whole images may differ in size
-    lq, gt, version = map(torch.cat, zip(*[pairs(data.collate([dataset.sample(1, lane)]), 1, [lane])[:3] for lane in lanes]))
-    columns = {"lq": torch.nn.functional.interpolate(lq, scale_factor=4, mode="nearest"), "sr": archs.upscale_tiled(net, lq, tile=0).clamp(0, 1), "gt": gt}
-    scores = {k: [f"{s:.1f}" for s in reward(v).tolist()] if reward else [""] * len(lanes) for k, v in columns.items()}
-    names = {"gt": [dataset.sets.versions[v] for v in version.tolist()]}
-    pictures.save_grid(path, [[(images[i], " ".join([k, *names.get(k, [])[i:i + 1], scores[k][i]])) for k, images in columns.items()]
-                              for i in range(len(lanes))])
+    lines = []
+    for lane in range(min(rows, len(dataset), dataset.batch_size)):
+        lq, gt, version, _ = pairs(data.collate([dataset.sample(1, lane)]), 1, [lane])
+        sr = archs.upscale_tiled(net, lq, tile=0).clamp(0, 1)
+        cells = {"lq": lq.repeat_interleave(4, 2).repeat_interleave(4, 3), "sr": sr,
+                 f"gt {dataset.sets.versions[version.item()]}": gt}
+        lines.append([(image[0], name + (f" {reward(image).item():.1f}" if reward else ""))
+                      for name, image in cells.items()])
+    pictures.save_grid(path, lines)
 
 
 def open_data(args, world, reward, seeds):
-    """-> (training Sets, TrainingSet, validation Sets or None, the TrainingSet that sample grids show); ranks share static scoring."""
+    """-> (training Sets, TrainingSet, validation Sets or None, the TrainingSet that sample grids show).
+
+    Processes share the static scoring that sma and smp need.
+    """
     if args.demo and world.is_main and args.data == DEMO_DATA and not args.data.exists():
         from prepare.demo_set import build_demo
         build_demo(args.data)
@@ -140,8 +157,8 @@ def open_data(args, world, reward, seeds):
         if args.sampler in data.NEEDS_SCORES:
             paths = [sets.path(stem, version) for stem in sets.stems for version in sets.versions]
             scores = iqa.score_images(paths, reward, Path("runs/scores"), world).view(len(sets.stems), -1)
-        return data.TrainingSet(sets, args.sampler, seeds, args.batch_size, args.group_size, args.crop, args.load_size, args.tau,
-                                labels, scores, atlases)
+        return data.TrainingSet(sets, args.sampler, seeds, args.batch_size, args.group_size, args.crop, args.load_size,
+                                args.tau, labels, scores, atlases)
 
     atlases = []
     if args.atlas:
@@ -159,6 +176,13 @@ def open_data(args, world, reward, seeds):
     return sets, dataset, val_sets, shown
 
 
+def make_demo_start(args, world):
+    """The demo's L1 stage, where the run that the GAN stage starts from is missing."""
+    if args.demo and args.init == Path("runs") / f"{args.arch}-psnr":
+        shorter = ["--total-steps", args.total_steps] if args.total_steps != DEMO["gan"]["total_steps"] else []
+        runs.make_missing(args.init, world, "train.py", "--demo", "--stage", "psnr", "--arch", args.arch, *shorter)
+
+
 def main(args):
     world, seeds, autocast = runs.start_training(args.device, args.threads, args.seed, args.precision)
     device, lanes = world.device, world.lanes(args.batch_size)
@@ -166,24 +190,26 @@ def main(args):
         raise runs.UserError(f"--accumulate {args.accumulate} does not divide the {len(lanes)} crops of one process")
 
     # cheap checks first, so that a bad command fails before anything is loaded
-    run = runs.Run(args.out, vars(args) | {"discriminator": args.lambda_a > 0}, world, args.resume, FIXED, RETIRED, args.tensorboard)
+    record = vars(args) | {"discriminator": args.lambda_a > 0}
+    run = runs.Run(args.out, record, world, args.resume, FIXED, RETIRED, args.tensorboard)
     run.check_steps(args.total_steps)
-    if args.demo and args.init == Path("runs") / f"{args.arch}-psnr":
-        shorter = ["--total-steps", args.total_steps] if args.total_steps != DEMO["gan"]["total_steps"] else []
-        runs.make_missing(args.init, world, "train.py", "--demo", "--stage", "psnr", "--arch", args.arch, "--device", args.device, *shorter)
+    make_demo_start(args, world)
     init = None if run.checkpoint or args.init is None else runs.find_weights(
-        args.init, f"make it with: python train.py --stage psnr --arch {args.arch} --data PHOTOS, or name weights with --init FILE")
-    reward = None if args.reward == ["none"] else iqa.create_reward(args.reward, device, args.reward_weights, musiq=args.musiq)
-    sets, dataset, val_sets, shown = open_data(args, world, reward, seeds)
+        args.init, f"make it with: python train.py --stage psnr --arch {args.arch} --data PHOTOS, or name --init FILE")
+    reward = None
+    if args.reward != ["none"]:
+        reward = iqa.create_reward(args.reward, device, args.reward_weights, musiq=args.musiq)
+    sets, dataset, val_sets, shown_set = open_data(args, world, reward, seeds)
     run.pin(samples=len(dataset), **chosen_by(dataset, run))
-    pairs = partial(data.make_pair, seeds=seeds, device=device, degradation=args.degradation, group_size=args.group_size, crop=args.crop,
-                    reward=reward, usm=args.usm)
+    pairs = partial(data.make_pair, seeds=seeds, device=device, degradation=args.degradation,
+                    group_size=args.group_size, crop=args.crop, reward=reward, usm=args.usm)
 
     # networks: raw_* are the plain modules that are saved, net_* what the loop calls
     start = "random start"
     # initial weights; nothing else uses this state
     torch.manual_seed(args.seed)
-    raw_g = archs.create(args.arch, **{"drop_path": args.drop_path} if "drop_path" in ARCHS[args.arch]["train"] else {})
+    drop_path = {"drop_path": args.drop_path} if "drop_path" in ARCHS[args.arch]["train"] else {}
+    raw_g = archs.create(args.arch, **drop_path)
     raw_d = archs.UNetDiscriminatorSN(args.d_features) if args.lambda_a > 0 else None
     if init is not None:
         start = f"start from {init}, key {archs.load_weights(raw_g, init, args.weights_key)}"
@@ -204,7 +230,7 @@ def main(args):
         if raw_d is not None:
             raw_d.load_state_dict(state["net_d"])
             opt_d.load_state_dict(state["opt_d"])
-    pool = data.TrainingPool(args.pool_size, args.batch_size, lanes, seeds, state["pool"], device, eight_bit=not args.usm)
+    pool = data.TrainingPool(args.pool_size, args.batch_size, lanes, seeds, state["pool"], device, not args.usm)
     meter = runs.Meter(world, state["meter"])
     # how often each version was chosen
     picked = torch.zeros(len(sets.versions), device=device)
@@ -217,11 +243,11 @@ def main(args):
         batches = itertools.chain([next(batches)], batches)
     lambdas = {name: value for name, value in vars(args).items() if name.startswith("lambda_")}
     run.open()
-    run.say(f"{args.arch}, sampler {args.sampler}: {len(dataset)} sets of {len(sets.versions)} versions ({dataset.dropped} dropped), "
-            f"{world.size} process(es) on {device}; {f'from step {run.start_step}' if run.checkpoint else start}")
-    if args.demo and args.stage == "gan":
-        run.say(f"demo: {'VGG19 would be a download, so lambda_p is 0; ' if args.lambda_p == 0 else ''}"
-                f"{'no GAN: rounding would decide what it does in so few steps' if args.lambda_a == 0 else 'with a GAN, rounding decides much'}")
+    run.say(f"{args.arch}, sampler {args.sampler}: {len(dataset)} sets of {len(sets.versions)} versions "
+            f"({dataset.dropped} dropped), {world.size} process(es) on {device}; "
+            f"{f'from step {run.start_step}' if run.checkpoint else start}")
+    if args.demo and args.lambda_p == args.lambda_a == 0:
+        run.say("demo: L1 alone; VGG19 would be a download, and rounding decides what a GAN does in so few steps")
     # the pool's copy alone may be 100 MB
     state = run.checkpoint = None
 
@@ -235,8 +261,9 @@ def main(args):
 
     def save(step, weights):
         meter.check_finite(lambda s: ", ".join(dataset.names(s)))
-        state = {"net_g": raw_g.state_dict(), "ema": ema.state_dict(), "opt_g": opt_g.state_dict(), "pool": pool.state(world.gather_lanes),
-                 "meter": meter.state_dict(), "picked": world.reduce(picked.clone()).tolist()}
+        state = {"net_g": raw_g.state_dict(), "ema": ema.state_dict(), "opt_g": opt_g.state_dict(),
+                 "pool": pool.state(world.gather_lanes), "meter": meter.state_dict(),
+                 "picked": world.reduce(picked.clone()).tolist()}
         if raw_d is not None:
             state |= {"net_d": raw_d.state_dict(), "opt_d": opt_d.state_dict()}
         if weights and world.is_main:
@@ -248,10 +275,12 @@ def main(args):
     def look(step):
         if val_sets is not None:
             values = validate(ema, val_sets, args.degradation, reward, seeds, world)
-            run.say(f"step {step} validation, {len(val_sets.stems)} images: " + " ".join(f"{k} {v:.3f}" for k, v in values.items()))
+            shown = " ".join(f"{k} {v:.3f}" for k, v in values.items())
+            run.say(f"step {step} validation, {len(val_sets.stems)} images: {shown}")
             run.event(step, "val", **values)
         if step and world.is_main:
-            sample_grid(ema, shown, pairs, reward, args.out / "samples" / f"{step:07d}.png")
+            path = args.out / "samples" / f"{step:07d}.png"
+            sample_grid(ema, shown_set, pairs, reward, path)
 
     def due(step, every):
         return runs.due(step, args.total_steps, every)
@@ -279,7 +308,8 @@ def main(args):
         # training-pair pool: the winner only
         lq, gt = pool.swap((lq, gt), step)
         lq, gt = lq.contiguous(memory_format=memory_g), gt.contiguous(memory_format=memory)
-        parts = [slice(i, i + len(lanes) // args.accumulate) for i in range(0, len(lanes), len(lanes) // args.accumulate)]
+        share = len(lanes) // args.accumulate
+        parts = [slice(i, i + share) for i in range(0, len(lanes), share)]
         logged, fakes = Counter(), []
 
         # generator, Eq. 1
@@ -287,7 +317,9 @@ def main(args):
             raw_d.requires_grad_(False)
         opt_g.zero_grad(set_to_none=True)
         for part in parts:
-            drop = {"drop_path_seeds": [seeds(step, lane, "drop-path") for lane in lanes[part]]} if args.drop_path else {}
+            drop = {}
+            if args.drop_path:
+                drop = {"drop_path_seeds": [seeds(step, lane, "drop-path") for lane in lanes[part]]}
             with no_sync(net_g, part is parts[-1]):
                 with autocast():
                     sr = net_g(lq[part], **drop)
@@ -299,9 +331,8 @@ def main(args):
         opt_g.step()
         runs.update_ema(ema, raw_g, args.ema_decay)
 
-        # discriminator: real = the chosen GT, fake = SR. No forward pass is shared: D's of the generator's
-        # loss and these two each come after
-        # another power iteration of the spectral norm
+        # discriminator: real = the chosen GT, fake = SR. No forward pass is shared: D's of the generator's loss and
+        # these two each come after another power iteration of the spectral norm.
         if raw_d is not None:
             raw_d.requires_grad_(True)
             opt_d.zero_grad(set_to_none=True)
@@ -319,7 +350,8 @@ def main(args):
         meter.add(step, **logged)
         if due(step, args.log_every):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))
-            run.progress(step, args.total_steps, meter, lr, dict(zip(sets.versions, world.reduce(picked.clone()).tolist())))
+            counts = dict(zip(sets.versions, world.reduce(picked.clone()).tolist()))
+            run.progress(step, args.total_steps, meter, lr, counts)
         stopping = stop.requested(step)
         # before saving: a finished run has its last validation
         if due(step, args.val_every):
