@@ -268,14 +268,14 @@ def check_training(p, args):
 
 # Seeds
 
-# All random streams of training: what sample_seed's `purpose` draws, once per step and lane unless another key is named.
+# All random streams of training: what `purpose` draws, once per step and lane unless another key is named.
 #   every training     epoch (epoch): order of the samples    flip, window, sampler, pool, drop-path
 #                      crop, degrade-group (step, group)      degrade: the rest of the degradation
 #                      val-photos (0): which are held out     val, val-group (image): degradation of validation images
 #   plain photographs  turn: quarter turns                    check ...: the same streams for what is held out
 #   selfsup            n, noise: the controller's and R's     hold-out (0): images that are not adapted to
 #   dpo                time, eps: of the diffusion            groups, pairs, val-groups: order and choice of pairs
-# Images outside a training have streams of their own, named after the image ("test ...", "domain ...", "candidate ...").
+# Images outside a training have streams of their own, named after the image ("test ...", "candidate ...").
 
 def sample_seed(seed, step, lane, purpose):
     """A 63-bit seed that is a pure function of (seed, step, lane, purpose): the root of every random draw in a run.
