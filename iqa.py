@@ -1,7 +1,7 @@
 """NR-IQA models: the reward Q of the paper, made in one place, with one sign, in native units.
 
     create_reward(["musiq"])                     default of the paper; any pyiqa no-reference metric by its pyiqa name
-    create_reward(["ranker"])                    the small model embedded in this repository (train_iqa.py), no download
+    create_reward(["ranker"])                    the small model of this repository (rewards/ranker.py), no download
     create_reward(["my_file:build"])             the user's own: my_file.build(device) -> callable (B, 3, H, W) -> (B,)
     create_reward(["musiq=0.05", "nima=0.5"])    several, summed with weights
 
@@ -22,94 +22,14 @@ import zlib
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 import runs
 from images import load_image
 
-RANKER_WEIGHTS = Path(__file__).resolve().parent / "rewards" / "ranker.pth"
 MUSIQ = ("fused", "fused-bf16", "pyiqa")
 SET_LEVEL = ("fid", "sfid", "fid_dinov2", "inception_score")                     # pyiqa lists them as NR; they judge sets of images
-
-
-class Ranker(nn.Module):
-    """The embedded NR-IQA model: (B, 3, H, W) RGB in [0, 1], H and W >= 32 -> (B,) score, higher is better.
-
-    Clean photographs score about 80, strongly degraded ones about 20 (train_iqa.py fixes the scale); the score has no bounds, so its
-    gradient never vanishes. The luma is seen locally normalised (as in CNNIQA, Kang et al., CVPR 2014) and on a logarithmic scale,
-    both with constants of about one grey level: block edges in flat areas are no higher. Features of three resolutions are
-    pooled by mean and standard deviation; those of full resolution also per position modulo 8, where the lattice of JPEG and of upsampling
-    layers stands out wherever it begins. 49,185 parameters.
-    Raises ValueError for another shape.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.luma, self.chroma = nn.Conv2d(2, 16, 7, padding=3), nn.Conv2d(2, 24, 3, padding=1)
-        self.middle, self.coarse = nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.Conv2d(24, 40, 3, stride=2, padding=1)
-        self.deep = nn.Conv2d(40, 40, 3, padding=1)
-        self.head = nn.Sequential(nn.Linear(2 * (16 + 24 + 40) + 3 * 16 + 4, 96), nn.SiLU(), nn.Linear(96, 1))
-        opponent = torch.tensor([[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])       # JPEG's chroma, averaged over 2x2
-        self.register_buffer("to_luma", torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1))
-        self.register_buffer("to_chroma", opponent.view(2, 3, 1, 1).expand(2, 3, 2, 2) / 4)
-        self.register_buffer("shift", torch.tensor(50.0))
-        self.register_buffer("stretch", torch.tensor(20.0))
-
-    def forward(self, x):
-        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 32:
-            raise ValueError(f"ranker wants (B, 3, H, W) RGB with sides of at least 32 pixels, got {tuple(x.shape)}")
-        return torch.cat([self._score(part) for part in x.split(8)])             # 8 at a time fit a CPU's cache: half the time
-
-    def _score(self, x):
-        x = 255 * F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode="replicate")
-        luma = F.conv2d(x, self.to_luma)
-        luma = luma - self._mean(luma)                                           # (B, 1, H, W) grey levels
-        contrast = (self._mean(luma * luma) + 1).sqrt()
-        chroma = F.conv2d(x, self.to_chroma, stride=2)
-        chroma = torch.asinh(chroma - self._mean(chroma))                        # (B, 2, H/2, W/2)
-
-        full = F.silu(self.luma(torch.cat([luma / (contrast + 0.5), torch.asinh(luma / 2)], 1)))  # (B, 16, H, W)
-        half = F.silu(self.middle(full) + self.chroma(chroma))                   # (B, 24, H/2, W/2)
-        quarter = F.silu(self.deep(F.silu(self.coarse(half))))                   # (B, 40, H/4, W/4)
-
-        pooled = [4 * self._lattice(full), chroma.abs().mean((2, 3)).log1p()]
-        for maps in (full, half, quarter, contrast.log()):
-            mean = maps.mean((2, 3))
-            pooled += [mean, ((maps * maps).mean((2, 3)) - mean * mean).clamp_min(1e-4).sqrt()]
-        return self.shift + self.stretch * self.head(torch.cat(pooled, 1))[:, 0]
-
-    @staticmethod
-    def _mean(x):
-        """7x7 mean; sums of shifted images are several times faster on a CPU than pooling."""
-        h, w = x.shape[2:]
-        x = F.pad(x, (3, 3, 3, 3), mode="reflect")
-        x = sum(x[..., k:k + w] for k in range(7))
-        return sum(x[..., k:k + h, :] for k in range(7)) / 49
-
-    @staticmethod
-    def _lattice(maps):
-        """How far the means over positions modulo 8 differ: spread, highest and lowest row or column. (B, C, H, W) -> (B, 3 C)"""
-        b, c, h, w = maps.shape
-        cells = maps[..., :h // 8 * 8, :w // 8 * 8].reshape(b, c, h // 8, 8, w // 8, 8).mean((2, 4))  # (B, C, 8, 8)
-        cells = cells - cells.mean((2, 3), keepdim=True)
-        rows, columns = cells.mean(3), cells.mean(2)                             # (B, C, 8)
-        return torch.cat([((cells ** 2).mean((2, 3)) + 1e-6).sqrt(), torch.maximum(rows.amax(2), columns.amax(2)),
-                          torch.minimum(rows.amin(2), columns.amin(2))], 1)
-
-
-def load_ranker(path=RANKER_WEIGHTS):
-    """The embedded Ranker with the weights of train_iqa.py."""
-    if not Path(path).exists():
-        raise runs.UserError(f"{path}: no weights of the ranker; make them with: python -m rewards.train_ranker")
-    net = Ranker()
-    try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise runs.UserError(f"{path}: not weights of the ranker ({' '.join(str(error).split())[:100]}); "
-                         "make them with: python -m rewards.train_ranker") from None
-    return net
 
 
 def parse_rewards(words):
@@ -222,7 +142,8 @@ def create_reward(words, device="cpu", weights_file=None, need_gradient=False, f
     models, weights = {}, {}
     for name, weight in parsed:
         if name == "ranker":
-            model = load_ranker(weights_file or RANKER_WEIGHTS)
+            from rewards import ranker
+            model = ranker.load_ranker(weights_file or ranker.RANKER_WEIGHTS)
         elif ":" in name:
             model = _user_model(name, device, flag)
         else:
