@@ -27,9 +27,10 @@ def parse_args(argv=None):
     g = p.add_argument_group("--degradation camera: blur, x4 smaller, noise, JPEG, of one strength for all images")
     g.add_argument("--blur", type=runs.RATE, nargs=2, default=[3.5, 1.4], metavar="SIGMA",
                    help="sigmas of the Gaussian along its two axes, in HR pixels (CHOICE: wider than realesrgan's)")
-    g.add_argument("--angle", type=runs.number(float), default=30.0, help="of the first axis, in degrees")
+    g.add_argument("--angle", type=runs.number(float), default=30.0, help="of the first axis, in degrees (CHOICE)")
     g.add_argument("--noise", type=runs.WEIGHT, default=6.0, help="standard deviation, in grey levels (CHOICE)")
-    g.add_argument("--jpeg", type=runs.number(float, 1, 100), default=27.0, help="libjpeg's quality (CHOICE: below realesrgan's 30)")
+    g.add_argument("--jpeg", type=runs.number(float, 1, 100), default=27.0,
+                   help="libjpeg's quality (CHOICE: below realesrgan's 30)")
     return p.parse_args(argv)
 
 

@@ -2,11 +2,11 @@
 
     python -m prepare.demo_set [--out datasets/demo]
 
-It stands in for HGGT on a machine that has neither data nor networks. Real photographs are a little soft and noisy, and that is why enhanced
-versions can be better ground truths than the original; so here the original is a photograph that was softened and noised, more in one place than
-in another (parameters below, recorded in quintuplets.json), and classical restoration of fixed strength makes four versions of it: well (01),
-moderately (02), too strongly (03) and badly (04) restored. None is best everywhere. The untouched photograph is kept beside the set, for
-full-reference scores only.
+It stands in for HGGT on a machine that has neither data nor networks. Real photographs are a little soft and noisy, and
+that is why enhanced versions can be better ground truths than the original. So here the original is a photograph that
+was softened and noised, more in one place than in another (parameters below, recorded in quintuplets.json). Classical
+restoration of fixed strength makes four versions of it: well (01), moderately (02), too strongly (03) and badly (04)
+restored. None is best everywhere. The untouched photograph is kept beside the set, for full-reference scores only.
 
     OUT/Train/images/demo/{original,01,02,03,04}/
     OUT/Test/GT/demo/images/{original,01,...}/      OUT/Test/GT/demo/untouched/
@@ -20,12 +20,17 @@ from pathlib import Path
 
 import runs
 
-TRAIN_PHOTOS = ("astronaut", "motorcycle_left", "motorcycle_right", "rocket")     # the stereo pair shows one scene: same split
+# the stereo pair shows one scene, so both are in one split
+TRAIN_PHOTOS = ("astronaut", "motorcycle_left", "motorcycle_right", "rocket")
 TEST_PHOTOS = ("chelsea", "coffee")
-PATCH, TRAIN_STEP, TEST_STEP = 192, 128, 192                                      # CHOICE: pixels; training patches overlap
-BLUR, NOISE = (0.2, 2.0), (0.5, 6.0)                                              # CHOICE: pixels, grey levels; from place to place
-MEAN_BLUR, MEAN_NOISE = 1.2, 3.5                                                  # what the restorations assume everywhere
-MIN_STD, MIN_LAPLACIAN = 12.0, 30.0                                               # of the demo's patches; HGGT's 30 is for 512 pixels
+# CHOICE: pixels; training patches overlap
+PATCH, TRAIN_STEP, TEST_STEP = 192, 128, 192
+# CHOICE: pixels, grey levels; they vary over the image
+BLUR, NOISE = (0.2, 2.0), (0.5, 6.0)
+# the values that the restorations assume everywhere
+MEAN_BLUR, MEAN_NOISE = 1.2, 3.5
+# of the demo's patches; HGGT's 30 is for 512 pixels
+MIN_STD, MIN_LAPLACIAN = 12.0, 30.0
 SEED = 0
 
 
@@ -61,46 +66,57 @@ def load_photo(name):
 
 def smooth_field(rng, height, width, low, high):
     """(height, width) of values in [low, high] that change slowly over the image, as focus and light do."""
-    field = F.interpolate(torch.from_numpy(rng.random((1, 1, 4, 5))), (height, width), mode="bicubic", align_corners=True)[0, 0]
+    coarse = torch.from_numpy(rng.random((1, 1, 4, 5)))
+    field = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)[0, 0]
     return low + (high - low) * (field - field.min()) / (field.max() - field.min())
 
 
 def soften(photo, rng):
-    """A photograph as a plain camera would have left it: blur and noise that differ from place to place. (3, H, W) -> same."""
-    sigma = smooth_field(rng, *photo.shape[1:], *BLUR)                            # blur in pixels at every place
+    """A photograph as a plain camera would have left it: blur and noise that vary over the image. (3, H, W) -> same."""
+    # blur in pixels at every place, between the two nearest of six levels
+    sigma = smooth_field(rng, *photo.shape[1:], *BLUR)
     levels = np.linspace(*BLUR, 6)
     blurred = [degradations.blur(photo[None], degradations.gaussian_kernel(15, s))[0] for s in levels]
     position = (sigma - levels[0]) / (levels[1] - levels[0])
-    soft = sum(image * (1 - (position - i).abs()).clamp_min(0) for i, image in enumerate(blurred))    # between the two nearest levels
+    soft = sum(image * (1 - (position - i).abs()).clamp_min(0) for i, image in enumerate(blurred))
     noise = torch.from_numpy(rng.normal(0, 1, photo.shape)) * smooth_field(rng, *photo.shape[1:], *NOISE) / 255
     return degradations.to_8bit((soft + noise).float())
 
 
 def restore(original):
-    """{version: restored image}. Every version has one fixed strength, as an enhancement network has, whatever the place needs."""
+    """{version: restored image}. Every version has one fixed strength, as an enhancement network has."""
     image = original.permute(1, 2, 0).numpy()
     sigma = MEAN_NOISE / 255
-    clean = restoration.denoise_nl_means(image, patch_size=5, patch_distance=5, h=0.7 * sigma, sigma=sigma, channel_axis=2)
-    luma = color.rgb2ycbcr(clean)                                                 # Y 16-235
-    padded = np.pad(luma[..., 0], 16, mode="reflect") / 255
-    luma[..., 0] = restoration.wiener(padded, degradations.gaussian_kernel(15, MEAN_BLUR), balance=0.02, clip=False)[16:-16, 16:-16] * 255
-    versions = {"01": color.ycbcr2rgb(luma),                                      # denoised and deconvolved for the mean blur and noise
+    clean = restoration.denoise_nl_means(image, patch_size=5, patch_distance=5, h=0.7 * sigma, sigma=sigma,
+                                         channel_axis=2)
+    # Y from 16 to 235
+    ycbcr = color.rgb2ycbcr(clean)
+    padded = np.pad(ycbcr[..., 0], 16, mode="reflect") / 255
+    sharp = restoration.wiener(padded, degradations.gaussian_kernel(15, MEAN_BLUR), balance=0.02, clip=False)
+    ycbcr[..., 0] = sharp[16:-16, 16:-16] * 255
+    # 01: denoised and deconvolved for the mean blur and noise; 02: sharpened; 03: halos where the photo was sharp;
+    # 04: texture gone, then JPEG blocks
+    versions = {"01": color.ycbcr2rgb(ycbcr),
                 "02": filters.unsharp_mask((3 * clean + image) / 4, radius=1.0, amount=0.4, channel_axis=2),
-                "03": filters.unsharp_mask(clean, radius=2.0, amount=2.0, channel_axis=2),       # halos where the photo was sharp
-                "04": ndimage.median_filter(image, size=(5, 5, 1))}               # texture gone, then JPEG blocks
-    result = {v: degradations.to_8bit(torch.from_numpy(pixels.astype(np.float32))).permute(2, 0, 1) for v, pixels in versions.items()}
+                "03": filters.unsharp_mask(clean, radius=2.0, amount=2.0, channel_axis=2),
+                "04": ndimage.median_filter(image, size=(5, 5, 1))}
+    result = {version: degradations.to_8bit(torch.from_numpy(pixels.astype(np.float32))).permute(2, 0, 1)
+              for version, pixels in versions.items()}
     result["04"] = degradations.to_8bit(degradations.jpeg(result["04"][None], 30.0, table="libjpeg")[0])
     return result
 
 
 def has_texture(patch, min_std=MIN_STD, min_laplacian=MIN_LAPLACIAN):
-    """Is there something to learn in it? Standard deviation of grey and variance of its Laplacian, in grey levels (HGGT)."""
+    """Is there something to learn in it? HGGT's rule: standard deviation of grey and variance of its Laplacian."""
     grey = color.rgb2gray(patch.permute(1, 2, 0).numpy()) * 255
     return grey.std() >= min_std and ndimage.laplace(grey).var() >= min_laplacian
 
 
 def build_demo(out):
-    """Write the demo set under `out`; deterministic. The folder appears under its name only when it is complete."""
+    """Write the demo set under `out`; deterministic. The folder appears under its name only when it is complete.
+
+    -> the content of quintuplets.json.
+    """
     if out.exists():
         raise runs.UserError(f"{out} exists: remove it to build the demo set again")
     runs.check_writable(out.parent, "--out")
@@ -110,7 +126,8 @@ def build_demo(out):
         try:
             work.rename(out)
         except OSError:
-            if not out.is_dir():                                                  # else another process was faster, with the same files
+            # else another process was faster, with the same files
+            if not out.is_dir():
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -118,8 +135,9 @@ def build_demo(out):
 
 
 def write_demo(work):
-    """Patches of the demo's photographs and their restorations, in HGGT's layout under `work`. -> what quintuplets.json records."""
+    """Patches of the demo's photographs and their restorations, in HGGT's layout under `work`. -> quintuplets.json"""
     record = {"seed": SEED, "patch": PATCH, "blur_sigma_pixels": BLUR, "noise_sigma_grey_levels": NOISE, "photos": {}}
+    lq_folder = work / "Test" / "Blind_Degradation_Benchmark_LQ" / "demo" / "Blind_LR"
     for split, names, step in (("Train", TRAIN_PHOTOS, TRAIN_STEP), ("Test", TEST_PHOTOS, TEST_STEP)):
         base = work / "Train" if split == "Train" else work / "Test" / "GT" / "demo"
         folder = base / "images" / "demo" if split == "Train" else base / "images"
@@ -139,9 +157,9 @@ def write_demo(work):
                         save_image(folder / version / f"{file_stem(stem, version)}.png", image[patch])
                     if split == "Test":
                         save_image(base / "untouched" / f"{stem}.png", photo[patch])
-                        lq = degradations.degrade(original[patch][None], "two-round", [runs.sample_seed(SEED, 0, kept, name)],
-                                                  [runs.sample_seed(SEED, 1, kept, name)])[0]
-                        save_image(work / "Test" / "Blind_Degradation_Benchmark_LQ" / "demo" / "Blind_LR" / f"{stem}.png", lq)
+                        seeds = [[runs.sample_seed(SEED, stream, kept, name)] for stream in (0, 1)]
+                        lq = degradations.degrade(original[patch][None], "two-round", *seeds)[0]
+                        save_image(lq_folder / f"{stem}.png", lq)
                     kept += 1
             record["photos"][name] = {"split": split, "source": f"skimage.data.{name}", "patches": kept}
     runs.save_json(work / "quintuplets.json", record)
@@ -150,7 +168,8 @@ def write_demo(work):
 
 def main(args):
     record = build_demo(args.out)
-    counts = {split: sum(p["patches"] for p in record["photos"].values() if p["split"] == split) for split in ("Train", "Test")}
+    counts = {split: sum(photo["patches"] for photo in record["photos"].values() if photo["split"] == split)
+              for split in ("Train", "Test")}
     print(f"{args.out}: {counts['Train']} training and {counts['Test']} test quintuplets of {PATCH} px "
           f"from {len(record['photos'])} photographs")
 

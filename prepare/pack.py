@@ -2,8 +2,9 @@
 
     python -m prepare.pack datasets/HGGT
 
-Leaves DATA/packed/Train.bin (HGGT: 79 GB) and .json, which are refused once an image has changed (by name, size and samples of its bytes).
-Sizes are checked before anything is written. A killed pack leaves Train.bin.tmp, which the next one replaces, and what was packed before.
+Leaves DATA/packed/Train.bin (HGGT: 79 GB) and Train.json. They are refused once an image has changed (name, size or
+samples of its bytes). Sizes are checked before anything is written. A killed call leaves Train.bin.tmp, which the next
+one replaces; images that were packed before stay as they are.
 """
 import argparse
 from pathlib import Path
@@ -34,20 +35,23 @@ from images import image_size
 
 
 class Packed:
-    """The decoded images of a split in one file that main wrote, memory-mapped; a sample reads crops, not images.
+    """The decoded images of a split in one memory-mapped file; a sample reads crops, not images.
 
-    <folder>/<split>.bin: the images' bytes, (3, H, W) uint8, one after the other; <split>.json: {"signature", "images": {version: {stem: [offset, H, W]}}}.
-    ValueError where it is not whole or was made of other files.
+    <folder>/<split>.bin: the images' bytes, (3, H, W) uint8, one after the other.
+    <folder>/<split>.json: {"signature", "images": {version: {stem: [offset, H, W]}}}.
+    UserError for a file that is damaged or was made of other images.
     """
 
     def __init__(self, folder, split, sets):
         self.file, index = folder / f"{split}.bin", folder / f"{split}.json"
         remedy = f"remove {folder}, and to use it again: python -m prepare.pack {folder.parent}"
         try:
-            about = json.loads(index.read_text())
-            images, self.bytes, signature = about["images"], np.memmap(self.file, mode="r"), about["signature"]
-            self.rows, self.columns = {stem: k for k, stem in enumerate(images["original"])}, {version: k for k, version in enumerate(sets.versions)}
-            self.index = np.array([[images[version][stem] for version in self.columns] for stem in self.rows])     # (stems, versions, 3): offset, H, W; not an object each
+            record = json.loads(index.read_text())
+            images, self.bytes, signature = record["images"], np.memmap(self.file, mode="r"), record["signature"]
+            self.rows = {stem: k for k, stem in enumerate(images["original"])}
+            self.columns = {version: k for k, version in enumerate(sets.versions)}
+            # (stems, versions, 3): offset, H, W; one array, since an object per image would take far more memory
+            self.index = np.array([[images[version][stem] for version in self.columns] for stem in self.rows])
             places = self.index.reshape(-1, 3)[self.index[..., 0].ravel().argsort()]
             ends = (3 * places[:, 1] * places[:, 2]).cumsum()
             if self.index.dtype.kind != "i" or (places[:, 1:] < 1).any() or (places[:, 0] != [0, *ends[:-1]]).any():
@@ -65,11 +69,13 @@ class Packed:
         return self.index[self.rows[stem], self.columns[version]].tolist()
 
     def read(self, stem, version):
+        """(3, H, W) uint8: a view of the file."""
         offset, h, w = self.place(stem, version)
         return self.bytes[offset:offset + 3 * h * w].reshape(3, h, w)
 
     def __getstate__(self):
-        return {k: v for k, v in vars(self).items() if k != "bytes"}             # a worker process maps the file again
+        # a worker process maps the file again
+        return {k: v for k, v in vars(self).items() if k != "bytes"}
 
     def __setstate__(self, state):
         vars(self).update(state)
@@ -78,34 +84,41 @@ class Packed:
 
 def main(args):
     folder = args.data / "packed"
-    sets = data.find_sets(args.data, args.split, packed=False)                    # older packed images may not fit any more; they stay until they are replaced
+    # older packed images may not fit any more; they stay until they are replaced
+    sets = data.find_sets(args.data, args.split, packed=False)
     if sets is None:
         raise runs.UserError(f"{args.data}: no {args.split} split in it")
     names = [(version, stem) for stem in sets.stems for version in sets.versions]
     sizes = [image_size(sets.path(stem, version)) for version, stem in names]
-    of = {stem: size for (version, stem), size in zip(names, sizes) if version == "original"}
+    size_of = {stem: size for (version, stem), size in zip(names, sizes) if version == "original"}
     for (version, stem), size in zip(names, sizes):
-        data.check_size(sets.path(stem, version), size, of[stem])
+        data.check_size(sets.path(stem, version), size, size_of[stem])
     total = sum(3 * w * h for w, h in sizes)
     runs.check_writable(folder, "packed images")
     folder.mkdir(exist_ok=True)
-    (folder / f"{args.split}.bin.tmp").unlink(missing_ok=True)                    # of a pack that was killed
+    file = folder / f"{args.split}.bin"
+    # of a call that was killed
+    file.with_name(file.name + ".tmp").unlink(missing_ok=True)
     free = shutil.disk_usage(folder).free
     if total > free:
-        raise runs.UserError(f"{folder}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free" + (": an older pack lies there, remove it first" if (folder / f"{args.split}.bin").exists() else ""))
+        older = ": an older file lies there, remove it first" if file.exists() else ""
+        raise runs.UserError(f"{folder}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free{older}")
     index, offset = {version: {} for version in sets.versions}, 0
 
     def write(temporary):
         nonlocal offset
         with open(temporary, "wb") as out, ThreadPoolExecutor(args.workers) as pool:
-            for k in tqdm(range(0, len(names), 256), unit="block of 256"):        # not all images wait in memory
-                for (version, stem), image in zip(names[k:k + 256], pool.map(lambda name: sets.read(name[1], name[0]), names[k:k + 256])):
+            # in blocks, so that not all images wait in memory
+            for k in tqdm(range(0, len(names), 256), unit="block of 256"):
+                block = names[k:k + 256]
+                for (version, stem), image in zip(block, pool.map(lambda name: sets.read(name[1], name[0]), block)):
                     index[version][stem] = [offset, *image.shape[1:]]
                     offset += image.size
                     out.write(image.tobytes())
-    runs.write_atomic(folder / f"{args.split}.bin", write)
-    runs.save_json(folder / f"{args.split}.json", {"signature": sets.signature(), "images": index})
-    print(f"{folder / args.split}.bin: {len(names)} images, {total / 1e9:.2f} GB; {'train.py uses' if args.split == 'Train' else 'its sample grids use'} it from now on, until the folder is removed")
+    runs.write_atomic(file, write)
+    runs.save_json(file.with_suffix(".json"), {"signature": sets.signature(), "images": index})
+    user = "train.py uses" if args.split == "Train" else "its sample grids use"
+    print(f"{file}: {len(names)} images, {total / 1e9:.2f} GB; {user} it from now on, until the folder is removed")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class CNNIQA(nn.Module):
 
     def forward(self, x):
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < PATCH:
-            raise ValueError(f"CNNIQA wants (B, 3, H, W) RGB with sides of {PATCH} pixels or more, got {tuple(x.shape)}")
+            raise ValueError(f"CNNIQA wants (B, 3, H, W) RGB with sides of at least {PATCH}, got {tuple(x.shape)}")
         grey = (x * self.luma).sum(1, keepdim=True)  # (B, 1, H, W)
         patches = F.unfold(grey, PATCH, stride=PATCH)  # (B, 1024, P)
         patches = normalise(patches.transpose(1, 2).reshape(-1, 1, PATCH, PATCH))  # (B P, 1, 32, 32)

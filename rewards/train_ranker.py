@@ -1,15 +1,16 @@
 """Train the embedded NR-IQA model `ranker`, or judge it on photographs that it has not seen.
 
-    python -m rewards.train_ranker                                                              makes weights/ranker.pth in minutes on a CPU
-    python -m rewards.train_ranker --evaluate ../shared/data/images/hr_kodak24 --out-json results/ranker.json
+    python -m rewards.train_ranker                      makes rewards/ranker.pth, in minutes on a CPU
+    python -m rewards.train_ranker --evaluate PHOTOS --out-json ranker.json
 
-Training follows RankIQA (Liu et al., ICCV 2017): photographs are degraded by known amounts and the network learns to rank them.
-A chain is one crop of a clean photograph in eight versions; every pair in it is a comparison. Three kinds of chains: one family
-of degradations with rising severity, a second family on top of a first, and restorations of a soft and noisy photo, good and
-bad. So that families can be compared with each other, the probability that a pair is ranked one way is a logistic function
-of the difference of two full-reference qualities (`quality`): RankNet's loss (Burges et al., ICML 2005) with soft labels. Within a
-known order that order has the last word. Photographs: those in scikit-image's wheel. Clean means reduced at least x1.6, mostly x2:
-sharp at the pixel level.
+Training follows RankIQA (Liu et al., ICCV 2017): photographs are degraded by known amounts and the network learns to
+rank them. A chain is one crop of a clean photograph in eight versions; every pair in it is a comparison. There are
+three sorts of chains: one family of degradations with rising severity, a second family on top of a first, and good and
+bad restorations of a soft and noisy photo. So that families can be compared with each other, the probability that a
+pair is ranked one way is a logistic function of the difference of two full-reference qualities (`quality`): RankNet's
+loss (Burges et al., ICML 2005) with soft labels. If the order of a chain is known, the qualities are made to fall in
+that order. The photographs are those in scikit-image's wheel. Clean ones are reduced by x1.6 or more, mostly by x2, so
+that they are sharp at the pixel level.
 """
 import argparse
 import hashlib
@@ -20,28 +21,32 @@ from pathlib import Path
 
 import runs
 
-
-FAMILIES = {  # weakest and strongest setting; severity u in [0, 1] lies between them geometrically. CHOICE: from just visible to very poor
-    "blur": (0.4, 3.0),       # sigma of a Gaussian, pixels
-    "noise": (2.0, 40.0),     # standard deviation, grey levels
-    "jpeg": (95.0, 10.0),     # libjpeg's quality
-    "resample": (1.2, 4.0),   # factor of down- and upsampling
-    "halo": (0.5, 5.0),       # amount of unsharp masking
-    "grid": (1.0, 20.0),      # standard deviation of a periodic pattern, grey levels
-}
-ORDER = ["blur", "resample", "halo", "noise", "grid", "jpeg"]                    # in which several are applied
-MIXES = [("blur", "noise"), ("resample", "jpeg"), ("noise", "jpeg"), ("halo", "jpeg"), ("blur", "grid")]     # judged by --evaluate
-PHOTOS = {  # file in skimage/data: how often it is drawn. CHOICE: colour photographs first, the grey textures for variety
-    "astronaut.png": 3, "chelsea.png": 3, "coffee.png": 3, "rocket.jpg": 2, "motorcycle_left.png": 2, "motorcycle_right.png": 2,
-    "hubble_deep_field.jpg": 0.5, "retina.jpg": 0.5, "camera.png": 1, "brick.png": 1, "grass.png": 1, "gravel.png": 1}
-CHAIN = 8                     # versions of one crop
-SHARPNESS = 0.15              # CHOICE: of the soft labels, per point: 20 points apart is 95 : 5
+# Weakest and strongest setting of each family; severity u in [0, 1] lies between them geometrically. CHOICE: from just
+# visible to very poor. Units: blur sigma in pixels; noise standard deviation in grey levels; jpeg libjpeg's quality;
+# resample factor of down- and upsampling; halo amount of unsharp masking; grid standard deviation of a periodic pattern
+# in grey levels.
+FAMILIES = {"blur": (0.4, 3.0), "noise": (2.0, 40.0), "jpeg": (95.0, 10.0), "resample": (1.2, 4.0), "halo": (0.5, 5.0),
+            "grid": (1.0, 20.0)}
+# the order in which several families are applied
+ORDER = ["blur", "resample", "halo", "noise", "grid", "jpeg"]
+# mixtures that --evaluate judges as well
+MIXES = [("blur", "noise"), ("resample", "jpeg"), ("noise", "jpeg"), ("halo", "jpeg"), ("blur", "grid")]
+# File in skimage/data: how often it is drawn. CHOICE: colour photographs first, the grey textures for variety
+PHOTOS = {
+    "astronaut.png": 3, "chelsea.png": 3, "coffee.png": 3, "rocket.jpg": 2, "motorcycle_left.png": 2,
+    "motorcycle_right.png": 2, "hubble_deep_field.jpg": 0.5, "retina.jpg": 0.5, "camera.png": 1, "brick.png": 1,
+    "grass.png": 1, "gravel.png": 1}
+# versions of one crop
+CHAIN = 8
+# CHOICE: of the soft labels, per point: 20 points apart is 95 : 5
+SHARPNESS = 0.15
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
     weights = Path(__file__).resolve().parent / "ranker.pth"
-    p.add_argument("--threads", type=runs.SIZE, default=1, help="CPU threads; the same number gives the same bytes, two are hardly faster")
+    p.add_argument("--threads", type=runs.SIZE, default=1,
+                   help="CPU threads; the same number gives the same bytes, two are hardly faster")
     p.add_argument("--seed", type=runs.COUNT, default=0, help="of everything drawn, in training and in --evaluate")
     g = p.add_argument_group("training")
     g.add_argument("--out", type=Path, default=weights, help="file to write, replaced when the training is over")
@@ -51,12 +56,13 @@ def parse_args(argv=None):
     g.add_argument("--across", type=runs.WEIGHT, default=0.3,
                    help="weight of pairs from different photographs, against 1 for pairs of one crop")
     g = p.add_argument_group("judging on held-out photographs")
-    g.add_argument("--evaluate", type=Path, metavar="DIR", help="folder of photographs: rank correlations instead of a training")
+    g.add_argument("--evaluate", type=Path, metavar="DIR",
+                   help="folder of photographs: rank correlations instead of a training")
     g.add_argument("--weights", type=Path, default=weights, help="the ranker that is judged")
     g.add_argument("--crops", type=runs.number(int, 32), nargs="+", default=[96, 128, 192, 256],
                    help="sides of the crops per photo and family, pixels")
     g.add_argument("--repeats", type=runs.SIZE, default=1, help="crops of every size per photo and family")
-    g.add_argument("--reduce", type=runs.number(float, 1), default=1.0, help="reduce the photographs by this factor first")
+    g.add_argument("--reduce", type=runs.number(float, 1), default=1.0, help="reduce the photos by this factor first")
     g.add_argument("--against", metavar="MODULE:FUNCTION",
                    help="another NR-IQA model, as for --reward: rank correlation with it on the same crops")
     g.add_argument("--out-json", type=Path, help="write the numbers here")
@@ -66,7 +72,8 @@ def parse_args(argv=None):
     return args
 
 
-ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
+# --help needs no torch: seconds
+ARGS = parse_args() if __name__ == "__main__" else None
 
 import numpy as np
 import skimage
@@ -78,19 +85,19 @@ from tqdm import tqdm
 import degradations
 import iqa
 from images import open_image
-
+from rewards.ranker import Ranker, load_ranker
 
 # Degradations with a severity
 
 def pattern(rng, h, w):
-    """A periodic pattern as networks leave it (grids, stripes, diagonals), periods 2-8, standard deviation 1: (1, 3, h, w)."""
+    """A periodic pattern as networks leave it (grids, stripes, diagonals): (1, 3, h, w), periods 2-8, std 1."""
     y, x = np.mgrid[:h, :w]
-    kind, p, q = rng.choice(["tile", "stripes", "diagonal", "wave"]), *rng.integers(2, 9, size=2)
-    if kind == "tile":
+    form, p, q = rng.choice(["tile", "stripes", "diagonal", "wave"]), *rng.integers(2, 9, size=2)
+    if form == "tile":
         z = rng.normal(size=(p, q))[y % p, x % q]
-    elif kind == "stripes":
+    elif form == "stripes":
         z = rng.normal(size=p)[(y if rng.random() < 0.5 else x) % p]
-    elif kind == "diagonal":
+    elif form == "diagonal":
         z = rng.normal(size=p)[(x + rng.choice([-1, 1]) * y) % p]
     else:
         a, period = rng.integers(4) * math.pi / 4, rng.uniform(2.2, 8)
@@ -103,19 +110,21 @@ def pattern(rng, h, w):
 
 
 def draw_style(family, rng, h, w):
-    """What all severities of a family share along a chain: noise field, pattern, radius of the halos, resampling kernels."""
+    """All severities of a family share this in a chain: noise field, pattern, radius of halos, resampling kernels."""
     if family == "noise":
         field = degradations.normal_field((1, 3, h, w), int(rng.integers(2**62)))
         if rng.random() < 0.3:
             field = field[:, :1].expand(1, 3, h, w)
-        if rng.random() < 0.25:                                                  # as after a demosaicking or a resize
+        # as after a demosaicking or a resize
+        if rng.random() < 0.25:
             field = soften(field, 0.6)
             field = field / field.std()
         return field
     if family == "grid":
         return pattern(rng, h, w)
     if family == "halo":
-        return math.exp(rng.uniform(math.log(0.7), math.log(3.0)))              # sigma in pixels
+        # sigma in pixels
+        return math.exp(rng.uniform(math.log(0.7), math.log(3.0)))
     if family == "resample":
         return rng.choice(["area", "bilinear", "bicubic"]), rng.choice(["bicubic", "bicubic", "bilinear"])
     return None
@@ -126,7 +135,7 @@ def soften(x, sigma):
     sigma = np.broadcast_to(np.asarray(sigma, dtype=float), len(x))
     radius = max(1, math.ceil(3 * sigma.max()))
     lines = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma[:, None]) ** 2)
-    lines = lines / lines.sum(1, keepdims=True)                                  # (B, 2 radius + 1)
+    lines = lines / lines.sum(1, keepdims=True)  # (B, 2 radius + 1)
     return degradations.blur(degradations.blur(x, lines[:, None, :]), lines[:, :, None])
 
 
@@ -150,22 +159,26 @@ def apply(x, family, u, style):
     else:
         (h, w), (down, up) = x.shape[2:], style
         smooth = {} if down == "area" else dict(align_corners=False, antialias=True)
-        small = [F.interpolate(im[None], size=(round(h / f), round(w / f)), mode=down, **smooth) for im, f in zip(x, amount)]
-        x = torch.cat([F.interpolate(im, size=(h, w), mode=up, align_corners=False) for im in small])
+        small = [F.interpolate(image[None], size=(round(h / factor), round(w / factor)), mode=down, **smooth)
+                 for image, factor in zip(x, amount)]
+        x = torch.cat([F.interpolate(image, size=(h, w), mode=up, align_corners=False) for image in small])
     return same.index_put((torch.from_numpy(np.flatnonzero(active)),), x.clamp(0, 1))
 
 
 def quality(clean, x):
-    """Full-reference quality of x (B, 3, H, W) against clean (1 or B, 3, H, W): 80 without a difference, about 20 for the strongest ones.
+    """Full-reference quality of x (B, 3, H, W) against clean (1 or B, 3, H, W). -> (B,)
 
-    One minus SSIM's contrast-structure term over two scales, luma and chroma, with a constant of 3 grey levels: small, so that faint
-    patterns and block edges in flat areas count, as they do for the eye. The square root spreads the mild ones. (B,)
+    It is 80 without a difference and about 20 for the strongest ones: one minus SSIM's contrast-structure term over two
+    scales, luma and chroma. The constant of 3 grey levels is small, so that faint patterns and block edges in flat
+    areas count, as they do for the eye. The square root spreads the mild differences.
     """
-    def mean(z):                                                                 # 7x7 windows around every second pixel
+    def mean(z):
+        # 7x7 windows around every second pixel
         h, w = z.shape[2] - 6, z.shape[3] - 6
         z = sum(z[..., k:k + w:2] for k in range(7))
         return sum(z[..., k:k + h:2, :] for k in range(7)) / 49
-    opponent = 255 * torch.tensor([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]]).view(3, 3, 1, 1)
+    opponent = torch.tensor([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]])
+    opponent = 255 * opponent.view(3, 3, 1, 1)
     a, b, loss = F.conv2d(clean, opponent), F.conv2d(x, opponent), 0
     for _ in range(2):
         ma, mb = mean(a), mean(b)
@@ -186,7 +199,8 @@ def read_photos(paths):
 
 
 def training_photos():
-    folder = Path(skimage.__file__).parent / "data"                              # the wheel's own files: nothing is ever downloaded
+    # the wheel's own files: nothing is ever downloaded
+    folder = Path(skimage.__file__).parent / "data"
     missing = [name for name in PHOTOS if not (folder / name).exists()]
     if missing:
         raise runs.UserError(f"{folder}: {', '.join(missing)} missing; install scikit-image from its wheel")
@@ -194,7 +208,7 @@ def training_photos():
 
 
 def clean_crop(photos, rng, size):
-    """A crop of a photograph reduced at least x1.6, mirrored, transposed, with other colours and contrast: (1, 3, size, size)."""
+    """A crop of a photo, reduced by x1.6 or more, with random orientation, colours and contrast: (1, 3, size, size)."""
     share = np.array(list(PHOTOS.values())) / sum(PHOTOS.values())
     photo = photos[rng.choice(len(photos), p=share)]
     h, w = photo.shape[2:]
@@ -211,11 +225,13 @@ def clean_crop(photos, rng, size):
     x = x.clamp(0, 1) ** rng.uniform(0.7, 1.4)
     grey = x.mean(1, keepdim=True)
     x = grey + (x - grey) * rng.uniform(0.3, 1.5)
-    if rng.random() < 0.6:                                                       # crisp as cameras and scanners leave it
+    # crisp as cameras and scanners leave it
+    if rng.random() < 0.6:
         x = x + rng.uniform(0, 2) * (x - soften(x, rng.uniform(0.4, 0.7)))
     level = x.mean()
-    shift = rng.uniform(-0.7, 0.7) if rng.random() < 0.1 else rng.uniform(-0.1, 0.1)               # some saturated in large parts
-    gain = rng.uniform(0.05, 0.4) if rng.random() < 0.15 else rng.uniform(0.6, 1.2)                # some nearly flat, as skies are
+    # some are saturated in large parts, some nearly flat, as skies are
+    shift = rng.uniform(-0.7, 0.7) if rng.random() < 0.1 else rng.uniform(-0.1, 0.1)
+    gain = rng.uniform(0.05, 0.4) if rng.random() < 0.15 else rng.uniform(0.6, 1.2)
     return (level + (x - level) * gain + shift).clamp(0, 1).contiguous()
 
 
@@ -227,42 +243,52 @@ def as_photographed(clean, rng, sigma=(0.4, 1.6), noise=8):
 
 def make_chain(photos, rng, size):
     """CHAIN versions of one crop and their target qualities: (CHAIN, 3, size, size), (CHAIN,)."""
-    margin = 8                                                                   # lattices of JPEG and patterns begin anywhere in the crop
+    # lattices of JPEG and patterns begin anywhere in the crop
+    margin = 8
     side = size + margin
     clean = degradations.to_8bit(clean_crop(photos, rng, side))
-    names, likely = list(FAMILIES), np.array([2.4, 0.8, 2.0, 1.5, 1.3, 0.8]) / 8.8  # CHOICE: more of what is hard
+    # CHOICE: the hard families are drawn more often
+    names, likely = list(FAMILIES), np.array([2.4, 0.8, 2.0, 1.5, 1.3, 0.8]) / 8.8
     u = np.full(CHAIN, np.nan)
     u[1:] = (np.arange(CHAIN - 1) + rng.uniform(0, 0.8, CHAIN - 1)) / (CHAIN - 1.2)
-    u = u.clip(0, 1) * (0.5 if rng.random() < 0.3 else 1)                        # some chains have small steps
-    kind = rng.random()
-    if kind < 0.75:
+    # some chains have small steps
+    u = u.clip(0, 1) * (0.5 if rng.random() < 0.3 else 1)
+    draw = rng.random()
+    if draw < 0.75:
         base, soft_base = clean, rng.random() < 0.3
-        if rng.random() < 0.6:                                                   # faint grain must not make a mild blur an improvement
+        # faint grain must not make a mild blur an improvement
+        if rng.random() < 0.6:
             base = as_photographed(base, rng, (0.3, 0.7) if soft_base else (0.1, 0.2), 5)
             base = degradations.jpeg(base, rng.uniform(80, 98), table="libjpeg") if rng.random() < 0.2 else base
         x = base.expand(CHAIN, -1, -1, -1)
-        chosen = {str(rng.choice(names, p=likely)): u} if kind < 0.5 else {}
-        if not chosen:                                                           # a second family of rising severity on top of a first
+        chosen = {str(rng.choice(names, p=likely)): u} if draw < 0.5 else {}
+        if not chosen:
+            # A second family of rising severity on top of a first, which is fixed and mostly mild, as in photos; or
+            # both rise together.
             first, second = rng.choice(names, 2, replace=False, p=likely)
-            fixed = np.full(CHAIN, 0.8 * rng.random() ** 2)                      # mostly mild, as photos are; or both rise together
+            fixed = np.full(CHAIN, 0.8 * rng.random() ** 2)
             chosen = {str(first): fixed if rng.random() < 0.6 else u, str(second): u}
         for name in sorted(chosen, key=ORDER.index):
             x = apply(x, name, chosen[name], draw_style(name, rng, side, side))
         soft = soft_base and base is not clean or "blur" in chosen or "resample" in chosen
-        ordered = not ("halo" in chosen and soft) and set(chosen) != {"blur", "resample"}          # sharpening may repair what is soft
-    else:                                                                        # a soft and noisy photo, and what restorations make of it
+        # sharpening may repair a soft image
+        ordered = not ("halo" in chosen and soft) and set(chosen) != {"blur", "resample"}
+    else:
+        # a soft and noisy photo, and restorations of it
         ordered = False
         photo, halo = as_photographed(clean, rng), draw_style("halo", rng, side, side)
         good, fair = (clean + (photo - clean) * rng.uniform(*r) for r in ((0.1, 0.4), (0.4, 0.8)))
         base = good if rng.random() < 0.5 else photo
-        sharp = apply(base.expand(2, -1, -1, -1), "halo", np.array([rng.uniform(0, 0.5), rng.uniform(0.5, 1)]), halo)
+        amounts = np.array([rng.uniform(0, 0.5), rng.uniform(0.5, 1)])
+        sharp = apply(base.expand(2, -1, -1, -1), "halo", amounts, halo)
         name = str(rng.choice(names, p=likely))
         bad = apply(base, name, rng.random(1), draw_style(name, rng, side, side))
         x = torch.cat([clean, photo, good, fair, sharp, soften(photo, rng.uniform(0.5, 1.5)), bad])
     top, left = rng.integers(margin + 1, size=2)
     x = degradations.to_8bit(x[..., top:top + size, left:left + size])
     target = quality(clean[..., top:top + size, left:left + size], x)
-    if ordered:                                                                  # the known order, by at least 40 points from end to end
+    if ordered:
+        # the known order, by at least 40 points from end to end
         rise = np.diff(u, prepend=0)
         for k in range(1, CHAIN):
             target[k] = min(target[k], target[k - 1] - 40 * (rise[k] if k > 1 else 0.14))
@@ -270,30 +296,36 @@ def make_chain(photos, rng, size):
 
 
 def make_batch(photos, seed, step, chains):
+    """The chains of a step (1-based): images (chains * CHAIN, 3, size, size), target qualities (chains, CHAIN)."""
     rng = np.random.default_rng((seed, step))
-    size = int(rng.choice([80, 96, 96, 112]))                                    # CHOICE: small crops are the hard ones, and cheap
+    # CHOICE: small crops are the hard ones, and cheap
+    size = int(rng.choice([80, 96, 96, 112]))
     made = [make_chain(photos, rng, size) for _ in range(chains)]
-    return torch.cat([x for x, _ in made]), torch.stack([t for _, t in made])    # (chains * CHAIN, 3, size, size), (chains, CHAIN)
+    return torch.cat([x for x, _ in made]), torch.stack([t for _, t in made])
 
 
 def ranking_loss(score, target):
-    """Cross-entropy between the soft preferences of all pairs of (N, K) scores within a row, minus its smallest value. Scalar."""
+    """Cross-entropy of soft preferences of all pairs within rows of (N, K) scores, minus its smallest value. Scalar."""
     i, j = torch.triu_indices(score.shape[1], score.shape[1], 1)
-    wanted = SHARPNESS * (target[:, i] - target[:, j])
-    got = SHARPNESS * (score[:, i] - score[:, j])
-    p = torch.sigmoid(wanted)
-    return F.binary_cross_entropy_with_logits(got, p) - F.binary_cross_entropy_with_logits(wanted, p)
+    target_logit = SHARPNESS * (target[:, i] - target[:, j])
+    score_logit = SHARPNESS * (score[:, i] - score[:, j])
+    p = torch.sigmoid(target_logit)
+    entropy = F.binary_cross_entropy_with_logits(target_logit, p)
+    return F.binary_cross_entropy_with_logits(score_logit, p) - entropy
 
 
 def train(args):
     photos = training_photos()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        net = iqa.Ranker()
+        net = Ranker()
     net.train()
     opt = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=1e-4)
     warm = max(1, args.steps // 10)
-    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: min((k + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * k / args.steps)))
+
+    def share_of_lr(k):
+        return min((k + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * k / args.steps))
+    sched = torch.optim.lr_scheduler.LambdaLR(opt, share_of_lr)
     ema, window = {k: v.clone() for k, v in net.state_dict().items()}, []
     bar = tqdm(range(1, args.steps + 1), desc="ranker", mininterval=2)
     for step in bar:
@@ -318,9 +350,11 @@ def train(args):
     net.load_state_dict(ema)
     fix_scale(net.eval(), photos, args.seed)
     buffer = io.BytesIO()
-    torch.save(net.state_dict(), buffer)                                         # a file would carry its own name: other bytes elsewhere
+    # a file would carry its own name: other bytes elsewhere
+    torch.save(net.state_dict(), buffer)
     runs.write_atomic(args.out, lambda temporary: temporary.write_bytes(buffer.getvalue()))
-    print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB, {sum(v.numel() for v in net.parameters()):,} parameters")
+    parameters = sum(v.numel() for v in net.parameters())
+    print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB, {parameters:,} parameters")
 
 
 def fix_scale(net, photos, seed):
@@ -332,7 +366,8 @@ def fix_scale(net, photos, seed):
             clean.append(net(x).item())
             worst.append(net(apply(x, name, np.ones(1), draw_style(name, rng, 112, 112))).item())
     high, low = np.median(clean), np.median(worst)
-    if high > low:                                                               # false only after a training of a few steps
+    # false only after a training of a few steps
+    if high > low:
         net.stretch.mul_(60 / (high - low))
         net.shift.copy_(torch.tensor(80 - (high - net.shift.item()) * 60 / (high - low)))
 
@@ -340,15 +375,17 @@ def fix_scale(net, photos, seed):
 # Held-out photographs
 
 def evaluate(args):
-    """Spearman correlation of score and severity, per crop, over eight levels: the crop as it is and seven severities. Averaged per photo
-    and family over the crops, then over photos; nothing is pooled over crops or photos before it is ranked."""
+    """Spearman correlation of score and severity, per crop, over eight levels: the crop as it is and seven severities.
+
+    Averaged per photo and family over the crops, then over photos; nothing is pooled over crops or photos before it is
+    ranked.
+    """
     paths = sorted(p for p in args.evaluate.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp"))
     if not paths:
         raise runs.UserError(f"{args.evaluate}: no photographs (.png, .jpg, .bmp)")
-    net, other = iqa.load_ranker(args.weights).eval(), None
-    if args.against:
-        other = iqa.create_reward([args.against])
-    u = np.append(np.nan, np.linspace(0, 1, 7))                                  # (8,)
+    net = load_ranker(args.weights).eval()
+    other = iqa.create_reward([args.against]) if args.against else None
+    u = np.append(np.nan, np.linspace(0, 1, 7))  # (8,)
     tasks = {name: (name,) for name in FAMILIES} | {"+".join(mix): mix for mix in MIXES}
     rho, agree, level = ({name: [] for name in tasks} for _ in range(3))
     for n, path in enumerate(tqdm(paths, desc="photos")):
@@ -362,15 +399,16 @@ def evaluate(args):
                 if min(h, w) < size:
                     continue
                 top, left = rng.integers(h - size + 1), rng.integers(w - size + 1)
-                t, l = (max(0, start - rng.integers(8, 24)) for start in (top, left))    # degraded with its surroundings, then cut
-                x = photo[..., t:top + size + 16, l:left + size + 16].repeat(len(u), 1, 1, 1)
+                # degraded with its surroundings, then cut
+                y, x = (max(0, start - rng.integers(8, 24)) for start in (top, left))
+                images = photo[..., y:top + size + 16, x:left + size + 16].repeat(len(u), 1, 1, 1)
                 for name in sorted(families, key=ORDER.index):
-                    x = apply(x, name, u, draw_style(name, rng, *x.shape[2:]))
-                x = degradations.to_8bit(x[..., top - t:top - t + size, left - l:left - l + size])
+                    images = apply(images, name, u, draw_style(name, rng, *images.shape[2:]))
+                images = degradations.to_8bit(images[..., top - y:top - y + size, left - x:left - x + size])
                 with torch.no_grad():
-                    score = net(x).numpy()
+                    score = net(images).numpy()
                     if other is not None:
-                        per_crop_agree.append(spearmanr(score, other(x).numpy()).statistic)
+                        per_crop_agree.append(spearmanr(score, other(images).numpy()).statistic)
                 per_crop.append(spearmanr(score, -np.arange(len(u))).statistic)
                 level[task].append(score)
             if not per_crop:
@@ -378,10 +416,11 @@ def evaluate(args):
             rho[task].append(float(np.mean(per_crop)))
             agree[task].append(float(np.mean(per_crop_agree)) if per_crop_agree else None)
     result = {"command": sys.argv, **runs.describe_machine(), "weights": args.weights.name,
-              "sha256": hashlib.sha256(args.weights.read_bytes()).hexdigest()[:16], "folder": args.evaluate.name, "photos": len(paths),
-              "reduce": args.reduce, "crops": args.crops, "repeats": args.repeats, "levels": len(u), "seed": args.seed,
-              "against": args.against,
-              "severity": {k: [round(a * (b / a) ** v, 3) for v in u[1:]] for k, (a, b) in FAMILIES.items()}, "families": {}}
+              "sha256": hashlib.sha256(args.weights.read_bytes()).hexdigest()[:16], "folder": args.evaluate.name,
+              "photos": len(paths), "reduce": args.reduce, "crops": args.crops, "repeats": args.repeats,
+              "levels": len(u), "seed": args.seed, "against": args.against,
+              "severity": {k: [round(a * (b / a) ** v, 3) for v in u[1:]] for k, (a, b) in FAMILIES.items()},
+              "families": {}}
     print(f"{'family':<14} mean   worst  photo{'':<12} mean score of the levels, clean first")
     for task in tasks:
         worst = int(np.argmin(rho[task]))
@@ -390,8 +429,9 @@ def evaluate(args):
         if other is not None:
             row["with_other"], row["with_other_worst"] = float(np.mean(agree[task])), min(agree[task])
         result["families"][task] = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-        shown = " ".join(f"{v:5.1f}" for v in row["mean_score"]) + (f"  with other {row['with_other']:.3f}" if other else "")
-        print(f"{task:<14} {row['mean']:.3f}  {row['worst']:.3f}  {row['worst_photo']:<17} {shown}")
+        scores = " ".join(f"{v:5.1f}" for v in row["mean_score"])
+        agreement = f"  with other {row['with_other']:.3f}" if other else ""
+        print(f"{task:<14} {row['mean']:.3f}  {row['worst']:.3f}  {row['worst_photo']:<17} {scores}{agreement}")
     if args.out_json:
         runs.save_json(args.out_json, result)
     return result
@@ -401,7 +441,7 @@ def main(args):
     torch.set_num_threads(args.threads)
     runs.check_output(None if args.evaluate else args.out, "--out")
     runs.check_output(args.out_json, "--out-json")
-    evaluate(args) if args.evaluate else train(args)
+    (evaluate if args.evaluate else train)(args)
 
 
 if __name__ == "__main__":
