@@ -94,7 +94,7 @@ RETIRED = {"jpeg_table": "hggt", "pad_mode": "hggt", "include_original": True, "
 
 def chosen_by(dataset, run):
     """What a run's atlases are, to be pinned: {} for a run that scores online, from its beginning to its end."""
-    tables = " + ".join(f"{weight:g} {atlas.told}" for atlas, weight in dataset.atlases)
+    tables = " + ".join(f"{weight:g} {atlas.identity}" for atlas, weight in dataset.atlases)
     pinned = bool(run.checkpoint and "chosen_by" in run.checkpoint["args"])
     return {"chosen_by": f"{tables} margin 0" if tables else "online"} if tables or pinned else {}
 

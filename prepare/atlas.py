@@ -1,12 +1,13 @@
 """The reward of every crop on a grid, computed once for all runs: train.py --sampler amo --atlas FILE.
 
     python -m prepare.atlas datasets/HGGT --reward musiq
-    python -m prepare.atlas datasets/HGGT --reward musiq --compare 500          how often the grid's winner is that of online scoring
+    python -m prepare.atlas datasets/HGGT --reward musiq --compare 500     how often the grid and online scoring agree
 
-Leaves DATA/atlas/<reward>-<crop>-<stride>.npy and .json: (sets, versions, 2, rows, columns) scores, the third axis for the image and its mirror
-image. HGGT, stride 32, crop 256: 16.4 million scorings and 65 MB, a third of the online scorings of one run (300,000 steps of 32 samples of 5
-versions). An interrupted atlas continues, torchrun shares the sets. Sizes and modes are checked before the first score, but a truncated image is
-met only when it is decoded, and an atlas begun before it was repaired has to begin anew: run prepare.verify first.
+Leaves DATA/atlas/<reward>-<crop>-<stride>.npy and .json: (sets, versions, 2, rows, columns) scores; the third axis is
+for the image and its mirror image. HGGT, stride 32, crop 256: 16.4 million scorings and 65 MB, a third of the online
+scorings of one run (300,000 steps of 32 samples of 5 versions). An interrupted atlas continues, torchrun shares the
+sets. Sizes and modes are checked before the first score. A truncated image is noticed only when it is decoded, and an
+atlas that was begun before the repair of an image has to begin anew: run prepare.verify first.
 """
 import argparse
 from pathlib import Path
@@ -18,16 +19,19 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
     p.add_argument("data", type=Path, metavar="DIR", help="quintuplets in HGGT's layout")
     p.add_argument("--reward", nargs="+", default=["musiq"], metavar="NAME[=WEIGHT]", help="as train.py's")
-    p.add_argument("--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
+    p.add_argument("--reward-weights", type=Path, metavar="FILE",
+                   help="local weights of the reward instead of a download")
     p.add_argument("--crop", type=runs.number(int, 32), default=256, help="side of the training crops in pixels (HGGT)")
-    p.add_argument("--stride", type=runs.number(int, 4), default=32, help="pixels between positions, a multiple of 4 (CHOICE)")
+    p.add_argument("--stride", type=runs.number(int, 4), default=32,
+                   help="pixels between positions, a multiple of 4 (CHOICE)")
     p.add_argument("--batch-size", type=runs.SIZE, default=32, help="crops scored at a time")
     p.add_argument("--compare", type=runs.COUNT, default=0, metavar="N",
-                   help="make nothing: score N random training crops online and say how often the nearest position of the grid, and of one twice as "
-                        "coarse, has the same winner")
+                   help="make nothing: score N random training crops online and report how often the nearest position "
+                        "of the grid, and of a grid twice as coarse, has the same winner")
     p.add_argument("--seed", type=runs.COUNT, default=0, help="of --compare")
-    p.add_argument("--out-json", type=Path, metavar="FILE", help="write what --compare found here")
-    p.add_argument("--out", type=Path, metavar="FILE", help=".npy to make (default: DIR/atlas/<reward>-<crop>-<stride>.npy)")
+    p.add_argument("--out-json", type=Path, metavar="FILE", help="write the result of --compare here")
+    p.add_argument("--out", type=Path, metavar="FILE",
+                   help=".npy to make (default: DIR/atlas/<reward>-<crop>-<stride>.npy)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     p.add_argument("--threads", type=runs.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
     args = p.parse_args(argv)
@@ -63,65 +67,80 @@ from images import cut_to_x4
 class Atlas:
     """The reward of every version's crops on a grid of positions, flipped and not, as `prepare.atlas` computed it.
 
-    A .npy file of (stems, versions, 2, rows, columns) float32, memory-mapped, and its .json: what it belongs to. sets, crop: what is trained on;
-    `rewards`: what it holds. ValueError for an atlas of other data or crop, one that is not finished, or whose table or record is not what was written.
+    A .npy file of (stems, versions, 2, rows, columns) float32, memory-mapped, and a .json record beside it.
+    sets, crop: the training images and the side of their crops. `rewards`: {name: {"weight", "hash"}} of the scores;
+    `identity`: the rewards, the stride and a hash of the table, as a run pins them.
+    UserError for an atlas of other data or crop, one that is not finished, or one that was changed or damaged.
     """
 
     def __init__(self, path, sets, crop):
         path = Path(path)
         try:
-            about, self.table = Atlas.load(path)
-            self.stride, self.rewards = about["stride"], about["reward"]
-            self.rows = {stem: k for k, stem in enumerate(about["stems"])}
-            belongs, finished = {k: about[k] for k in ("signature", "versions", "crop")}, about["finished"]
+            record, self.table = Atlas.load(path)
+            self.stride, self.rewards = record["stride"], record["reward"]
+            self.rows = {stem: k for k, stem in enumerate(record["stems"])}
+            recorded = {key: record[key] for key in ("signature", "versions", "crop")}
+            finished = record["finished"]
             names = [f"{name}:{part['hash']}x{part['weight']:g}" for name, part in self.rewards.items()]
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise runs.UserError(f"--atlas {path}: not a whole atlas ({' '.join(str(error).split())[:100]}); remove what is there, and python -m prepare.atlas makes one") from None
-        wanted = {"signature": sets.signature(), "versions": sets.versions, "crop": crop}
-        for what, value in wanted.items():
-            if belongs[what] != value:
-                raise runs.UserError(f"--atlas {path}: made of other {'images' if what == 'signature' else what} ({belongs[what]}, here {value}); make one of these: python -m prepare.atlas")
+            reason = " ".join(str(error).split())[:100]
+            raise runs.UserError(f"--atlas {path}: not a whole atlas ({reason}); remove it, "
+                                 "and python -m prepare.atlas makes one") from None
+        current = {"signature": sets.signature(), "versions": sets.versions, "crop": crop}
+        for key, value in current.items():
+            if recorded[key] != value:
+                raise runs.UserError(f"--atlas {path}: made of other {'images' if key == 'signature' else key} "
+                                     f"({recorded[key]}, here {value}); make one of these: python -m prepare.atlas")
         if not finished:
             raise runs.UserError(f"--atlas {path}: not finished; the same `prepare.atlas` command continues it")
-        width, height = sets.size(sets.stems[0])
-        grid = [(n // 4 * 4 - crop) // self.stride + 1 for n in (height, width)] if type(self.stride) is int and self.stride > 0 else None
+        grid = None
+        if type(self.stride) is int and self.stride > 0:
+            width, height = sets.size(sets.stems[0])
+            grid = [(n // 4 * 4 - crop) // self.stride + 1 for n in (height, width)]
         if grid != list(self.table.shape[3:]) or sorted(self.rows) != sorted(sets.files["original"]):
-            raise runs.UserError(f"--atlas {path}: its .json was changed (stride {self.stride} and {len(self.rows)} stems do not fit its table or the images); remove both, and python -m prepare.atlas makes them")
-        self.told = " ".join(names) + f" stride {self.stride} table {about['table']}"
+            raise runs.UserError(f"--atlas {path}: its .json was changed (stride {self.stride} and {len(self.rows)} "
+                                 "stems do not fit its table or the images); remove both, and python -m prepare.atlas "
+                                 "makes them")
+        self.identity = " ".join(names) + f" stride {self.stride} table {record['table']}"
 
     @staticmethod
     def load(path):
-        """(record, memory-mapped table) of the two files, as they were written; a finished table is hashed, .04 s for HGGT's 65 MB."""
-        about, table = json.loads(path.with_suffix(".json").read_text()), np.load(path, mmap_mode="r")
-        if list(table.shape) != about["shape"] or table.dtype != np.float32:
-            raise runs.UserError(f"a table of {table.shape}, expected {about['shape']}")
-        if about["finished"] and hashlib.sha256(table.reshape(-1)).hexdigest()[:12] != about["table"]:
+        """(record, memory-mapped table) of the two files, as they were written.
+
+        A finished table is hashed: 0.04 s for HGGT's 65 MB.
+        """
+        record, table = json.loads(path.with_suffix(".json").read_text()), np.load(path, mmap_mode="r")
+        if list(table.shape) != record["shape"] or table.dtype != np.float32:
+            raise runs.UserError(f"a table of {table.shape}, expected {record['shape']}")
+        if record["finished"] and hashlib.sha256(table.reshape(-1)).hexdigest()[:12] != record["table"]:
             raise runs.UserError("its table was changed after it was finished")
-        return about, table
+        return record, table
 
     @staticmethod
     def open_all(words, sets, crop, reward=None):
-        """["FILE", "FILE=WEIGHT"] -> [(Atlas, weight)] of one grid. What they sum up to must be the reward in use, if there is one."""
+        """["FILE", "FILE=WEIGHT"] -> [(Atlas, weight)] of one grid. Their sum must be the reward in use, if one is."""
         opened = []
         for word in words:
-            file, _, weight = word.partition("=")
+            file, _, text = word.partition("=")
             try:
-                number = float(weight) if weight else 1.0
+                weight = float(text) if text else 1.0
             except ValueError:
-                number = np.nan
-            if not np.isfinite(number):
+                weight = np.nan
+            if not np.isfinite(weight):
                 raise runs.UserError(f"--atlas {word}: write FILE or FILE=WEIGHT")
-            opened.append((Atlas(file, sets, crop), number))
+            opened.append((Atlas(file, sets, crop), weight))
         if len({(atlas.stride, atlas.table.shape) for atlas, _ in opened}) > 1:
             raise runs.UserError(f"--atlas {' '.join(words)}: of different grids; make them with one --stride")
         if opened and reward is not None:
-            total, wanted = {}, {(name, part["hash"]): part["weight"] for name, part in reward.identity().items()}
+            # {(name, hash): weight}
+            in_use = {(name, part["hash"]): part["weight"] for name, part in reward.identity().items()}
+            total = {}
             for atlas, weight in opened:
                 for name, part in atlas.rewards.items():
                     total[name, part["hash"]] = total.get((name, part["hash"]), 0.0) + weight * part["weight"]
-            if total.keys() != wanted.keys() or any(not np.isclose(total[key], wanted[key]) for key in total):
-                told = lambda parts: " ".join(f"{name}={weight:g} ({digest})" for (name, digest), weight in parts.items())
-                raise runs.UserError(f"--atlas {' '.join(words)}: the sum of {told(total)}, but --reward is {told(wanted)}: name the same reward, weights and all, or none")
+            if total.keys() != in_use.keys() or any(not np.isclose(total[key], in_use[key]) for key in total):
+                raise runs.UserError(f"--atlas {' '.join(words)}: the sum of {sum_of(total)}, but --reward is "
+                                     f"{sum_of(in_use)}: name the same reward, weights and all, or none")
         return opened
 
     def position(self, u):
@@ -133,8 +152,13 @@ class Atlas:
         return torch.from_numpy(self.table[self.rows[stem], :, int(flipped), y // self.stride, x // self.stride].copy())
 
 
+def sum_of(parts):
+    """{(name, hash): weight} as text."""
+    return " ".join(f"{name}={weight:g} ({digest})" for (name, digest), weight in parts.items())
+
+
 def read(sets, stem, version):
-    """(3, H, W) uint8 array, sides cut to multiples of 4: what training crops from."""
+    """(3, H, W) uint8 array, sides cut to multiples of 4: training crops are cut from it."""
     return cut_to_x4(sets.read(stem, version))
 
 
@@ -145,10 +169,44 @@ def positions(shape, crop, stride):
 
 
 def score_crops(reward, image, where, crop, batch_size, device):
-    """Scores of the crops of one (3, H, W) uint8 array, [] of floats."""
+    """Scores (N,) of the crops of one (3, H, W) uint8 array. where: their N positions, (top, left)."""
     crops = [torch.from_numpy(np.array(image[:, y:y + crop, x:x + crop])) for y, x in where]
+    scores = []
     with torch.no_grad():
-        return torch.cat([reward(torch.stack(crops[k:k + batch_size]).to(device).float() / 255).cpu() for k in range(0, len(crops), batch_size)])
+        for k in range(0, len(crops), batch_size):
+            scores.append(reward(torch.stack(crops[k:k + batch_size]).to(device).float() / 255).cpu())
+    return torch.cat(scores)
+
+
+def begin_or_continue(out, record, shape):
+    """Check that the atlas at `out` was begun with the settings of `record`, or begin it with NaN for every score."""
+    index = out.with_suffix(".json")
+    runs.check_output(out, "--out")
+    if index.exists():
+        try:
+            earlier, _ = Atlas.load(out)
+            keys = ("reward", "crop", "stride", "signature", "versions", "stems", "shape")
+            changed = [key for key in keys if earlier[key] != record[key]]
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:80]
+            raise runs.UserError(f"{out}: damaged ({reason}): remove it and {index}") from None
+        if changed:
+            names = " and ".join("images" if key == "signature" else key for key in changed)
+            more = "; its scores are of the images as they were then" if "signature" in changed else ""
+            raise runs.UserError(f"{out}: begun with other {names}{more}: remove it and {index.name} to begin anew, "
+                                 "or name another --out")
+    elif out.exists():
+        raise runs.UserError(f"{out}: is there, but not {index.name}, which would describe it: name another --out, "
+                             "or remove it")
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        size, free = 4 * math.prod(shape), shutil.disk_usage(out.parent).free
+        if size + 4096 > free:
+            raise runs.UserError(f"{out}: {size / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
+        table = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape)
+        table[:] = np.nan
+        table.flush()
+        runs.save_json(index, record | {"finished": False})
 
 
 def main(args):
@@ -156,40 +214,23 @@ def main(args):
     runs.check_output(args.out_json, "--out-json")
     sets = data.find_sets(args.data, "Train")
     reward = iqa.create_reward(args.reward, world.device, args.reward_weights, musiq="fused")
+    # refuses images smaller than the crop
+    sizes = data.check_headers(data.TrainingSet(sets, "amo", None, 1, 1, args.crop), world)
     if args.compare:
         return compare(args, world, sets, reward)
-    out = args.out or args.data / "atlas" / f"{'+'.join(re.sub(r'[^0-9A-Za-z_.-]', '_', name) for name, _ in iqa.parse_rewards(args.reward))}-{args.crop}-{args.stride}.npy"
-    sizes = data.check_headers(data.TrainingSet(sets, "amo", None, 1, 1, args.crop), world)
+    names = "+".join(re.sub(r"[^0-9A-Za-z_.-]", "_", name) for name, _ in iqa.parse_rewards(args.reward))
+    out = args.out or args.data / "atlas" / f"{names}-{args.crop}-{args.stride}.npy"
     width, height = first = sets.size(sets.stems[0])
     for stem, size in sizes.items():
         if size != first:
-            raise runs.UserError(f"{sets.path(stem)}: {size[0]}x{size[1]} pixels, unlike the first image, {width}x{height}: an atlas needs images of one size")
+            raise runs.UserError(f"{sets.path(stem)}: {size[0]}x{size[1]} pixels, unlike the first image, "
+                                 f"{width}x{height}: an atlas needs images of one size")
     _, rows, columns = positions((3, height // 4 * 4, width // 4 * 4), args.crop, args.stride)
     shape = (len(sets.stems), len(sets.versions), 2, rows, columns)
-    about = {"reward": reward.identity(), "crop": args.crop, "stride": args.stride, "signature": sets.signature(), "versions": sets.versions, "stems": sets.stems, "shape": list(shape), **runs.describe_machine()}
-    record = out.with_suffix(".json")
+    record = {"reward": reward.identity(), "crop": args.crop, "stride": args.stride, "signature": sets.signature(),
+              "versions": sets.versions, "stems": sets.stems, "shape": list(shape), **runs.describe_machine()}
     if world.is_main:
-        runs.check_output(out, "--out")
-        if record.exists():
-            try:
-                before, table = Atlas.load(out)
-                other = [k for k in ("reward", "crop", "stride", "signature", "versions", "stems", "shape") if before[k] != about[k]]
-            except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-                raise runs.UserError(f"{out}: damaged ({' '.join(str(error).split())[:80]}): remove it and {record}") from None
-            if other:
-                changed = "; its scores are of the images as they were then" if "signature" in other else ""
-                raise runs.UserError(f"{out}: begun with other {' and '.join('images' if k == 'signature' else k for k in other)}{changed}: remove it and {record.name} to begin anew, or name another --out")
-        elif out.exists():
-            raise runs.UserError(f"{out}: is there, but not {record.name}, which would say what it is: name another --out, or remove it")
-        else:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(out.parent).free
-            if 4 * math.prod(shape) + 4096 > free:
-                raise runs.UserError(f"{out}: {4 * math.prod(shape) / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
-            table = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape)
-            table[:] = np.nan                                                     # not yet scored
-            table.flush()
-            runs.save_json(record, about | {"finished": False})
+        begin_or_continue(out, record, shape)
     world.barrier()
     table = np.lib.format.open_memmap(out, mode="r+")
     mine = range(world.rank, len(sets.stems), world.size)
@@ -199,42 +240,56 @@ def main(args):
             image = read(sets, sets.stems[i], version)
             where, *grid = positions(image.shape, args.crop, args.stride)
             for flip in (0, 1):
-                scores = score_crops(reward, image[:, :, ::-1] if flip else image, where, args.crop, args.batch_size, world.device)
+                flipped = image[:, :, ::-1] if flip else image
+                scores = score_crops(reward, flipped, where, args.crop, args.batch_size, world.device)
                 if not torch.isfinite(scores).all():
                     raise runs.UserError(f"{sets.path(sets.stems[i], version)}: a score is not finite")
                 table[i, k, flip] = scores.view(*grid).numpy()
-        table.flush()                                                             # a set counts once its last version is there
+        # a set counts once its last version is there
+        table.flush()
     world.barrier()
     if world.is_main:
         if np.isnan(table).any():
-            raise runs.UserError(f"{out}: {np.isnan(table).any((1, 2, 3, 4)).sum()} sets have no scores, although every process has ended: the same command continues")
-        runs.save_json(record, about | {"finished": True, "table": hashlib.sha256(table.tobytes()).hexdigest()[:12]})
-        winner = np.bincount(table[:].argmax(1).ravel(), minlength=len(sets.versions)) / table[:, 0].size
-        print(f"{out}: {table.size} scores, {table.nbytes / 1e6:.1f} MB; winners: " + ", ".join(f"{v} {w:.0%}" for v, w in zip(sets.versions, winner)))
+            missing = np.isnan(table).any((1, 2, 3, 4)).sum()
+            raise runs.UserError(f"{out}: {missing} sets have no scores, although every process has ended: "
+                                 "the same command continues")
+        digest = hashlib.sha256(table.tobytes()).hexdigest()[:12]
+        runs.save_json(out.with_suffix(".json"), record | {"finished": True, "table": digest})
+        winners = np.bincount(table[:].argmax(1).ravel(), minlength=len(sets.versions)) / table[:, 0].size
+        shares = ", ".join(f"{version} {share:.0%}" for version, share in zip(sets.versions, winners))
+        print(f"{out}: {table.size} scores, {table.nbytes / 1e6:.1f} MB; winners: {shares}")
 
 
 def compare(args, world, sets, reward):
-    """Agreement of arg max: random crops scored online against the nearest position of the grid, at this stride and twice it."""
-    data.check_headers(data.TrainingSet(sets, "amo", None, 1, 1, args.crop), world)             # refuses images smaller than the crop
+    """Agreement of arg max: random crops scored online, and the nearest positions of this grid and of a coarser one."""
     rng = np.random.default_rng(args.seed)
-    same, gaps = {args.stride: 0, 2 * args.stride: 0}, {args.stride: [], 2 * args.stride: []}
+    strides = (args.stride, 2 * args.stride)
+    same, gaps = dict.fromkeys(strides, 0), {stride: [] for stride in strides}
     for _ in tqdm(range(args.compare), unit="crop", disable=not world.is_main):
         stem = sets.stems[rng.integers(len(sets.stems))]
         images = [read(sets, stem, version) for version in sets.versions]
-        y, x = (4 * int(rng.integers((n - args.crop) // 4 + 1)) for n in images[0].shape[1:])
-        spots = [(y, x)] + [tuple(min(round(v / stride) * stride, (n - args.crop) // stride * stride) for v, n in zip((y, x), images[0].shape[1:])) for stride in same]
-        scores = torch.stack([score_crops(reward, image, spots, args.crop, len(spots), world.device) for image in images])          # (versions, spots)
+        sides = images[0].shape[1:]
+        place = [4 * int(rng.integers((n - args.crop) // 4 + 1)) for n in sides]
+        places = [place]
+        for stride in strides:
+            nearest = (round(v / stride) * stride for v in place)
+            places.append([min(v, (n - args.crop) // stride * stride) for v, n in zip(nearest, sides)])
+        scores = [score_crops(reward, image, places, args.crop, len(places), world.device) for image in images]
+        scores = torch.stack(scores)  # (versions, 3)
         best = scores.argmax(0)
-        for k, stride in enumerate(same, 1):
+        for k, stride in enumerate(strides, 1):
             same[stride] += int(best[k] == best[0])
             gaps[stride].append((scores[best[0], 0] - scores[best[k], 0]).item())
-    record = {"command": sys.argv, **runs.describe_machine(), "reward": reward.identity(), "crop": args.crop, "n": args.compare, "seed": args.seed, "same_winner": same}
+    lost = {stride: float(np.mean([gap for gap in gaps[stride] if gap] or [0])) for stride in strides}
     if args.out_json and world.is_main:
-        runs.save_json(args.out_json, record | {"lost_score": {stride: float(np.mean([g for g in gap if g] or [0])) for stride, gap in gaps.items()}})
+        runs.save_json(args.out_json, {"command": sys.argv, **runs.describe_machine(), "reward": reward.identity(),
+                                       "crop": args.crop, "n": args.compare, "seed": args.seed, "same_winner": same,
+                                       "lost_score": lost})
     for stride, count in same.items():
         low, high = stats.binomtest(count, args.compare).proportion_ci(method="wilson")
-        print(f"stride {stride}: the same winner in {count / args.compare:.1%} [{low:.1%}, {high:.1%}] of {args.compare} random crops; where it differs the online score of the grid's choice "
-              f"is lower by {np.mean([g for g in gaps[stride] if g] or [0]):.2f} on average (seed {args.seed})")
+        print(f"stride {stride}: the same winner in {count / args.compare:.1%} [{low:.1%}, {high:.1%}] of "
+              f"{args.compare} random crops; where it differs the online score of the grid's choice is lower by "
+              f"{lost[stride]:.2f} on average (seed {args.seed})")
 
 
 if __name__ == "__main__":
