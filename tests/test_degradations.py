@@ -1,4 +1,4 @@
-"""degradations.py against scipy, libjpeg (through Pillow), plain numpy, and the tables of spec section 3."""
+"""degradations.py against scipy, libjpeg (through Pillow), plain numpy, and the options of HGGT and Real-ESRGAN."""
 import functools
 import io
 import random
@@ -6,12 +6,26 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from scipy import fft, ndimage, special, stats
 from skimage import data
 
 import degradations
-from degradations import PRESETS, blur, degrade, draw_group, draw_sample, gaussian_kernel, jpeg, sinc_kernel, usm_sharpen
+import runs
+from degradations import (
+    PRESETS,
+    bicubic,
+    blur,
+    degrade,
+    draw_group,
+    draw_sample,
+    fixed,
+    gaussian_kernel,
+    jpeg,
+    sinc_kernel,
+    usm_sharpen,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -19,7 +33,8 @@ pytestmark = pytest.mark.fast
 _file = io.BytesIO()
 Image.new("RGB", (16, 16)).save(_file, "jpeg", quality=50)
 LUMA, CHROMA = (Image.open(_file).quantization[n] for n in (0, 1))
-IMAGES = {"one-round": 64, "two-round": 64, "blur": 64, "realesrgan": 96}  # side in pixels that each preset is tried on
+# side in pixels that each preset is tried on
+IMAGES = {"one-round": 64, "two-round": 64, "blur": 64, "realesrgan": 96}
 
 
 def photo(h, w, top=60, left=180):
@@ -29,13 +44,15 @@ def photo(h, w, top=60, left=180):
 
 
 def photos(side):
-    return torch.stack([photo(side, side, 50 * i, 40 + 60 * i) for i in range(6)])  # (6, 3, side, side)
+    # (6, 3, side, side)
+    return torch.stack([photo(side, side, 50 * i, 40 + 60 * i) for i in range(6)])
 
 
 def custom(**changes):
     """A one-round preset that changes almost nothing but the size, with the given settings."""
-    settings = dict(PRESETS["one-round"]["rounds"][0], blur_prob=0.0, resize_prob=(0, 0, 1), jpeg_quality=(99.99, 99.99))
-    return dict(PRESETS["one-round"], rounds=[settings | changes])
+    preset = PRESETS["one-round"]
+    settings = dict(preset["rounds"][0], blur_prob=0.0, resize_prob=(0, 0, 1), jpeg_quality=(99.99, 99.99))
+    return dict(preset, rounds=[settings | changes])
 
 
 # Slow references, numpy and float64, one image (3, h, w) at a time
@@ -45,7 +62,8 @@ def slow_jpeg(image, quality, table):
     mode = dict(mode="constant") if table == "hggt" else dict(mode="edge")
     red, green, blue = np.pad(np.clip(image, 0, 1) * 255.0, ((0, 0), (0, -h % 16), (0, -w % 16)), **mode)
     planes = [0.299 * red + 0.587 * green + 0.114 * blue,
-              128 - 0.168736 * red - 0.331264 * green + 0.5 * blue, 128 + 0.5 * red - 0.418688 * green - 0.081312 * blue]
+              128 - 0.168736 * red - 0.331264 * green + 0.5 * blue,
+              128 + 0.5 * red - 0.418688 * green - 0.081312 * blue]
     for n in (1, 2):
         planes[n] = (planes[n][::2, ::2] + planes[n][1::2, ::2] + planes[n][::2, 1::2] + planes[n][1::2, 1::2]) / 4
     for plane, steps in zip(planes, (LUMA, CHROMA, CHROMA)):
@@ -55,7 +73,8 @@ def slow_jpeg(image, quality, table):
         else:
             scale = 5000 // quality if quality < 50 else 200 - 2 * quality
             steps = np.clip((steps * scale + 50) // 100, 1, 255)
-        for rows in np.split(plane, plane.shape[0] // 8):  # views: each block is replaced in place
+        # views: each block is replaced in place
+        for rows in np.split(plane, plane.shape[0] // 8):
             blocks = np.stack(np.split(rows, rows.shape[1] // 8, axis=1))
             coefficients = np.round(fft.dctn(blocks - 128, axes=(1, 2), norm="ortho") / steps) * steps
             rows[:] = np.concatenate(fft.idctn(coefficients, axes=(1, 2), norm="ortho") + 128, axis=1)
@@ -76,9 +95,11 @@ def resize_matrix(old, new, mode, scale):
         if mode == "bilinear":
             x = max(x, 0)
             taps = {0: 1 - x % 1, 1: x % 1}
-        else:  # Keys' cubic with a = -0.75
+        else:
+            # Keys' cubic with a = -0.75
             d = {k: abs(x % 1 - k) for k in (-1, 0, 1, 2)}
-            taps = {k: 1.25 * t**3 - 2.25 * t**2 + 1 if t <= 1 else -0.75 * (t**3 - 5 * t**2 + 8 * t - 4) for k, t in d.items()}
+            taps = {k: 1.25 * t**3 - 2.25 * t**2 + 1 if t <= 1 else -0.75 * (t**3 - 5 * t**2 + 8 * t - 4)
+                    for k, t in d.items()}
         for k, weight in taps.items():
             weights[i, np.clip(int(np.floor(x)) + k, 0, old - 1)] += weight
     return weights
@@ -95,7 +116,7 @@ def slow_blur(image, kernel):
 
 
 def slow_noise(image, sample, group):
-    """Gaussian noise with the drawn field; Poisson noise is compared on its own, the chain runs with a Poisson scale of 0."""
+    """Gaussian noise with the drawn field. Poisson noise is compared on its own; here it has a scale of 0."""
     if group["gaussian"]:
         channels, seed = (1, group["noise_seed"]) if sample["gray"] else (3, sample["noise_seed"])
         field = torch.randn(channels, *image.shape[1:], generator=torch.Generator().manual_seed(seed)).double().numpy()
@@ -124,10 +145,70 @@ def slow_degrade(image, sample, group):
     return np.clip(np.round(x * 255), 0, 255)
 
 
+# MATLAB's bicubic, and the LR images of test sets
+
+def slow_imresize(image, scale=0.25):
+    """MATLAB's imresize of (H, W) float64, pixel by pixel, after its contributions(): bicubic, antialiased."""
+    for _ in range(2):
+        old = image.shape[0]
+        mirror, columns = [*range(old), *range(old - 1, -1, -1)], []
+        for i in range(1, int(np.ceil(old * scale)) + 1):
+            u = i / scale + 0.5 * (1 - 1 / scale)
+            left = np.floor(u - 4 / scale / 2)
+            taps = left + np.arange(np.ceil(4 / scale) + 2)
+            t = np.abs(scale * (u - taps))
+            near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+            weights = near * (t <= 1) + far * ((1 < t) & (t <= 2))
+            places = [mirror[int(tap - 1) % len(mirror)] for tap in taps]
+            columns.append(sum(w / weights.sum() * image[k] for w, k in zip(weights, places)))
+        # rows first, then columns
+        image = np.stack(columns).T
+    return image
+
+
+@pytest.mark.parametrize("h, w", [(64, 96), (4, 8), (12, 200)])
+def test_bicubic_is_matlabs_imresize(h, w):
+    image = photo(h, w)
+    expected = np.stack([slow_imresize(plane) for plane in image.double().numpy() * 255])
+    lq = bicubic(image[None])
+    assert lq.dtype == torch.float32 and lq.shape == (1, 3, h // 4, w // 4)
+    # rounded half upwards; no value lies nearer to a half than float64's errors
+    assert np.array_equal((lq[0] * 255).round().numpy(), np.clip(np.floor(expected + 0.5), 0, 255))
+
+
+def test_bicubic_keeps_constants_equals_pytorch_inside_and_is_8_bit():
+    for level in (0, 1, 127, 255):
+        assert torch.equal(bicubic(torch.full((1, 3, 16, 20), level / 255)), torch.full((1, 3, 4, 5), level / 255))
+    images = photos(96)
+    lq = bicubic(images)
+    inside = (slice(None), slice(None), slice(2, -2), slice(2, -2))
+    expected = F.interpolate(images.double(), scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1)
+    assert (lq - expected)[inside].abs().max() < 0.501 / 255
+    # the borders are mirrored: PyTorch drops what lies outside
+    padded = F.interpolate(F.pad(images.double(), (8, 8, 8, 8), mode="replicate"), scale_factor=0.25, mode="bicubic",
+                           antialias=True)[..., 2:-2, 2:-2].clamp(0, 1)
+    assert (expected - lq).abs().max() > 2 / 255 and (padded - lq).abs().mean() < 1 / 255
+    assert torch.equal((lq * 255).round() / 255, lq)
+    assert torch.equal(lq[2:3], bicubic(images[2:3])) and torch.equal(bicubic(images.flip(3)), lq.flip(3))
+
+
+def test_the_lr_image_of_a_test_image_follows_from_its_name_and_the_seed():
+    gt = photo(64, 64)[None]
+    seeds = [[runs.sample_seed(0, 0, k, "test kodim01")] for k in (0, 1)]
+    assert torch.equal(fixed(gt, "two-round", "kodim01"), degrade(gt, "two-round", *seeds))
+    assert not torch.equal(fixed(gt, "two-round", "kodim02"), fixed(gt, "two-round", "kodim01"))
+    assert not torch.equal(fixed(gt, "two-round", "kodim01", seed=1), fixed(gt, "two-round", "kodim01"))
+    assert torch.equal(fixed(gt, "bicubic", "kodim01"), bicubic(gt))
+    with pytest.raises(runs.UserError, match="multiples of 4, got 62x64"):
+        fixed(gt[:, :, :62], "bicubic", "kodim01")
+    with pytest.raises(ValueError, match="unknown degradation preset 'none'"):
+        fixed(gt, "none", "kodim01")
+
+
 # The whole chain
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_chain_equals_a_slow_reference_written_from_the_spec(name):
+def test_the_chain_equals_a_slow_reference(name):
     preset = dict(PRESETS[name], rounds=[dict(r, poisson_scale=(0, 0)) for r in PRESETS[name]["rounds"]])
     images, seen = photos(IMAGES[name]), set()
     for seed in range(12):
@@ -137,9 +218,11 @@ def test_the_chain_equals_a_slow_reference_written_from_the_spec(name):
             seen |= {g["resize"], g["mode"], ("gaussian", g["gaussian"]), ("jpeg_last", group["jpeg_last"])}
         expected = slow_degrade(image.double().numpy(), draw_sample(preset, 100 + seed), group)
         levels = (degrade(image[None], preset, [100 + seed], [seed])[0] * 255).numpy()
-        difference = np.abs(levels - expected)  # float32 moves a few values across a rounding border of the JPEG or of the output
-        assert difference.mean() < 0.02 and (difference > 0.5).mean() < 0.02, (seed, difference.mean(), difference.max())
-    if name == "blur":                                                            # it draws neither resizes nor Poisson noise
+        # float32 moves a few values across a rounding border of the JPEG or of the output
+        difference = np.abs(levels - expected)
+        assert difference.mean() < 0.02 and (difference > 0.5).mean() < 0.02, (seed, difference.mean())
+    # it draws neither resizes nor Poisson noise
+    if name == "blur":
         return
     assert {"up", "down", *degradations.MODES} <= seen
     assert {(key, flag) for key in ("gaussian", "jpeg_last") for flag in (True, False)} <= seen
@@ -200,8 +283,10 @@ def test_the_jpeg_table_reaches_both_rounds():
 
 @pytest.mark.parametrize("gt, seeds, groups, message", [
     (torch.rand(1, 3, 66, 64), [0], [0], "multiples of 4"), (torch.rand(3, 64, 64), [0], [0], r"\(B, 3, H, W\)"),
-    (torch.rand(1, 1, 64, 64), [0], [0], r"\(B, 3, H, W\)"), (torch.ones(1, 3, 64, 64, dtype=torch.uint8), [0], [0], "float"),
-    (torch.rand(1, 3, 64, 64) * 255, [0], [0], "divide 8-bit"), (torch.full((1, 3, 64, 64), torch.nan), [0], [0], r"\[0, 1\]"),
+    (torch.rand(1, 1, 64, 64), [0], [0], r"\(B, 3, H, W\)"),
+    (torch.ones(1, 3, 64, 64, dtype=torch.uint8), [0], [0], "float"),
+    (torch.rand(1, 3, 64, 64) * 255, [0], [0], "divide 8-bit"),
+    (torch.full((1, 3, 64, 64), torch.nan), [0], [0], r"\[0, 1\]"),
     (torch.rand(2, 3, 64, 64), [0], [0, 0], "seeds"), (torch.rand(2, 3, 64, 64), [0, 1], [0], "seeds"),
     (torch.rand(1, 3, 64, 64), [-1], [0], ">= 0"), (torch.rand(1, 3, 64, 64), [0], [-1], ">= 0"),
     (torch.rand(1, 3, 16, 64), [0], [0], "too small"), (torch.rand(0, 3, 64, 64), [], [], "seeds")])
@@ -224,17 +309,20 @@ def test_unknown_presets_keys_and_tables_are_named():
         degrade(gt, "one-round", [0], [0], jpeg_table="mozjpeg")
 
 
-# The draws against spec table 3.7
+# The draws against the options of HGGT and Real-ESRGAN
 
 HGGT = dict(families=[0.7, 0.3], sinc=0.01, resize=(0.1, 0.85, 0.05), gray=0.2, blur=1)
-ORIGINAL = dict(families=[0.45, 0.25, 0.12, 0.03, 0.12, 0.03], sinc=0.1, sizes=[7, 9, 11, 13, 15, 17, 19, 21], gray=0.4, blur=1,
+ORIGINAL = dict(families=[0.45, 0.25, 0.12, 0.03, 0.12, 0.03], sinc=0.1, gray=0.4, blur=1,
+                sizes=[7, 9, 11, 13, 15, 17, 19, 21],
                 q=(30, 95))
 TABLE = {
     "one-round": [
-        HGGT | dict(sizes=[3, 5, 7, 9], sigma=(0.1, 1.0), range=(0.8, 1.2), gauss=(1, 12), poisson=(0.05, 0.8), q=(75, 95))],
+        HGGT | dict(sizes=[3, 5, 7, 9], sigma=(0.1, 1.0), range=(0.8, 1.2), gauss=(1, 12), poisson=(0.05, 0.8),
+                    q=(75, 95))],
     "two-round": [
         HGGT | dict(sizes=[3, 5, 7], sigma=(0.1, 0.6), range=(0.9, 1.1), gauss=(1, 8), poisson=(0.05, 0.5), q=(85, 95)),
-        HGGT | dict(sizes=[3, 5], sigma=(0.1, 0.4), range=(0.9, 1.1), gauss=(0, 4), poisson=(0, 0.3), q=(87, 95), blur=0.8)],
+        HGGT | dict(sizes=[3, 5], sigma=(0.1, 0.4), range=(0.9, 1.1), gauss=(0, 4), poisson=(0, 0.3), q=(87, 95),
+                    blur=0.8)],
     "realesrgan": [
         ORIGINAL | dict(sigma=(0.2, 3), resize=(0.2, 0.7, 0.1), range=(0.15, 1.5), gauss=(1, 30), poisson=(0.05, 3)),
         ORIGINAL | dict(sigma=(0.2, 1.5), resize=(0.3, 0.4, 0.3), range=(0.3, 1.2), gauss=(1, 25), poisson=(0.05, 2.5),
@@ -273,35 +361,38 @@ def assert_classes(values, classes, probabilities=None):
 def test_sample_draws_follow_the_table(name):
     draws = sample_draws(name)
     assert all(len(d["rounds"]) == len(TABLE[name]) for d in draws)
-    for n, spec in enumerate(TABLE[name]):
+    for n, options in enumerate(TABLE[name]):
         rounds = [d["rounds"][n] for d in draws]
-        assert_classes((r["size"] for r in rounds), spec["sizes"])
-        assert_share((r["sinc"] for r in rounds), spec["sinc"])
-        for size in spec["sizes"]:
-            assert_uniform((r["cutoff"] for r in rounds if r["size"] == size), np.pi / 3 if size < 13 else np.pi / 5, np.pi)
-        assert_classes((r["family"] for r in rounds), FAMILIES[:len(spec["families"])], spec["families"])
+        assert_classes((r["size"] for r in rounds), options["sizes"])
+        assert_share((r["sinc"] for r in rounds), options["sinc"])
+        for size in options["sizes"]:
+            low = np.pi / 3 if size < 13 else np.pi / 5
+            assert_uniform((r["cutoff"] for r in rounds if r["size"] == size), low, np.pi)
+        assert_classes((r["family"] for r in rounds), FAMILIES[:len(options["families"])], options["families"])
         anisotropic = [r for r in rounds if "aniso" in r["family"]]
-        assert_uniform((r["sigma_x"] for r in rounds), *spec["sigma"])
-        assert_uniform((r["sigma_y"] for r in anisotropic), *spec["sigma"])
+        assert_uniform((r["sigma_x"] for r in rounds), *options["sigma"])
+        assert_uniform((r["sigma_y"] for r in anisotropic), *options["sigma"])
         assert_uniform((r["theta"] for r in anisotropic), -np.pi, np.pi)
         assert abs(stats.spearmanr([r["sigma_x"] for r in anisotropic], [r["sigma_y"] for r in anisotropic])[0]) < 0.2
         assert all(r["sigma_y"] == r["sigma_x"] and r["theta"] == 0 for r in rounds if "aniso" not in r["family"])
-        assert_uniform((r["gaussian_sigma"] for r in rounds), *spec["gauss"])
-        assert_uniform((r["poisson_scale"] for r in rounds), *spec["poisson"])
-        assert_share((r["gray"] for r in rounds), spec["gray"])
-        assert_uniform((r["jpeg_quality"] for r in rounds), *spec["q"])
+        assert_uniform((r["gaussian_sigma"] for r in rounds), *options["gauss"])
+        assert_uniform((r["poisson_scale"] for r in rounds), *options["poisson"])
+        assert_share((r["gray"] for r in rounds), options["gray"])
+        assert_uniform((r["jpeg_quality"] for r in rounds), *options["q"])
         assert len({r["noise_seed"] for d in draws for r in d["rounds"]}) == DRAWS * len(TABLE[name])
     sinc = [d for d in draws if d["final_sinc"]]
     if name in FINAL:
         assert_share((d["final_sinc"] for d in draws), FINAL[name][0])
         assert_classes((d["final_size"] for d in sinc), FINAL[name][1])
-        assert_uniform((d["final_cutoff"] for d in sinc), np.pi / 3, np.pi)  # for large sizes too
+        # for large sizes too
+        assert_uniform((d["final_cutoff"] for d in sinc), np.pi / 3, np.pi)
     else:
         assert not sinc
 
 
 def test_the_blur_preset_blurs_and_does_little_else():
-    samples, groups = [draw["rounds"][0] for draw in sample_draws("blur")], [draw_group("blur", seed)["rounds"][0] for seed in range(200)]
+    samples = [draw["rounds"][0] for draw in sample_draws("blur")]
+    groups = [draw_group("blur", seed)["rounds"][0] for seed in range(200)]
     assert_uniform((r["sigma_x"] for r in samples), 0.2, 4.0)
     assert_uniform((r["gaussian_sigma"] for r in samples), 0, 6)
     assert_classes((r["family"] for r in samples), FAMILIES[:2], [0.5, 0.5])
@@ -316,23 +407,24 @@ def test_shape_parameters_are_a_fair_coin_between_below_and_above_one():
     assert_uniform((b for b in generalized if b < 1), 0.5, 1)
     assert_uniform((b for b in generalized if b > 1), 1, 4)
     plateau = [r["beta"] for r in rounds if r["family"].startswith("plateau")]
-    assert_share((b == 1 for b in plateau), 0.5)  # U(1, 1) is a draw of exactly 1
+    # U(1, 1) is a draw of exactly 1
+    assert_share((b == 1 for b in plateau), 0.5)
     assert_uniform((b for b in plateau if b > 1), 1, 2)
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_group_draws_follow_the_table(name):
     draws = [draw_group(name, seed) for seed in range(2 * DRAWS)]
-    for n, spec in enumerate(TABLE[name]):
+    for n, options in enumerate(TABLE[name]):
         rounds = [d["rounds"][n] for d in draws]
-        low, high = spec["range"]
-        assert_classes((r["resize"] for r in rounds), ["up", "down", "keep"], spec["resize"])
+        low, high = options["range"]
+        assert_classes((r["resize"] for r in rounds), ["up", "down", "keep"], options["resize"])
         assert_uniform((r["scale"] for r in rounds if r["resize"] == "up"), 1, high)
         assert_uniform((r["scale"] for r in rounds if r["resize"] == "down"), low, 1)
         assert all(r["scale"] == 1 for r in rounds if r["resize"] == "keep")
         assert_classes((r["mode"] for r in rounds), ["area", "bilinear", "bicubic"])
         assert_share((r["gaussian"] for r in rounds), 0.5)
-        assert_share((r["blur"] for r in rounds), spec["blur"])
+        assert_share((r["blur"] for r in rounds), options["blur"])
     assert_share((d["jpeg_last"] for d in draws), 0.5)
     assert_classes((d["final_mode"] for d in draws), ["area", "bilinear", "bicubic"])
 
@@ -359,7 +451,8 @@ def test_equal_seeds_give_a_sample_and_a_group_unrelated_streams():
 
 
 def test_a_probability_does_not_shift_the_other_draws():
-    always = dict(PRESETS["two-round"], rounds=[dict(r, sinc_prob=1.0, gray_prob=1.0) for r in PRESETS["two-round"]["rounds"]])
+    preset = PRESETS["two-round"]
+    always = dict(preset, rounds=[dict(r, sinc_prob=1.0, gray_prob=1.0) for r in preset["rounds"]])
     for seed in range(20):
         for a, b in zip(draw_sample("two-round", seed)["rounds"], draw_sample(always, seed)["rounds"]):
             assert b["sinc"] and b["gray"]
@@ -368,12 +461,14 @@ def test_a_probability_does_not_shift_the_other_draws():
 
 # Kernels and blur
 
-@pytest.mark.parametrize("size, sigma_x, sigma_y, theta", [(7, 1.3, 1.3, 0), (9, 0.6, 2, 0.7), (21, 3, 1, -2), (3, 0.1, 1, 2)])
+@pytest.mark.parametrize("size, sigma_x, sigma_y, theta",
+                         [(7, 1.3, 1.3, 0), (9, 0.6, 2, 0.7), (21, 3, 1, -2), (3, 0.1, 1, 2)])
 def test_gaussian_families_equal_their_formulas(size, sigma_x, sigma_y, theta):
     turn = np.array([[np.cos(theta), -np.sin(theta)], [np.sin(theta), np.cos(theta)]])
     covariance = turn @ np.diag([sigma_x**2, sigma_y**2]) @ turn.T
     offset = np.arange(size) - size // 2
-    grid = np.stack(np.meshgrid(offset, offset), -1)  # (k, k, 2): x = column, y = row
+    # (k, k, 2): x = column, y = row
+    grid = np.stack(np.meshgrid(offset, offset), -1)
     pdf = stats.multivariate_normal([0, 0], covariance).pdf(grid)
     np.testing.assert_allclose(gaussian_kernel(size, sigma_x, sigma_y, theta), pdf / pdf.sum(), atol=1e-12)
     m = np.einsum("ijk,kl,ijl->ij", grid, np.linalg.inv(covariance), grid)
@@ -389,7 +484,8 @@ def test_sinc_kernel_equals_the_bessel_formula_with_its_limit_at_the_centre(size
     expected = np.empty((size, size))
     for i in range(size):
         for j in range(size):
-            r = max(np.hypot(i - size // 2, j - size // 2), 1e-6)  # the centre as a limit
+            # the centre as a limit
+            r = max(np.hypot(i - size // 2, j - size // 2), 1e-6)
             expected[i, j] = cutoff * special.jv(1, cutoff * r) / (2 * np.pi * r)
     np.testing.assert_allclose(sinc_kernel(size, cutoff), expected / expected.sum(), atol=1e-9)
     assert sinc_kernel(size, cutoff).sum() == pytest.approx(1)
@@ -397,7 +493,7 @@ def test_sinc_kernel_equals_the_bessel_formula_with_its_limit_at_the_centre(size
 
 def test_kernel_errors_are_clear():
     for call, message in ((lambda: gaussian_kernel(4, 1.0), "odd"), (lambda: gaussian_kernel(5, 0.0), "sigma"),
-                          (lambda: gaussian_kernel(5, 1.0, kind="box"), "gaussian, generalized, plateau"),
+                          (lambda: gaussian_kernel(5, 1.0, form="box"), "gaussian, generalized, plateau"),
                           (lambda: sinc_kernel(6, 2.0), "odd"), (lambda: sinc_kernel(7, 0.0), "cutoff"),
                           (lambda: degradations.pad_kernel(np.ones((11, 11)), 9), "11-pixel kernel to 9"),
                           (lambda: blur(torch.rand(1, 3, 4, 9), np.ones((9, 9))), "twice"),
@@ -412,13 +508,15 @@ def test_blur_is_a_correlation_per_sample_with_mirrored_borders():
     expected = np.stack([slow_blur(image, kernel) for image, kernel in zip(images, kernels)])
     np.testing.assert_allclose(blur(torch.from_numpy(images).float(), kernels).numpy(), expected, atol=1e-4)
     np.testing.assert_allclose(blur(torch.from_numpy(images), torch.from_numpy(kernels)).numpy(), expected, atol=1e-12)
-    expected = np.stack([slow_blur(image, kernels[0][2:3, :5]) for image in images])  # one kernel for all, not square
+    # one kernel for all, not square
+    expected = np.stack([slow_blur(image, kernels[0][2:3, :5]) for image in images])
     np.testing.assert_allclose(blur(torch.from_numpy(images), kernels[0][2:3, :5].copy()).numpy(), expected, atol=1e-12)
 
 
 def test_usm_equals_a_plain_scipy_version():
     image = photo(90, 120).double()
-    line = stats.norm(0, 0.3 * ((51 - 1) * 0.5 - 1) + 0.8).pdf(np.arange(-25, 26))  # OpenCV's sigma for 51 taps
+    # OpenCV's sigma for 51 taps
+    line = stats.norm(0, 0.3 * ((51 - 1) * 0.5 - 1) + 0.8).pdf(np.arange(-25, 26))
 
     def smooth(x):
         for axis in (1, 2):
@@ -446,28 +544,35 @@ def pillow_jpeg(levels, quality):
 
 @pytest.mark.parametrize("quality", [30, 49, 50, 75, 95])
 def test_jpeg_with_libjpegs_table_matches_pillow(quality):
-    levels = data.astronaut()[:200, 100:330]  # neither side a multiple of 16
+    # neither side a multiple of 16
+    levels = data.astronaut()[:200, 100:330]
     ours = jpeg(torch.from_numpy(levels / 255).float().permute(2, 0, 1)[None], quality, "libjpeg")[0] * 255
-    assert np.abs(ours.permute(1, 2, 0).numpy() - pillow_jpeg(levels, quality)).mean() < 1.5  # libjpeg interpolates chroma
-    grey = levels.mean(2).round().astype(np.uint8)  # no chroma: only libjpeg's integer arithmetic is left
+    # libjpeg interpolates chroma
+    assert np.abs(ours.permute(1, 2, 0).numpy() - pillow_jpeg(levels, quality)).mean() < 1.5
+    # no chroma: only libjpeg's integer arithmetic is left
+    grey = levels.mean(2).round().astype(np.uint8)
     ours = jpeg(torch.from_numpy(grey / 255).float().expand(1, 3, *grey.shape), quality, "libjpeg")[0, 0].numpy() * 255
     difference = np.abs(ours - pillow_jpeg(grey, quality))
-    assert difference.mean() < 0.45 and (difference < 1.01).mean() > 0.9  # 0.25 is what rounding alone gives
+    # 0.25 is what rounding alone gives
+    assert difference.mean() < 0.45 and (difference < 1.01).mean() > 0.9
 
 
 @pytest.mark.parametrize("table", ["hggt", "libjpeg"])
 def test_jpeg_equals_a_slow_reference_at_each_samples_own_quality(table):
     images, qualities = torch.stack([photo(37, 53, 40 * i) for i in range(5)]), [10, 31, 50, 77, 98]
     if table == "hggt":
-        qualities = [q + 0.37 for q in qualities]  # real-valued
+        # real-valued
+        qualities = [q + 0.37 for q in qualities]
     result = jpeg(images, qualities, table).numpy()
     for ours, image, quality in zip(result, images, qualities):
         difference = np.abs(ours - slow_jpeg(image.double().numpy(), quality, table)) * 255
-        assert difference.mean() < 0.02 and (difference > 0.01).mean() < 0.01  # a coefficient may round the other way in float32
+        # a coefficient may round the other way in float32
+        assert difference.mean() < 0.02 and (difference > 0.01).mean() < 0.01
 
 
-def test_hggts_luma_table_is_transposed_as_measured_in_the_spec():
-    cosine = 40 * np.cos((2 * np.arange(64) + 1) * 7 * np.pi / 16)  # the highest frequency of 8x8 blocks, spec 3.5
+def test_hggts_luma_table_is_transposed_as_measured():
+    # the highest frequency of 8x8 blocks
+    cosine = 40 * np.cos((2 * np.arange(64) + 1) * 7 * np.pi / 16)
     horizontal = np.broadcast_to(128 + cosine[None, :, None], (64, 64, 3))
     for pattern, hggt, libjpeg in ((horizontal, 27.0, 30.4), (horizontal.transpose(1, 0, 2), 30.5, 26.8)):
         x = torch.from_numpy(pattern / 255).float().permute(2, 0, 1)[None]
@@ -477,7 +582,8 @@ def test_hggts_luma_table_is_transposed_as_measured_in_the_spec():
 
 
 def test_black_padding_leaks_into_odd_sizes_with_hggts_jpeg_only():
-    small, large = torch.ones(1, 3, 44, 44), torch.ones(1, 3, 48, 48)  # 44 is padded to 48
+    # 44 is padded to 48
+    small, large = torch.ones(1, 3, 44, 44), torch.ones(1, 3, 48, 48)
     leak = (jpeg(small, 30.0) - jpeg(large, 30.0)[..., :44, :44]).abs()
     assert leak[..., 40:, :].max() > 0.05 and leak[..., :, 40:].max() > 0.05 and leak[..., :32, :32].max() == 0
     assert torch.equal(jpeg(small, 30.0, "libjpeg"), jpeg(large, 30.0, "libjpeg")[..., :44, :44])
@@ -495,7 +601,8 @@ def test_jpeg_changes_neither_the_images_nor_the_qualities_and_takes_any_shape()
     assert error[0] > error[1] > error[2]
 
 
-@pytest.mark.parametrize("quality, table", [(100, "hggt"), (0.5, "hggt"), (100.5, "libjpeg"), ([50, float("nan")], "hggt"),
+@pytest.mark.parametrize("quality, table", [(100, "hggt"), (0.5, "hggt"), (100.5, "libjpeg"),
+                                            ([50, float("nan")], "hggt"),
                                             ([50, 100], "hggt")])
 def test_a_quality_outside_the_range_is_an_error(quality, table):
     with pytest.raises(ValueError, match="quality"):
@@ -517,21 +624,25 @@ def test_gray_noise_is_shared_by_a_group_and_colour_noise_by_nobody():
     flat = torch.full((4, 3, 128, 128), 0.5)
 
     def correlations(gray_prob):
-        lq = degrade(flat, custom(gray_prob=gray_prob, gaussian_prob=1.0, gaussian_sigma=(30, 40)), range(4), [1, 1, 1, 2])
+        preset = custom(gray_prob=gray_prob, gaussian_prob=1.0, gaussian_sigma=(30, 40))
+        lq = degrade(flat, preset, range(4), [1, 1, 1, 2])
         return np.corrcoef(lq.reshape(12, -1).numpy()).reshape(4, 3, 4, 3)
     gray = correlations(1.0)
     assert gray[:3, :, :3].min() > 0.98 and gray[3, :, 3].min() > 0.98 and np.abs(gray[:3, :, 3]).max() < 0.15
     colour = correlations(0.0)
     for i in range(4):
         assert np.abs(colour[i][:, np.arange(4) != i]).max() < 0.15
-        assert colour[i, :, i][~np.eye(3, dtype=bool)].max() < 0.75  # not 0: chroma has half the resolution
+        # not 0: chroma has half the resolution
+        assert colour[i, :, i][~np.eye(3, dtype=bool)].max() < 0.75
 
 
 @pytest.mark.parametrize("levels, peak", [(1, 1), (2, 2), (3, 4), (128, 128), (129, 256), (256, 256)])
 def test_poisson_variance_follows_the_power_of_two_above_the_number_of_levels(levels, peak):
-    values = np.sort((np.arange(levels) * 97 + 100) % 256)  # distinct, 100 among them
+    # distinct, 100 among them
+    values = np.sort((np.arange(levels) * 97 + 100) % 256)
     image = np.full((3, 128, 128), 100)
-    image.reshape(-1)[:levels] = values  # all in one channel: values are counted over the three together
+    # all in one channel: values are counted over the three together
+    image.reshape(-1)[:levels] = values
     x = torch.from_numpy(image / 255).float()[None]
     noise = degradations.add_poisson_noise(x, 0.02, [False], [7])[0] - x[0]
     flat = noise.reshape(-1)[512:] / 0.02
@@ -541,7 +652,8 @@ def test_poisson_variance_follows_the_power_of_two_above_the_number_of_levels(le
 
 def test_poisson_noise_equals_a_plain_reference_in_colour_and_gray():
     images = photos(48)
-    images[2:4] = images[2:4] * 1.2 - 0.1  # overshoot, as bicubic resizing leaves it
+    # overshoot, as bicubic resizing leaves it
+    images[2:4] = images[2:4] * 1.2 - 0.1
     gray, scales, seeds = [False, True] * 3, [0.1, 0.2, 0.5, 0.8, 2.0, 0.0], [11, 12, 13, 14, 15, 16]
     result = degradations.add_poisson_noise(images, scales, gray, seeds)
     for ours, image, is_gray, scale, seed in zip(result, images, gray, scales, seeds):
@@ -558,7 +670,8 @@ def test_poisson_noise_equals_a_plain_reference_in_colour_and_gray():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", PRESETS)
 def test_cuda_gives_the_same_as_the_cpu_without_noise_and_never_waits(name):
-    quiet = dict(PRESETS[name], rounds=[dict(r, poisson_scale=(0, 0), gaussian_sigma=(0, 0)) for r in PRESETS[name]["rounds"]])
+    silent = dict(poisson_scale=(0, 0), gaussian_sigma=(0, 0))
+    quiet = dict(PRESETS[name], rounds=[r | silent for r in PRESETS[name]["rounds"]])
     images = photos(IMAGES[name])
     on_gpu = images.cuda()
     degrade(on_gpu, name, range(6), [0, 0, 0, 1, 1, 1])

@@ -1,4 +1,4 @@
-"""musiq.py against pyiqa's MUSIQ with random weights, and create_reward(fused=...) around it."""
+"""rewards/musiq.py against pyiqa's MUSIQ with random weights, and create_reward(musiq=...) around it."""
 import os
 import subprocess
 import sys
@@ -12,18 +12,20 @@ pytest.importorskip("pyiqa")
 from pyiqa.archs.musiq_arch import MUSIQ
 
 import iqa
-from rewards import musiq
 import runs
+from rewards import musiq
+from rewards.ranker import Ranker
 
 
 def random_musiq(num_class=1, **options):
-    """pyiqa's MUSIQ with random weights of a realistic scale: attention is not uniform, and scores differ over images."""
+    """pyiqa's MUSIQ with random weights of a realistic scale: attention is not uniform, scores differ over images."""
     generator = torch.Generator().manual_seed(num_class)
     net = MUSIQ(pretrained=False, num_class=num_class, **options)
     with torch.no_grad():
         for name, p in net.named_parameters():
             if p.ndim in (2, 4):
-                p.normal_(0, p[0].numel() ** -0.5, generator=generator).mul_(1.5 if ".query." in name or ".key." in name else 1)
+                p.normal_(0, p[0].numel() ** -0.5, generator=generator)
+                p.mul_(1.5 if ".query." in name or ".key." in name else 1)
             else:
                 p.normal_(0, 0.1, generator=generator).add_(1 if p.ndim == 1 and name.endswith("weight") else 0)
         if num_class == 1:
@@ -37,8 +39,8 @@ def random_musiq(num_class=1, **options):
 @pytest.fixture(scope="module")
 def nets():
     """{head: (pyiqa's, fused)}: one class as koniq10k, spaq and paq2piq have, ten as ava."""
-    found = {name: random_musiq(classes) for name, classes in (("koniq10k", 1), ("ava", 10))}
-    return {name: (net, musiq.FusedMUSIQ.from_pyiqa(net)) for name, net in found.items()}
+    plain = {name: random_musiq(classes) for name, classes in (("koniq10k", 1), ("ava", 10))}
+    return {name: (net, musiq.FusedMUSIQ.from_pyiqa(net)) for name, net in plain.items()}
 
 
 def crops(n, side, width=None):
@@ -53,7 +55,10 @@ def noise(n, side):
 
 
 def test_fp32_stays_fp32_inside_a_reward(monkeypatch):
-    """cuDNN would take TF32 by default: off after start_world, on only where --precision tf32 asks for it, and as it is outside inside MUSIQ."""
+    """cuDNN would take TF32 by default. It is off after start_world, on only if --precision tf32 asks for it.
+
+    Inside MUSIQ it is as it is outside.
+    """
     seen, net = [], random_musiq()
     metric = torch.nn.Module()
     metric.net, metric.as_loss = net, False
@@ -83,7 +88,8 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("head", ["koniq10k", "ava"])
-@pytest.mark.parametrize("side", [256, 224, 192, 384, 200, 20])                  # 200 and 20: pyiqa pads pixels to whole patches
+# 200 and 20: pyiqa pads pixels to whole patches
+@pytest.mark.parametrize("side", [256, 224, 192, 384, 200, 20])
 def test_scores_equal_those_of_pyiqa(nets, head, side):
     net, fused = nets[head]
     with torch.no_grad():
@@ -93,7 +99,8 @@ def test_scores_equal_those_of_pyiqa(nets, head, side):
         for k in (1, 5):
             scores = fused(x[:k])
             assert scores.shape == (k,) and scores.dtype == torch.float32
-            assert (scores - expected[:k]).abs().max() < 1e-5 * max(1, expected.std())               # absolute, or of the spread over crops
+            # absolute, or of the spread over crops
+            assert (scores - expected[:k]).abs().max() < 1e-5 * max(1, expected.std())
 
 
 @pytest.mark.parametrize("head", ["koniq10k", "ava"])
@@ -103,8 +110,10 @@ def test_pixel_gradients_equal_those_of_pyiqa(nets, head, side):
     patches = fused.patches(noise(1, side) * 2 - 1)[0]
     with torch.no_grad():
         stem = net.block1(net.root_pool(net.gn_root(net.conv_root(patches)))).permute(0, 2, 3, 1).flatten(1)
-    if not torch.equal(stem, torch.cat([fused.features(p) for p in patches.requires_grad_(True).tensor_split(-(-len(patches) // musiq.PATCHES))]).detach()):
-        pytest.skip("this CPU's convolutions round by batch size: ReLUs and maxima near a tie then pass other gradients, in pyiqa too")
+    parts = patches.requires_grad_(True).tensor_split(-(-len(patches) // musiq.PATCHES))
+    if not torch.equal(stem, torch.cat([fused.features(part) for part in parts]).detach()):
+        pytest.skip("this CPU's convolutions round by batch size: ReLUs and maxima near a tie pass other gradients, "
+                    "in pyiqa too")
     for x in (crops(2, side), noise(1, side)):
         (expected, gradient), (scores, own) = with_gradient(net, x), with_gradient(fused, x)
         assert (scores - expected).abs().max() < 2e-5 and gradient.abs().sum() > 0
@@ -126,7 +135,8 @@ def test_bfloat16_is_close(nets, head):
     x = crops(5, 256)
     (expected, gradient), (scores, own) = with_gradient(net, x), with_gradient(fused, x)
     assert scores.dtype == own.dtype == torch.float32 and torch.isfinite(own).all()
-    assert 0 < (scores - expected).abs().max() < 0.25 * expected.std()           # a quarter of the spread over crops of one photo
+    # a quarter of the spread over crops of one photo
+    assert 0 < (scores - expected).abs().max() < 0.25 * expected.std()
     assert torch.nn.functional.cosine_similarity(own.flatten(), gradient.flatten(), 0) > 0.9
 
 
@@ -141,14 +151,17 @@ def test_other_shapes_and_other_models_are_refused_by_name(nets):
 
 def test_a_mask_is_refused_and_options_without_one_are_followed():
     padded = musiq.FusedMUSIQ.from_pyiqa(random_musiq(num_layers=2, max_seq_len_from_original_res=9))
-    for side, what in ((64, "masks"), (192, "cuts")):                            # 4 patches padded to 9, 36 cut to 9
+    # 4 patches are padded to 9, 36 are cut to 9
+    for side in (64, 192):
         with pytest.raises(ValueError, match=f"pyiqa masks or cuts patches of {side}x{side}"):
             padded(crops(1, side))
     for options in ({"max_seq_len_from_original_res": None}, {"longer_side_lengths": [160]}, {"use_scale_emb": False}):
         net = random_musiq(num_layers=2, **options)
         with torch.no_grad():
-            assert torch.allclose(musiq.FusedMUSIQ.from_pyiqa(net)(crops(2, 96)), net(crops(2, 96))[:, 0], rtol=0, atol=2e-5)
-    with torch.no_grad():                                                        # 96 pixels are 9 patches: neither padded nor cut
+            scores = musiq.FusedMUSIQ.from_pyiqa(net)(crops(2, 96))
+            assert torch.allclose(scores, net(crops(2, 96))[:, 0], rtol=0, atol=2e-5)
+    # 96 pixels are 9 patches: neither padded nor cut
+    with torch.no_grad():
         assert torch.isfinite(padded(crops(1, 96))).all()
 
 
@@ -161,7 +174,8 @@ def test_one_size_is_laid_out_once(nets, monkeypatch):
         return layout(x, **options)
     monkeypatch.setattr(musiq, "get_multiscale_patches", spy)
     standardised = [b.data_ptr() for b in fused.buffers()]
-    with torch.inference_mode():                                                 # what it caches must serve a backward pass later
+    # what it caches must serve a backward pass later
+    with torch.inference_mode():
         first = fused(crops(1, 64))
     assert with_gradient(fused, crops(1, 64))[0] == pytest.approx(first, abs=1e-5)
     with torch.no_grad():
@@ -179,7 +193,8 @@ def test_it_is_frozen_stays_in_eval_mode_and_leaves_pyiqa_alone():
     fused = musiq.FusedMUSIQ.from_pyiqa(net, bf16=True).train()
     assert not any(m.training for m in fused.modules()) and not any(p.requires_grad for p in fused.parameters())
     assert all(p.requires_grad and p.dtype == torch.float32 for p in net.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and before.keys() == net.state_dict().keys()
+    assert before.keys() == net.state_dict().keys()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert not set(p.data_ptr() for p in net.parameters()) & set(p.data_ptr() for p in fused.parameters())
 
 
@@ -194,11 +209,13 @@ def musiq_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rewards_of(musiq_file):
-    return {fused: iqa.create_reward(["musiq"], weights_file=musiq_file, need_gradient=True, musiq={False: "pyiqa", True: "fused", "bf16": "fused-bf16"}[fused]) for fused in (False, True, "bf16")}
+    """{--musiq: reward}."""
+    return {word: iqa.create_reward(["musiq"], weights_file=musiq_file, need_gradient=True, musiq=word)
+            for word in iqa.MUSIQ}
 
 
 def test_fused_reward_equals_the_plain_one_and_other_shapes_go_through_pyiqa(rewards_of):
-    plain, fused = rewards_of[False], rewards_of[True]
+    plain, fused = rewards_of["pyiqa"], rewards_of["fused"]
     model = fused.models["musiq"]
     seen = []
     model.metric.register_forward_hook(lambda *_: seen.append("pyiqa"))
@@ -209,7 +226,8 @@ def test_fused_reward_equals_the_plain_one_and_other_shapes_go_through_pyiqa(rew
     assert seen == ["fused", "fused"] + ["pyiqa"] * 4
     x = crops(1, 96, 128)
     assert torch.equal(with_gradient(fused, x)[1], with_gradient(plain, x)[1])
-    assert relative(with_gradient(fused, crops(1, 96))[1], with_gradient(plain, crops(1, 96))[1]) < 2e-2      # ties: see above
+    # not closer, because of ties: see above
+    assert relative(with_gradient(fused, crops(1, 96))[1], with_gradient(plain, crops(1, 96))[1]) < 2e-2
     assert not any(m.training for m in fused.train().modules())
 
 
@@ -223,11 +241,12 @@ def test_a_net_that_is_not_frozen_can_be_differentiated_again_and_again():
 
 def test_a_reward_without_gradients_gives_none_even_where_they_are_enabled(musiq_file):
     reward = iqa.create_reward(["musiq"], weights_file=musiq_file, musiq="fused")
-    assert not reward(crops(1, 64).requires_grad_(True)).requires_grad           # as pyiqa's metric
+    # as pyiqa's metric
+    assert not reward(crops(1, 64).requires_grad_(True)).requires_grad
 
 
 def test_identity_and_versions_are_those_of_the_plain_reward_in_fp32_only(rewards_of):
-    plain, fused, half = (rewards_of[key] for key in (False, True, "bf16"))
+    plain, fused, half = (rewards_of[word] for word in ("pyiqa", "fused", "fused-bf16"))
     assert plain.identity() == fused.identity() != half.identity()
     assert iqa._versions(plain) == iqa._versions(fused) and "pyiqa" in iqa._versions(half)
     with torch.no_grad():
@@ -236,8 +255,8 @@ def test_identity_and_versions_are_those_of_the_plain_reward_in_fp32_only(reward
 
 
 def test_only_musiq_is_fused_and_an_unknown_word_is_refused():
-    assert type(iqa.create_reward(["ranker"], musiq="fused").models["ranker"]) is iqa.Ranker
-    with pytest.raises(ValueError, match="fused must be False, True or 'bf16', got 'fp16'"):
+    assert type(iqa.create_reward(["ranker"], musiq="fused").models["ranker"]) is Ranker
+    with pytest.raises(ValueError, match="musiq must be one of fused, fused-bf16, pyiqa, got 'fp16'"):
         iqa.create_reward(["ranker"], musiq="fp16")
 
 
@@ -248,14 +267,16 @@ import iqa
 x = torch.rand(2, 3, 96, 96)
 plain, fused = (iqa.create_reward(["musiq-ava"], musiq=musiq) for musiq in ("pyiqa", "fused"))
 with torch.no_grad():
-    print(type(fused.models["musiq-ava"]).__name__, (plain(x) - fused(x)).abs().max().item() < 1e-5, plain.identity() == fused.identity())
+    difference = (plain(x) - fused(x)).abs().max().item()
+    print(type(fused.models["musiq-ava"]).__name__, difference < 1e-5, plain.identity() == fused.identity())
 """
 
 
 def test_a_variant_with_another_head_is_fused(tmp_path):
-    place = tmp_path / "hub/pyiqa/musiq_ava_ckpt-e8d3f067.pth"                   # pyiqa takes a file of ten classes from TORCH_HOME only
+    # pyiqa takes a file of ten classes from TORCH_HOME only
+    place = tmp_path / "hub/pyiqa/musiq_ava_ckpt-e8d3f067.pth"
     place.parent.mkdir(parents=True)
     torch.save(random_musiq(10).state_dict(), place)
-    result = subprocess.run([sys.executable, "-c", AVA.format(repo=str(runs.REPO))], capture_output=True, text=True, timeout=120,
-                            env={**os.environ, "TORCH_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    result = subprocess.run([sys.executable, "-c", AVA.format(repo=str(runs.REPO))], capture_output=True, text=True,
+                            timeout=120, env={**os.environ, "TORCH_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
     assert result.stdout.split()[-3:] == ["_Fused", "True", "True"], result.stderr

@@ -26,7 +26,8 @@ def photo(seed, size=64):
 
 
 def add_set(images, stem, picture):
-    for k, version in enumerate(VERSIONS):                                        # each a little darker
+    # each a little darker
+    for k, version in enumerate(VERSIONS):
         save_image(images / version / f"{data.file_stem(stem, version)}.png", (picture.float() * (1 - 0.02 * k)).byte())
 
 
@@ -70,19 +71,29 @@ def test_a_sound_set_has_no_defect_and_its_labels_are_counted(root):
 
 def test_ten_planted_defects_are_found_each_once(root):
     train, labels, test = root / "Train" / "images" / "x", root / "Train" / "labels" / "x", root / "Test" / "GT" / "t" / "images"
-    (train / "01" / "photo0-0-0_01.png").unlink()                                 # 1 missing
+    # 1 missing
+    (train / "01" / "photo0-0-0_01.png").unlink()
     cut = train / "02" / "photo0-0-0_02.png"
-    cut.write_bytes(cut.read_bytes()[:900])                                       # 2 truncated
-    save_image(train / "03" / "photo0-0-0_03.png", photo(0, 60))             # 3 mis-sized
-    (train / "04" / "photo0-0-0_04.png").rename(train / "04" / "photo0-0-0_4.png")            # 4 mis-named: and so missing
-    Image.fromarray(photo(1)[0].numpy()).save(train / "original" / "photo0-1-0.png")          # 5 grey
-    add_label(labels / "A", "photo1-0-0", ("Positive", "Similar", "Bad", "Positive"))         # 6 unknown word
-    (labels / "B" / "photo1-0-0.json").unlink()                                   # 7 a missing vote
-    save_image(root / "Test" / "LQ" / "t" / "Blind_LR" / "test0-0-0.png", photo(0, 17))  # 8 LR of a wrong size
-    shifted = photo(2).float().mul(0.9).add(4).round().byte()                     # 9 a near-duplicate: darker
+    # 2 truncated
+    cut.write_bytes(cut.read_bytes()[:900])
+    # 3 mis-sized
+    save_image(train / "03" / "photo0-0-0_03.png", photo(0, 60))
+    # 4 mis-named: and so missing
+    (train / "04" / "photo0-0-0_04.png").rename(train / "04" / "photo0-0-0_4.png")
+    # 5 grey
+    Image.fromarray(photo(1)[0].numpy()).save(train / "original" / "photo0-1-0.png")
+    # 6 unknown word
+    add_label(labels / "A", "photo1-0-0", ("Positive", "Similar", "Bad", "Positive"))
+    # 7 a missing vote
+    (labels / "B" / "photo1-0-0.json").unlink()
+    # 8 LR of a wrong size
+    save_image(root / "Test" / "LQ" / "t" / "Blind_LR" / "test0-0-0.png", photo(0, 17))
+    # 9 a near-duplicate: darker
+    shifted = photo(2).float().mul(0.9).add(4).round().byte()
     add_set(test, "test1-0-0", shifted)
     add_lr(root, "test1-0-0", shifted)
-    add_set(test, "photo2-9-9", photo(300))                                       # 10 another patch of a training photo, without LR
+    # 10 another patch of a training photo, without LR
+    add_set(test, "photo2-9-9", photo(300))
     assert found(root) == {
         ("missing", "Train/images/x/01/photo0-0-0_01.png"), ("unreadable", "Train/images/x/02/photo0-0-0_02.png"),
         ("size", "Train/images/x/03/photo0-0-0_03.png"), ("misnamed", "Train/images/x/04/photo0-0-0_4.png"),
@@ -132,12 +143,14 @@ def test_what_only_a_second_look_finds(root):
     stems = sorted(p.stem for p in (images / "original").iterdir())
     record = {"photos": {"photo0": {"sets": [*stems, "photo9-0-0"]}}, "enhancers": {v: {} for v in (*VERSIONS[1:], "05")}}
     runs.save_json(root / "quintuplets.json", record)
-    a, b = (images / "02" / f"{stem}_02.png" for stem in stems[:2])               # swapped
+    # swapped
+    a, b = (images / "02" / f"{stem}_02.png" for stem in stems[:2])
     a.rename(root / "tmp.png"), b.rename(a), (root / "tmp.png").rename(b)
     shutil.copy(images / "original" / f"{stems[2]}.png", images / "01" / f"{stems[2]}_01.png")
     shutil.copy(images / "03" / f"{stems[3]}_03.png", images / "04" / f"{stems[3]}_04.png")
     cut = images / "03" / f"{stems[4]}_03.png"
-    cut.write_bytes(cut.read_bytes()[:-12])                                       # Pillow reads it without a word
+    # Pillow reads it without a word
+    cut.write_bytes(cut.read_bytes()[:-12])
     shutil.rmtree(root / "Test" / "GT" / "t" / "images" / "02")
     (root / "Test" / "GT" / "t" / "labels").mkdir()
     train = "Train/images/x/"
@@ -187,7 +200,8 @@ def test_shifted_copies_of_photographs_are_found_and_other_patches_of_their_text
 
 
 def test_a_texture_that_repeats_is_told_apart_by_its_detail(root, tmp_path):
-    rng = np.random.default_rng(0)                                                # two walls of the same bricks, of different stone
+    # two walls of the same bricks, of different stone
+    rng = np.random.default_rng(0)
     bricks = 80 * (torch.arange(192) // 16 % 2)[:, None].logical_xor((torch.arange(192) // 24 % 2)[None]).float() + 60
     walls = [(bricks.expand(3, -1, -1) + torch.from_numpy(rng.normal(0, 40, (1, 192, 192)))).clamp(0, 255).byte() for _ in range(2)]
     thumbnails = [prepare.thumbnail(wall)[1:] for wall in walls]
@@ -219,7 +233,8 @@ def test_a_missing_original_is_one_line_and_none_advises_to_remove_its_versions(
 def test_sets_that_quintuplets_json_does_not_list_are_reported(root):
     runs.save_json(root / "quintuplets.json", {"photos": {"p": {"sets": [f"photo{n // 2}-{n % 2}-0" for n in range(5)]}}})
     assert found(root) == {("unlisted", "Train/images/x/original/photo2-1-0.png")}
-    runs.save_json(root / "quintuplets.json", {"photos": {"p": {"split": "Train", "patches": 6}}})      # as --demo writes it
+    # as --demo writes it
+    runs.save_json(root / "quintuplets.json", {"photos": {"p": {"split": "Train", "patches": 6}}})
     assert found(root) == set()
 
 
@@ -286,12 +301,14 @@ def test_packed_images_that_do_not_fit_are_refused(quintuplets, tmp_path):
     path.write_bytes(b"no image")
     with pytest.raises(ValueError, match="damaged image"):
         call("pack", root)
-    assert not list((root / "packed").glob("*"))                                   # nothing half-written
+    # nothing half-written
+    assert not list((root / "packed").glob("*"))
 
 
 def test_the_atlas_picks_what_scoring_every_crop_would(quintuplets, rewards, tmp_path):
     root = shutil.copytree(quintuplets, tmp_path / "set")
-    for k, path in enumerate(sorted((root / "Train/images").rglob("*.png"))):      # each with another texture, so that no scores are equal
+    # each with another texture, so that no scores are equal
+    for k, path in enumerate(sorted((root / "Train/images").rglob("*.png"))):
         save_image(path, (load_image(path).float() + 4 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(k))).clamp(0, 255).byte())
     for reward, file in (("ranker", "ranker-32-8.npy"), ("test_rewards:brightness", "test_rewards_brightness-32-8.npy")):
         call("atlas", root, "--reward", reward, "--crop", 32, "--stride", 8, "--device", "cpu")
@@ -328,20 +345,23 @@ def test_margin_temperature_and_sums_of_atlases(quintuplets, rewards, tmp_path):
         return [sets.versions[dataset.sample(step, lane)["version"].item()] for step in range(1, 26) for lane in range(4)]
     assert set(picked([(bright, 1.0)])) == {"02"} and set(picked([(dark, 1.0)])) == {"03"}
     assert set(picked([(bright, 4.0), (dark, 1.0)])) == {"02"} and set(picked([(bright, 2.0), (dark, 1.0)])) == {"03"}
-    assert set(picked([(bright, 1.0)], margin=11.0)) == {"02"} and set(picked([(bright, 1.0)], margin=12.5)) == {"original"}        # 30 of 255 grey levels
+    # 30 of 255 grey levels
+    assert set(picked([(bright, 1.0)], margin=11.0)) == {"02"} and set(picked([(bright, 1.0)], margin=12.5)) == {"original"}
     soft = picked([(bright, 1.0)], tau=10.0)
     weights = np.exp(np.array([0, 10, 30, -30, 5]) / 2.55 / 10)
     assert np.abs(np.array([soft.count(v) for v in sets.versions]) / 100 - weights / weights.sum()).max() < 0.12 and len(set(soft)) == 5
     files = [str(root / "atlas/test_rewards_brightness-32-16.npy"), f"{tmp_path / 'dark.npy'}=0.5"]
     assert [w for _, w in data.Atlas.open_all(files, sets, 32)] == [1.0, 0.5]
-    data.Atlas.open_all(files, sets, 32, iqa.create_reward(["test_rewards:brightness=-0.5"]))                      # 1 - 0.5 * 3
+    # 1 - 0.5 * 3
+    data.Atlas.open_all(files, sets, 32, iqa.create_reward(["test_rewards:brightness=-0.5"]))
     call("atlas", root, "--reward", "ranker", "--crop", 32, "--stride", 16, "--device", "cpu", "--out", tmp_path / "ranker.npy")
     mixed = [files[0] + "=2", f"{tmp_path / 'ranker.npy'}=0.5"]
     data.Atlas.open_all(mixed, sets, 32, iqa.create_reward(["ranker=0.5", "test_rewards:brightness=2"]))
     for other in (["ranker=0.5"], ["ranker", "test_rewards:brightness=2"]):
         with pytest.raises(ValueError, match=r"the sum of test_rewards:brightness=2 \(\w+\) ranker=0.5 \(\w+\), but --reward is ranker=.*: name the same reward, weights and all, or none"):
             data.Atlas.open_all(mixed, sets, 32, iqa.create_reward(other))
-    one, negative = files[:1], [f"{files[0]}=-1"]                                 # of one atlas too: else the worst crops would be trained on
+    # of one atlas too: else the worst crops would be trained on
+    one, negative = files[:1], [f"{files[0]}=-1"]
     data.Atlas.open_all(negative, sets, 32)
     data.Atlas.open_all([f"{files[0]}=3"], sets, 32, iqa.create_reward(["test_rewards:brightness=3"]))
     for words, weight in ((negative, ""), (one, "=3"), ([f"{files[0]}=3"], "")):
@@ -391,7 +411,8 @@ def test_an_interrupted_atlas_continues(quintuplets, rewards, tmp_path, monkeypa
     half = np.load(file)
     assert np.isfinite(half[:2]).all() and np.isnan(half[3:]).all()
     call(*words)
-    assert len(count) == 25 + 40 and np.array_equal(np.load(file)[:2], half[:2])  # 60 in all: two sets were whole, of the third 4 are done again
+    # 60 in all: two sets were whole, of the third 4 are done again
+    assert len(count) == 25 + 40 and np.array_equal(np.load(file)[:2], half[:2])
     call(*words, "--out", tmp_path / "whole.npy")
     assert np.array_equal(np.load(file), np.load(tmp_path / "whole.npy"))
 
@@ -466,7 +487,8 @@ def test_packed_images_of_one_size_and_other_bytes_are_noticed_and_packed_again(
     Image.new("RGB", (64, 60), "red").save(path)
     with pytest.raises(ValueError, match="64x60 pixels but its original has 64x64"):
         call("pack", root)
-    with pytest.raises(ValueError, match="was packed from other images"):          # what was packed before is still there
+    # what was packed before is still there
+    with pytest.raises(ValueError, match="was packed from other images"):
         data.find_sets(root, "Train")
     index = root / "packed/Train.json"
     Image.new("RGB", (64, 64), "red").save(path)

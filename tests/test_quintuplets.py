@@ -174,7 +174,8 @@ def test_an_enhanced_version_is_shrunk_super_resolved_and_brought_back(photos, e
     stem = sets.stems[0]
     name, row, column = re.fullmatch(r"(.+)-(\d+)-(\d+)", stem).groups()
     pixels = load_image(photos / f"{name}.png").permute(1, 2, 0).numpy()
-    small = Image.fromarray(pixels).resize((50, 38), Image.Resampling.BICUBIC)                # Pillow's antialiased bicubic, 8 bit
+    # Pillow's antialiased bicubic, 8 bit
+    small = Image.fromarray(pixels).resize((50, 38), Image.Resampling.BICUBIC)
     net, _ = archs.load_generator(enhancers[0])
     with torch.no_grad():
         sr = net(torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float() / 255).clamp(0, 1)
@@ -203,7 +204,8 @@ def test_a_killed_build_continues_to_the_same_files_and_ranks_share_it(photos, e
                                  "--device", "cpu")]
     make_quintuplets.main(make_quintuplets.parse_args(words("whole")))
     whole = contents(tmp_path / "whole" / "mine")
-    for nth in (20, 35):                                                          # kill -9 between temporary file and rename
+    # kill -9 between temporary file and rename
+    for nth in (20, 35):
         killed = subprocess.run([sys.executable, "-c", KILLED, str(nth), *words("killed")], cwd=runs.REPO, capture_output=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not (tmp_path / "killed" / "mine" / "quintuplets.json").exists()
@@ -218,7 +220,8 @@ def test_a_killed_build_continues_to_the_same_files_and_ranks_share_it(photos, e
 def test_nothing_stays_of_a_photo_that_was_interrupted_and_is_gone_or_changed(photos, enhancers, tmp_path, what):
     words = [str(w) for w in ("--photos", photos, "--enhancers", *enhancers[:2], "--out", tmp_path / "mine", "--patch", 64, "--min-std", 10, "--device", "cpu")]
     killed = subprocess.run([sys.executable, "-c", KILLED, "12", *words], cwd=runs.REPO, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL and list((tmp_path / "mine").rglob("astronaut-*.png"))     # inside the first photo
+    # inside the first photo
+    assert killed.returncode == -signal.SIGKILL and list((tmp_path / "mine").rglob("astronaut-*.png"))
     if what == "removed":
         (photos / "astronaut.png").unlink()
     else:
@@ -232,7 +235,8 @@ def test_nothing_stays_of_a_photo_that_was_interrupted_and_is_gone_or_changed(ph
 
 def test_a_set_is_dropped_where_no_network_did_more_than_interpolate(photos, enhancers, tmp_path, monkeypatch, capsys):
     bicubic = lambda x: torch.nn.functional.interpolate(x, scale_factor=4, mode="bicubic")
-    one, two = [(lambda x, k=k: bicubic(x) + k / 255) for k in (0.0, 0.6)]        # less than a grey level more than interpolation
+    # less than a grey level more than interpolation
+    one, two = [(lambda x, k=k: bicubic(x) + k / 255) for k in (0.0, 0.6)]
     real = make_quintuplets.load_enhancers
     monkeypatch.setattr(make_quintuplets, "load_enhancers", lambda paths, device: ({"01": one, "02": two}, real(paths, device)[1]))
     with pytest.raises(ValueError, match="no set is left .*not enhanced"):
@@ -246,12 +250,14 @@ def test_a_full_disk_is_one_line_whatever_it_hits(photos, enhancers, tmp_path, m
     def full(*more, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(data, "save_grid", full)                                    # the contact sheet, which comes last
+        # the contact sheet, which comes last
+        patch.setattr(data, "save_grid", full)
         with pytest.raises(ValueError, match="mine: No space left on device; what is there is whole, the same command continues"):
             build(photos, enhancers[:2], tmp_path / "mine")
     build(photos, enhancers[:2], tmp_path / "mine")
     assert (tmp_path / "mine" / "contact.png").exists()
-    build(photos, enhancers[:2], tmp_path / "original")                           # a name that means something in the layout
+    # a name that means something in the layout
+    build(photos, enhancers[:2], tmp_path / "original")
     assert prepare.verify(tmp_path / "original").defects == []
 
 
@@ -270,7 +276,8 @@ def test_what_cannot_become_a_set_is_refused_in_one_line(photos, enhancers, tmp_
     refused("No space left on device; what is there is whole", out=tmp_path / "full")
     monkeypatch.undo()
     build(photos, enhancers[:2], tmp_path / "full")
-    build(photos, enhancers[:2], tmp_path / "mine")                               # nothing was written with --min-std 200: a corrected command goes on
+    # nothing was written with --min-std 200: a corrected command goes on
+    build(photos, enhancers[:2], tmp_path / "mine")
     refused("begun with other settings .*shrink 0.75 -> 0.5", "--shrink", 0.5)
     refused("begun with other settings .*tile 256 -> 0", "--tile", 0)
     record = tmp_path / "full" / "records" / "photo-coffee.json"
@@ -293,13 +300,15 @@ def test_two_enhancers_of_one_output_are_refused(photos, enhancers, tmp_path):
     torch.save(state | {"params_ema": state["params"]}, tmp_path / "copy.pth")
     with pytest.raises(ValueError, match="enhancers 01 and 02 give the same picture"):
         build(photos, [enhancers[0], tmp_path / "copy.pth"], tmp_path / "mine")
-    build(photos, enhancers[:2], tmp_path / "mine")                               # corrected, into the same folder
+    # corrected, into the same folder
+    build(photos, enhancers[:2], tmp_path / "mine")
 
 
 def test_softening_enlarges_and_nothing_enhanced_is_dropped(photos, enhancers, tmp_path):
     build(photos, enhancers[:1], tmp_path / "mine", "--soften", 1.5, "--jitter", 0)
     assert json.loads((tmp_path / "mine" / "quintuplets.json").read_text())["settings"]["soften"] == 1.5
     sets = data.find_sets(tmp_path / "mine", "Train")
-    assert max(int(s.split("-")[2]) for s in sets.stems) == 216                   # 300 pixels wide: 0, 36, ... in steps of 36
+    # 300 pixels wide: 0, 36, ... in steps of 36
+    assert max(int(s.split("-")[2]) for s in sets.stems) == 216
     with pytest.raises(ValueError, match="no set is left .*not enhanced"):
         build(photos, enhancers[:1], tmp_path / "same", "--min-change", 255)
