@@ -145,7 +145,7 @@ def test_other_shapes_and_other_models_are_refused_by_name(nets):
     for bad in (crops(1, 64, 96), crops(1, 64)[0], crops(1, 64)[:, :1]):
         with pytest.raises(ValueError, match=r"square \(B, 3, S, S\) RGB, got .*use pyiqa's MUSIQ"):
             fused(bad)
-    with pytest.raises(ValueError, match="made from pyiqa's MUSIQ .*got Linear"):
+    with pytest.raises(ValueError, match="made from pyiqa's MUSIQ, .*got Linear"):
         musiq.FusedMUSIQ.from_pyiqa(torch.nn.Linear(1, 1))
 
 

@@ -51,7 +51,7 @@ def shards(tmp_path):
 
 
 def keras_features(x, layers):
-    """Keras's network on x (1, 3, H, W), BGR in [0, 255] less the mean: what every convolution gives, before the ReLU."""
+    """Keras's network on x (1, 3, H, W), BGR in [0, 255] less the mean: the outputs of all convolutions."""
     outputs = []
     for block, convs in enumerate((2, 2, 4, 4, 4), 1):
         for conv in range(1, convs + 1):
