@@ -44,7 +44,7 @@ def parse_args(argv=None):
     return args
 
 
-# --help needs no torch: seconds
+# before the imports that take seconds, so that --help answers at once
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import hashlib
@@ -117,20 +117,20 @@ class Atlas:
         return record, table
 
     @staticmethod
-    def open_all(words, sets, crop, reward=None):
+    def open_all(arguments, sets, crop, reward=None):
         """["FILE", "FILE=WEIGHT"] -> [(Atlas, weight)] of one grid. Their sum must be the reward in use, if one is."""
         opened = []
-        for word in words:
-            file, _, text = word.partition("=")
+        for argument in arguments:
+            file, _, text = argument.partition("=")
             try:
                 weight = float(text) if text else 1.0
             except ValueError:
                 weight = np.nan
             if not np.isfinite(weight):
-                raise runs.UserError(f"--atlas {word}: write FILE or FILE=WEIGHT")
+                raise runs.UserError(f"--atlas {argument}: write FILE or FILE=WEIGHT")
             opened.append((Atlas(file, sets, crop), weight))
         if len({(atlas.stride, atlas.table.shape) for atlas, _ in opened}) > 1:
-            raise runs.UserError(f"--atlas {' '.join(words)}: of different grids; make them with one --stride")
+            raise runs.UserError(f"--atlas {' '.join(arguments)}: of different grids; make them with one --stride")
         if opened and reward is not None:
             # {(name, hash): weight}
             in_use = {(name, part["hash"]): part["weight"] for name, part in reward.identity().items()}
@@ -139,7 +139,7 @@ class Atlas:
                 for name, part in atlas.rewards.items():
                     total[name, part["hash"]] = total.get((name, part["hash"]), 0.0) + weight * part["weight"]
             if total.keys() != in_use.keys() or any(not np.isclose(total[key], in_use[key]) for key in total):
-                raise runs.UserError(f"--atlas {' '.join(words)}: the sum of {sum_of(total)}, but --reward is "
+                raise runs.UserError(f"--atlas {' '.join(arguments)}: the sum of {sum_of(total)}, but --reward is "
                                      f"{sum_of(in_use)}: name the same reward, weights and all, or none")
         return opened
 
@@ -233,9 +233,9 @@ def main(args):
         begin_or_continue(out, record, shape)
     world.barrier()
     table = np.lib.format.open_memmap(out, mode="r+")
-    mine = range(world.rank, len(sets.stems), world.size)
-    todo = [i for i in mine if np.isnan(table[i]).any()]
-    for i in tqdm(todo, desc=f"{len(mine) - len(todo)} sets scored before", unit="set", disable=not world.is_main):
+    own = range(world.rank, len(sets.stems), world.size)
+    todo = [i for i in own if np.isnan(table[i]).any()]
+    for i in tqdm(todo, desc=f"{len(own) - len(todo)} sets scored before", unit="set", disable=not world.is_main):
         for k, version in enumerate(sets.versions):
             image = read(sets, sets.stems[i], version)
             where, *grid = positions(image.shape, args.crop, args.stride)

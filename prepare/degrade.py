@@ -34,7 +34,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-# --help needs no torch: seconds
+# before the imports that take seconds, so that --help answers at once
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import math
@@ -57,6 +57,8 @@ def camera(gt, stem, blur, angle, noise, jpeg, seed=0):
     blur: two sigmas in HR pixels; angle: of the first, in degrees; noise: in grey levels; jpeg: libjpeg's quality. Only
     the noise is drawn, from (seed, stem).
     """
+    if min(gt.shape[2:]) < 12:
+        raise runs.UserError(f"camera: {gt.shape[2]}x{gt.shape[3]} images are too small for its blur; use larger ones")
     kernel = degradations.gaussian_kernel(21, *blur, math.radians(angle))
     small = F.interpolate(degradations.blur(gt, kernel), scale_factor=0.25, mode="area")
     field = degradations.normal_field(small.shape, runs.sample_seed(seed, 0, 0, f"domain {stem}"))
@@ -91,7 +93,7 @@ def main(args):
                     lq = camera(gt, stem, args.blur, args.angle, args.noise, args.jpeg, args.seed)
                 else:
                     lq = degradations.fixed(gt, args.degradation, stem, args.seed)
-            except ValueError as error:
+            except runs.UserError as error:
                 raise runs.UserError(f"{photos.path(stem)}: {error}") from None
             save_image(work / "lq" / f"{stem}.png", lq[0])
             save_image(work / "gt" / f"{stem}.png", gt[0])

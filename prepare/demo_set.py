@@ -40,7 +40,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-# --help needs no torch: seconds
+# before the imports that take seconds, so that --help answers at once
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import numpy as np

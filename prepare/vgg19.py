@@ -33,7 +33,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-# --help needs no torch: seconds
+# before the imports that take seconds, so that --help answers at once
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import json
@@ -44,7 +44,7 @@ import torch
 
 # convolutions per block; ReLU after each convolution, pooling after each block
 BLOCKS = (2, 2, 4, 4, 4)
-# CHOICE: the activations then have the order of magnitude of torchvision's VGG19
+# CHOICE: Keras's input is 58 times as large as torchvision's; this brings activations to a similar order of magnitude
 SHRINK = 100.0
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 ADDRESS = "github.com/azertat/tfjs_models, folder models/little_shards"
