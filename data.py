@@ -181,7 +181,7 @@ def find_folders(root, split):
 
     def only(folders):
         if len(folders) > 1:
-            raise runs.UserError(f"{base}: several sets, {len(folders)} folders ({', '.join(map(str, folders))}): "
+            raise runs.UserError(f"{base}: several sets, {len(folders)} folders {', '.join(map(str, folders))}: "
                                  "keep one")
         return folders[0] if folders else None
     # the test archive is said to spell it both ways
