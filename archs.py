@@ -1,12 +1,13 @@
-"""Networks: the generators SwinIR, RRDBNet and SRVGGNetCompact, the U-Net discriminator, the VGG19 perceptual loss.
+"""Networks: the generators SwinIR, RRDBNet and SRVGGNetCompact, the U-Net discriminator; their files; large images.
 
-    net = ARCHS["swinir"]()                                   the paper's backbone, HGGT's settings, 11,900,199 parameters
-    net, info = load_generator("RealESRGAN_x4plus.pth")       any public file: architecture and sizes are read from its keys
-    sr = upscale_tiled(net, lq, tile=256).clamp(0, 1)         any image size in bounded memory
+    net = create("swinir")                                 the paper's backbone, HGGT's settings, 11,900,199 parameters
+    net, info = load_generator("RealESRGAN_x4plus.pth")    any public file: its keys tell architecture and sizes
+    sr = upscale_tiled(net, lq, tile=256).clamp(0, 1)      an image of any size, in bounded memory
 
-Images are (B, 3, H, W) float RGB in [0, 1], outputs are not clamped. Key names, shapes and parameter counts are those of the
-public checkpoints (specs/hggt-training.md, section 4), so that weights load strictly in both directions. Nothing here knows
-how a network is trained. In shape comments N is the 64 tokens of a window, nW the number of windows, C the embedding.
+Images are (B, 3, H, W) float RGB in [0, 1]; outputs are not clamped. Key names, shapes and parameter counts are those
+of the public checkpoints (BasicSR, SwinIR, Real-ESRGAN), so that weights load strictly in both directions. Nothing but
+ARCHS knows how a network is trained. In shape comments N is the number of tokens of a window (64), nW the number of
+windows, C the embedding dimension.
 """
 import math
 import pickle
@@ -23,7 +24,7 @@ from torch.nn.utils import spectral_norm  # the legacy one: torch.nn.utils.param
 
 import runs
 
-# in place: used on fresh convolution outputs only
+# In place, so only for fresh convolution outputs
 lrelu = partial(F.leaky_relu, negative_slope=0.2, inplace=True)
 
 
@@ -36,13 +37,13 @@ def upsample_nearest(x):
 
 
 def to_rgb(conv, x):
-    """The last convolution, in the precision of its weights: bf16 has 8 bits of mantissa, fewer than a pixel needs near white."""
+    """Apply the last convolution in the precision of its weights: bf16, with 8 bits, is too coarse for white."""
     with torch.autocast(x.device.type, enabled=False):
         return conv(x.to(conv.weight.dtype))
 
 
 def pad_reflect(x, bottom, right):
-    """F.pad's reflect at the bottom and right of (B, C, H, W); an image smaller than its padding is reflected again and again."""
+    """Pad (B, C, H, W) at bottom and right by reflection, repeatedly where the image is smaller than its padding."""
     h, w = x.shape[2:]
     if bottom < h and right < w:
         return F.pad(x, (0, right, 0, bottom), mode="reflect")
@@ -67,7 +68,7 @@ class ResidualBlock(nn.Module):
 # SwinIR (Liang et al., 2021)
 
 def shift_mask(h, w, window, shift):
-    """(nW, N, N): -100 between tokens that the cyclic shift brought into one window from opposite image borders, else 0."""
+    """(nW, N, N): -100 between tokens that the cyclic shift brought together from opposite borders, otherwise 0."""
     row, col = ((torch.arange(n) >= n - window).long() + (torch.arange(n) >= n - shift) for n in (h, w))
     region = 3 * row[:, None] + col  # (h, w), nine regions
     region = to_windows(region[None, :, :, None], window)[0, :, :, 0]  # (nW, N)
@@ -106,18 +107,16 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
         bias = bias.view(n, n, self.heads).permute(2, 0, 1)  # (heads, N, N)
         qkv = self.qkv(x).view(b, nw, n, 3, self.heads, c // self.heads).permute(3, 0, 1, 4, 2, 5)
-        # one bias for every window: windows join the batch
         if mask is None:
-            # (B * nW, heads, N, C / heads)
-            q, k, v = qkv.flatten(1, 2)
+            # all windows have the same bias: they join the batch
+            q, k, v = qkv.flatten(1, 2)  # (B * nW, heads, N, C / heads)
             bias = bias[None]
         else:
-            # one mask per window: windows join the heads, the batch shares it
-            # (B, nW * heads, N, C / heads)
-            q, k, v = qkv.flatten(2, 3)
+            # every window has its own mask: they join the heads, and the batch shares the masks
+            q, k, v = qkv.flatten(2, 3)  # (B, nW * heads, N, C / heads)
             bias = (bias + mask[:, None]).flatten(0, 1)[None]  # (1, nW * heads, N, N)
-        # against written out: x1.07 forward, x.94 with backward, so no gain on a CPU (experiments/tricks.py);
-        # CUDA unmeasured
+        # Against attention written out, on a CPU (experiments/tricks.py): 1.07 times as fast forward, 0.94 times with
+        # backward, so no gain. Not measured on CUDA
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.reshape(b, nw, self.heads, n, -1).transpose(2, 3).reshape(b, nw, n, c))
 
@@ -133,12 +132,12 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         hidden = round(dim * mlp_ratio)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
-        # for the state dict alone; the one in use depends on the image
+        # for the state dict only: the mask in use depends on the image's size
         if shift:
             self.register_buffer("attn_mask", shift_mask(img_size, img_size, window, shift))
 
     def forward(self, x, mask, keep):
-        """x: (B, H, W, C); mask: (nW, N, N); keep: (B, 2), scale of the two branches of each sample, or None"""
+        """x: (B, H, W, C); mask: (nW, N, N); keep: (B, 2), the scales of each sample's two branches, or None for 1."""
         y = self.attention(self.norm1(x), mask)
         x = x + (y if keep is None else y * keep[:, 0, None, None, None])
         y = self.mlp(self.norm2(x))
@@ -152,11 +151,12 @@ class SwinBlock(nn.Module):
         return from_windows(self.attn(x, mask), h, w, self.window).roll((self.shift, self.shift), (1, 2))
 
 
-def residual_conv(dim, kind):
-    if kind == "1conv":
+def residual_conv(dim, connection):
+    """The convolution that ends a residual group: "1conv", or "3conv" with a bottleneck (SwinIR's large models)."""
+    if connection == "1conv":
         return conv3x3(dim, dim)
-    return nn.Sequential(conv3x3(dim, dim // 4), nn.LeakyReLU(0.2), nn.Conv2d(dim // 4, dim // 4, 1), nn.LeakyReLU(0.2),
-                         conv3x3(dim // 4, dim))
+    return nn.Sequential(conv3x3(dim, dim // 4), nn.LeakyReLU(0.2), nn.Conv2d(dim // 4, dim // 4, 1),
+                         nn.LeakyReLU(0.2), conv3x3(dim // 4, dim))
 
 
 class ResidualSwinGroup(nn.Module):
@@ -169,27 +169,31 @@ class ResidualSwinGroup(nn.Module):
         self.conv = residual_conv(dim, resi_connection)
 
     def forward(self, x, mask, keep):
-        """keep: one (B, 2) or None per block"""
+        """keep: for each block (B, 2) or None, see SwinBlock."""
         y = x
-        for block, k in zip(self.residual_group["blocks"], keep):
-            y = block(y, mask, k)
+        for block, keep_block in zip(self.residual_group["blocks"], keep):
+            y = block(y, mask, keep_block)
         return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class SwinIR(nn.Module):
-    """SwinIR (Liang et al., 2021); the defaults are HGGT's x4 generator. Spec section 4.1.
+    """SwinIR (Liang et al., 2021); the defaults are HGGT's x4 generator.
 
-    forward(x, drop_path_seeds=None): (B, 3, h, w) RGB in [0, 1], any size -> (B, 3, upscale * h, upscale * w), not clamped.
+    forward(x, drop_path_seeds=None): (B, 3, h, w) RGB in [0, 1], any size -> (B, 3, upscale * h, upscale * w), not
+    clamped.
 
-    upscale:    2, 3, 4 or 8 with upsampler "pixelshuffle" (HGGT, classical SR), 2 or 4 with "nearest+conv" (public real-SR files)
-    img_size:   side of the image whose attn_mask is kept in the state dict; public files have 64 or 48. Images of any size work
-    pad_mode:   "swinir" reflects the image up to the next multiple of the window; "hggt" adds a whole window to sides that are
-                multiples already (64 -> 72, about 27 % more work), as HGGT's models were trained and tested. Outputs differ
-                near the right and bottom border, so a checkpoint belongs to one of the two
-    drop_path:  stochastic depth: rate of the last block, falling linearly to 0 at the first; each of a block's two branches is
-                dropped on its own and scaled by 1 / (1 - rate) when kept. Only in train mode, where every forward needs
-                drop_path_seeds, B ints: what sample i drops depends on drop_path_seeds[i] alone, whatever the batch around it
-                (HGGT draws from the global generator). The attribute may be changed at any time; 0 switches it off
+    upscale:    2, 3, 4 or 8 with upsampler "pixelshuffle" (HGGT, classical SR), 2 or 4 with "nearest+conv" (public
+                real-SR files)
+    img_size:   side of the image whose attn_mask is kept in the state dict, 64 or 48 in public files. It does not limit
+                the images
+    pad_mode:   "swinir" reflects the image up to the next multiple of the window. "hggt" adds a whole window to sides
+                that are multiples already (64 -> 72, about 27 % more work), as HGGT's models were trained and tested.
+                Outputs differ near the right and bottom border, so a checkpoint belongs to one of the two
+    drop_path:  stochastic depth: the rate of the last block, falling linearly to 0 at the first. Each of a block's two
+                branches is dropped on its own, and scaled by 1 / (1 - rate) when kept. Only in train mode, where every
+                forward needs drop_path_seeds, B ints: they alone decide what each sample drops, so the batch around it
+                has no influence (HGGT draws from the global generator). The attribute may be changed at any time;
+                0 switches it off
     Raises ValueError on bad options and on missing or miscounted seeds.
     """
 
@@ -207,11 +211,13 @@ class SwinIR(nn.Module):
         if img_size % window or img_size <= window:
             raise ValueError(f"SwinIR: img_size {img_size} is not a larger multiple of the window {window}")
         if len(depths) != len(heads) or any(embed_dim % n for n in heads):
-            raise ValueError(f"SwinIR: heads {heads} must be as many as depths {depths} and divide embed_dim {embed_dim}")
-        self.upscale, self.window, self.depths, self.pad_mode, self.drop_path = upscale, window, depths, pad_mode, drop_path
-        # not persistent: public state dicts have no such key, yet it follows the module's device and dtype
+            raise ValueError(f"SwinIR: heads {heads} must be as many as depths {depths} "
+                             f"and divide embed_dim {embed_dim}")
+        self.upscale, self.window, self.depths = upscale, window, depths
+        self.pad_mode, self.drop_path = pad_mode, drop_path
+        # a buffer follows the module's device and dtype; not persistent, since public state dicts have no such key
         self.register_buffer("mean", torch.tensor([0.4488, 0.4371, 0.4040]).view(1, 3, 1, 1), persistent=False)
-        # shift masks by image size, the same for all blocks
+        # shift masks by image size, shared by all blocks
         self.masks = {}
 
         self.conv_first = conv3x3(3, embed_dim)
@@ -220,7 +226,7 @@ class SwinIR(nn.Module):
                                     for depth, n in zip(depths, heads))
         self.norm = nn.LayerNorm(embed_dim)
         self.conv_after_body = residual_conv(embed_dim, resi_connection)
-        # 0.01 here, 0.2 elsewhere
+        # slope 0.01 here and 0.2 elsewhere, as SwinIR has it
         self.conv_before_upsample = nn.Sequential(conv3x3(embed_dim, 64), nn.LeakyReLU(0.01))
         if upsampler == "pixelshuffle":
             factors = {2: [2], 3: [3], 4: [2, 2], 8: [2, 2, 2]}[upscale]
@@ -242,16 +248,16 @@ class SwinIR(nn.Module):
 
     def forward(self, x, drop_path_seeds=None):
         h, w = x.shape[2:]
-        pad = [self.window - n % self.window if self.pad_mode == "hggt" else -n % self.window for n in (h, w)]
-        x = pad_reflect(x, *pad)
+        padding = [self.window - n % self.window if self.pad_mode == "hggt" else -n % self.window for n in (h, w)]
+        x = pad_reflect(x, *padding)
         mask, keep = self.mask_and_keep(x, drop_path_seeds)
 
         x = self.conv_first(x - self.mean)  # (B, C, H, W)
         y = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (B, H, W, C)
-        done = 0
+        first = 0
         for layer, depth in zip(self.layers, self.depths):
-            y = layer(y, mask, keep[done:done + depth])
-            done += depth
+            y = layer(y, mask, keep[first:first + depth])
+            first += depth
         x = self.conv_after_body(self.norm(y).permute(0, 3, 1, 2)) + x
 
         x = self.conv_before_upsample(x)
@@ -265,13 +271,13 @@ class SwinIR(nn.Module):
         x = to_rgb(self.conv_last, x) + self.mean
         return x[:, :, :h * self.upscale, :w * self.upscale]
 
-    # a dict and NumPy: cheap in Python, nothing for a compiler
+    # not for a compiler: a dict and NumPy, which cost little in Python
     @torch.compiler.disable
     def mask_and_keep(self, x, seeds):
-        """-> shift mask (nW, N, N) of this image size, and per block None or the (B, 2) scale of its branches."""
+        """-> the shift mask (nW, N, N) of this image size; for each block None or (B, 2), its branches' scales."""
         key = (*x.shape[2:], self.mean.device, self.mean.dtype)
         if key not in self.masks:
-            # 16 KB per window: 67 MB for a 512 x 512 input
+            # four at most: a mask has 16 KB per window, 67 MB for a 512 x 512 input
             if len(self.masks) >= 4:
                 self.masks.pop(next(iter(self.masks)))
             self.masks[key] = shift_mask(*x.shape[2:], self.window, self.window // 2).to(self.mean)
@@ -279,13 +285,13 @@ class SwinIR(nn.Module):
         if not self.training or self.drop_path == 0:
             return self.masks[key], [None] * blocks
         if seeds is None or len(seeds) != len(x):
-            raise ValueError(f"SwinIR with drop_path {self.drop_path} in train mode needs drop_path_seeds, one int per sample: "
-                             f"{len(x)} samples, {'no' if seeds is None else len(seeds)} seeds")
-        rates = np.linspace(0, self.drop_path, blocks)[:, None]
-        # (blocks, B, 2)
+            raise ValueError(f"SwinIR with drop_path {self.drop_path} in train mode needs drop_path_seeds, one int per "
+                             f"sample: {len(x)} samples, {'no' if seeds is None else len(seeds)} seeds")
+        rates = np.linspace(0, self.drop_path, blocks)[:, None, None]
         draws = np.stack([np.random.default_rng(int(seed)).random((blocks, 2)) for seed in seeds], axis=1)
-        keep = (draws >= rates[:, None]) / (1 - rates[:, None])
-        return self.masks[key], runs.to_device(torch.from_numpy(keep).to(self.mean.dtype), self.mean.device).unbind(0)
+        keep = (draws >= rates) / (1 - rates)  # (blocks, B, 2)
+        keep = runs.to_device(torch.from_numpy(keep).to(self.mean.dtype), self.mean.device)
+        return self.masks[key], keep.unbind(0)
 
 
 # RRDBNet (ESRGAN, Wang et al., 2018; Real-ESRGAN, Wang et al., 2021)
@@ -298,7 +304,7 @@ class ResidualDenseBlock(nn.Module):
         for i in range(5):
             conv = conv3x3(num_feat + i * num_grow, num_grow if i < 4 else num_feat)
             nn.init.kaiming_normal_(conv.weight)
-            # a deep chain of residuals starts near the identity
+            # so that a deep chain of residuals starts near the identity
             conv.weight.data *= 0.1
             nn.init.zeros_(conv.bias)
             setattr(self, f"conv{i + 1}", conv)
@@ -322,10 +328,11 @@ class RRDB(nn.Module):
 
 
 class RRDBNet(nn.Module):
-    """RRDBNet as Real-ESRGAN uses it; the paper's second backbone. Spec section 4.2.
+    """RRDBNet as Real-ESRGAN uses it; the paper's second backbone.
 
-    (B, 3, h, w) RGB in [0, 1], any size -> (B, 3, scale * h, scale * w), not clamped. The tail always enlarges by 4: scale 2 and
-    1 first fold 2 x 2 or 4 x 4 pixels into channels, sizes that do not divide are reflected and cropped afterwards.
+    (B, 3, h, w) RGB in [0, 1], any size -> (B, 3, scale * h, scale * w), not clamped. The tail always enlarges by 4:
+    scale 2 and 1 first fold 2 x 2 or 4 x 4 pixels into channels; sizes that do not divide are padded by reflection and
+    cropped afterwards.
     Raises ValueError if scale is none of 4, 2, 1.
     """
 
@@ -355,9 +362,9 @@ class RRDBNet(nn.Module):
 
 
 class SRVGGNetCompact(nn.Module):
-    """Plain chain of convolutions that predicts what nearest-neighbour enlargement lacks (Real-ESRGAN's realesr-general-x4v3).
+    """A plain chain of convolutions, added to nearest-neighbour enlargement (Real-ESRGAN's realesr-general-x4v3).
 
-    (B, 3, h, w) RGB in [0, 1] -> (B, 3, upscale * h, upscale * w), not clamped. num_conv counts the hidden convolutions.
+    (B, 3, h, w) RGB in [0, 1] -> (B, 3, upscale * h, upscale * w), not clamped. num_conv: hidden convolutions.
     """
 
     def __init__(self, num_feat=64, num_conv=32, upscale=4):
@@ -376,10 +383,10 @@ class SRVGGNetCompact(nn.Module):
 # Discriminator
 
 class UNetDiscriminatorSN(nn.Module):
-    """U-Net discriminator with spectral normalisation (Real-ESRGAN; HGGT). Spec section 4.3.
+    """U-Net discriminator with spectral normalisation (Real-ESRGAN; HGGT).
 
-    (B, 3, H, W), sides multiples of 8 -> (B, 1, H, W) logits, positive is real. Each forward in train mode does one power
-    iteration, so it changes the buffers weight_u and weight_v. Raises ValueError on other sides.
+    (B, 3, H, W), sides multiples of 8 -> (B, 1, H, W) logits, positive is real. Each forward in train mode does one
+    power iteration, so it changes the buffers weight_u and weight_v. Raises ValueError on other sides.
     """
 
     def __init__(self, num_feat=64):
@@ -394,22 +401,23 @@ class UNetDiscriminatorSN(nn.Module):
 
     def forward(self, x):
         if x.shape[2] % 8 or x.shape[3] % 8:
-            raise ValueError(f"discriminator: image of {x.shape[2]} x {x.shape[3]} pixels, both sides must be multiples of 8")
-        x0 = lrelu(self.conv0(x))  # (B, 64, H, W)
-        x1 = lrelu(self.conv1(x0))  # (B, 128, H/2, W/2)
-        x2 = lrelu(self.conv2(x1))  # (B, 256, H/4, W/4)
-        y = lrelu(self.conv3(x2))  # (B, 512, H/8, W/8)
+            raise ValueError(f"discriminator: image of {x.shape[2]} x {x.shape[3]} pixels, "
+                             "both sides must be multiples of 8")
+        x0 = lrelu(self.conv0(x))  # (B, n, H, W)
+        x1 = lrelu(self.conv1(x0))  # (B, 2n, H/2, W/2)
+        x2 = lrelu(self.conv2(x1))  # (B, 4n, H/4, W/4)
+        y = lrelu(self.conv3(x2))  # (B, 8n, H/8, W/8)
         for conv, skip in ((self.conv4, x2), (self.conv5, x1), (self.conv6, x0)):
             y = lrelu(conv(F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False))) + skip
         y = lrelu(self.conv8(lrelu(self.conv7(y))))
         return self.conv9(y)
 
 
-# Plain values only: runs.literal reads them from the text of this file. Per generator its class and sizes, and the
-# defaults of every stage:
-# "train" of both stages of train.py, "psnr" and "gan" of one of them, "tune" of finetune_lora.py. Batch and pool are
-# HGGT's options for 4 GPUs,
-# summed over them; a group is one GPU's batch. LAST in "targets" is the number of the last layer of the body.
+# Of every generator its class, its sizes (keywords of the class) and the defaults of the flags of every stage: "train"
+# for both stages of train.py, "psnr" and "gan" for one of them, "tune" for finetune_lora.py. Batch and pool are HGGT's
+# options for 4 GPUs, summed over them; a group is the batch of one GPU. "targets" is a regular expression over names of
+# layers: those that LoRA adapts; LAST stands for the number of the body's last layer.
+# Plain values only: runs.literal reads them from the text of this file.
 ARCHS = {
     "swinir": {
         "class": "SwinIR", "sizes": {},
@@ -429,17 +437,16 @@ ARCHS = {
         # PAPER Supp. 8.3: every convolution of the dense blocks, 345 layers
         "tune": {"rank": 24, "lr": 5e-5, "milestones": [], "targets": r"^body\.\d+\.rdb[123]\.conv[1-5]$"},
     },
-    # CHOICE: neither paper trains this net; it gets RRDBNet's settings, being the convolutional one of the two
+    # CHOICE: neither paper trains this net; it has the settings of RRDBNet, the other convolutional one
     "compact": {
         "class": "SRVGGNetCompact", "sizes": {},
         "train": {"degradation": "two-round", "batch_size": 48, "group_size": 12, "pool_size": 720},
         "psnr": {"milestones": [300_000], "usm": True},
         "gan": {"milestones": [300_000]},
-        # all convolutions but the first and the last; odd layers are PReLUs
+        # CHOICE: all convolutions but the first and the last; odd layers are PReLUs
         "tune": {"rank": 16, "lr": 2e-4, "milestones": [], "targets": r"^body\.(?!0$|LAST$)\d*[02468]$"},
     },
-    # CHOICE: sizes that train on a CPU in minutes, for demo and tests; spandrel opens them (it takes num_grow 32
-    # for granted)
+    # CHOICE: sizes that train on a CPU in minutes, for demo and tests. spandrel opens them; it requires num_grow 32
     "swinir-small": {
         "class": "SwinIR", "sizes": {"img_size": 16, "depths": (2, 2), "embed_dim": 32, "heads": (2, 2)},
         "train": {"degradation": "one-round", "batch_size": 8, "group_size": 4, "pool_size": 32, "drop_path": 0.1},
@@ -465,21 +472,26 @@ ARCHS = {
 
 
 def is_convolutional(net):
-    """Does the channels-last memory format suit the network? Attention over windows wants the plain one."""
+    """Does the channels-last memory format suit the network? SwinIR, which works on tokens, keeps the default one."""
     return not isinstance(net, SwinIR)
 
 
 def create(arch, **options):
-    """The generator called `arch`, with random weights; options: keywords of its class that win over its sizes."""
+    """The generator `arch` of ARCHS with random weights. options: keywords of its class, which win over its sizes."""
     return globals()[ARCHS[arch]["class"]](**ARCHS[arch]["sizes"] | options)
 
 
-# checkpoints
+# Weight files
+
+# all that torch.load was seen to raise on thousands of truncated, overwritten and foreign files
+TORCH_DAMAGE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError,
+                AttributeError, TypeError, AssertionError, struct.error)
+
 
 def read_file(path):
-    """What a .pth, .pt or .safetensors file holds, on the CPU, read without running code in it.
+    """The content of a .pth, .pt or .safetensors file, on the CPU. No code in the file is run.
 
-    Raises FileNotFoundError, and ValueError for a file that is damaged or not made by torch.save.
+    Raises UserError for a file that is missing, damaged or not made by torch.save.
     """
     path = Path(path)
     if not path.is_file():
@@ -497,14 +509,16 @@ def read_file(path):
         return load(path)
     except damage as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise runs.UserError(f"{path}: not a readable weights file ({reason}); damaged, or not made by torch.save") from None
+        raise runs.UserError(f"{path}: not a readable weights file ({reason}); "
+                             "damaged, or not made by torch.save") from None
 
 
 def read_weights(path, key=None):
-    """State dict of a .pth, .pt or .safetensors file -> (state_dict on the CPU, key used).
+    """State dict of a .pth, .pt or .safetensors file -> (state dict on the CPU, key used).
 
-    key: None takes "params_ema", else "params", else the file itself ("none"); naming one forces it. Floating-point tensors
-    become float32, a "module." prefix is dropped. Raises as read_file, and ValueError for a file that lacks the key or holds no state dict.
+    key: None takes "params_ema", else "params", else the file itself ("none"); naming one forces it. Floating-point
+    tensors become float32, and DDP's prefix "module." is dropped.
+    Raises UserError as read_file, and for a file that lacks the key or holds no state dict.
     """
     content = read_file(path)
     content = content if isinstance(content, dict) else {}
@@ -513,27 +527,27 @@ def read_weights(path, key=None):
     if key != "none" and key not in content:
         raise runs.UserError(f"{path}: no key {key!r} in it, it has {names}")
     state = content if key == "none" else content[key]
-    is_state = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in state.items())
     if "lora" in content:
-        raise runs.UserError(f"{path}: an adapter of finetune_lora.py, not a network: upscale.py takes it with --lora, evaluate.py under the name adapter.pth")
-    if not is_state or not state:
-        raise runs.UserError(f"{path}: no state dict (it holds {names}); of a run take weights/ema_*.pth, not a training checkpoint")
+        raise runs.UserError(f"{path}: an adapter of finetune_lora.py, not a network: upscale.py takes it with --lora, "
+                             "evaluate.py under the name adapter.pth")
+    is_state = isinstance(state, dict) and state and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in state.items())
+    if not is_state:
+        raise runs.UserError(f"{path}: no state dict (it holds {names}); "
+                             "of a run take weights/ema_*.pth, not a training checkpoint")
     return {k.removeprefix("module."): v.float() if v.is_floating_point() else v for k, v in state.items()}, key
 
 
-# all that torch.load was seen to raise on thousands of truncated, overwritten and foreign files
-TORCH_DAMAGE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError,
-                TypeError, AssertionError, struct.error)
-
-
 def recognise(state):
-    """Architecture and sizes of a generator from the keys and shapes of its state dict -> (name in ARCHS, keywords).
+    """Architecture and sizes of a generator, from the keys and shapes of its state dict -> (name in ARCHS, keywords).
 
-    pad_mode and drop_path leave no trace in a state dict. Raises ValueError, without naming a file, for anything else.
+    The keywords are those of `create`; SwinIR's pad_mode and drop_path leave no trace in a state dict.
+    Raises ValueError, which names no file, for anything else.
     """
     shapes = {k: tuple(v.shape) for k, v in state.items()}
 
     def count(prefix):
+        """How many modules have a name <prefix><number>?"""
         return len({k[len(prefix):].split(".")[0] for k in shapes if k.startswith(prefix)})
     try:
         if "layers.0.residual_group.blocks.0.attn.relative_position_bias_table" in shapes:
@@ -549,9 +563,11 @@ def recognise(state):
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"an incomplete state dict (first problem: {error})") from None
     # a backbone that was added to ARCHS, in the sizes of its entry
-    for name in [name for name, entry in ARCHS.items() if entry["class"] not in ("SwinIR", "RRDBNet", "SRVGGNetCompact")]:
-        with torch.device("meta"):
-            if {k: tuple(v.shape) for k, v in create(name).state_dict().items()} == shapes:
+    for name, entry in ARCHS.items():
+        if entry["class"] not in ("SwinIR", "RRDBNet", "SRVGGNetCompact"):
+            with torch.device("meta"):
+                expected = create(name).state_dict()
+            if {k: tuple(v.shape) for k, v in expected.items()} == shapes:
                 return name, {}
     if "conv1.weight_orig" in shapes:
         raise ValueError("a discriminator, not a generator")
@@ -561,26 +577,29 @@ def recognise(state):
 
 
 def swinir_sizes(shapes, count):
+    """The keywords of a SwinIR, from the shapes of its state dict; count: see recognise."""
     depths = [count(f"layers.{i}.residual_group.blocks.") for i in range(count("layers."))]
     embed_dim = shapes["conv_first.weight"][0]
-    tables = [shapes[f"layers.{i}.residual_group.blocks.0.attn.relative_position_bias_table"] for i in range(len(depths))]
+    tables = [shapes[f"layers.{i}.residual_group.blocks.0.attn.relative_position_bias_table"]
+              for i in range(len(depths))]
     window = (math.isqrt(tables[0][0]) + 1) // 2
     windows = shapes.get("layers.0.residual_group.blocks.1.attn_mask", (64,))[0]
     if "conv_before_upsample.0.weight" not in shapes:
-        raise ValueError("a lightweight, denoising or JPEG SwinIR; only those with pixelshuffle or nearest+conv tails load")
+        raise ValueError("a lightweight, denoising or JPEG SwinIR; "
+                         "only those with pixelshuffle or nearest+conv tails load")
     if "conv_up1.weight" in shapes:
         upsampler, upscale = "nearest+conv", 4 if "conv_up2.weight" in shapes else 2
     else:
         upsampler = "pixelshuffle"
         upscale = math.prod(math.isqrt(shapes[f"upsample.{2 * i}.weight"][0] // 64) for i in range(count("upsample.")))
-    return dict(upscale=upscale, img_size=math.isqrt(windows) * window, window=window, depths=tuple(depths), embed_dim=embed_dim,
-                heads=tuple(t[1] for t in tables), upsampler=upsampler,
+    return dict(upscale=upscale, img_size=math.isqrt(windows) * window, window=window, depths=tuple(depths),
+                embed_dim=embed_dim, heads=tuple(heads for _, heads in tables), upsampler=upsampler,
                 mlp_ratio=shapes["layers.0.residual_group.blocks.0.mlp.fc1.weight"][0] / embed_dim,
                 resi_connection="3conv" if "conv_after_body.0.weight" in shapes else "1conv")
 
 
 def describe(state):
-    """One phrase for a message: what the state dict is."""
+    """A phrase for messages: architecture and sizes of a state dict, or why it is not a generator's."""
     try:
         arch, sizes = recognise(state)
     except ValueError as error:
@@ -589,36 +608,36 @@ def describe(state):
 
 
 def load_strict(net, state, path):
-    wanted = net.state_dict()
-    different = [f"{k} is {tuple(state[k].shape)} there, {tuple(v.shape)} here" for k, v in wanted.items()
-                 if k in state and state[k].shape != v.shape]
-    different += [f"{k} is missing" for k in wanted if k not in state]
-    different += [f"{k} is not expected" for k in state if k not in wanted]
-    different += [f"{k} is {state[k].dtype} there" for k, v in wanted.items() if k in state and v.is_floating_point() and not state[k].is_floating_point()]
-    if different:
-        raise runs.UserError(f"{path}: the file is {describe(state)}, the network is {describe(wanted)}; "
-                         f"{len(different)} keys differ, the first: {different[0]}")
+    """Load a state dict that fits in all keys, shapes and types; otherwise UserError says what both are."""
+    here = net.state_dict()
+    shared = [k for k in here if k in state]
+    problems = [f"{k} is {tuple(state[k].shape)} there, {tuple(here[k].shape)} here" for k in shared
+                if state[k].shape != here[k].shape]
+    problems += [f"{k} is missing" for k in here if k not in state]
+    problems += [f"{k} is not expected" for k in state if k not in here]
+    problems += [f"{k} is {state[k].dtype} there" for k in shared
+                 if here[k].is_floating_point() and not state[k].is_floating_point()]
+    if problems:
+        raise runs.UserError(f"{path}: the file is {describe(state)}, the network is {describe(here)}; "
+                             f"{len(problems)} keys differ, the first: {problems[0]}")
     net.load_state_dict(state, strict=True)
 
 
 def load_weights(net, path, key=None):
-    """Load a weights file strictly into a given generator; see read_weights. Returns the key used.
-
-    Raises ValueError, saying what the file and the network are, when one key or shape differs.
-    """
+    """Load a weights file strictly into a network. Returns the key used. Raises as read_weights and load_strict."""
     state, used = read_weights(path, key)
     load_strict(net, state, path)
     return used
 
 
 def load_generator(path, key=None, pad_mode=None):
-    """A generator of whatever architecture and size the file holds -> (net in eval mode on the CPU, info).
+    """A generator of the architecture and sizes that the file holds -> (net in eval mode on the CPU, info).
 
-    key: see read_weights. pad_mode: SwinIR's, which no file tells. None takes "hggt" for pixelshuffle files, as HGGT and this
-    repository make them, and "swinir" for nearest+conv, which only SwinIR's authors released; give "swinir" for their classical
-    pixelshuffle files. Ignored by the convolutional nets.
+    key: see read_weights. pad_mode: SwinIR's, which no file tells. None takes "hggt" for pixelshuffle files, as HGGT
+    and this repository make them, and "swinir" for nearest+conv, which only SwinIR's authors released; give "swinir"
+    for their classical pixelshuffle files. The convolutional networks ignore it.
     info: dict of arch (name in ARCHS), key, scale, parameters (count) and sizes (keywords that build the net).
-    Raises as read_weights does, and ValueError for an unknown or incomplete architecture.
+    Raises UserError as read_weights does, and for an unknown or incomplete architecture.
     """
     state, used = read_weights(path, key)
     try:
@@ -630,47 +649,49 @@ def load_generator(path, key=None, pad_mode=None):
         raise runs.UserError(f"{path}: {error}") from None
     load_strict(net, state, path)
     scale = getattr(net, "scale", None) or getattr(net, "upscale", 4)
-    return net.eval(), dict(arch=arch, key=used, scale=scale, parameters=sum(p.numel() for p in net.parameters()), sizes=sizes)
+    parameters = sum(p.numel() for p in net.parameters())
+    return net.eval(), dict(arch=arch, key=used, scale=scale, parameters=parameters, sizes=sizes)
 
 
 def load_run(path, flag, key=None, pad_mode=None):
-    """load_generator of a weight file, or of a run folder: its newest EMA weights, padded as it was trained. -> (net, info).
+    """load_generator of a weights file, or of a run folder: its newest EMA weights, padded as trained. -> (net, info).
 
-    pad_mode wins over the run's own. info has also file, and trained_at: the commit of the run, None for a file. flag: named in
-    errors. Raises as load_generator does, and FileNotFoundError where nothing is.
+    pad_mode wins over the run's own. info also has file, and trained_at: the run's commit, or None for a file.
+    flag: the caller's, named in errors. Raises UserError as load_generator does, and where nothing is.
     """
     file = runs.find_weights(path, f"{flag} names weight files, or run folders that train.py made")
     record = Path(path) / "args.json"
-    made_by = runs.read_record(record) if record.exists() else {"args": {}}
-    net, info = load_generator(file, key, pad_mode or made_by["args"].get("pad_mode"))
-    return net, {"file": str(file), **info, "trained_at": made_by.get("commit")}
+    run = runs.read_record(record) if record.exists() else {"args": {}}
+    net, info = load_generator(file, key, pad_mode or run["args"].get("pad_mode"))
+    return net, {"file": str(file), **info, "trained_at": run.get("commit")}
 
 
 def load_x4(path, flag, key=None, pad_mode=None):
-    """load_run, and ValueError for another scale."""
+    """load_run, and UserError for another scale."""
     net, info = load_run(path, flag, key, pad_mode)
     if info["scale"] != 4:
         raise runs.UserError(f"{flag} {path}: a x{info['scale']} checkpoint, expected a x4 one")
     return net, info
 
 
-# whole images
+# Large images
 
-# CHOICE: LR pixels; seams of the four public nets below a tenth of a grey level (tests/test_archs.py)
+# CHOICE: in LR pixels. Seams of four public networks are below 0.2 grey levels (tests/test_archs.py)
 OVERLAP = 64
 
 
 def tile_weights(size, tile, overlap, scale):
-    """Tiles of one axis: [(start, stop, weight)] in LR pixels; the weights, (scale * (stop - start),), sum to 1 at every pixel.
+    """Tiles of one axis: [(start, stop, weights)], start and stop in LR pixels, weights (scale * (stop - start),).
 
-    Starts are multiples of 8, so that SwinIR's windows lie as in the whole image. Of an overlap the 3/8 at a tile's border,
-    which see least of their surroundings, count nothing; the quarter in the middle is a linear ramp.
+    Weights sum to 1 at every pixel. Starts are multiples of 8, so that SwinIR's windows lie as in the whole image. Of
+    an overlap the 3/8 at a tile's border, which see least of their surroundings, have weight 0; the quarter in the
+    middle is a linear ramp.
     """
     stride = max((tile - overlap) // 8 * 8, 8)
     spans = [(start, min(start + tile, size)) for start in range(0, max(size - overlap, 1), stride)]
     total, ramps = torch.zeros(size * scale), []
     for start, stop in spans:
-        # overlap 0: all 1
+        # 1 everywhere for overlap 0
         rise = (4 * (torch.arange((stop - start) * scale) + 0.5) / (overlap * scale) - 1.5).clamp(0, 1)
         ramp = torch.ones_like(rise)
         if start > 0:
@@ -684,14 +705,15 @@ def tile_weights(size, tile, overlap, scale):
 
 @torch.no_grad()
 def upscale_tiled(net, lq, scale=4, tile=256, overlap=OVERLAP, batch=1, sink=None):
-    """Run a generator over images of any size, in overlapping tiles blended with linear ramps.
+    """Run a generator over images of any size, in overlapping tiles that are blended by linear ramps.
 
-    lq: (B, 3, h, w) -> (B, 3, scale * h, scale * w) float32, not clamped. tile and overlap are LR pixels; tile 0 is the whole
-    image, and an image no larger than a tile is not cut. batch: tiles of one size that go through the net at a time. Seams
-    vanish where 3/8 of the overlap exceed the net's field of view, and shrink towards that. When memory does not suffice the tile
-    is halved, down to just more than twice the overlap.
-    sink: takes the result instead, so that it need not be held as floats: sink(y, rows) with rows (B, 3, n, scale * w) of the output from
-    row y on, top to bottom; from the top again when the tile was halved.
+    lq: (B, 3, h, w) -> (B, 3, scale * h, scale * w) float32, not clamped
+    tile, overlap: in LR pixels. tile 0 is the whole image, and an image no larger than a tile is not cut. Seams shrink
+             as the overlap grows, and vanish where 3/8 of it exceed the network's field of view. Where memory does not
+             suffice the tile is halved, down to just more than twice the overlap
+    batch:   tiles of one size that go through the network at a time
+    sink:    receives the result instead, which then is never held whole: sink(y, rows), rows (B, 3, n, scale * w) of
+             the output from row y on, top to bottom; again from the top after the tile was halved
     Raises ValueError if tile <= 2 * overlap, MemoryError when the smallest tile does not fit either.
     """
     if overlap < 0 or 0 < tile <= 2 * overlap:
@@ -710,35 +732,37 @@ def upscale_tiled(net, lq, scale=4, tile=256, overlap=OVERLAP, batch=1, sink=Non
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            before, smallest = min(tile, max(lq.shape[2:])), 2 * overlap + 8
-            tile = max(before // 2, smallest)
-            if tile >= before:
-                raise MemoryError(f"memory does not suffice for a tile of {before} pixels ({' '.join(str(error).split())[:100]})") from None
-        # here, where the exception no longer holds the failed attempt
+            tried, smallest = min(tile, max(lq.shape[2:])), 2 * overlap + 8
+            tile = max(tried // 2, smallest)
+            if tile >= tried:
+                reason = " ".join(str(error).split())[:100]
+                raise MemoryError(f"memory does not suffice for a tile of {tried} pixels ({reason})") from None
+        # only here, where the exception no longer holds the tensors of the failed attempt
         torch.cuda.empty_cache()
 
 
 def out_of_memory(error):
-    """Is this how PyTorch says that the memory of a GPU, or of the machine, does not suffice?"""
+    """Does this exception of PyTorch mean that the memory of the GPU, or of the machine, does not suffice?"""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def upscaled_rows(net, lq, scale, tile, overlap, batch=1):
-    """Yield (first row, rows of the output that no later tile touches), one row of tiles after the other."""
+    """Yield (first row, rows of the output that no later tile changes), one row of tiles after the other."""
     b, _, h, w = lq.shape
     if max(h, w) <= tile:
         yield 0, net(lq).float()
         return
     spans, columns = tile_weights(h, tile, overlap, scale), tile_weights(w, tile, overlap, scale)
-    # what the next row of tiles adds to
+    # output rows to which the next row of tiles adds
     open_rows = torch.zeros(b, 3, 0, w * scale, device=lq.device)
     for (top, bottom, weight_y), following in zip(spans, [start for start, _, _ in spans[1:]] + [h]):
         strip = F.pad(open_rows, (0, 0, 0, (bottom - top) * scale - open_rows.shape[2]))
         for width in dict.fromkeys(right - left for left, right, _ in columns):
-            same = [column for column in columns if column[1] - column[0] == width]
-            for k in range(0, len(same), batch):
-                parts = net(torch.cat([lq[:, :, top:bottom, left:right] for left, right, _ in same[k:k + batch]])).float().split(b)
-                for part, (left, right, weight_x) in zip(parts, same[k:k + batch]):
+            same_width = [column for column in columns if column[1] - column[0] == width]
+            for k in range(0, len(same_width), batch):
+                together = same_width[k:k + batch]
+                tiles = torch.cat([lq[:, :, top:bottom, left:right] for left, right, _ in together])
+                for part, (left, right, weight_x) in zip(net(tiles).float().split(b), together):
                     strip[..., left * scale:right * scale] += part * (weight_y[:, None] * weight_x).to(lq.device)
         done = (following - top) * scale
         yield top * scale, strip[:, :, :done]

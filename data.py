@@ -1,18 +1,22 @@
-"""Quintuplets (one original, several enhanced ground truths), their labels, the GT samplers of paper Sec. 4.2, the pair pool.
+"""Quintuplets (an original and its enhanced ground truths), their labels, the samplers of Sec. 4.2, the pair pool.
 
-Layout (HGGT as released, and what make_quintuplets.py writes):
-    ROOT/Train/images/<any>/{original,01,02,03,04}/     original/<stem>.png, 0k/<stem>_0k.png; <stem> = <photo>-<row>-<column>
-    ROOT/Train/labels/<any>/{A,B,C}/<stem>.json         three annotators; needed by upos and smp only
-    ROOT/Test/GT/<any>/{images,labels}/...              same, never trained on
-    ROOT/Test/Blind_Degradation_Benchmark_LQ/<any>/Blind_LR/<stem>.png
-Images are (3, H, W) uint8 RGB until they reach the device. Any number of enhanced folders (two digits) works; HGGT has four.
+Layout of a data set, as HGGT was released and as `python -m prepare.quintuplets` writes it:
+    ROOT/Train/images/<any>/{original,01,02,03,04}/     original/<stem>.png, 01/<stem>_01.png, ...
+    ROOT/Train/labels/<any>/{A,B,C}/<stem>.json         votes of three annotators; needed by upos and smp only
+    ROOT/Test/GT/<any>/{images,labels}/...              the same of the test set, never trained on
+    ROOT/Test/Blind_Degradation_Benchmark_LQ/<any>/Blind_LR/<stem>.png     its LR images
+A stem is <photo>-<row>-<column>: the sets are patches of photographs. HGGT has four enhanced versions; any number of
+folders with two digits works. Images are (3, H, W) uint8 RGB until they reach the device.
+
+The way of a training pair: find_sets, TrainingSet.sample (window, flip, crop, choice of the ground truth), batches,
+prefetch, make_pair (degradation; AMO's choice), TrainingPool.swap. Random numbers come from seeds(step, lane, purpose);
+the purposes are epoch, window, flip, crop, sampler, degrade, degrade-group, turn, pool, val, val-group.
 """
-import hashlib
+import copy
 import json
 import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import degradations
 import runs
-from images import check_mode, cut_to_x4, image_size, list_images, load_image, open_image
+from images import check_lr_size, check_size, crop_like, cut_to_x4, image_size, list_images, load_image, sample_hash
 
 # HGGT's integer codes
 ORIGINAL, POSITIVE, SIMILAR, NEGATIVE = 0, 1, 2, 3
@@ -37,7 +41,7 @@ def file_stem(stem, version):
 
 
 def photo_of(stem):
-    """`<photo>-<row>-<column>`, HGGT's and prepare.quintuplets' name of a patch -> `<photo>`. Patches of one photo overlap. Not for other names."""
+    """`<photo>-<row>-<column>` -> `<photo>`; for such names only. The patches of one photo may overlap."""
     return re.sub(r"-\d+-\d+$", "", stem)
 
 
@@ -51,18 +55,16 @@ def vote(a, b, c):
 
 
 def read_label(path, stem, versions):
-    """One annotator's JSON -> {version: code} of the enhanced versions. The folder named in `File` decides, not the number.
+    """One annotator's JSON file of a set -> {version: code}. An entry's `File` names its version, not its number.
 
-    ValueError when an entry is missing, doubled, unknown, belongs to another stem, or carries an unexpected label.
+    Raises UserError when an entry is missing, doubled or unknown, belongs to another stem, or has an unexpected label.
     """
     try:
-        entries = json.loads(Path(path).read_text())
+        entries = dict(json.loads(Path(path).read_text()))
     except FileNotFoundError:
-        raise runs.UserError(f"{path}: label missing; every quintuplet needs the votes of annotators A, B and C") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise runs.UserError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(entries, dict):
-        raise runs.UserError(f"{path}: not a label file; expected an object with Picture_1, Picture_2, ...")
+        raise runs.UserError(f"{path}: label missing; every set needs the votes of three annotators A, B, C") from None
+    except (ValueError, TypeError) as error:
+        raise runs.UserError(f"{path}: not a label file (a JSON object with Picture_1, ...): {error}") from None
     codes = {}
     for key, entry in entries.items():
         if not key.startswith("Picture_"):
@@ -77,7 +79,7 @@ def read_label(path, stem, versions):
         if version != "original" and label not in LABELS:
             raise runs.UserError(f"{path}: {key} has Label {label!r}; expected one of {list(LABELS)}")
         codes[version] = ORIGINAL if version == "original" else LABELS[label]
-    missing = [v for v in versions[1:] if v not in codes]
+    missing = [version for version in versions[1:] if version not in codes]
     if missing:
         raise runs.UserError(f"{path}: no label for version(s) {missing}")
     return codes
@@ -86,11 +88,15 @@ def read_label(path, stem, versions):
 # Quintuplets on disk
 
 class Sets:
-    """Images that belong together by stem: `stems` (sorted), `versions` (original first), where their files are.
+    """The images of a data set: K versions of each of N stems, the original first. A folder of photographs has K = 1.
 
-    files: {version: {file stem: path}}. Plain photos have the one version "original". label_folder holds A, B and C; lq is
-    {stem: path} of ready-made LR images, if any. patches: stems are <photo>-<row>-<column>, as HGGT and prepare.quintuplets name them; of other
-    names nothing is read.
+    files:        {version: {file stem: path}}, "original" first; see file_stem
+    label_folder: folder that holds the annotators' folders A, B and C, or None
+    lq:           {stem: path} of LR images that come with the set, or None: they are made
+    stems:        the stems in use, sorted; None: all
+    packed:       prepare.pack.Packed, from which images are read in place of `files`, or None
+    signed:       the value of signature(), where it is known
+    patches:      stems are <photo>-<row>-<column>; False: every image is a photograph of its own, whatever its name
     """
 
     def __init__(self, files, label_folder=None, lq=None, stems=None, packed=None, signed=None, patches=True):
@@ -102,15 +108,16 @@ class Sets:
         return self.files[version][file_stem(stem, version)]
 
     def photo(self, stem):
-        """The photograph that an image is a patch of; plain photographs are their own."""
+        """Name of the photograph that an image is a patch of."""
         return photo_of(stem) if self.patches else stem
 
     def all_files(self):
-        """Every image file that is read from."""
-        return [self.packed.file] if self.packed else [self.path(stem, version) for stem in self.stems for version in self.versions]
+        """Every file that images are read from."""
+        files = [self.path(stem, version) for stem in self.stems for version in self.versions]
+        return [self.packed.file] if self.packed else files
 
     def read(self, stem, version):
-        """(3, H, W) uint8 array: a decoded image, or a view of the packed file, of which only what is copied leaves the disk."""
+        """(3, H, W) uint8 array: a decoded image, or a view of the packed file, of which only copied parts are read."""
         return self.packed.read(stem, version) if self.packed else load_image(self.path(stem, version)).numpy()
 
     def size(self, stem, version="original"):
@@ -118,131 +125,110 @@ class Sets:
         return tuple(self.packed.place(stem, version)[:0:-1]) if self.packed else image_size(self.path(stem, version))
 
     def signature(self):
-        """Hash over all images' names, file sizes, and 256 bytes at the beginning, middle and end: what a packed file and an atlas belong to.
-
-        An image that changed elsewhere only, and kept its size, goes unnoticed: a PNG's or JPEG's bytes do not do that, a BMP's may.
-        """
-        def sample(name):
-            with open(self.path(*name), "rb") as file:
-                size = file.seek(0, 2)
-                parts = [(file.seek(at), file.read(256))[1] for at in (0, size // 2, max(0, size - 256))]
-            return f"{name} {size} ".encode() + b"".join(parts)
-        # computed once: all files are opened for it
-        if self.signed:
-            return self.signed
-        digest = hashlib.sha256()
-        with ThreadPoolExecutor(8) as pool:
-            for part in pool.map(sample, [(stem, version) for stem in sorted(self.files["original"]) for version in self.versions]):
-                digest.update(part)
-        self.signed = digest.hexdigest()[:16]
+        """The sample_hash of all images, by which a packed file and an atlas name the images they belong to."""
+        # computed once, since all files are opened for it
+        if not self.signed:
+            names = [(stem, version) for stem in sorted(self.files["original"]) for version in self.versions]
+            self.signed = sample_hash({name: self.path(*name) for name in names})
         return self.signed
 
     def hold_out(self, photos, seed, flag="--val-photos"):
-        """-> (Sets without, Sets with only) `photos` photos drawn by seed. All patches of a photo stay on one side. flag: named in errors."""
-        names = sorted({self.photo(s) for s in self.stems})
+        """-> (Sets of the other photos, Sets of `photos` photos drawn by seed). Patches of a photo stay on one side."""
+        names = sorted({self.photo(stem) for stem in self.stems})
         if not 0 < photos < len(names):
-            raise runs.UserError(f"{flag} {photos}: the data set has {len(names)} photos; hold out between 1 and {len(names) - 1}")
-        held = set(np.random.default_rng(seed).permutation(names)[:photos].tolist())
-        sides = [[s for s in self.stems if (self.photo(s) in held) == side] for side in (False, True)]
-        return tuple(Sets(self.files, self.label_folder, self.lq, stems, self.packed, self.signed, self.patches) for stems in sides)
+            raise runs.UserError(f"{flag} {photos}: the data set has {len(names)} photos; "
+                                 f"hold out between 1 and {len(names) - 1}")
+        held_photos = set(np.random.default_rng(seed).permutation(names)[:photos].tolist())
+        kept, held = copy.copy(self), copy.copy(self)
+        kept.stems = [stem for stem in self.stems if self.photo(stem) not in held_photos]
+        held.stems = [stem for stem in self.stems if self.photo(stem) in held_photos]
+        return kept, held
 
     def labels(self):
-        """Merged labels, (number of stems, number of versions) int64; column 0 is ORIGINAL."""
+        """Merged votes, (N, K) int64 codes; column 0 is ORIGINAL. Raises UserError for a vote that cannot be read."""
         if self.label_folder is None:
-            raise runs.UserError(f"{next(iter(self.files['original'].values())).parent.parent}: no labels beside it (labels/<any>/A, B, C): "
-                             "samplers upos and smp need them; rand, sma and amo work without")
-        for annotator in "ABC":
-            if not (self.label_folder / annotator).is_dir():
-                raise runs.UserError(f"{self.label_folder / annotator}: missing; HGGT's vote needs three annotators A, B and C")
+            images = next(iter(self.files["original"].values())).parent.parent
+            raise runs.UserError(f"{images}: no labels beside it (labels/<any>/A, B, C): "
+                                 "samplers upos and smp need them; rand, sma and amo work without")
         rows = []
         for stem in self.stems:
-            a, b, c = (read_label(self.label_folder / n / f"{stem}.json", stem, self.versions) for n in "ABC")
-            rows.append([ORIGINAL] + [vote(a[v], b[v], c[v]) for v in self.versions[1:]])
+            a, b, c = (read_label(self.label_folder / name / f"{stem}.json", stem, self.versions) for name in "ABC")
+            rows.append([ORIGINAL] + [vote(a[version], b[version], c[version]) for version in self.versions[1:]])
         return torch.tensor(rows)
 
 
 def find_photos(folder, flag="--data"):
-    """A folder of photographs as Sets with the one version "original"; a quintuplet data set, or its folder of originals, gives those."""
-    if not Path(folder).is_dir():
+    """Sets with K = 1: a folder of photographs, or the originals of a quintuplet data set. flag: named in the error."""
+    folder = Path(folder)
+    if not folder.is_dir():
         raise runs.UserError(f"{folder}: no such folder; {flag} DIR names the photographs, --demo needs no download")
-    if (Path(folder) / "Train").is_dir():
+    if (folder / "Train").is_dir():
         return Sets({"original": find_sets(folder, "Train").files["original"]})
-    patches = Path(folder).name.lower() == "original" and (Path(folder).parent / "01").is_dir()
+    patches = folder.name.lower() == "original" and (folder.parent / "01").is_dir()
     return Sets({"original": list_images(folder)}, patches=patches)
 
 
 def find_folders(root, split):
-    """Where split "Train" or "Test" lies under `root`: {"images": {version: folder}, "labels": folder or None, "lq": folder or None}.
+    """{"images": {version: folder}, "labels": folder or None, "lq": folder or None} of split "Train" or "Test".
 
-    None for a Test split that is not there; FileNotFoundError or ValueError when the layout above is not met.
+    None for a Test split that is not there. Raises UserError where the layout above is not met.
     """
     root = Path(root)
     if not root.is_dir():
-        raise runs.UserError(f"{root}: no such data set; README says how to get HGGT (--data DIR), --demo needs no download")
+        raise runs.UserError(f"{root}: no such data set; README says how to get HGGT (--data DIR), "
+                             "--demo needs no download")
     base = root / "Train" if split == "Train" else root / "Test" / "GT"
+
+    def only(folders):
+        if len(folders) > 1:
+            raise runs.UserError(f"{base}: several sets, {len(folders)} folders {', '.join(map(str, folders))}: "
+                                 "keep one")
+        return folders[0] if folders else None
     # the test archive is said to spell it both ways
-    originals = sorted(p for p in base.glob("**/[Oo]riginal") if p.is_dir())
-    if not originals:
+    original = only(sorted(folder for folder in base.glob("**/[Oo]riginal") if folder.is_dir()))
+    if original is None:
         if split == "Test":
             return None
         raise runs.UserError(f"{base}: no images/*/original folder under it; expected HGGT's layout (see data.py)")
-    if len(originals) > 1:
-        raise runs.UserError(f"{base}: several sets ({', '.join(str(o.parent) for o in originals)}): keep one")
-    images = originals[0].parent
-    enhanced = sorted(f for f in images.iterdir() if f.is_dir() and re.fullmatch(r"\d\d", f.name))
+    images = original.parent
+    enhanced = sorted(folder for folder in images.iterdir() if folder.is_dir() and re.fullmatch(r"\d\d", folder.name))
     if not enhanced:
-        raise runs.UserError(f"{images}: no folders of enhanced versions (01, 02, ...) beside {originals[0].name}/")
-    labels = sorted({p.parent for p in base.glob("**/labels/**/[ABC]") if p.is_dir()})
-    lq = sorted((root / "Test").glob("**/Blind_LR")) if split == "Test" else []
-    for several in (labels, lq):
-        if len(several) > 1:
-            raise runs.UserError(f"{base}: one set of images but {len(several)} folders {', '.join(map(str, several))}: keep one")
-    return {"images": {"original": originals[0]} | {f.name: f for f in enhanced},
-            "labels": labels[0] if labels else None, "lq": lq[0] if lq else None}
+        raise runs.UserError(f"{images}: no folders of enhanced versions (01, 02, ...) beside {original.name}/")
+    labels = only(sorted({annotator.parent for annotator in base.glob("**/labels/**/[ABC]") if annotator.is_dir()}))
+    lq = only(sorted((root / "Test").glob("**/Blind_LR"))) if split == "Test" else None
+    return {"images": {"original": original} | {folder.name: folder for folder in enhanced}, "labels": labels, "lq": lq}
 
 
 def find_sets(root, split, packed=True):
-    """The Sets of split "Train" or "Test" under `root`, in the layout above; None for a Test split that is not there. packed: read from packed images, if there are any."""
+    """The Sets of split "Train" or "Test" under `root`, in the layout above; None for a Test split that is not there.
+
+    packed: read packed images (prepare.pack) where there are any. Raises UserError for a set that lacks a file.
+    """
     folders = find_folders(root, split)
     if folders is None:
         return None
     files = {version: list_images(folder) for version, folder in folders["images"].items()}
-    for version, folder in list(folders["images"].items())[1:]:
-        expected = {f"{s}_{version}" for s in files["original"]}
-        for problem, names in (("missing", expected - set(files[version])), ("without an original", set(files[version]) - expected)):
+    originals = files["original"]
+    for version in list(files)[1:]:
+        expected, present = {file_stem(stem, version) for stem in originals}, set(files[version])
+        for problem, names in (("missing", expected - present), ("without an original", present - expected)):
             if names:
-                raise runs.UserError(f"{folder}: {len(names)} files {problem} (of {len(expected)} expected), first {min(names)}.png: "
-                                 "fetch or make the data set again; python -m prepare.verify verify DIR lists everything")
-    lq = folders["lq"]
-    ready = list_images(lq) if lq else None
-    missing = set(files["original"]) - set(ready or files["original"])
-    if missing:
-        raise runs.UserError(f"{lq}: no LR image for {len(missing)} of the test set's originals, first {min(missing)}.png")
-    for stem in sorted(files["original"]) if ready else []:
-        check_lr_size(ready[stem], image_size(ready[stem]), image_size(files["original"][stem]))
-    sets = Sets(files, folders["labels"], ready)
+                raise runs.UserError(f"{folders['images'][version]}: {len(names)} files {problem} (of {len(expected)} "
+                                     f"expected), first {min(names)}.png: fetch or make the data set again; "
+                                     "python -m prepare.verify DIR lists everything")
+    lq = list_images(folders["lq"]) if folders["lq"] else None
+    if lq is not None:
+        missing = set(originals) - set(lq)
+        if missing:
+            raise runs.UserError(f"{folders['lq']}: no LR image for {len(missing)} of the test set's originals, "
+                                 f"first {min(missing)}.png")
+        for stem in sorted(originals):
+            check_lr_size(lq[stem], image_size(lq[stem]), image_size(originals[stem]))
+    sets = Sets(files, folders["labels"], lq)
     if packed and (Path(root) / "packed" / f"{split}.json").exists():
         from prepare.pack import Packed
         sets.packed = Packed(Path(root) / "packed", split, sets)
     return sets
-
-
-def find_realsr(root):
-    """RealSR v3's x4 test images: {"<camera>_<name>": (LR path, HR path)} of <root>/<camera>/Test/4/<name>_LR4.png and _HR.png; {} if there are none."""
-    pairs = {}
-    for hr in sorted(Path(root).glob("*/Test/4/*_HR.png")):
-        name = hr.name.removesuffix("_HR.png")
-        lq = hr.with_name(f"{name}_LR4.png")
-        if not lq.exists():
-            raise runs.UserError(f"{lq}: missing, the LR image of {hr.name}: fetch RealSR v3 again")
-        pairs[f"{hr.parts[-4]}_{name}"] = lq, hr
-    return pairs
-
-
-def check_lr_size(path, size, hr_size):
-    """ValueError unless an LR image of `size` (width, height) is a quarter of its original."""
-    if size != (hr_size[0] // 4, hr_size[1] // 4):
-        raise runs.UserError(f"{path}: {size[0]}x{size[1]} pixels, expected a quarter of its original's {hr_size[0]}x{hr_size[1]}")
 
 
 # Ground-truth samplers, paper Sec. 4.2
@@ -282,11 +268,11 @@ def sampling_probs(scores, candidates, tau):
 
 
 def pick_gt(sampler, candidates, scores=None, tau=10.0, u=None):
-    """Which version supervises each sample. -> (B,) int64 index into the versions.
+    """The version that supervises each sample: (B,) int64 index into the K versions, 0 being the original.
 
     orig, rand, upos: uniform over the candidates. sma, smp: drawn from `sampling_probs` of static whole-image scores.
     amo: arg max of the scores of the training crops (tau -> 0); ties go to the earlier version, so to the original.
-    u: (B,) uniform draws in [0, 1), one per sample; not used by amo.
+    candidates: (B, K) bool; scores, tau: see sampling_probs; u: (B,) uniform draws in [0, 1), which amo does not use.
     """
     if sampler == "amo":
         return scores.masked_fill(~candidates, -torch.inf).argmax(1)
@@ -294,6 +280,7 @@ def pick_gt(sampler, candidates, scores=None, tau=10.0, u=None):
         probs = sampling_probs(scores, candidates, tau)
     else:
         probs = sampling_probs(torch.zeros(candidates.shape), candidates, 1.0)
+    # the first version at which the cumulated probability exceeds u
     index = (probs.cumsum(1) <= torch.as_tensor(u, dtype=torch.float64).view(-1, 1)).sum(1)
     # rounding may leave the last cumulated sum below 1
     last = (probs > 0).double().cumsum(1).argmax(1)
@@ -302,28 +289,25 @@ def pick_gt(sampler, candidates, scores=None, tau=10.0, u=None):
 
 # Training pairs
 
-def crop_like(lq, where, size, scale=4):
-    """The part of each whole LR image that belongs to its HR crop. lq (B, 3, h, w), where (B, 2) HR top and left, size in HR pixels."""
-    rows = [image[:, y // scale:(y + size) // scale, x // scale:(x + size) // scale] for image, (y, x) in zip(lq, where.tolist())]
-    return torch.stack(rows)
-
-
 def make_pair(batch, step, lanes, seeds, device, degradation, group_size, crop, reward=None, usm=False):
-    """One fresh training pair per lane: lq (b, 3, p/4, p/4) and gt (b, 3, p, p) in [0, 1], which version was chosen (b,), and
-    its score (b,), None unless the sampler is amo.
+    """One fresh training pair for each of this process's b lanes, from a batch of TrainingSet samples.
 
-    The LR image is always made from the whole original, then cropped; AMO scores the aligned crops of all versions at once.
-    usm: sharpen the whole image first, for LR image and target (HGGT's psnr stage of RRDBNet).
+    Returns lq (b, 3, crop/4, crop/4) and gt (b, 3, crop, crop) in [0, 1], the index of the chosen version (b,), and its
+    score (b,), which is None unless the sampler is amo.
+    The LR image is always made from the whole original, then cropped. AMO scores the crops of all versions at once.
+    degradation: a name of degradations.PRESETS; group_size: lanes that share what HGGT draws once per GPU batch;
+    reward: (B, 3, H, W) in [0, 1] -> (B,), for amo only; usm: sharpen the whole image first, for LR image and target
+    (HGGT's psnr stage of RRDBNet).
     """
     original = batch["original"].to(device, non_blocking=True).float() / 255  # (b, 3, H, W)
-    crops = batch["crops"].to(device, non_blocking=True).float() / 255  # (b, V, 3, p, p)
+    crops = batch["crops"].to(device, non_blocking=True).float() / 255  # (b, V, 3, crop, crop)
     if usm:
         original = degradations.usm_sharpen(original)
     lq = degradations.degrade(original, degradation, [seeds(step, lane, "degrade") for lane in lanes],
                               [seeds(step, lane // group_size, "degrade-group") for lane in lanes])
     lq = crop_like(lq, batch["where"], crop)
     versions = batch["version"].to(device, non_blocking=True)  # (b, V)
-    # chosen when the sample was read
+    # without candidates the version was chosen when the sample was read
     if "candidates" not in batch:
         gt = crop_like(original, batch["where"], crop, scale=1) if usm else crops[:, 0]
         return lq, gt, versions[:, 0], batch["score"].to(device, non_blocking=True) if "score" in batch else None
@@ -335,51 +319,60 @@ def make_pair(batch, step, lanes, seeds, device, degradation, group_size, crop, 
 
 
 def validation_pair(sets, i, seeds, device, degradation):
-    """-> lq (1, 3, h, w), gt (1, 3, 4h, 4w) in [0, 1]: image i of a validation split, with its own LR image or always the same degradation."""
-    gt = load_image(sets.path(sets.stems[i]))[None].to(device).float() / 255
-    gt = cut_to_x4(gt)
-    # LR images that came with the set
+    """lq (1, 3, h, w), gt (1, 3, 4h, 4w) in [0, 1] of image i: with the set's LR image, or one made by fixed draws."""
+    gt = cut_to_x4(load_image(sets.path(sets.stems[i]))[None].to(device).float() / 255)
     if sets.lq is not None:
         return load_image(sets.lq[sets.stems[i]])[None].to(device).float() / 255, gt
     return degradations.degrade(gt, degradation, [seeds(0, i, "val")], [seeds(0, i, "val-group")]), gt
 
 
 def synthetic_pairs(dataset, seeds, device, degradation, patch, group_size):
-    """(step, lanes, batch) -> aligned lq (b, 3, p, p) and hr (b, 3, 4p, 4p) of plain photographs: a synthetic degradation, flips and rotations."""
+    """A function (step, lanes, batch) -> aligned lq (b, 3, patch, patch) and hr (b, 3, 4 patch, 4 patch) in [0, 1].
+
+    Both are rotated by a random multiple of 90 degrees. batch: collated samples of these lanes; None: they are read.
+    """
     def pairs(step, lanes, batch=None):
         batch = batch or collate([dataset.sample(step, lane) for lane in lanes])
         lq, hr, *_ = make_pair(batch, step, lanes, seeds, device, degradation, group_size, 4 * patch)
         turns = [int(np.random.default_rng(seeds(step, lane, "turn")).integers(4)) for lane in lanes]
-        return tuple(torch.stack([image.rot90(k, (1, 2)) for image, k in zip(images, turns)]) for images in (lq, hr))
+        return tuple(torch.stack([image.rot90(turn, (1, 2)) for image, turn in zip(images, turns)])
+                     for images in (lq, hr))
     return pairs
 
 
 # Training samples
 
 class TrainingSet(Dataset):
-    """Samples by (step, lane): everything random about a sample follows from `seeds(step, lane, purpose)`.
+    """Samples by (step, lane). Everything random about a sample follows from seeds(step, lane, purpose).
 
     sets:       Sets of N stems and K versions
-    labels:     (N, K) codes, needed by upos, smp and drop_without_positive; scores: (N, K) static scores, needed by sma, smp
-    load_size:  0 = the whole image; otherwise a random window of that side is what the network's world consists of
-    group_size: lanes that share a crop position (HGGT: one position per GPU batch)
-    A sample is {"original": (3, H, W) uint8, "crops": (V, 3, crop, crop) uint8, "where": (2,) top and left of the crop,
-    "version": (V,) index of each crop's version}. V is K for amo, whose sample also has "candidates" (V,) bool: `make_pair` chooses. Otherwise
-    V is 1, the choice is made here, and only what the sampler needs is decoded. All images of a sample share flip, window and crop.
-    atlases: [(Atlas, weight)]: amo without a reward at hand. Crops lie on the atlas' grid, the weighted sum of the tables chooses, V is 1, and
-    the sample also has "score" (). tau: None arg max, else soft AMO.
+    batch_size: lanes of a step, all processes together; group_size: lanes that share a crop position (HGGT: of one GPU)
+    crop:       side of the crop in pixels; load_size: side of the random window that stands for the image, 0: all of it
+    labels:     (N, K) codes, needed by upos and smp; scores: (N, K) static scores, needed by sma and smp, which use tau
+    atlases:    [(prepare.atlas.Atlas, weight)], for amo without a reward: crops lie on their grid, and the weighted sum
+                of their tables chooses, by its arg max if tau is None, otherwise by softmax
+
+    A sample is a dict of
+    original    (3, H, W) uint8, the image or its window, of which the LR image is made
+    where       (2,) top and left of the crops in it, multiples of 4
+    crops       (V, 3, crop, crop) uint8, and version (V,), the index of each crop's version
+    candidates  (V,) bool, only if make_pair is to choose (amo, V = K). Otherwise V = 1: the choice is made here, and
+                only the original and the chosen version are decoded
+    score       () of the chosen crop, only with atlases
+    All images of a sample share flip, window and crop.
     """
 
-    def __init__(self, sets, sampler, seeds, batch_size, group_size, crop, load_size=0, tau=10.0, labels=None, scores=None,
-                 atlases=()):
+    def __init__(self, sets, sampler, seeds, batch_size, group_size, crop, load_size=0, tau=10.0,
+                 labels=None, scores=None, atlases=()):
         self.sets, self.sampler, self.seeds = sets, sampler, seeds
         self.batch_size, self.group_size, self.crop, self.load_size = batch_size, group_size, crop, load_size
-        self.tau, self.scale, self.atlases = tau, 4, list(atlases)
+        self.tau, self.atlases, self.orders = tau, list(atlases), {}
         codes = torch.full((len(sets.stems), len(sets.versions)), ORIGINAL) if labels is None else labels
         candidates = candidates_for(sampler, codes)
         rows = candidates.any(1).nonzero()[:, 0].tolist()
         if not rows:
-            raise runs.UserError(f"no quintuplet is left to train on with sampler {sampler}: check the labels and --val-photos")
+            raise runs.UserError(f"no quintuplet is left to train on with sampler {sampler}: "
+                                 "check the labels and --val-photos")
         self.stems = [sets.stems[i] for i in rows]
         self.candidates = candidates[rows]
         self.scores = None if scores is None else scores[rows]
@@ -388,13 +381,16 @@ class TrainingSet(Dataset):
     def __len__(self):
         return len(self.stems)
 
-    # two epochs meet inside a batch
-    @lru_cache(maxsize=2)
     def _order(self, epoch):
-        return np.random.default_rng(self.seeds(epoch, 0, "epoch")).permutation(len(self.stems))
+        """(N,) permutation of the sets. Two are kept, since two epochs may meet inside a batch."""
+        if epoch not in self.orders:
+            if len(self.orders) == 2:
+                del self.orders[next(iter(self.orders))]
+            self.orders[epoch] = np.random.default_rng(self.seeds(epoch, 0, "epoch")).permutation(len(self.stems))
+        return self.orders[epoch]
 
     def index(self, step, lane):
-        """Which quintuplet lane `lane` of step `step` (1-based) trains on: a fresh permutation of all of them every epoch."""
+        """The set that `lane` trains on at `step` (from 1): every epoch visits all sets once, in a new order."""
         epoch, position = divmod((step - 1) * self.batch_size + lane, len(self.stems))
         return int(self._order(epoch)[position])
 
@@ -405,7 +401,7 @@ class TrainingSet(Dataset):
         try:
             return self.sample(*key)
         except (ValueError, OSError) as error:
-            # raised again by `batches`: a worker would bury it
+            # raised again by `batches`: a worker would bury it in its own traceback
             return error
 
     def sample(self, step, lane):
@@ -414,122 +410,105 @@ class TrainingSet(Dataset):
         stem, candidates = self.stems[index], self.candidates[index]
         original = self._read(stem, 0)
 
-        # where: a window of the image, mirrored or not, and in it the crop
-        h, w = original.shape[1:]
+        # Where: a window of the image, mirrored or not, and the crop inside it
+        height, width = original.shape[1:]
         if self.load_size:
-            top, left = (int(rng["window"].integers(n - self.load_size + 1)) for n in (h, w))
-            h = w = self.load_size
+            top, left = (int(rng["window"].integers(side - self.load_size + 1)) for side in (height, width))
+            height = width = self.load_size
         else:
-            top, left, h, w = 0, 0, h - h % self.scale, w - w % self.scale
+            top, left, height, width = 0, 0, height // 4 * 4, width // 4 * 4
         # HGGT options: horizontal flip only
         flipped = rng["flip"].random() < 0.5
+        # relative position of the crop, one per group
         u = np.random.default_rng(self.seeds(step, lane // self.group_size, "crop")).random(2)
-        y, x = self.atlases[0][0].position(u) if self.atlases else (int(u[i] * ((n - self.crop) // self.scale + 1)) * self.scale for i, n in enumerate((h, w)))
+        if self.atlases:
+            y, x = self.atlases[0][0].position(u)
+        else:
+            # multiples of 4, so that the crop has its own pixels in the x4 LR image
+            y, x = (int(share * ((side - self.crop) // 4 + 1)) * 4 for share, side in zip(u, (height, width)))
 
-        # what: the versions that the sampler needs
-        more, draw = {}, rng["sampler"].random(1)
+        # Which: the one version that supervises, or all where make_pair chooses
+        extra, draw = {}, rng["sampler"].random(1)
         if self.atlases:
             scores = sum(weight * atlas.scores(stem, flipped, y, x) for atlas, weight in self.atlases)
-            soft = "amo" if self.tau is None else "sma"
-            chosen = [int(pick_gt(soft, candidates[None], scores[None], self.tau, draw))]
-            more = {"score": scores[chosen[0]]}
+            sampler = "amo" if self.tau is None else "sma"
+            chosen = [int(pick_gt(sampler, candidates[None], scores[None], self.tau, draw))]
+            extra = {"score": scores[chosen[0]]}
         elif self.sampler == "amo":
-            chosen, more = range(len(candidates)), {"candidates": candidates}
+            chosen, extra = list(range(len(candidates))), {"candidates": candidates}
         else:
             scores = None if self.scores is None else self.scores[index][None]
             chosen = [int(pick_gt(self.sampler, candidates[None], scores, self.tau, draw))]
 
-        # as if the window had been mirrored first
-        def cut(image, y, x, height, width):
-            part = image[:, top + y:top + y + height, left + (w - x - width if flipped else x):][:, :, :width]
-            part = torch.from_numpy(np.array(part))
+        def cut(image, y, x, part_height, part_width):
+            """A part of the window, mirrored if the sample is; y and x count in the mirrored window."""
+            first = left + (width - x - part_width if flipped else x)
+            part = torch.from_numpy(np.array(image[:, top + y:top + y + part_height, first:first + part_width]))
             # PyTorch mirrors six times faster than NumPy (512 px, one thread)
             return part.flip(2) if flipped else part
-        crops = [cut(original if v == 0 else self._read(stem, v, original), y, x, self.crop, self.crop) for v in chosen]
-        return {"original": cut(original, 0, 0, h, w), "where": torch.tensor([y, x]), "crops": torch.stack(crops),
-                "version": torch.tensor(list(chosen)), **more}
+        images = [original if v == 0 else self._read(stem, v, original) for v in chosen]
+        crops = torch.stack([cut(image, y, x, self.crop, self.crop) for image in images])
+        return {"original": cut(original, 0, 0, height, width), "where": torch.tensor([y, x]), "crops": crops,
+                "version": torch.tensor(chosen), **extra}
 
-    def _read(self, stem, v, original=None):
-        """(3, H, W) uint8 array of version number v, as large as its original and as the crop needs."""
-        image = self.sets.read(stem, self.sets.versions[v])
-        size = image.shape[:0:-1]
-        check_size(self.sets.path(stem, self.sets.versions[v]), size, size if original is None else original.shape[:0:-1], max(self.crop, self.load_size))
+    def _read(self, stem, index, original=None):
+        """(3, H, W) uint8 array of version number `index`; it must have its original's size and room for the crop."""
+        version = self.sets.versions[index]
+        image = self.sets.read(stem, version)
+        size, original_size = (array.shape[:0:-1] for array in (image, image if original is None else original))
+        check_size(self.sets.path(stem, version), size, original_size, max(self.crop, self.load_size))
         return image
 
 
 def check_headers(dataset, world):
-    """Refuse training images of a wrong size or mode before the first step, from their headers; processes share the work.
+    """Check size and mode of all training images before the first step, by their headers; processes share the work.
 
-    -> {stem: (width, height)} of this process's originals. ValueError names the first one that is wrong. What only decoding finds
-    (truncated files) is found when it is drawn, or by `prepare.verify verify`.
+    -> {stem: (width, height)} of this process's originals. Raises UserError for the first image that is wrong. A file
+    whose pixels are damaged is found when it is drawn, or by prepare.verify.
     """
     sets, need = dataset.sets, max(dataset.crop, dataset.load_size)
-    mine = dataset.stems[world.rank::world.size]
-    used = [v for k, v in enumerate(sets.versions) if k == 0 or dataset.candidates[:, k].any()]
+    stems = dataset.stems[world.rank::world.size]
+    # the original comes first, since the others are compared with it
+    versions = [version for k, version in enumerate(sets.versions) if k == 0 or dataset.candidates[:, k].any()]
 
     def check(stem):
         sizes = {}
-        # the original comes first
-        for version in used:
+        for version in versions:
             path = sets.path(stem, version)
-            # decoded once: sizes are in its index
-            if sets.packed:
-                sizes[version] = sets.size(stem, version)
-            else:
-                with open_image(path) as image:
-                    mode, sizes[version] = image.mode, image.size
-                check_mode(path, mode)
+            # packed images were decoded once: their index holds the sizes, and all are RGB
+            sizes[version] = sets.size(stem, version) if sets.packed else image_size(path, only_rgb=True)
             check_size(path, sizes[version], sizes["original"], need)
         return sizes["original"]
     if sets.packed:
-        return {stem: check(stem) for stem in mine}
+        return {stem: check(stem) for stem in stems}
     with ThreadPoolExecutor(8) as pool:
-        return dict(zip(mine, pool.map(check, mine)))
-
-
-def check_size(path, size, original, need=0):
-    """ValueError unless an image of `size` (width, height) is as large as its original, and at least `need` pixels in both."""
-    if tuple(size) != tuple(original):
-        raise runs.UserError(f"{path}: {size[0]}x{size[1]} pixels but its original has {original[0]}x{original[1]}: make this quintuplet again")
-    if min(size) < need:
-        raise runs.UserError(f"{path}: {size[0]}x{size[1]} pixels, smaller than the {need}-pixel crop: "
-                         f"use --crop/--load-size of at most {min(size) // 4 * 4}")
-
-
-class _Steps:
-    """Batch sampler: for each step the keys (step, lane) of this process's lanes."""
-
-    def __init__(self, first, last, lanes):
-        self.first, self.last, self.lanes = first, last, lanes
-
-    def __len__(self):
-        return self.last - self.first + 1
-
-    def __iter__(self):
-        return ([(step, lane) for lane in self.lanes] for step in range(self.first, self.last + 1))
+        return dict(zip(stems, pool.map(check, stems)))
 
 
 def collate(samples):
+    """Samples -> one dict of stacked tensors; or an exception, if one of them is one or their images differ in size."""
     for sample in samples:
         if isinstance(sample, Exception):
             return sample
-    # of the whole image, the first of a sample
-    shapes = {tuple(next(iter(s.values())).shape[1:]) for s in samples}
+    # the first entry of a sample is its whole image
+    shapes = {tuple(next(iter(sample.values())).shape[1:]) for sample in samples}
     if len(shapes) > 1:
-        return ValueError(f"images of different sizes in one batch ({sorted(shapes)}): set --load-size (dpo.py train: --patch) to at most the smallest side")
-    return {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
+        return runs.UserError(f"images of different sizes in one batch ({sorted(shapes)}): set --load-size "
+                              "(dpo.tune: --patch) to at most the smallest side")
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def _ignore_signals(worker):
-    """torchrun and Slurm signal the whole process group: the training process saves, its data workers must live until then."""
+    """torchrun and Slurm signal the whole process group: data workers live on until the training process has saved."""
     for number in runs.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def batches(dataset, first, last, lanes, workers, pin_memory):
-    """Iterator of collated samples for steps first..last; an error met in a worker is raised here with its own one-line text."""
-    loader = DataLoader(dataset, batch_sampler=_Steps(first, last, lanes), num_workers=workers, collate_fn=collate,
-                        pin_memory=pin_memory, prefetch_factor=4 if workers else None, worker_init_fn=_ignore_signals)
+    """Yield collated samples of steps first..last. An error met in a worker is raised here, with its one-line text."""
+    keys = ([(step, lane) for lane in lanes] for step in range(first, last + 1))
+    loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
+                        prefetch_factor=4 if workers else None, worker_init_fn=_ignore_signals)
     for batch in loader:
         if isinstance(batch, Exception):
             raise type(batch)(*batch.args)
@@ -537,9 +516,9 @@ def batches(dataset, first, last, lanes, workers, pin_memory):
 
 
 def prefetch(batches, device):
-    """The same batches; on CUDA on the device, each copied on a stream of its own while the step before it computes.
+    """The same batches on a CUDA device, each copied on a stream of its own while the step before it computes.
 
-    `where` stays on the CPU, where it is read. An error met one batch ahead waits for its own step. On a CPU nothing is done ahead.
+    `where` stays on the CPU, where it is read. An error met one batch ahead waits for its step. A CPU reads none ahead.
     """
     if device.type != "cuda":
         yield from batches
@@ -552,54 +531,59 @@ def prefetch(batches, device):
         except (ValueError, OSError) as error:
             return error
         with torch.cuda.stream(side):
-            return batch and {name: t if name == "where" else t.to(device, non_blocking=True) for name, t in batch.items()}
+            return batch and {name: tensor if name == "where" else tensor.to(device, non_blocking=True)
+                              for name, tensor in batch.items()}
     coming = fetch()
     while coming is not None:
         batch = coming
         if isinstance(batch, Exception):
             raise batch
         main = torch.cuda.current_stream(device)
-        # for this batch alone: the next is not yet on its way
+        # waits for this batch alone: the copy of the next has not begun
         main.wait_stream(side)
         for name in batch.keys() - {"where"}:
-            # else its memory is given away while `main` still reads it
+            # otherwise its memory could be given away while `main` still reads it
             batch[name].record_stream(main)
         coming = fetch()
         yield batch
 
 
 class TrainingPool:
-    """HGGT's training-pair pool (spec 2.4): pairs wait a random number of steps, so that a batch mixes degradations.
+    """HGGT's training-pair pool: pairs wait a random number of steps, so that a batch mixes degradations.
 
-    HGGT shuffles the Q pairs of a GPU, takes b and refills their places. Here every lane owns Q/b slots and draws one of
-    them per step, from (seed, step, lane): the same waiting-time distribution, and nothing belongs to a process. During
-    the first Q/b steps pairs are stored and trained on at once. eight_bit: pairs are 8-bit images, which uint8 keeps exactly; sharpened ones
-    are not, and stay as they are.
+    HGGT shuffles the Q pairs of a GPU, takes b and refills their places. Here every lane owns Q/b slots and draws one
+    of them per step, from (seed, step, lane): the same distribution of waiting times, and nothing belongs to a process.
+    During the first Q/b steps pairs are stored and trained on at once.
+    size: Q, of all lanes together; 0: no pool. lanes: this process's. state: what state() returned, to resume.
+    eight_bit: images are 8-bit, which uint8 keeps exactly; sharpened ones are not, and stay floats.
     """
 
     def __init__(self, size, batch_size, lanes, seeds, state=None, device="cpu", eight_bit=True):
         if size % batch_size:
-            raise runs.UserError(f"--pool-size {size} must be a multiple of --batch-size {batch_size} (0 switches the pool off)")
+            raise runs.UserError(f"--pool-size {size} must be a multiple of --batch-size {batch_size} "
+                                 "(0 switches the pool off)")
         self.slots, self.lanes, self.seeds, self.eight_bit = size // batch_size, lanes, seeds, eight_bit
-        self.held = None if state is None else tuple(t[lanes.start:lanes.stop].to(device) for t in state)
-        if self.held and not eight_bit:
-            self.held = tuple(t.float() / 255 if t.dtype == torch.uint8 else t for t in self.held)
+        self.stored = None if state is None else tuple(t[lanes.start:lanes.stop].to(device) for t in state)
+        if self.stored and not eight_bit:
+            self.stored = tuple(t.float() / 255 if t.dtype == torch.uint8 else t for t in self.stored)
 
     def swap(self, pair, step):
-        """pair: tuple of (b, ...) tensors of this process's lanes, images in [0, 1] -> the pair to train on at `step`."""
+        """pair: tuple of (b, ...) tensors of this process's lanes, images in [0, 1] -> the pair to train on now."""
         if self.slots == 0:
             return pair
         fresh = tuple((t * 255).round().byte() if self.eight_bit and t.is_floating_point() else t for t in pair)
-        if self.held is None:
-            self.held = tuple(t.new_zeros((len(t), self.slots, *t.shape[1:])) for t in fresh)
+        if self.stored is None:
+            self.stored = tuple(t.new_zeros((len(t), self.slots, *t.shape[1:])) for t in fresh)
         filling = step <= self.slots
-        slot = [step - 1 if filling else np.random.default_rng(self.seeds(step, lane, "pool")).integers(self.slots) for lane in self.lanes]
-        rows, slot = runs.to_device(torch.tensor([range(len(slot)), slot]), self.held[0].device)
-        taken = fresh if filling else tuple(held[rows, slot] for held in self.held)
-        for held, new in zip(self.held, fresh):
-            held[rows, slot] = new
-        return tuple(t.float() / 255 if p.is_floating_point() and t.dtype == torch.uint8 else t for t, p in zip(taken, pair))
+        slot = [step - 1 if filling else np.random.default_rng(self.seeds(step, lane, "pool")).integers(self.slots)
+                for lane in self.lanes]
+        rows, slot = runs.to_device(torch.tensor([range(len(slot)), slot]), self.stored[0].device)
+        taken = fresh if filling else tuple(stored[rows, slot] for stored in self.stored)
+        for stored, new in zip(self.stored, fresh):
+            stored[rows, slot] = new
+        return tuple(t.float() / 255 if given.is_floating_point() and t.dtype == torch.uint8 else t
+                     for t, given in zip(taken, pair))
 
     def state(self, gather):
         """(B, slots, ...) tensors of all lanes on the CPU; gather: World.gather_lanes."""
-        return None if self.held is None else [gather(t).cpu() for t in self.held]
+        return None if self.stored is None else [gather(t).cpu() for t in self.stored]

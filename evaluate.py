@@ -136,7 +136,7 @@ import lora
 import metrics as quality
 import metrics as scoring
 import runs
-from images import image_size, list_images, match_images
+from images import find_realsr, image_size, list_images, match_images
 from report import page, pictures, tables
 
 # Test images: {stem: {"lq": path or None, "refs": [path], "versions": [path]}}; lq None: degraded from versions[0]
@@ -144,7 +144,7 @@ from report import page, pictures, tables
 def find_items(args, world):
     if args.lq is not None:
         return find_pairs(args, world)
-    pairs = data.find_realsr(args.data)
+    pairs = find_realsr(args.data)
     if pairs:
         return {stem: {"lq": lq, "refs": [gt], "versions": []} for stem, (lq, gt) in pairs.items()}
     if not (args.data / "Test").is_dir() and (args.protocol == "realsr" or args.data.name.lower().startswith("realsr")):

@@ -1,4 +1,4 @@
-"""The terms of the training losses, each in one place for all that train with it: Eq. 1, and Eq. 5 of the fine-tuning."""
+"""The terms of the training losses, Eq. 1 and Eq. 5: each stands here once, for every script that trains with it."""
 import pickle
 from pathlib import Path
 
@@ -10,17 +10,21 @@ import archs
 import runs
 
 
-def generator_terms(sr, gt, lambdas, vgg=None, judge=None, reward=None):
-    """{term: (weight, value)} of the generator's loss, which is the sum of weight * value (Eq. 1; with a reward Eq. 5). Every term is logged.
+def generator_terms(sr, gt, lambdas, vgg=None, net_d=None, reward=None):
+    """{term: (weight, value)} of the generator's loss, the sum of weight * value: Eq. 1, with a reward Eq. 5.
 
-    sr, gt: (B, 3, H, W) RGB in [0, 1], sr not clamped; lambdas: {"lambda_l1": weight, ...}, the flags of these names; vgg: VGGFeatureLoss;
-    judge: discriminator; reward: NR-IQA model, of SR clamped to [0, 1]: outside it gets no gradient. None: without that term.
+    Every term is logged under its name. A term whose model is None is left out.
+    sr, gt:  (B, 3, H, W) RGB in [0, 1]; sr is not clamped
+    lambdas: {"lambda_l1": weight, ...}, the values of the flags of these names
+    vgg:     VGGFeatureLoss. net_d: discriminator, images -> logits, positive is real
+    reward:  NR-IQA model, (B, 3, H, W) in [0, 1] -> (B,), higher is better. It sees SR clamped to [0, 1], so that
+             pixels outside get no gradient
     """
     terms = {"pix": (lambdas["lambda_l1"], F.l1_loss(sr.float(), gt))}
     if vgg is not None:
         terms["percep"] = lambdas["lambda_p"], vgg(sr, gt)
-    if judge is not None:
-        terms["adv"] = lambdas["lambda_a"], adversarial_loss(judge(sr), real=True)
+    if net_d is not None:
+        terms["adv"] = lambdas["lambda_a"], adversarial_loss(net_d(sr), real=True)
     if reward is not None:
         terms["q"] = lambdas["lambda_q"], -reward(sr.clamp(0, 1)).mean()
     return terms
@@ -28,18 +32,19 @@ def generator_terms(sr, gt, lambdas, vgg=None, judge=None, reward=None):
 
 def adversarial_loss(logits, real):
     """Vanilla GAN loss, binary cross-entropy with logits against 1 (real) or 0, averaged over the logit map (HGGT)."""
-    return F.binary_cross_entropy_with_logits(logits.float(), torch.full_like(logits, float(real), dtype=torch.float32))
+    target = torch.full_like(logits, float(real), dtype=torch.float32)
+    return F.binary_cross_entropy_with_logits(logits.float(), target)
 
 
 class VGGFeatureLoss(nn.Module):
-    """Perceptual loss: weighted mean absolute differences of five VGG19 layers, paper Eq. 1, spec section 2.2.
+    """Perceptual loss of Eq. 1: weighted mean absolute differences of five VGG19 feature maps (HGGT options).
 
-    forward(sr, gt): two (B, 3, H, W) RGB in [0, 1], sides at least 16, sr not clamped -> scalar, computed in fp32 under autocast
-    too. Features are convolution outputs *before* the ReLU, of ImageNet-normalised images. The network is frozen; no gradient
-    reaches gt. wanted: taps(gt), where they are known.
+    forward(sr, gt): two (B, 3, H, W) RGB in [0, 1], sides at least 16, sr not clamped -> scalar, computed in fp32 under
+    autocast too. Features are convolution outputs *before* the ReLU, of ImageNet-normalised images. The network is
+    frozen, and no gradient reaches gt. gt_taps: taps(gt), where they are known.
     weights: a .pth or .safetensors file with torchvision's vgg19, whole ("features.0.weight", ...) or its features only
-    ("0.weight", ...); None downloads torchvision's. Raises ValueError naming what such a file lacks, FileNotFoundError when
-    there is no file or no download.
+    ("0.weight", ...); None downloads torchvision's. Raises UserError that names what such a file lacks, or when there
+    is no file or no download.
     """
 
     # HGGT options: conv1_2, conv2_2, conv3_4, conv4_4, conv5_4
@@ -58,20 +63,23 @@ class VGGFeatureLoss(nn.Module):
         state = vgg19_download() if weights is None else archs.read_weights(weights)[0]
         source = weights or "the downloaded vgg19"
         prefix = "features." if any(k.startswith("features.") for k in state) else ""
-        wanted = self.features.state_dict()
-        missing = [prefix + k for k in wanted if prefix + k not in state]
+        expected = self.features.state_dict()
+        missing = [prefix + key for key in expected if prefix + key not in state]
         if missing:
-            raise runs.UserError(f"{source}: not torchvision's vgg19, {len(missing)} keys are missing: {', '.join(missing[:4])} ...")
-        for k, v in wanted.items():
-            found = state[prefix + k]
-            if found.shape != v.shape or not found.is_floating_point():
-                raise runs.UserError(f"{source}: {prefix + k} is {found.dtype} {tuple(found.shape)}, not {v.dtype} {tuple(v.shape)}")
-        self.features.load_state_dict({k: state[prefix + k] for k in wanted})
+            raise runs.UserError(f"{source}: not torchvision's vgg19, {len(missing)} keys are missing: "
+                                 f"{', '.join(missing[:4])} ...")
+        for key, here in expected.items():
+            there = state[prefix + key]
+            if there.shape != here.shape or not there.is_floating_point():
+                raise runs.UserError(f"{source}: {prefix + key} is {there.dtype} {tuple(there.shape)}, "
+                                     f"not {here.dtype} {tuple(here.shape)}")
+        self.features.load_state_dict({key: state[prefix + key] for key in expected})
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
+        """Stays in eval mode, also inside a module that trains."""
         return super().train(False)
 
     def taps(self, x):
@@ -83,14 +91,16 @@ class VGGFeatureLoss(nn.Module):
                 taps.append(x)
         return taps
 
-    def forward(self, sr, gt, wanted=None):
+    def forward(self, sr, gt, gt_taps=None):
         if min(sr.shape[2:]) < 16:
-            raise runs.UserError(f"VGG loss: image of {sr.shape[2]} x {sr.shape[3]} pixels, vgg19 needs at least 16 x 16")
+            raise runs.UserError(f"VGG loss: image of {sr.shape[2]} x {sr.shape[3]} pixels, "
+                                 "vgg19 needs at least 16 x 16")
         with torch.autocast(sr.device.type, enabled=False):
-            # both in one batch: 1.3 to 1.5 times slower, 1.4 times the memory (experiments/tricks.py, CPU)
+            # Not sr and gt in one batch: that is 1.3 to 1.5 times slower and takes 1.4 times the memory
+            # (experiments/tricks.py, CPU)
             with torch.no_grad():
-                wanted = self.taps(gt.float()) if wanted is None else wanted
-            return sum(w * F.l1_loss(a, b) for w, a, b in zip(self.TAPS.values(), self.taps(sr.float()), wanted))
+                gt_taps = self.taps(gt.float()) if gt_taps is None else gt_taps
+            return sum(w * F.l1_loss(a, b) for w, a, b in zip(self.TAPS.values(), self.taps(sr.float()), gt_taps))
 
 
 def vgg19_download():
@@ -98,9 +108,9 @@ def vgg19_download():
     from torchvision.models import VGG19_Weights
     try:
         return VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+    # no network, wrong hash, damaged cache
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        # no network, wrong hash, damaged cache
         reason = " ".join(str(error).split())[:120]
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise runs.UserError(f"no VGG19 weights ({reason}): put vgg19-dcbb9e9d.pth into {folder}, or name a file with "
-                                "--vgg-weights FILE, or do without the perceptual loss: --lambda-p 0") from None
+                             "--vgg-weights FILE, or do without the perceptual loss: --lambda-p 0") from None

@@ -1,4 +1,5 @@
-"""What several test files need: the repository on the path, few threads, small data sets and a reward of known order."""
+"""Shared by the test files: the repository on the path, few threads, small data sets and rewards of known order."""
+import json
 import os
 import subprocess
 import sys
@@ -30,11 +31,6 @@ def nan_when_bright(device):
 '''
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "fast: ends within seconds")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-
-
 @pytest.fixture(scope="session")
 def rewards(tmp_path_factory):
     """Folder of a module `test_rewards` with rewards of known order, importable in this process."""
@@ -46,9 +42,7 @@ def rewards(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def quintuplets(tmp_path_factory):
-    """A data set in HGGT's layout: 6 sets of 3 photos, 64 px; version 02 is the brightest, 03 the darkest; labels of A, B, C."""
-    import json
-
+    """A labelled data set in HGGT's layout: 6 sets of 3 photos, 64 px. Version 02 is the brightest, 03 the darkest."""
     root = tmp_path_factory.mktemp("data") / "HGGT"
     rng = np.random.default_rng(0)
     shift = {"original": 0, "01": 10, "02": 30, "03": -30, "04": 5}
@@ -59,9 +53,11 @@ def quintuplets(tmp_path_factory):
             name = stem if version == "original" else f"{stem}_{version}"
             save_image(root / "Train" / "images" / "0-6" / version / f"{name}.png", (base + value).byte())
         for annotator in "ABC":
-            entries = {f"Picture_{i + 1}": {"Name": f"{stem}.png" if v == "original" else f"{stem}_{v}.png", "File": v,
-                                            "Label": None if v == "original" else ("Positive" if v == "01" and n else "Similar")}
-                       for i, v in enumerate(shift)}
+            entries = {"Picture_1": {"Name": f"{stem}.png", "File": "original", "Label": None}}
+            for i, version in enumerate(list(shift)[1:], 2):
+                # version 01 is positive, except in the first set, which has no positive
+                label = "Positive" if version == "01" and n else "Similar"
+                entries[f"Picture_{i}"] = {"Name": f"{stem}_{version}.png", "File": version, "Label": label}
             path = root / "Train" / "labels" / "0-6" / annotator / f"{stem}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(entries | {"Time_cost": {"Start": "", "End": "", "Total": 1}}))
@@ -80,10 +76,14 @@ def vgg_file(tmp_path_factory):
 
 @pytest.fixture
 def script(rewards):
-    """Run one of the repository's scripts as a user would: script("train.py", "--demo", ...), script("selfsup.finetune", ...) -> CompletedProcess."""
+    """Run one of the repository's scripts as a user would -> CompletedProcess.
+
+    script("train.py", "--demo", ...), script("selfsup.finetune", ..., processes=2). check: fail if the script does.
+    """
     def call(name, *words, processes=1, cwd=REPO, timeout=300, check=True):
-        result = subprocess.run(runs.python(name, *words, processes=processes), capture_output=True, text=True, cwd=cwd, timeout=timeout,
-                                env={**os.environ, "PYTHONPATH": f"{rewards}{os.pathsep}{REPO}", "OMP_NUM_THREADS": "1"})
+        environment = {**os.environ, "PYTHONPATH": f"{rewards}{os.pathsep}{REPO}", "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(runs.python(name, *words, processes=processes), capture_output=True, text=True,
+                                cwd=cwd, timeout=timeout, env=environment)
         if check and result.returncode:
             raise AssertionError(f"{name} exited {result.returncode}:\n{result.stdout}\n{result.stderr}")
         return result

@@ -12,8 +12,8 @@ from scipy import stats
 
 import data
 import runs
+from data import NEGATIVE, ORIGINAL, POSITIVE, SIMILAR, TrainingPool, TrainingSet, pick_gt, sampling_probs
 from images import list_images, load_image, save_image
-from data import NEGATIVE, ORIGINAL, POSITIVE, SIMILAR, TrainingPool, TrainingSet, candidates_for, pick_gt, sampling_probs
 from report import pictures
 
 pytestmark = pytest.mark.fast
@@ -24,7 +24,7 @@ NAME = {POSITIVE: "Positive", SIMILAR: "Similar", NEGATIVE: "Negative"}
 
 
 def coordinates(h, w, version, stem=0):
-    """(3, h, w) uint8 whose pixels say where they stand: red = column, green = row, blue = version and stem."""
+    """(3, h, w) uint8 image whose pixels tell their place: red = column, green = row, blue = version and stem."""
     y, x = np.mgrid[:h, :w]
     return torch.from_numpy(np.stack([x, y, np.full((h, w), 20 * stem + version)]).astype(np.uint8))
 
@@ -37,7 +37,7 @@ def write_sets(root, stems, versions=VERSIONS, size=(64, 96), train="Train/image
 
 
 def write_label(path, stem, codes, order=None, change=lambda entries: None):
-    """An annotator's JSON. codes: {version: code}; order: permutation of Picture numbers; change edits the entries in place."""
+    """An annotator's JSON. codes: {version: code}; order: of the Picture numbers; change edits the entries in place."""
     entries = [{"Name": f"{stem}.png", "File": "original", "Label": None}]
     entries += [{"Name": f"{stem}_{v}.png", "File": v, "Label": NAME[c]} for v, c in codes.items()]
     entries = {f"Picture_{i + 1}": entries[k] for i, k in enumerate(order or range(len(entries)))}
@@ -90,7 +90,7 @@ def edit(key, field, value):
     return lambda entries: entries[key].update({field: value})
 
 
-@pytest.mark.parametrize("change, words", [
+@pytest.mark.parametrize("change, message", [
     (edit("Picture_3", "File", "07"), "Picture_3 has File '07'"),
     (edit("Picture_3", "File", None), "Picture_3 has File None"),
     # doubled
@@ -103,17 +103,17 @@ def edit(key, field, value):
     (lambda entries: entries.pop("Picture_5"), r"no label for version\(s\) \['04'\]"),
     (lambda entries: entries.update(Picture_2=["01", "Positive"]), "Picture_2 is .*expected an object"),
 ])
-def test_unexpected_label_entry_is_refused(tmp_path, change, words):
+def test_unexpected_label_entry_is_refused(tmp_path, change, message):
     write_label(tmp_path / "a.json", "a-0-0", dict.fromkeys(VERSIONS[1:], SIMILAR), change=change)
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(ValueError, match=message) as error:
         data.read_label(tmp_path / "a.json", "a-0-0", VERSIONS)
     assert "a.json" in str(error.value)
 
 
 def test_unreadable_label_file_is_refused(tmp_path):
-    for text, words in (('{"Picture_1": ', "not a JSON file"), ("[1, 2]", "not a label file")):
+    for text in ('{"Picture_1": ', "[1, 2]"):
         (tmp_path / "a.json").write_text(text)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match="a.json: not a label file"):
             data.read_label(tmp_path / "a.json", "a", VERSIONS)
 
 
@@ -121,7 +121,7 @@ def test_unreadable_label_file_is_refused(tmp_path):
 def test_labels_of_two_annotators_are_refused(root, annotator):
     for stem, name in itertools.product(["cat-0-0", "cat-0-288", "dog-0-0"], sorted({*"ABC"} - {annotator})):
         write_label(root / "Train/labels/0-2" / name / f"{stem}.json", stem, dict.fromkeys(VERSIONS[1:], SIMILAR))
-    with pytest.raises(ValueError, match=f"labels/0-2/{annotator}: missing.*three annotators"):
+    with pytest.raises(ValueError, match=f"labels/0-2/{annotator}/cat-0-0.json: label missing.*three annotators"):
         data.find_sets(root, "Train").labels()
 
 
@@ -155,24 +155,25 @@ def test_candidates_are_all_versions_or_the_positive_ones():
     labels = torch.tensor([[0, 1, 2, 3, 1]])
     every, positive = [[True] * 5], [[False, True, False, False, True]]
     for sampler in ("rand", "sma", "amo"):
-        assert candidates_for(sampler, labels).tolist() == every
+        assert data.candidates_for(sampler, labels).tolist() == every
     for sampler in ("upos", "smp"):
-        assert candidates_for(sampler, labels).tolist() == positive
-    assert candidates_for("orig", labels).tolist() == [[True, False, False, False, False]]
+        assert data.candidates_for(sampler, labels).tolist() == positive
+    assert data.candidates_for("orig", labels).tolist() == [[True, False, False, False, False]]
     with pytest.raises(ValueError, match="unknown sampler 'best'.*orig, rand, upos, sma, smp, amo"):
-        candidates_for("best", labels)
+        data.candidates_for("best", labels)
 
 
 def test_ten_points_are_a_factor_e_at_the_papers_tau():
     probs = sampling_probs(torch.tensor([[60.0, 70, 80]]), torch.ones(1, 3, dtype=torch.bool), tau=10)
     assert probs[0].tolist() == pytest.approx([0.0900305731703805, 0.244728471054798, 0.665240955774822], abs=1e-12)
-    assert (probs[0, 1] / probs[0, 0]).item() == pytest.approx(np.e) and (probs[0, 2] / probs[0, 1]).item() == pytest.approx(np.e)
+    assert (probs[0, 1:] / probs[0, :-1]).tolist() == pytest.approx([np.e, np.e])
 
 
 def test_probabilities_are_zero_off_the_candidates_and_sum_to_one():
     candidates = torch.tensor([[True, False, True, False], [False, True, False, False], [True, True, True, True]])
     probs = sampling_probs(torch.tensor([[50.0, 99, 60, torch.nan], [1, 2, 3, 4], [50, 50, 50, 50]]), candidates, 10)
-    assert probs[0].tolist() == pytest.approx([1 / (1 + np.e), 0, np.e / (1 + np.e), 0]) and probs[0, 1] == probs[0, 3] == 0
+    assert probs[0].tolist() == pytest.approx([1 / (1 + np.e), 0, np.e / (1 + np.e), 0])
+    assert probs[0, 1] == probs[0, 3] == 0
     assert probs[1].tolist() == [0, 1, 0, 0] and probs[2].tolist() == [0.25] * 4
     assert probs.dtype == torch.float64 and torch.allclose(probs.sum(1), torch.ones(3).double())
 
@@ -197,7 +198,8 @@ def test_useless_tau_scores_and_candidates_are_refused():
 
 
 SCORES = torch.tensor([55.0, 60, 70, 62, 48])
-EXPECTED = {  # what each sampler draws for labels original, Positive, Similar, Negative, Positive
+# each sampler's probabilities for labels original, Positive, Similar, Negative, Positive
+EXPECTED = {
     "orig": [1, 0, 0, 0, 0],
     "rand": [1 / 5] * 5,
     "upos": [0, 1 / 2, 0, 0, 1 / 2],
@@ -210,7 +212,8 @@ EXPECTED = {  # what each sampler draws for labels original, Positive, Similar, 
 @pytest.mark.parametrize("sampler", data.SAMPLERS)
 def test_versions_are_chosen_with_the_samplers_frequencies(sampler):
     n = 20_000
-    candidates = candidates_for(sampler, torch.tensor([[ORIGINAL, POSITIVE, SIMILAR, NEGATIVE, POSITIVE]])).expand(n, 5)
+    labels = torch.tensor([[ORIGINAL, POSITIVE, SIMILAR, NEGATIVE, POSITIVE]])
+    candidates = data.candidates_for(sampler, labels).expand(n, 5)
     index = pick_gt(sampler, candidates, SCORES.expand(n, 5), 10.0, np.random.default_rng(5).random(n))
     counts, expected = np.bincount(index, minlength=5), np.array(EXPECTED[sampler])
     assert index.shape == (n,) and index.dtype == torch.int64 and not counts[expected == 0].any()
@@ -238,9 +241,9 @@ def test_draws_are_the_inverse_of_the_cumulated_probabilities_and_stay_inside_th
 def test_amo_takes_the_best_candidate_and_ties_go_to_the_original():
     # many ties
     scores = torch.rand(200, 5, generator=torch.Generator().manual_seed(1)).mul(4).round()
-    picks = pick_gt("amo", candidates_for("amo", torch.zeros(200, 5)), scores).tolist()
+    picks = pick_gt("amo", data.candidates_for("amo", torch.zeros(200, 5)), scores).tolist()
     assert picks == [max(range(5), key=lambda k: (row[k], -k)) for row in scores.tolist()]
-    assert pick_gt("amo", candidates_for("amo", torch.zeros(1, 5)), torch.full((1, 5), 3.0)).tolist() == [0]
+    assert pick_gt("amo", data.candidates_for("amo", torch.zeros(1, 5)), torch.full((1, 5), 3.0)).tolist() == [0]
     without_original = torch.tensor([[False, True, True, True, True]])
     assert pick_gt("amo", without_original, torch.full((1, 5), 3.0)).tolist() == [1]
 
@@ -344,7 +347,8 @@ def equal(a, b):
 
 def test_samples_depend_on_seed_step_and_lane_alone(sets):
     a, b = (list(data.batches(plain(sets, "rand", load_size=48), 1, 6, range(4), workers, False)) for workers in (0, 2))
-    halves = [list(data.batches(plain(sets, "rand", load_size=48), 1, 6, lanes, 0, False)) for lanes in (range(2), range(2, 4))]
+    halves = [list(data.batches(plain(sets, "rand", load_size=48), 1, 6, lanes, 0, False))
+              for lanes in (range(2), range(2, 4))]
     late = list(data.batches(plain(sets, "rand", load_size=48), 4, 6, range(4), 0, False))
     backwards = plain(sets, "rand", load_size=48)
     for step in range(6, 0, -1):
@@ -361,7 +365,8 @@ def test_samples_depend_on_seed_step_and_lane_alone(sets):
 
 
 def test_every_epoch_visits_each_set_once_in_another_order(tmp_path):
-    sets = data.find_sets(write_sets(tmp_path, [f"p-{n}-0" for n in range(11)], size=(8, 8), versions=VERSIONS[:2]), "Train")
+    root = write_sets(tmp_path, [f"p-{n}-0" for n in range(11)], size=(8, 8), versions=VERSIONS[:2])
+    sets = data.find_sets(root, "Train")
     # 11 is no multiple of 4: epochs meet in a batch
     dataset = plain(sets, "orig", batch_size=4, crop=8)
     visits = [dataset.index(step, lane) for step in range(1, 34) for lane in range(4)]
@@ -370,14 +375,17 @@ def test_every_epoch_visits_each_set_once_in_another_order(tmp_path):
     assert dataset.names(2) == [dataset.stems[i] for i in visits[4:8]]
 
 
-@pytest.mark.parametrize("names", [["trip-2023-01", "trip-2023-02", "trip-2024-01", "other"], ["IMG-20240101-121501", "IMG-20240101-121502", "IMG-20240102-090000"],
-                                   ["2023-01-11", "2023-01-12", "2023-02-11"], ["scan-001-1", "scan-001-2", "scan-002-1"]])
+@pytest.mark.parametrize("names", [["trip-2023-01", "trip-2023-02", "trip-2024-01", "other"],
+                                   ["IMG-20240101-121501", "IMG-20240101-121502", "IMG-20240102-090000"],
+                                   ["2023-01-11", "2023-01-12", "2023-02-11"],
+                                   ["scan-001-1", "scan-001-2", "scan-002-1"]])
 def test_dates_and_numbers_in_names_of_photographs_group_nothing(tmp_path, names):
     for name in names:
         save_image(tmp_path / "photos" / f"{name}.png", torch.zeros(3, 8, 8))
     sets = data.find_photos(tmp_path / "photos")
     kept, held = sets.hold_out(1, 0)
-    assert [len(kept.stems), len(held.stems)] == [len(names) - 1, 1] and [kept.photo(name) for name in names] == names
+    assert [len(kept.stems), len(held.stems)] == [len(names) - 1, 1]
+    assert [kept.photo(name) for name in names] == names
 
 
 def test_originals_of_quintuplets_are_grouped_by_photo_wherever_they_are_named(quintuplets):
@@ -387,14 +395,16 @@ def test_originals_of_quintuplets_are_grouped_by_photo_wherever_they_are_named(q
 
 
 def test_held_out_photos_keep_all_their_patches_on_one_side():
-    stems = [f"{photo}-{y}-{x}" for photo in ("a", "b-7", "c", "d", "e") for y in (0, 288) for x in (3, 291)] + ["alone"]
+    names = ("a", "b-7", "c", "d", "e")
+    stems = [f"{name}-{y}-{x}" for name in names for y in (0, 288) for x in (3, 291)] + ["alone"]
     sets = data.Sets({"original": dict.fromkeys(stems, None), "01": dict.fromkeys([f"{s}_01" for s in stems], None)})
     sides = set()
     for seed in range(12):
         train, held = sets.hold_out(2, seed)
         photos = [{data.photo_of(s) for s in side.stems} for side in (train, held)]
-        assert len(photos[1]) == 2 and not photos[0] & photos[1] and photos[0] | photos[1] == {"a", "b-7", "c", "d", "e", "alone"}
-        assert sorted(train.stems + held.stems) == sorted(stems) and train.versions == held.versions == ["original", "01"]
+        assert len(photos[1]) == 2 and not photos[0] & photos[1] and photos[0] | photos[1] == {*names, "alone"}
+        assert sorted(train.stems + held.stems) == sorted(stems)
+        assert train.versions == held.versions == ["original", "01"]
         assert [s.stems for s in sets.hold_out(2, seed)] == [train.stems, held.stems]
         sides.add(tuple(held.stems))
     assert len(sides) > 4
@@ -439,7 +449,8 @@ def test_pool_does_not_depend_on_how_lanes_are_split():
     whole = drive(TrainingPool(32, 8, range(8), SEEDS), range(1, 60), range(8))
     parts = [drive(TrainingPool(32, 8, lanes, SEEDS), range(1, 60), lanes) for lanes in (range(0, 2), range(2, 8))]
     assert torch.equal(whole, torch.cat(parts, 1))
-    assert not torch.equal(whole, drive(TrainingPool(32, 8, range(8), partial(runs.sample_seed, 8)), range(1, 60), range(8)))
+    other = TrainingPool(32, 8, range(8), partial(runs.sample_seed, 8))
+    assert not torch.equal(whole, drive(other, range(1, 60), range(8)))
 
 
 def test_pool_continues_from_its_saved_state_also_on_another_number_of_processes(tmp_path):
@@ -452,7 +463,8 @@ def test_pool_continues_from_its_saved_state_also_on_another_number_of_processes
     assert torch.equal(drive(TrainingPool(32, 8, range(8), SEEDS, state), range(8, 40), range(8)), expected)
     # the pool above wrote into the other copy
     state = torch.load(tmp_path / "pool.pt", weights_only=True)
-    halves = [drive(TrainingPool(32, 8, lanes, SEEDS, state), range(8, 40), lanes) for lanes in (range(0, 4), range(4, 8))]
+    halves = [drive(TrainingPool(32, 8, lanes, SEEDS, state), range(8, 40), lanes)
+              for lanes in (range(0, 4), range(4, 8))]
     assert torch.equal(torch.cat(halves, 1), expected)
 
 
@@ -467,16 +479,19 @@ def test_pool_keeps_all_8_bit_values_exactly():
 def test_waiting_times_are_those_of_shuffling_one_big_pool():
     size, batch, steps, tail = 32, 8, 1200, 80
     out = drive(TrainingPool(size, batch, range(batch), SEEDS), range(1, steps), range(batch))
-    born = out - 1000 * torch.arange(batch)
-    ours = [step - b for step, row in enumerate(born.tolist(), 1) for b in row if step > b > size // batch and b < steps - tail]
-    rng, pool, theirs = np.random.default_rng(0), np.repeat(np.arange(1, size // batch + 1), batch), []
+    made = out - 1000 * torch.arange(batch)
+    # of the step at which a pair was made: neither while the pool fills, nor so late that it may still wait
+    counted = range(size // batch + 1, steps - tail)
+    ours = [step - m for step, row in enumerate(made.tolist(), 1) for m in row if m in counted and step > m]
+    rng, pool, hggts = np.random.default_rng(0), np.repeat(np.arange(1, size // batch + 1), batch), []
     # HGGT: shuffle, take the first b, refill them
     for step in range(size // batch + 1, steps):
         rng.shuffle(pool)
-        theirs += [step - b for b in pool[:batch] if b > size // batch and b < steps - tail]
+        hggts += [step - m for m in pool[:batch].tolist() if m in counted]
         pool[:batch] = step
-    assert np.mean(ours) == pytest.approx(size / batch, rel=0.04) and np.mean(theirs) == pytest.approx(size / batch, rel=0.04)
-    table = np.array([np.bincount(np.minimum(waits, 16), minlength=17)[1:] for waits in (ours, theirs)])
+    for waits in (ours, hggts):
+        assert np.mean(waits) == pytest.approx(size / batch, rel=0.04)
+    table = np.array([np.bincount(np.minimum(waits, 16), minlength=17)[1:] for waits in (ours, hggts)])
     assert stats.chi2_contingency(table).pvalue > 1e-3
     geometric = stats.geom(batch / size).pmf(np.arange(1, 16))
     assert stats.chisquare(table[0], len(ours) * np.append(geometric, 1 - geometric.sum())).pvalue > 1e-3
@@ -516,8 +531,9 @@ def test_test_split_is_found_in_both_spellings_with_its_lr_images(tmp_path):
             data.find_sets(root, "Test")
         save_image(lr / "u-0-0.png", coordinates(16, 24, 0))
         sets = data.find_sets(root, "Test")
-        assert sets.lq == list_images(lr) and sets.stems == ["t-0-0", "u-0-0"] and sets.path("t-0-0").parent.name == spelling
-        assert sets.path("u-0-0", "03").name == "u-0-0_03.png" and data.find_sets(root, "Train").stems == ["a-0-0"]
+        assert sets.lq == list_images(lr) and sets.stems == ["t-0-0", "u-0-0"]
+        assert sets.path("t-0-0").parent.name == spelling and sets.path("u-0-0", "03").name == "u-0-0_03.png"
+        assert data.find_sets(root, "Train").stems == ["a-0-0"]
 
 
 def test_two_folders_of_labels_or_of_lr_images_are_refused(tmp_path):
@@ -539,7 +555,8 @@ def test_photos_are_a_folder_or_the_originals_of_a_data_set(tmp_path, root):
     (tmp_path / "photos/notes.txt").write_text("")
     photos = data.find_photos(tmp_path / "photos")
     assert photos.stems == ["a", "b"] and photos.versions == ["original"]
-    assert data.find_photos(root).stems == ["cat-0-0", "cat-0-288", "dog-0-0"] and data.find_photos(root).versions == ["original"]
+    originals = data.find_photos(root)
+    assert originals.stems == ["cat-0-0", "cat-0-288", "dog-0-0"] and originals.versions == ["original"]
     with pytest.raises(ValueError, match="no such folder"):
         data.find_photos(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -616,16 +633,19 @@ def test_damaged_images_are_refused_wherever_they_are_cut(tmp_path):
 def test_error_in_a_worker_process_arrives_as_the_same_line(root, sets):
     for path in (root / "Train/images/0-2/02").iterdir():
         path.write_bytes(path.read_bytes()[:150])
-    said = []
+    messages = []
     for workers in (0, 2):
         with pytest.raises(ValueError, match="_02.png: damaged image") as error:
             next(data.batches(plain(sets), 1, 3, range(4), workers, False))
-        said.append(str(error.value))
-    assert said[0] == said[1] and "\n" not in said[0]
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and "\n" not in messages[0]
 
 
 def test_batches_are_fetched_one_ahead_on_a_stream_and_errors_wait_for_their_own_step(monkeypatch):
-    """With a stand-in for CUDA: batch n is awaited before n + 1 is fetched, which happens before n is used; `where` stays; a CPU fetches nothing ahead."""
+    """With a stand-in for CUDA: batch n is awaited before n + 1 is fetched, which happens before n is used.
+
+    `where` stays on the CPU. For a CPU nothing is fetched ahead.
+    """
     log = []
 
     class Image:
@@ -669,7 +689,8 @@ def test_batches_are_fetched_one_ahead_on_a_stream_and_errors_wait_for_their_own
         log.append(f"step {step}")
     with pytest.raises(ValueError, match="3.png"):
         next(on_gpu)
-    assert log == ["copy 1 on side", "main waits for side", "main keeps 1", "copy 2 on side", "step 1", "main waits for side", "main keeps 2", "step 2"]
+    assert log == ["copy 1 on side", "main waits for side", "main keeps 1", "copy 2 on side", "step 1",
+                   "main waits for side", "main keeps 2", "step 2"]
     assert len(list(data.prefetch(iter([{"original": Image(1), "where": 0}] * 3), torch.device("cuda")))) == 3
 
     left = iter([{"n": n} for n in range(4)])
@@ -684,7 +705,8 @@ def test_batches_fetched_ahead_are_those_of_the_loader(sets, workers):
     plain_batches = list(data.batches(plain(sets), 1, 40, range(4), workers, True))
     device, count = torch.device("cuda"), 0
     busy = torch.rand(2000, 2000, device=device)
-    for batch, expected in zip(data.prefetch(data.batches(plain(sets), 1, 40, range(4), workers, True), device), plain_batches, strict=True):
+    ahead = data.prefetch(data.batches(plain(sets), 1, 40, range(4), workers, True), device)
+    for batch, expected in zip(ahead, plain_batches, strict=True):
         for _ in range(20):
             # work that the next copy overtakes
             busy = busy @ busy / 1000
@@ -704,7 +726,8 @@ def test_saved_images_are_read_back(tmp_path):
     save_image(tmp_path / "b.png", image.float() / 255)
     save_image(tmp_path / "c.png", torch.tensor([-0.2, 0.5 / 255 + 1e-4, 1.7]).view(3, 1, 1))
     assert all(torch.equal(load_image(tmp_path / name), image) for name in ("new/folder/a.png", "b.png"))
-    assert load_image(tmp_path / "c.png").flatten().tolist() == [0, 1, 255]  # clamped and rounded, not truncated
+    # clamped and rounded, not truncated
+    assert load_image(tmp_path / "c.png").flatten().tolist() == [0, 1, 255]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), image.permute(1, 2, 0).numpy())
 
 

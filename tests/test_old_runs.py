@@ -1,6 +1,7 @@
-"""Run folders, checkpoints and adapters of commit 6be4990 still open: tests/old_runs.zip holds a run of train.py and one of finetune_lora.py.
+"""Run folders, checkpoints and adapters of commit 6be4990 still open.
 
-They were trained for two steps from weights that are all zero (compact-small, AMO by brightness, no GAN), on the data set of conftest.py.
+tests/old_runs.zip holds a run of train.py and one of finetune_lora.py. They were trained for two steps from weights
+that are all zero (compact-small, AMO by brightness, no GAN), on the data set of conftest.py.
 """
 import json
 import zipfile
@@ -17,6 +18,9 @@ import train
 from images import image_size, save_image
 
 HERE = Path(__file__).resolve().parent
+CPU = ["--workers", "0", "--device", "cpu"]
+TUNED = ["--arch", "compact-small", "--base", "runs/compact-small-amo", "--reward", "test_rewards:brightness",
+         "--lambda-q", "0.01", "--rank", "1", "--watch", *CPU]
 
 
 @pytest.fixture
@@ -41,25 +45,26 @@ def test_the_adapter_and_its_base_give_the_merged_weights(old):
     for path in ("runs/compact-small-amo+brightness", "runs/compact-small-amo+brightness/lora/adapter.pth"):
         net, info = lora.load_tuned(Path(path))
         merged, _ = archs.load_run(Path("runs/compact-small-amo+brightness"), "--weights")
-        assert info["strength"] == 1 and all(torch.allclose(v, merged.state_dict()[k], atol=1e-7) for k, v in net.state_dict().items())
+        merged = merged.state_dict()
+        assert info["strength"] == 1
+        assert all(torch.allclose(v, merged[k], atol=1e-7) for k, v in net.state_dict().items())
 
 
 def test_both_go_on(old):
-    train.main(train.parse_args(["--arch", "compact-small", "--batch-size", "2", "--group-size", "1", "--pool-size", "4", "--crop", "32", "--lambda-p", "0",
-                                 "--lambda-a", "0", "--workers", "0", "--device", "cpu", "--data", "HGGT", "--reward", "test_rewards:brightness",
-                                 "--init", "unused.pth", "--out", "runs/compact-small-amo", "--total-steps", "3", "--resume"]))
-    finetune_lora.main(finetune_lora.parse_args(["--arch", "compact-small", "--base", "runs/compact-small-amo", "--reward", "test_rewards:brightness",
-                                                 "--lambda-q", "0.01", "--rank", "1", "--watch", "--workers", "0", "--device", "cpu", "--total-steps", "3",
-                                                 "--out", "tuned"]))
-    events = [json.loads(line)["step"] for line in Path("runs/compact-small-amo/metrics.jsonl").read_text().splitlines()]
-    assert events == [1, 2, 3] and (old / "runs/compact-small-amo/weights/ema_0000003.pth").exists() and (old / "tuned/lora/adapter.pth").exists()
+    train.main(train.parse_args([
+        "--arch", "compact-small", "--batch-size", "2", "--group-size", "1", "--pool-size", "4", "--crop", "32",
+        "--lambda-p", "0", "--lambda-a", "0", *CPU, "--data", "HGGT", "--reward", "test_rewards:brightness",
+        "--init", "unused.pth", "--out", "runs/compact-small-amo", "--total-steps", "3", "--resume"]))
+    finetune_lora.main(finetune_lora.parse_args([*TUNED, "--total-steps", "3", "--out", "tuned"]))
+    events = map(json.loads, Path("runs/compact-small-amo/metrics.jsonl").read_text().splitlines())
+    assert [event["step"] for event in events] == [1, 2, 3]
+    assert (old / "runs/compact-small-amo/weights/ema_0000003.pth").exists()
+    assert (old / "tuned/lora/adapter.pth").exists()
 
 
 def test_tuning_goes_on(old):
-    words = ["--arch", "compact-small", "--base", "runs/compact-small-amo", "--reward", "test_rewards:brightness", "--lambda-q", "0.01", "--rank", "1",
-             "--watch", "--workers", "0", "--device", "cpu", "--resume",
-             "--out", "runs/compact-small-amo+brightness"]
-    finetune_lora.main(finetune_lora.parse_args([*words, "--total-steps", "3"]))
+    out = ["--out", "runs/compact-small-amo+brightness"]
+    finetune_lora.main(finetune_lora.parse_args([*TUNED, *out, "--total-steps", "3", "--resume"]))
     assert "resumed at step 2" in Path("runs/compact-small-amo+brightness/log.txt").read_text()
 
 
@@ -68,8 +73,10 @@ def test_a_flag_that_is_gone_is_named_where_a_run_used_it(old):
     state = runs.load_checkpoint(file)
     state["args"]["clip_grad"] = 0.5
     torch.save(state, file)
-    with pytest.raises(runs.UserError, match="its clip_grad 0.5 is no flag any more; the commit in its args.json continues it"):
-        train.main(train.parse_args(["--arch", "compact-small", "--data", "HGGT", "--out", "runs/compact-small-amo", "--resume", "--device", "cpu"]))
+    message = "its clip_grad 0.5 is no flag any more; the commit in its args.json continues it"
+    with pytest.raises(runs.UserError, match=message):
+        train.main(train.parse_args(["--arch", "compact-small", "--data", "HGGT", "--out", "runs/compact-small-amo",
+                                     "--resume", "--device", "cpu"]))
 
 
 def test_scripts_take_them(old, script):
@@ -77,6 +84,8 @@ def test_scripts_take_them(old, script):
     for weights in (["--weights", "runs/compact-small-amo"], ["--lora", "runs/compact-small-amo+brightness"]):
         script("upscale.py", "lq/a.png", *weights, "--out", "sr", "--overwrite", "--device", "cpu", cwd=old)
         assert image_size(old / "sr" / "a.png") == (96, 80)
-    script("evaluate.py", "--weights", "runs/compact-small-amo", "runs/compact-small-amo+brightness/lora/adapter.pth", "--lq", "lq", "--metrics", "ranker",
-           "--device", "cpu", "--out-json", "table.json", cwd=old)
-    assert list(json.loads((old / "table.json").read_text())["mean"]) == ["bicubic", "compact-small-amo", "compact-small-amo+brightness x1"]
+    weights = ["runs/compact-small-amo", "runs/compact-small-amo+brightness/lora/adapter.pth"]
+    script("evaluate.py", "--weights", *weights, "--lq", "lq", "--metrics", "ranker", "--device", "cpu",
+           "--out-json", "table.json", cwd=old)
+    rows = list(json.loads((old / "table.json").read_text())["mean"])
+    assert rows == ["bicubic", "compact-small-amo", "compact-small-amo+brightness x1"]

@@ -16,41 +16,50 @@ ALONE = runs.World(0, 1, torch.device("cpu"))
 
 
 def test_seeds_differ_in_every_argument_and_are_the_same_everywhere():
-    seeds = [runs.sample_seed(*key) for key in [(0, 1, 2, "crop"), (1, 1, 2, "crop"), (0, 2, 2, "crop"), (0, 1, 3, "crop"), (0, 1, 2, "flip")]]
+    keys = (0, 1, 2, "crop"), (1, 1, 2, "crop"), (0, 2, 2, "crop"), (0, 1, 3, "crop"), (0, 1, 2, "flip")
+    seeds = [runs.sample_seed(*key) for key in keys]
     assert len(set(seeds)) == 5 and all(0 <= s < 2 ** 63 for s in seeds)
     code = "import runs; print(runs.sample_seed(0, 1, 2, 'crop'))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=runs.REPO, env={**os.environ, "PYTHONHASHSEED": "7"})
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=runs.REPO,
+                           env={**os.environ, "PYTHONHASHSEED": "7"})
     assert int(other.stdout) == seeds[0]
 
 
 def test_first_draws_of_neighbouring_seeds_are_uniform_and_uncorrelated():
-    u = np.array([[np.random.default_rng(runs.sample_seed(0, step, lane, "crop")).random() for lane in range(8)] for step in range(250)])
+    u = np.array([[np.random.default_rng(runs.sample_seed(0, step, lane, "crop")).random() for lane in range(8)]
+                  for step in range(250)])
     assert stats.kstest(u.ravel(), "uniform").pvalue > 0.01
-    assert stats.pearsonr(u[:, 0], u[:, 1]).pvalue > 0.01 and stats.pearsonr(u[:-1].ravel(), u[1:].ravel()).pvalue > 0.01
+    assert stats.pearsonr(u[:, 0], u[:, 1]).pvalue > 0.01
+    assert stats.pearsonr(u[:-1].ravel(), u[1:].ravel()).pvalue > 0.01
 
 
-@pytest.mark.parametrize("precision, tf32, dtype", [("fp32", False, torch.float32), ("tf32", True, torch.float32), ("bf16", False, torch.bfloat16)])
+@pytest.mark.parametrize("precision, tf32, dtype", [
+    ("fp32", False, torch.float32), ("tf32", True, torch.float32), ("bf16", False, torch.bfloat16)])
 def test_precision_is_what_was_asked_for(precision, tf32, dtype):
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    original = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
     try:
         world, seeds, autocast = runs.start_training("cpu", 0, 3, precision)
         with autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
-        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32 and seeds(1, 2, "crop") == runs.sample_seed(3, 1, 2, "crop") and world.size == 1
+        assert cudnn.allow_tf32 == matmul.allow_tf32 == tf32
+        assert seeds(1, 2, "crop") == runs.sample_seed(3, 1, 2, "crop") and world.size == 1
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = original
 
 
 def test_peak_memory_is_this_process_own():
     """Started by a process that holds 600 MB."""
     ballast = np.ones(75_000_000)
     code = "import torch, runs; print(runs.peak_memory(torch.device('cpu')))"
-    own = float(subprocess.run([sys.executable, "-c", code], cwd=runs.REPO, capture_output=True, text=True, check=True).stdout)
-    assert 0.05 < own < runs.peak_memory(torch.device("cpu")) - 0.3 and runs.peak_memory(torch.device("cpu")) > ballast.nbytes / 2 ** 30
+    child = subprocess.run([sys.executable, "-c", code], cwd=runs.REPO, capture_output=True, text=True, check=True)
+    here = runs.peak_memory(torch.device("cpu"))
+    assert 0.05 < float(child.stdout) < here - 0.3 and here > ballast.nbytes / 2 ** 30
 
 
-def test_what_is_due():
-    assert [step for step in range(1, 11) if runs.due(step, 10, 4)] == [4, 8, 10] and [step for step in range(1, 11) if runs.due(step, 10, 0)] == [10]
+def test_an_interval_is_due_at_its_multiples_and_at_the_last_step():
+    assert [step for step in range(1, 11) if runs.due(step, 10, 4)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if runs.due(step, 10, 0)] == [10]
 
 
 def test_lanes_are_contiguous_disjoint_and_complete():
@@ -91,17 +100,19 @@ def test_events_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
         # a process killed while writing
         f.write('{"step": 4, "spl')
-    again = runs.Run(tmp_path / "run", {"lr": 2}, ALONE, resume="must")
-    again.open()
-    assert again.start_step == 2 and [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    resumed = runs.Run(tmp_path / "run", {"lr": 2}, ALONE, resume="must")
+    resumed.open()
+    steps = [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert resumed.start_step == 2 and steps == [1, 2]
     assert "changed: lr 1 -> 2" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_args_json_says_what_made_the_run(tmp_path):
     run = runs.Run(tmp_path / "run", {"data": tmp_path, "lr": 1e-4}, ALONE)
     run.open()
-    told = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert told["args"] == {"data": str(tmp_path), "lr": 1e-4} and {"command", "commit", "torch", "device", "processes"} <= set(told)
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert record["args"] == {"data": str(tmp_path), "lr": 1e-4}
+    assert {"command", "commit", "torch", "device", "processes"} <= set(record)
 
 
 def test_meter_averages_a_window_and_survives_a_checkpoint():
@@ -124,13 +135,15 @@ def test_meter_names_the_first_non_finite_step_and_term():
 def test_user_errors_are_one_line_and_all_others_keep_their_traceback(tmp_path):
     def run(body, **environment):
         (tmp_path / "x.py").write_text(f"import runs\ndef main():\n    {body}\nruns.cli(main)\n")
-        return subprocess.run([sys.executable, str(tmp_path / "x.py")], capture_output=True, text=True, env=runs.python_path() | environment)
+        return subprocess.run([sys.executable, str(tmp_path / "x.py")], capture_output=True, text=True,
+                              env=runs.python_path() | environment)
     own = run("import archs; archs.read_file('nowhere.pth')")
     assert own.returncode == 2 and own.stderr == "x.py: error: nowhere.pth: no such weights file\n"
     assert "Traceback" in run("import archs; archs.read_file('nowhere.pth')", IQASR_TRACEBACK="1").stderr
     missing = run("open('nowhere.txt')")
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "nowhere.txt" in missing.stderr
-    for bug in ("int('x')", "import archs; archs.create('swinir-small', upsampler='no')", "raise OSError('of no file')"):
+    for bug in ("int('x')", "import archs; archs.create('swinir-small', upsampler='no')",
+                "raise OSError('of no file')"):
         result = run(bug)
         assert result.returncode == 1 and "Traceback" in result.stderr, bug
 

@@ -1,7 +1,7 @@
 """Between log steps nothing waits for the GPU: neither a value that is read back nor a copy that waits.
 
-On a CPU: every value that a whole run reads is caught by PyTorch's dispatcher, and the parts that copy numbers to the device run on fake CUDA tensors, which
-know their device and hold no data. The tests marked gpu let CUDA itself complain.
+On a CPU, PyTorch's dispatcher catches every value that a whole run reads, and the parts that copy numbers to the device
+run on fake CUDA tensors, which know their device and hold no data. The tests marked gpu let CUDA itself complain.
 """
 import contextlib
 import traceback
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_finetune import TINY, base  # noqa: F401 (a fixture)
+from test_train import flags, init  # noqa: F401 (a fixture)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,21 +18,20 @@ import archs
 import data
 import finetune_lora
 import runs
-from losses import adversarial_loss
 import train
-from test_finetune import TINY, base  # noqa: F401 (a fixture)
-from test_train import flags, init  # noqa: F401 (a fixture)
+from losses import adversarial_loss
 
 aten = torch.ops.aten
-# a GPU's answer is waited for
+# the operations whose answer a program waits for on a GPU
 READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.equal, aten.is_nonzero}
+# (file, function) of reads that are of CPU tensors also in a run on a GPU
 ON_THE_CPU_ANYWAY = {
-    # the range of its input, which it skips on CUDA
+    # the check of its input's range, which it skips on CUDA
     ("degradations.py", "degrade"),
     # qualities, drawn by NumPy
     ("degradations.py", "jpeg"),
     # batch["where"]
-    ("data.py", "crop_like"),
+    ("images.py", "crop_like"),
     # a sample, made by a data worker
     ("data.py", "__getitem__"),
     # Adam's step counts, which stay on the CPU unless it is fused
@@ -39,7 +40,7 @@ ON_THE_CPU_ANYWAY = {
 
 
 def reader(frames):
-    """(file, function) of the innermost frame of this repository or of an optimiser, or of all that makes a sample."""
+    """(file, function) of the innermost frame of this repository or an optimiser; of __getitem__ in all of a sample."""
     for frame in reversed([*frames, *(f for f in frames if f.name == "__getitem__")]):
         file = Path(frame.filename)
         if file.parent == runs.REPO or file.parent.name == "optim":
@@ -48,39 +49,44 @@ def reader(frames):
 
 
 class Reads(TorchDispatchMode):
-    """Collects who reads tensors back while it is on."""
+    """Collects the readers of tensors while it is on."""
 
     def __init__(self):
         super().__init__()
-        self.found = set()
+        self.readers = set()
 
     def note(self):
-        self.found.add(reader(traceback.extract_stack()))
+        self.readers.add(reader(traceback.extract_stack()))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in READS or any(torch.is_tensor(i) and i.dtype == torch.bool for i in (args[1] if function.overloadpacket == aten.index else ())):
+        indices = args[1] if function.overloadpacket == aten.index else ()
+        by_mask = any(torch.is_tensor(i) and i.dtype == torch.bool for i in indices)
+        if function.overloadpacket in READS or by_mask:
             self.note()
         return function(*args, **(kwargs or {}))
 
 
 def between_logs(monkeypatch, enter, leave):
-    """Call enter() behind steps 3 to 8 (of 9), and leave() before whatever reads values on purpose: log lines and checkpoints."""
+    """Call enter() after each of the steps 3 to 8 of 9, and leave() before values are read on purpose.
+
+    That is for log lines and checkpoints.
+    """
     requested, check_finite, on = runs.StopSignal.requested, runs.Meter.check_finite, []
 
-    def behind(self, step):
+    def requested_and_enter(self, step):
         stopping = requested(self, step)
         if 3 <= step < 9 and not on:
             on.append(step)
             enter()
         return stopping
 
-    def before(self, describe):
+    def leave_and_check_finite(self, describe):
         while on:
             on.pop()
             leave()
         return check_finite(self, describe)
-    monkeypatch.setattr(runs.StopSignal, "requested", behind)
-    monkeypatch.setattr(runs.Meter, "check_finite", before)
+    monkeypatch.setattr(runs.StopSignal, "requested", requested_and_enter)
+    monkeypatch.setattr(runs.Meter, "check_finite", leave_and_check_finite)
 
 
 def run_training(quintuplets, init, tmp_path, **more):  # noqa: F811
@@ -90,55 +96,69 @@ def run_training(quintuplets, init, tmp_path, **more):  # noqa: F811
 
 
 def run_tuning(base, tmp_path, *more):  # noqa: F811
-    words = ["--arch", "compact-small", "--base", base, "--reward", "ranker", *TINY, "--total-steps", 9, "--out", tmp_path / "tuned", "--log-every", 5, "--lambda-a", "0.1", *more]
+    words = ["--arch", "compact-small", "--base", base, "--reward", "ranker", *TINY, "--total-steps", 9,
+             "--out", tmp_path / "tuned", "--log-every", 5, "--lambda-a", "0.1", *more]
     finetune_lora.main(finetune_lora.parse_args(list(map(str, words))))
 
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Who reads values between the log steps of the runs that follow."""
+    """The readers of values between the log steps of the runs that follow."""
     mode = Reads()
-    # these do not pass the dispatcher on a CPU
-    for name in ("tolist", "numpy", "cpu"):
-        def note(self, *args, original=getattr(torch.Tensor, name), **kwargs):
+
+    def noted(original):
+        def call(self, *args, **kwargs):
             if torch.utils._python_dispatch._get_current_dispatch_mode() is mode:
                 mode.note()
             return original(self, *args, **kwargs)
-        monkeypatch.setattr(torch.Tensor, name, note)
+        return call
+    # these do not pass the dispatcher on a CPU
+    for name in ("tolist", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, noted(getattr(torch.Tensor, name)))
     between_logs(monkeypatch, mode.__enter__, lambda: mode.__exit__(None, None, None))
     return mode
 
 
-@pytest.mark.parametrize("more", [dict(reward="ranker"), dict(arch="swinir-small", drop_path=0.5), dict(sampler="rand", accumulate=2)])
+@pytest.mark.parametrize("more", [dict(reward="ranker"), dict(arch="swinir-small", drop_path=0.5),
+                                  dict(sampler="rand", accumulate=2)])
 def test_a_training_step_reads_nothing_back(quintuplets, init, rewards, tmp_path, reads, more):  # noqa: F811
     run_training(quintuplets, init, tmp_path, **more)
-    assert reads.found and reads.found <= ON_THE_CPU_ANYWAY
+    assert reads.readers and reads.readers <= ON_THE_CPU_ANYWAY
 
 
 def test_a_tuning_step_reads_nothing_back(base, tmp_path, reads):  # noqa: F811
     run_tuning(base, tmp_path)
-    assert reads.found and reads.found <= ON_THE_CPU_ANYWAY
+    assert reads.readers and reads.readers <= ON_THE_CPU_ANYWAY
 
 
 def test_a_value_that_is_read_is_caught(quintuplets, init, rewards, tmp_path, reads, monkeypatch):  # noqa: F811
     pick = data.pick_gt
+
+    def pick_and_index_by_mask(sampler, candidates, scores):
+        index = pick(sampler, candidates, scores.clone().masked_fill_(~candidates, 0))
+        return index * (scores[candidates].shape[0] > 0)
     monkeypatch.setattr(runs, "update_ema", lambda ema, net, decay: next(net.parameters()).sum().item())
-    monkeypatch.setattr(data, "pick_gt", lambda sampler, candidates, scores: pick(sampler, candidates, scores.clone().masked_fill_(~candidates, 0)) * (scores[candidates].shape[0] > 0))
+    monkeypatch.setattr(data, "pick_gt", pick_and_index_by_mask)
     run_training(quintuplets, init, tmp_path)
-    assert {file for file, _ in reads.found - ON_THE_CPU_ANYWAY} == {"train.py", "data.py"} and len(reads.found - ON_THE_CPU_ANYWAY) == 2
+    caught = reads.readers - ON_THE_CPU_ANYWAY
+    assert {file for file, _ in caught} == {"train.py", "data.py"} and len(caught) == 2
 
 
 class Copies(TorchDispatchMode):
-    """Raises for a copy to the GPU that would wait: not from pinned memory, or not asked to be non_blocking, or done inside another operation."""
+    """Raises for a copy to the GPU that would wait.
+
+    That is a copy from memory that is not pinned, one without non_blocking, and one that another operation makes.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t)]
-        kinds = {t.device.type for t in given if t.ndim}
-        device = (kwargs or {}).get("device")
-        if function.overloadpacket == aten._to_copy and device is not None and device.type == "cuda" and kinds == {"cpu"}:
+        devices = {t.device.type for t in given if t.ndim}
+        target = (kwargs or {}).get("device")
+        to_cuda = function.overloadpacket == aten._to_copy and target is not None and target.type == "cuda"
+        if to_cuda and devices == {"cpu"}:
             if not kwargs.get("non_blocking") or not any(given[0] is p for p in self.pinned):
                 raise AssertionError("a copy to the GPU that waits")
-        elif len(kinds) > 1:
+        elif len(devices) > 1:
             raise AssertionError(f"{function}: tensors of the CPU and of the GPU, copied on the way")
         return function(*args, **(kwargs or {}))
 
@@ -162,7 +182,8 @@ def fake_cuda(monkeypatch):
 def test_the_pool_copies_its_draws_without_waiting(fake_cuda):
     pool = data.TrainingPool(8, 4, range(4), lambda *key: sum(key[:2]))
     for step in range(1, 6):
-        lq, gt = pool.swap((torch.zeros(4, 3, 8, 8, device=fake_cuda), torch.zeros(4, 3, 32, 32, device=fake_cuda)), step)
+        pair = torch.zeros(4, 3, 8, 8, device=fake_cuda), torch.zeros(4, 3, 32, 32, device=fake_cuda)
+        lq, gt = pool.swap(pair, step)
         assert lq.device == gt.device == fake_cuda and gt.shape == (4, 3, 32, 32)
 
 
@@ -199,26 +220,29 @@ def test_losses_choice_and_meter_read_nothing_on_a_gpu(fake_cuda):
     for step in (1, 2):
         meter.add(step, adv=loss, score=scores.mean())
     with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
-        # what a log step does
+        # a log step does this
         meter.check_finite(str)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("more", [dict(reward="ranker"), dict(arch="swinir-small", drop_path=0.5, precision="bf16"), dict(sampler="rand", accumulate=2, workers=2)])
-def test_cuda_is_never_waited_for_between_log_steps(quintuplets, init, rewards, tmp_path, monkeypatch, more):  # noqa: F811
-    between_logs(monkeypatch, lambda: torch.cuda.set_sync_debug_mode("error"), lambda: torch.cuda.set_sync_debug_mode("default"))
-    try:
-        run_training(quintuplets, init, tmp_path, device="cuda", **more)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.fixture
+def cuda_complains(monkeypatch):
+    """CUDA raises an error for anything that waits between the log steps of the runs that follow."""
+    between_logs(monkeypatch, lambda: torch.cuda.set_sync_debug_mode("error"),
+                 lambda: torch.cuda.set_sync_debug_mode("default"))
+    yield
+    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_is_never_waited_for_in_tuning(base, tmp_path, monkeypatch):  # noqa: F811
-    between_logs(monkeypatch, lambda: torch.cuda.set_sync_debug_mode("error"), lambda: torch.cuda.set_sync_debug_mode("default"))
-    try:
-        run_tuning(base, tmp_path, "--device", "cuda")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("more", [dict(reward="ranker"), dict(arch="swinir-small", drop_path=0.5, precision="bf16"),
+                                  dict(sampler="rand", accumulate=2, workers=2)])
+def test_cuda_is_never_waited_for_between_log_steps(
+        quintuplets, init, rewards, tmp_path, cuda_complains, more):  # noqa: F811
+    run_training(quintuplets, init, tmp_path, device="cuda", **more)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_is_never_waited_for_in_tuning(base, tmp_path, cuda_complains):  # noqa: F811
+    run_tuning(base, tmp_path, "--device", "cuda")
