@@ -134,7 +134,8 @@ def lora_state_dict(net):
 
 def base_state_dict(net):
     """The state dict of the net without its adapters, under the names it has without them."""
-    return {key.replace(".parametrizations.weight.original", ".weight"): value for key, value in net.state_dict().items()
+    state = net.state_dict().items()
+    return {key.replace(".parametrizations.weight.original", ".weight"): value for key, value in state
             if not re.search(r"\.parametrizations\.weight\.\d+\.lora_[AB]$", key)}
 
 
