@@ -154,22 +154,22 @@ import torch
 
 import data
 from images import cut_to_x4, image_size, list_images, load_image, match_images
-from report import agreement, analyses
+
+# the top level imports the support folders only where it uses them
+agreement, analyses = runs.Lazy("report.agreement"), runs.Lazy("report.analyses")
 
 # Scoring
 
 def score(args):
     world = runs.start_world(args.device, args.threads)
-    about_file = args.out / "about.json"
-    about = {"truth": None, "metrics": {}, "left_out": []}
+    about_file, about = args.out / "about.json", {"truth": None, "metrics": {}, "left_out": []}
     if about_file.exists():
         about = json.loads(about_file.read_text())
     frames, about["truth"], left_out = read_preferences(args, about, world.is_main)
     if args.paper and about["truth"].startswith(agreement.SYNTHETIC):
         raise runs.UserError(f"--paper {args.paper}: these preferences are synthetic; the paper's are people's")
-    names = [name for frame in frames.values() for column in ("left", "right", "image") if column in frame
-             for name in frame[column]]
-    names = list(dict.fromkeys(names))
+    columns = [frame[column] for frame in frames.values() for column in ("left", "right", "image") if column in frame]
+    names = list(dict.fromkeys(name for column in columns for name in column))
     if args.scores:
         scores, more = agreement.read_scores(args.scores)
         unknown = [m for m in args.lower if m not in scores.columns]
