@@ -2,10 +2,11 @@
 
     W' = W + scale * (alpha / rank) * B A         A (rank, columns), B (rows, rank), B = 0 at the start
 
-A layer's weight is seen as a matrix of `rows` = outputs and `columns` = everything else: a convolution's kernel (out, in / groups, k, k) is
-flattened to (out, in / groups * k * k), so `rank` bounds the rank of that matrix. minLoRA and peft do the same; loralib instead makes a
-(out * k) x (in * k) matrix of rank k * rank. The adapter is a parametrization of `weight` (torch.nn.utils.parametrize): layers need no
-change, stride, padding and groups no care, and the adapted network computes with the very weight that merging leaves behind.
+A layer's weight is seen as a matrix of `rows` = outputs and `columns` = everything else: a convolution's kernel (out,
+in / groups, k, k) is flattened to (out, in / groups * k * k), so `rank` bounds the rank of that matrix. minLoRA and
+peft do the same; loralib makes a (out * k) x (in * k) matrix of rank k * rank instead. The adapter is a
+parametrization of `weight` (torch.nn.utils.parametrize): layers need no change, stride, padding and groups need no
+care, and the adapted network computes with the very weight that merging leaves behind.
 
     names = add_lora(net, default_targets(net), rank=48)      freezes net, adapts the layers whose names match
     save_lora("adapter.pth", net)                             A, B, rank, alpha, names and the base's hash; nothing else
@@ -24,14 +25,18 @@ import runs
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
     p.add_argument("adapter", type=Path, metavar="ADAPTER", help="run folder of finetune_lora.py, or an adapter.pth")
-    p.add_argument("--base", type=Path, metavar="PATH", help="weights or run that was tuned; default: what the run folder of ADAPTER says")
-    p.add_argument("--weights-key", choices=["params_ema", "params"], help="key of the base; default params_ema, else params, else bare")
-    p.add_argument("--scale", type=runs.number(float), default=1.0, help="strength: 0 is the base, 1 the tuned network, 1.5 beyond it")
+    p.add_argument("--base", type=Path, metavar="PATH",
+                   help="weights or run that was tuned; default: as the run folder of ADAPTER says")
+    p.add_argument("--weights-key", choices=["params_ema", "params"],
+                   help="key of the base; default params_ema, else params, else bare")
+    p.add_argument("--scale", type=runs.number(float), default=1.0,
+                   help="strength: 0 is the base, 1 the tuned network, 1.5 beyond it")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="plain generator to write")
     return p.parse_args(argv)
 
 
-ARGS = parse_args() if __name__ == "__main__" else None                          # --help needs no torch: seconds
+# --help needs no torch: seconds
+ARGS = parse_args() if __name__ == "__main__" else None
 
 import hashlib
 import math
@@ -45,13 +50,14 @@ import archs
 
 
 class LoRA(nn.Module):
-    """The parametrization of one weight: forward(weight) -> weight + scale * (alpha / rank) * (lora_B @ lora_A), in weight's shape."""
+    """Parametrization of one weight: forward(W) -> W + scale * (alpha / rank) * B A, in the shape of W."""
 
     def __init__(self, weight, rank, alpha):
         super().__init__()
         self.lora_A = nn.Parameter(weight.new_empty(rank, weight[0].numel()))
         self.lora_B = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))                    # CHOICE, as loralib: the paper does not say
+        # CHOICE: as loralib; the paper gives no initialisation
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.factor, self.scale = alpha / rank, 1.0
 
     def forward(self, weight):
@@ -59,10 +65,11 @@ class LoRA(nn.Module):
 
 
 def add_lora(net, targets, rank, alpha=None):
-    """Freeze `net` and adapt every Linear and Conv2d whose dotted name matches the regular expression `targets`. -> their names
+    """Freeze `net` and adapt every Linear and Conv2d whose dotted name matches the regular expression `targets`.
 
-    alpha: None is `rank`, so that the update is B A itself (CHOICE: the paper gives none). A is drawn from torch's global generator.
-    ValueError if rank < 1 or alpha <= 0, nothing matches, a match is another kind of layer, or the net is adapted already.
+    alpha: None is `rank`, so that the update is B A itself (CHOICE: the paper gives none). A is drawn from torch's
+    global generator. Returns the names of the adapted layers.
+    ValueError if rank < 1 or alpha <= 0, or the net is adapted already; UserError as matching_layers.
     """
     if rank < 1:
         raise ValueError(f"LoRA rank {rank}: must be at least 1")
@@ -71,28 +78,35 @@ def add_lora(net, targets, rank, alpha=None):
         raise ValueError(f"LoRA alpha {alpha}: must be more than 0")
     if adapted(net):
         raise ValueError("this network has LoRA adapters already: merge or remove them first")
-    found = matching_layers(net, targets)
+    layers = matching_layers(net, targets)
     net.requires_grad_(False)
-    for layer in found.values():
+    for layer in layers.values():
         parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank, alpha))
-    return list(found)
+    return list(layers)
 
 
 def matching_layers(net, targets):
-    """{name: layer} of the Linear and Conv2d layers whose dotted names match. ValueError if there is none, or a match is another kind."""
+    """{name: layer} of the Linear and Conv2d layers whose dotted names match.
+
+    UserError if no layer matches, or a matching one is of another kind.
+    """
     try:
-        found = {name: layer for name, layer in net.named_modules() if re.search(targets, name)}
+        layers = {name: layer for name, layer in net.named_modules() if re.search(targets, name)}
     except re.error as error:
         raise runs.UserError(f"LoRA targets {targets!r}: not a regular expression ({error})") from None
-    other = [f"{name} ({type(layer).__name__})" for name, layer in found.items() if not isinstance(layer, (nn.Linear, nn.Conv2d))]
-    if not found or other:
-        raise runs.UserError(f"LoRA targets {targets!r} match " + (f"{other[0]}, which is neither Linear nor Conv2d" if other else
-                         f"no layer of {type(net).__name__}; its layers are called {', '.join(n for n, _ in named_layers(net))[:120]} ..."))
-    return found
+    if not layers:
+        names = ", ".join(name for name, _ in named_layers(net))
+        raise runs.UserError(f"LoRA targets {targets!r} match no layer of {type(net).__name__}; "
+                             f"its layers are called {names[:120]} ...")
+    for name, layer in layers.items():
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            raise runs.UserError(f"LoRA targets {targets!r} match {name} ({type(layer).__name__}), "
+                                 "which is neither Linear nor Conv2d")
+    return layers
 
 
 def default_targets(net):
-    """The layers that the paper adapts (Sec. 8.3), as a pattern of names: what archs.ARCHS says of the network's class."""
+    """The layers that the paper adapts (Sec. 8.3) as a pattern of names, from the entry of the class in archs.ARCHS."""
     pattern = next(entry["tune"]["targets"] for entry in archs.ARCHS.values() if entry["class"] == type(net).__name__)
     return pattern.replace("LAST", str(len(net.body) - 1)) if "LAST" in pattern else pattern
 
@@ -108,81 +122,88 @@ def adapted(net):
 
 
 def lora_parameters(net):
-    """All A and B: what an optimiser of the adapted net is given."""
-    return [p for lora in adapted(net).values() for p in lora.parameters()]
+    """All A and B: the parameters for the optimiser of the adapted net."""
+    return [p for adapter in adapted(net).values() for p in adapter.parameters()]
 
 
 def lora_state_dict(net):
     """{"<layer>.lora_A": (rank, columns), "<layer>.lora_B": (rows, rank), ...}"""
-    return {f"{name}.{key}": value for name, lora in adapted(net).items() for key, value in lora.state_dict().items()}
+    return {f"{name}.{key}": value for name, adapter in adapted(net).items()
+            for key, value in adapter.state_dict().items()}
 
 
 def base_state_dict(net):
     """The state dict of the net without its adapters, under the names it has without them."""
-    state = {k: v for k, v in net.state_dict().items() if not re.search(r"\.parametrizations\.weight\.\d+\.lora_[AB]$", k)}
-    return {k.replace(".parametrizations.weight.original", ".weight"): v for k, v in state.items()}
+    state = net.state_dict().items()
+    return {key.replace(".parametrizations.weight.original", ".weight"): value for key, value in state
+            if not re.search(r"\.parametrizations\.weight\.\d+\.lora_[AB]$", key)}
 
 
 def base_hash(net):
-    """SHA-256 over names, shapes and values of the base's parameters: what an adapter belongs to."""
+    """SHA-256 over names, shapes and values of the base's parameters: identifies the base of an adapter."""
     digest = hashlib.sha256()
     names = {name.replace(".parametrizations.weight.original", ".weight") for name, _ in net.named_parameters()}
     for key, value in sorted(base_state_dict(net).items()):
-        if key in names:                                                         # no buffers: SwinIR's depend on nothing learned
-            digest.update(f"{key} {tuple(value.shape)} ".encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+        # without buffers: SwinIR's are constants
+        if key in names:
+            values = value.detach().float().cpu().contiguous().numpy().tobytes()
+            digest.update(f"{key} {tuple(value.shape)} ".encode() + values)
     return digest.hexdigest()
 
 
 def save_lora(path, net, ema=None):
-    """Write the adapters of `net`, and of its average `ema` as the ones to use if given, to one small file.
+    """Write the adapters of `net`, and those of its average `ema` as the ones to use if given, to one small file.
 
-    The average is over A and over B (CHOICE: the merged weights of it, B A of the averages, are what merged.pth holds), not over B A.
+    The average is over A and over B, not over B A. (CHOICE: then merged.pth, made of the averages, has equal weights.)
     """
-    lora = next(iter(adapted(net).values()))
-    state = {"lora": lora_state_dict(net), "rank": lora.lora_A.shape[0], "alpha": lora.factor * lora.lora_A.shape[0],
-             "targets": list(adapted(net)), "base_sha256": base_hash(net)}
+    adapter = next(iter(adapted(net).values()))
+    rank = adapter.lora_A.shape[0]
+    state = {"lora": lora_state_dict(net), "rank": rank, "alpha": adapter.factor * rank, "targets": list(adapted(net)),
+             "base_sha256": base_hash(net)}
     if ema is not None:
         state["lora_ema"] = lora_state_dict(ema)
     runs.write_atomic(path, lambda temporary: torch.save(state, temporary))
 
 
 def load_lora(net, path, scale=1.0):
-    """Adapt the plain net with the adapters (their average, where there is one) of a file that save_lora wrote.
+    """Adapt the plain net with the adapters of a file that save_lora wrote, with their average where there is one.
 
-    scale: strength, 0 is the base, 1 the tuned net. ValueError for a file of another kind or an adapter of another base.
+    scale: strength, 0 is the base, 1 the tuned net. UserError for a file of another kind or an adapter of another base.
     """
     state = archs.read_file(path)
     if not isinstance(state, dict) or not {"lora", "rank", "alpha", "targets", "base_sha256"} <= set(state):
         raise runs.UserError(f"{path}: not a LoRA adapter of this repository")
     if state["base_sha256"] != base_hash(net):
-        raise runs.UserError(f"{path}: this adapter belongs to another base (its weights have SHA-256 {state['base_sha256'][:12]}, "
-                         f"these {base_hash(net)[:12]})")
+        raise runs.UserError(f"{path}: this adapter belongs to another base (its weights have SHA-256 "
+                             f"{state['base_sha256'][:12]}, these {base_hash(net)[:12]})")
     add_lora(net, "^(" + "|".join(map(re.escape, state["targets"])) + ")$", state["rank"], state["alpha"])
     values = state.get("lora_ema", state["lora"])
-    wanted = {key: value.shape for key, value in lora_state_dict(net).items()}
-    wrong = sorted(set(wanted) ^ set(values)) or [key for key, shape in wanted.items() if values[key].shape != shape]
+    shapes = {key: value.shape for key, value in lora_state_dict(net).items()}
+    wrong = sorted(set(shapes) ^ set(values)) or [key for key, shape in shapes.items() if values[key].shape != shape]
     if wrong:
-        raise runs.UserError(f"{path}: a damaged adapter ({len(wrong)} tensors are missing, left over or of another shape, first {wrong[0]})")
-    for name, lora in adapted(net).items():
-        lora.load_state_dict({key: values[f"{name}.{key}"] for key in ("lora_A", "lora_B")})
-        lora.scale = scale
+        raise runs.UserError(f"{path}: a damaged adapter ({len(wrong)} tensors are missing, left over or of another "
+                             f"shape, first {wrong[0]})")
+    for name, adapter in adapted(net).items():
+        adapter.load_state_dict({key: values[f"{name}.{key}"] for key in ("lora_A", "lora_B")})
+        adapter.scale = scale
 
 
 def merged_state_dict(net):
-    """State dict of a plain network that computes what the adapted one computes."""
+    """State dict of a plain network that computes the same as the adapted one."""
     return base_state_dict(net) | {f"{name}.weight": net.get_submodule(name).weight.detach() for name in adapted(net)}
 
 
 def merge_lora(net):
     """Turn the adapters into plain weights, W + scale * (alpha / rank) * B A, in place. -> net
 
-    Not by parametrize.remove_parametrizations: that deletes the property from a class which deep copies (the EMA) share.
+    Not by parametrize.remove_parametrizations: it deletes the property from a class that deep copies (the EMA) share.
     """
     for name in adapted(net):
         layer = net.get_submodule(name)
         weight = nn.Parameter(layer.weight.detach())
         del layer.parametrizations
-        layer.__class__ = type(layer).__bases__[0]                               # Conv2d or Linear again
+        # Conv2d or Linear again
+        layer.__class__ = type(layer).__bases__[0]
         layer.register_parameter("weight", weight)
     return net
 
@@ -190,22 +211,25 @@ def merge_lora(net):
 def load_tuned(path, scale=1.0, base=None, key=None, pad_mode=None, flag="--base"):
     """The generator that an adapter belongs to, tuned at this strength and merged -> (net, info of archs.load_run).
 
-    path: run folder of finetune_lora.py, or an adapter.pth. base: weights or run that was tuned, None for what the run folder says; key, pad_mode:
-    see archs.load_run; flag: that of the base, for errors. Raises as load_lora and archs.load_run do, and ValueError where nothing says what the
-    base is.
+    path: run folder of finetune_lora.py, or an adapter.pth. base: weights or run that was tuned; None for the one that
+    the run folder names. key, pad_mode: see archs.load_run; flag: that of the base, for errors.
+    UserError as load_lora and archs.load_run, and where the base is not known or not there.
     """
     file = path / "lora" / "adapter.pth" if path.is_dir() else path
     if not file.is_file():
         raise runs.UserError(f"{file}: no such adapter; finetune_lora.py leaves <run>/lora/adapter.pth")
     record = file.parent.parent / "args.json"
-    made_by = runs.read_record(record)["args"] if record.is_file() else {}
-    recorded = made_by.get("init") or made_by.get("base")
+    args = runs.read_record(record)["args"] if record.is_file() else {}
+    # init: a flag of earlier commits, weights in place of those of the run --base
+    recorded = args.get("init") or args.get("base")
     if base is None and recorded and not Path(recorded).exists():
-        raise runs.UserError(f"{record}: was tuned from {recorded}, which is not here; call from the folder where it was trained, or name it with {flag}")
+        raise runs.UserError(f"{record}: was tuned from {recorded}, which is not here; call from the folder where it "
+                             f"was trained, or name it with {flag}")
     base = base or recorded
     if base is None:
-        raise runs.UserError(f"{file}: no args.json of a run beside it to say what it belongs to; name the tuned weights with {flag}")
-    net, info = archs.load_run(base, flag, key or made_by.get("weights_key"), pad_mode or made_by.get("pad_mode"))
+        raise runs.UserError(f"{file}: no args.json of a run beside it to say what it belongs to; "
+                             f"name the tuned weights with {flag}")
+    net, info = archs.load_run(base, flag, key or args.get("weights_key"), pad_mode or args.get("pad_mode"))
     load_lora(net, file, scale)
     return merge_lora(net), info | {"adapter": str(file), "strength": scale}
 

@@ -2,38 +2,58 @@
 
     python upscale.py --weights runs/swinir-amo photo.jpg                          writes sr/photo.jpg
     python upscale.py --weights W.pth --out big scans 'more/*.tif'                 a folder, a pattern
-    python upscale.py --lora runs/swinir-amo+musiq --scale 0.7 photo.jpg
+    python upscale.py --lora runs/swinir-amo+musiq --scale 0.7 photo.jpg           an adapter, at 0.7 of its strength
 
-Architecture, size and factor come from the checkpoint. Kept: grey, 16 bit (PNG, TIFF), transparency (enlarged bicubically), ICC profile, EXIF, XMP,
-IPTC, resolution. Photographs that EXIF calls rotated come out upright; CMYK comes out as sRGB. Tiles overlap and are blended. An
-image that cannot be read or written is named, the others are done, and the exit code is then 1. torchrun shares the images.
+Architecture, size and factor come from the checkpoint. Kept: grey, 16 bit (PNG, TIFF), transparency (enlarged
+bicubically), ICC profile, EXIF, XMP, IPTC, resolution. Photographs that EXIF calls rotated come out upright; CMYK comes
+out as sRGB. Tiles overlap and are blended. If an image cannot be read or written, the script says so, does the others,
+and ends with exit code 1. torchrun shares the images over its processes.
 """
 import argparse
 from pathlib import Path
 
 import runs
 
-FORMATS = {".png": dict(compression=6), ".jpg": dict(Q=95), ".jpeg": dict(Q=95), ".webp": dict(Q=95), ".tif": dict(compression="deflate"),
-           ".tiff": dict(compression="deflate")}                                   # options of libvips' savers
+# options of libvips' savers
+FORMATS = {".png": {"compression": 6}, ".jpg": {"Q": 95}, ".jpeg": {"Q": 95}, ".webp": {"Q": 95},
+           ".tif": {"compression": "deflate"}, ".tiff": {"compression": "deflate"}}
+
+
+def tile(text):
+    """An argparse type: a whole number, or auto."""
+    return text if text == "auto" else runs.COUNT(text)
+
+
+tile.__name__ = "whole number"
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
-    p.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (all images in them) or patterns in quotes")
-    p.add_argument("--weights", type=Path, metavar="PATH", help="weight file or run folder (its newest EMA weights); with --lora by default what was tuned")
-    p.add_argument("--weights-key", choices=["params_ema", "params"], help="key to take; default params_ema, else params, else bare")
+    p.add_argument("images", nargs="+", metavar="IMAGE",
+                   help="files, folders (all images in them) or patterns in quotes")
+    p.add_argument("--weights", type=Path, metavar="PATH",
+                   help="weight file or run folder (its newest EMA weights); default with --lora: the adapter's base")
+    p.add_argument("--weights-key", choices=["params_ema", "params"],
+                   help="key to take; default params_ema, else params, else bare")
     p.add_argument("--pad-mode", choices=["hggt", "swinir"],
-                   help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for nearest+conv files")
-    p.add_argument("--lora", type=Path, metavar="PATH", help="adapter of finetune_lora.py: its run folder, or an adapter.pth that belongs to --weights")
-    p.add_argument("--scale", type=runs.number(float), default=1.0, help="strength of --lora: 0 leaves the network as it is, 1 is as tuned")
-    p.add_argument("--out", type=Path, default=Path("sr"), metavar="DIR", help="folder of the results, which keep their names")
-    p.add_argument("--format", choices=[s[1:] for s in FORMATS], help="of the results; default: that of the image, png for formats not in this list")
+                   help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for "
+                        "nearest+conv files")
+    p.add_argument("--lora", type=Path, metavar="PATH",
+                   help="adapter of finetune_lora.py: its run folder, or an adapter.pth that belongs to --weights")
+    p.add_argument("--scale", type=runs.number(float), default=1.0,
+                   help="strength of --lora: 0 leaves the network as it is, 1 is as tuned")
+    p.add_argument("--out", type=Path, default=Path("sr"), metavar="DIR",
+                   help="folder of the results, which keep the names of the images")
+    p.add_argument("--format", choices=[suffix[1:] for suffix in FORMATS],
+                   help="of the results; default: that of the image, png for formats not in this list")
     g = p.add_mutually_exclusive_group()
     g.add_argument("--overwrite", action="store_true", help="replace results that exist; without it they are errors")
     g.add_argument("--skip", action="store_true", help="leave results that exist: continue a call that was stopped")
     p.add_argument("--tile", default="auto", type=tile, metavar="PIXELS",
-                   help="LR pixels, more than twice the overlap; 0: whole image; auto: by free memory, 512 at most. Halved when memory does not suffice")
-    p.add_argument("--overlap", type=runs.COUNT, default=64, help="of tiles, LR pixels (CHOICE: seams below one grey level, README)")
+                   help="LR pixels, more than twice the overlap; 0: whole image; auto: by free memory, at most 512. "
+                        "Halved where memory does not suffice")
+    p.add_argument("--overlap", type=runs.COUNT, default=64,
+                   help="of tiles, LR pixels (CHOICE: seams are below one grey level)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     p.add_argument("--threads", type=runs.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
     args = p.parse_args(argv)
@@ -42,18 +62,13 @@ def parse_args(argv=None):
     if args.scale != 1 and not args.lora:
         p.error("--scale is the strength of --lora: name the adapter")
     if args.tile != 0 and (512 if args.tile == "auto" else args.tile) <= 2 * args.overlap:
-        p.error(f"--tile {args.tile}{' (512 at most)' * (args.tile == 'auto')}: must be more than twice --overlap {args.overlap}")
+        limit = " (at most 512)" if args.tile == "auto" else ""
+        p.error(f"--tile {args.tile}{limit}: must be more than twice --overlap {args.overlap}")
     return args
 
 
-def tile(text):
-    return text if text == "auto" else runs.COUNT(text)
-
-
-tile.__name__ = "whole number"
-
-
-ARGS = parse_args() if __name__ == "__main__" else None                           # --help needs no torch: seconds
+# --help needs no torch: seconds
+ARGS = parse_args() if __name__ == "__main__" else None
 
 import glob
 import math
@@ -70,53 +85,64 @@ import archs
 import lora
 from images import IMAGE_SUFFIXES
 
-PILLOW_LIMIT = 178_956_970                                                        # pixels; twice Image.MAX_IMAGE_PIXELS is its error
-SIDES = {".webp": 16_383, ".jpg": 65_535, ".jpeg": 65_535}                        # limits of the formats
-LR_PIXEL = 32_768                                                                 # CHOICE: bytes per LR pixel that the largest net here needs, generously
+# pixels: beyond twice Image.MAX_IMAGE_PIXELS Pillow refuses to open an image
+PILLOW_LIMIT = 178_956_970
+# largest width and height of the formats
+LARGEST_SIDE = {".webp": 16_383, ".jpg": 65_535, ".jpeg": 65_535}
+# CHOICE: bytes per LR pixel, rounded up from those of the largest network here
+BYTES_PER_LR_PIXEL = 32_768
 
 
 def find_images(words):
-    """Files, folders and patterns -> [path], each once. FileNotFoundError for a word that names nothing."""
-    found = []
+    """Files, folders and patterns -> [path], each once. UserError for a word that names nothing."""
+    images = []
     for word in words:
         path = Path(word)
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()) if path.is_dir() else []
-        if path.is_dir() and not inside:
-            raise runs.UserError(f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}) directly in it")
-        paths = inside if inside else [path] if os.path.lexists(path) else [Path(p) for p in sorted(glob.glob(word))]
-        if not paths:
-            raise runs.UserError(f"{word}: no such file, folder or pattern")
-        found += [p for p in paths if not p.is_dir()]                            # a broken link is named when its turn comes
-    if not found:
+        if path.is_dir():
+            paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
+            if not paths:
+                raise runs.UserError(f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}) directly in it")
+        elif os.path.lexists(path):
+            # or a broken link: read_image says so
+            paths = [path]
+        else:
+            paths = [Path(p) for p in sorted(glob.glob(word))]
+            if not paths:
+                raise runs.UserError(f"{word}: no such file, folder or pattern")
+        images += [p for p in paths if not p.is_dir()]
+    if not images:
         raise runs.UserError(f"{' '.join(words)}: only folders there, no images")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(images))
 
 
-def read(path):
-    """An image as pyvips shows it, upright, in grey or RGB with or without alpha, 8 or 16 bit. ValueError for anything else."""
+def read_image(path):
+    """A file as a pyvips image, upright: grey or RGB, with or without alpha, 8 or 16 bit. UserError for other files."""
     if not path.exists():
         raise runs.UserError(f"{path}: a link to a file that is not there")
     try:
         image = pyvips.Image.new_from_file(str(path), fail_on="error")
         pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
-        if pages > 1 or image.get("vips-loader") == "pngload" and animated_png(path):
-            raise runs.UserError(f"{path}: {f'{pages} pages or' if pages > 1 else 'several'} frames: give the one you want as a file of its own")
+        if pages > 1 or image.get("vips-loader") == "pngload" and is_animated_png(path):
+            count = f"{pages} pages or" if pages > 1 else "several"
+            raise runs.UserError(f"{path}: {count} frames: save the one you want as a file of its own")
         if image.interpretation == "cmyk":
             image = image.icc_transform("srgb", embedded=True, input_profile="cmyk")
-        image = image.autorot().copy_memory()                                     # what is damaged shows now
+        # decodes the whole image, so that damage shows here
+        image = image.autorot().copy_memory()
     except pyvips.Error as error:
         if not os.access(path, os.R_OK):
-            raise PermissionError(f"{path}: you may not read it") from None
-        said = error.detail.strip().splitlines() or ["unreadable"]
-        raise runs.UserError(f"{path}: not a readable image ({said[0]})") from None
-    if image.interpretation not in ("b-w", "grey16", "srgb", "rgb16", "rgb") or image.format not in ("uchar", "ushort") \
-            or image.bands - image.hasalpha() not in (1, 3):
-        raise runs.UserError(f"{path}: {image.bands} bands of {image.format} ({image.interpretation}); expected grey or RGB of 8 or 16 bit")
+            raise runs.UserError(f"{path}: you may not read it") from None
+        reason = (error.detail.strip().splitlines() or ["unreadable"])[0]
+        raise runs.UserError(f"{path}: not a readable image ({reason})") from None
+    known = image.interpretation in ("b-w", "grey16", "srgb", "rgb16", "rgb") and image.format in ("uchar", "ushort")
+    if not known or image.bands - image.hasalpha() not in (1, 3):
+        raise runs.UserError(f"{path}: {image.bands} bands of {image.format} ({image.interpretation}); "
+                             "expected grey or RGB of 8 or 16 bit")
     return image
 
 
-def animated_png(path):
-    """libvips shows the first frame of an animated PNG without a word; its animation control chunk stands before the pixels."""
+def is_animated_png(path):
+    """libvips reads the first frame of an animated PNG silently; its animation control chunk precedes the pixels."""
     with open(path, "rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
@@ -127,11 +153,13 @@ def animated_png(path):
 
 
 def enlarge(net, image, factor, tile, overlap, device, stop):
-    """pyvips image -> pyvips image: colours by the network, alpha bicubically; bit depth, profile and metadata of the image.
+    """pyvips image -> pyvips image: colours by the network, alpha bicubically; bit depth, profile, metadata are kept.
 
-    ValueError where the network's output is not finite, KeyboardInterrupt when stop.received, between rows of tiles.
+    UserError where the network's output is not finite; KeyboardInterrupt when stop.received, between rows of tiles.
     """
-    alpha, colour = (image[image.bands - 1], image[:image.bands - 1]) if image.hasalpha() else (None, image)
+    alpha, colour = None, image
+    if image.hasalpha():
+        alpha, colour = image[image.bands - 1], image[:image.bands - 1]
     pixels, top = colour.numpy().reshape(image.height, image.width, -1), 255 if image.format == "uchar" else 65_535
     lq = torch.from_numpy(pixels.astype(np.float32) / top).permute(2, 0, 1)[None].expand(1, 3, -1, -1).to(device)
     sr = np.empty((image.height * factor, image.width * factor, pixels.shape[2]), pixels.dtype)
@@ -141,66 +169,76 @@ def enlarge(net, image, factor, tile, overlap, device, stop):
             raise KeyboardInterrupt
         if not rows.isfinite().all():
             raise runs.UserError("the network's output is not finite: its weights are damaged, or --scale is too large")
-        rows = rows.clamp(0, 1)
-        rows = rows if sr.shape[2] == 3 else rows.mean(1, keepdim=True)           # a grey image stays grey
+        # a grey image stays grey
+        rows = rows.clamp(0, 1) if sr.shape[2] == 3 else rows.clamp(0, 1).mean(1, keepdim=True)
         sr[y:y + rows.shape[2]] = rows[0].mul(top).round().permute(1, 2, 0).cpu().numpy()
-        bar.update(y + rows.shape[2] - bar.n)                                     # backwards where the tile was halved
+        # backwards where the tile was halved
+        bar.update(y + rows.shape[2] - bar.n)
 
     with tqdm(total=sr.shape[0], unit="row", leave=False, disable=None) as bar:
         archs.upscale_tiled(net, lq, factor, tile, overlap, sink=keep)
-    result = pyvips.Image.new_from_array(sr, interpretation=colour.interpretation).copy(xres=image.xres, yres=image.yres)
+    result = pyvips.Image.new_from_array(sr, interpretation=colour.interpretation)
+    result = result.copy(xres=image.xres, yres=image.yres)
     if alpha is not None:
         result = result.bandjoin(alpha.resize(factor, kernel="cubic").cast(image.format))
 
-    result = result.copy()                                                        # whose metadata may be set
+    # metadata can be set on a copy only
+    result = result.copy()
     for name in image.get_fields():
         if name.startswith(("exif-", "icc-profile-data", "xmp-data", "iptc-data")):
             result.set_type(image.get_typeof(name), name, image.get(name))
-    result.set_type(pyvips.GValue.gint_type, "orientation", 1)                    # upright by now, whatever the EXIF block says
+    # autorot has turned the pixels, whatever the EXIF block says
+    result.set_type(pyvips.GValue.gint_type, "orientation", 1)
     return result
 
 
 def check_result(path, image, factor, suffix, free):
-    """ValueError where the result of this image cannot be: a limit of the format, 16 bit in an 8-bit format, more memory than there is."""
+    """UserError where the result cannot be written: the format's limit, or more bytes than are `free`."""
     width, height = image.width * factor, image.height * factor
-    limit = SIDES.get(suffix, math.inf)
+    limit = LARGEST_SIDE.get(suffix, math.inf)
     if max(width, height) > limit:
-        raise runs.UserError(f"{path}: the result has {width}x{height} pixels, and {suffix[1:]} ends at {limit}: take --format png or tif")
+        raise runs.UserError(f"{path}: the result has {width}x{height} pixels, and {suffix[1:]} ends at {limit}: "
+                             "take --format png or tif")
     need = width * height * image.bands * (1 + (image.format == "ushort"))
     if need > free:
-        raise runs.UserError(f"{path}: the result takes {need / 2**30:.1f} GiB, free are {free / 2**30:.1f}: cut the image into parts")
+        raise runs.UserError(f"{path}: the result takes {need / 2**30:.1f} GiB, free are {free / 2**30:.1f}: "
+                             "cut the image into parts")
 
 
 def free_memory(device):
-    """Bytes: of the GPU, or of the machine or container, file cache counted as free (infinite where psutil cannot tell)."""
+    """Bytes: of the GPU, or of the machine or container, file cache counted as free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")                                                # a container's own limit
+    # a container's own limit: no such files outside one, "max" where there is none
+    group = Path("/sys/fs/cgroup")
     try:
         return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):                                                 # none, or "max"
+    except (OSError, ValueError):
         return free
 
 
 def auto_tile(device, overlap):
-    """Side whose activations take half of the free memory at most, between just more than two overlaps and 512 (CHOICE: more brings no speed)."""
-    side = math.isqrt(int(min(free_memory(device) / 2 / LR_PIXEL, 512 ** 2)))
+    """Side of a tile whose activations take at most half of the free memory.
+
+    At least just more than two overlaps, at most 512 (CHOICE: more brings no speed).
+    """
+    side = math.isqrt(int(min(free_memory(device) / 2 / BYTES_PER_LR_PIXEL, 512 ** 2)))
     return max(2 * overlap + 8, side // 8 * 8)
 
 
-def one_image(net, path, target, factor, args, device, stop):
-    """Enlarge one file. -> a remark, or nothing."""
+def upscale_file(net, path, target, factor, args, device, stop):
+    """Enlarge one file. -> a remark, or "" """
     if target.exists() and args.skip:
         return "was there"
     if target.exists() and not args.overwrite:
         raise runs.UserError(f"{target} exists: --overwrite replaces it, --skip leaves it, --out names another folder")
-    image = read(path)
+    image = read_image(path)
     check_result(path, image, factor, target.suffix, free_memory(torch.device("cpu")))
     tile = auto_tile(device, args.overlap) if args.tile == "auto" else args.tile
     try:
         result = enlarge(net, image, factor, tile, args.overlap, device, stop)
-    except (ValueError, MemoryError) as error:
+    except (runs.UserError, MemoryError) as error:
         raise runs.UserError(f"{path}: {error}") from None
     remarks = []
     if image.format == "ushort" and target.suffix not in (".png", ".tif", ".tiff"):
@@ -211,44 +249,61 @@ def one_image(net, path, target, factor, args, device, stop):
         result = result.flatten(background=255)
     if result.width * result.height > PILLOW_LIMIT:
         remarks.append("Pillow opens it only with Image.MAX_IMAGE_PIXELS = None")
+
+    def write(temporary):
+        result.write_to_target(pyvips.Target.new_to_file(str(temporary)), target.suffix, **FORMATS[target.suffix])
     try:
-        runs.write_atomic(target, lambda temporary: result.write_to_target(pyvips.Target.new_to_file(str(temporary)), target.suffix, **FORMATS[target.suffix]))
+        runs.write_atomic(target, write)
     except pyvips.Error as error:
         raise runs.UserError(f"{target}: cannot be written ({error.detail.strip().splitlines()[0]})") from None
     return "; ".join(remarks)
+
+
+def find_targets(paths, out, suffix):
+    """{image: file of its result} in folder `out`. suffix: of all results; None: that of the image.
+
+    UserError where two images would become one file, or an image would be replaced by its result.
+    """
+    targets, owners = {}, {}
+    for path in paths:
+        own = path.suffix.lower()
+        targets[path] = target = out / (path.stem + (suffix or (own if own in FORMATS else ".png")))
+        if owners.setdefault(target, path) != path:
+            raise runs.UserError(f"{owners[target]} and {path} would both become {target}: give them different names, "
+                                 "or take two calls with --out")
+        if target.resolve() == path.resolve():
+            raise runs.UserError(f"--out {out}: {path} would be replaced by its result: name another folder")
+    return targets
 
 
 def main(args):
     world = runs.start_world(args.device, args.threads)
     paths = find_images(args.images)
     runs.check_writable(args.out, "--out")
-    suffix = lambda path: f".{args.format}" if args.format else path.suffix.lower() if path.suffix.lower() in FORMATS else ".png"
-    targets = {path: args.out / (path.stem + suffix(path)) for path in paths}
-    owners = {}
-    for path, target in targets.items():
-        if owners.setdefault(target, path) != path:
-            raise runs.UserError(f"{owners[target]} and {path} would both become {target}: give them different names, or take two calls with --out")
-        if target.resolve() == path.resolve():
-            raise runs.UserError(f"--out {args.out}: {path} would be replaced by its result: name another folder")
+    targets = find_targets(paths, args.out, args.format and f".{args.format}")
     if args.lora:
         net, info = lora.load_tuned(args.lora, args.scale, args.weights, args.weights_key, args.pad_mode, "--weights")
     else:
         net, info = archs.load_run(args.weights, "--weights", args.weights_key, args.pad_mode)
     net = net.to(world.device)
-    print(f"{info['file']}: {info['arch']} x{info['scale']}, key {info['key']}" + (f" + {args.scale:g} x {args.lora}" if args.lora else ""))
-    failed, stop = 0, runs.StopSignal(world)                                      # a signal within libvips would be lost
+    adapter = f" + {args.scale:g} x {args.lora}" if args.lora else ""
+    if world.is_main:
+        print(f"{info['file']}: {info['arch']} x{info['scale']}, key {info['key']}{adapter}")
+    # without it a signal that arrives within libvips would be lost
+    failed, stop = 0, runs.StopSignal(world)
     for path in tqdm(paths[world.rank::world.size], unit="img", disable=not world.is_main):
         try:
-            remark = one_image(net, path, targets[path], info["scale"], args, world.device, stop)
+            remark = upscale_file(net, path, targets[path], info["scale"], args, world.device, stop)
             tqdm.write(f"{path} -> {targets[path]}" + (f" ({remark})" if remark else ""))
-        except (ValueError, OSError) as error:                                    # named; the other images are done
+        except (runs.UserError, OSError) as error:
             failed += 1
-            tqdm.write(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            tqdm.write(f"{runs.program()}: error: {error}", file=sys.stderr)
         if stop.received:
             raise KeyboardInterrupt
     failed = sum(world.gather_objects(failed))
     if world.is_main:
-        print(f"{len(paths) - failed} of {len(paths)} images written to {args.out}" + (f", {failed} failed" if failed else ""))
+        failures = f", {failed} failed" if failed else ""
+        print(f"{len(paths) - failed} of {len(paths)} images written to {args.out}{failures}")
     sys.exit(1 if failed else 0)
 
 

@@ -1,5 +1,6 @@
 """lora.py against peft, loralib and the formula written out; what it freezes, saves, merges and refuses."""
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 import archs
 import lora
+import runs
 
 NETS = ["swinir-small", "rrdbnet-small", "compact-small"]
 
@@ -18,7 +20,7 @@ def build(name, seed=0):
 
 
 def fill(net, seed=1, size=0.05):
-    """Give every B values, or each test of an adapter would pass with nothing in it."""
+    """Random values for every B: with B = 0 each test of an adapter would pass trivially."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for adapter in lora.adapted(net).values():
@@ -26,13 +28,22 @@ def fill(net, seed=1, size=0.05):
     return net
 
 
+def adapt(name="compact-small", seed=0):
+    """A network with filled adapters of rank 2."""
+    net = build(name, seed)
+    lora.add_lora(net, lora.default_targets(net), rank=2)
+    return fill(net)
+
+
 @pytest.mark.fast
-@pytest.mark.parametrize("arch, rank, layers, weights", [("swinir", 48, 72, 1_866_240), ("rrdbnet", 24, 345, 9_856_512), ("compact", 16, 32, None)])
+@pytest.mark.parametrize("arch, rank, layers, weights", [("swinir", 48, 72, 1_866_240), ("rrdbnet", 24, 345, 9_856_512),
+                                                         ("compact", 16, 32, None)])
 def test_the_papers_layers_ranks_and_sizes(arch, rank, layers, weights):
     with torch.device("meta"):
         net = archs.create(arch)
         names = lora.add_lora(net, lora.default_targets(net), rank)
-    assert len(names) == layers and weights in (None, sum(p.numel() for p in lora.lora_parameters(net)))
+    assert len(names) == layers
+    assert weights in (None, sum(p.numel() for p in lora.lora_parameters(net)))
     if arch == "compact":
         assert "body.0" not in names and "body.66" not in names and names[0] == "body.2" and names[-1] == "body.64"
 
@@ -43,20 +54,23 @@ def test_untouched_at_the_start_then_adapted_equals_merged_equals_the_formula(na
     plain, net, x = build(name), build(name), torch.rand(1, 3, 24, 16)
     names = lora.add_lora(net, lora.default_targets(net), rank=3, alpha=6)
     with torch.no_grad():
-        before = plain(x)
-        assert torch.equal(net(x), before)
+        of_base = plain(x)
+        assert torch.equal(net(x), of_base)
         fill(net)
-        after = net(x)
-        assert (after - before).abs().max() > 1e-4
+        tuned = net(x)
+        assert (tuned - of_base).abs().max() > 1e-4
         values = {n: (a.lora_A.clone(), a.lora_B.clone()) for n, a in lora.adapted(net).items()}
         merged = lora.merge_lora(copy.deepcopy(net))
-        assert (merged(x) - after).abs().max() < 1e-5 and torch.equal(net(x), after)                # the copy merged, not the original
+        # the copy is merged, not the original
+        assert (merged(x) - tuned).abs().max() < 1e-5 and torch.equal(net(x), tuned)
         again = archs.create(name).eval()
         again.load_state_dict(lora.merged_state_dict(net))
         assert torch.equal(again(x), merged(x))
-        for n in names:                                                          # W + 6 / 3 * B A, laid out as the kernel is
+        # W + 6 / 3 * B A, laid out as the kernel is
+        for n in names:
             weight = plain.get_submodule(n).weight
-            assert torch.allclose(merged.get_submodule(n).weight, weight + 2 * (values[n][1] @ values[n][0]).reshape(weight.shape), atol=1e-6)
+            formula = weight + 2 * (values[n][1] @ values[n][0]).reshape(weight.shape)
+            assert torch.allclose(merged.get_submodule(n).weight, formula, atol=1e-6)
     assert set(merged.state_dict()) == set(plain.state_dict()) and not lora.adapted(merged)
     archs.create(name).load_state_dict(merged.state_dict())
 
@@ -65,52 +79,57 @@ def test_untouched_at_the_start_then_adapted_equals_merged_equals_the_formula(na
 def test_linear_and_convolution_are_pefts():
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(8 * 16, 5))
+    net = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Flatten(),
+                        nn.Linear(8 * 16, 5))
     ours, x = copy.deepcopy(net), torch.rand(2, 4, 8, 8)
-    theirs = get_peft_model(net, LoraConfig(r=3, lora_alpha=5, target_modules=["0", "2", "4"], lora_dropout=0.0))
+    pefts = get_peft_model(net, LoraConfig(r=3, lora_alpha=5, target_modules=["0", "2", "4"], lora_dropout=0.0))
     lora.add_lora(ours, r"^[024]$", rank=3, alpha=5)
     fill(ours, size=0.5)
+
+    def weights_of_peft(name):
+        layer = pefts.base_model.model.get_submodule(name)
+        return layer.lora_A["default"].weight, layer.lora_B["default"].weight
     with torch.no_grad():
         for name, adapter in lora.adapted(ours).items():
-            layer = theirs.base_model.model.get_submodule(name)
-            layer.lora_A["default"].weight.copy_(adapter.lora_A.view_as(layer.lora_A["default"].weight))
-            layer.lora_B["default"].weight.copy_(adapter.lora_B.view_as(layer.lora_B["default"].weight))
-    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+            for weight, value in zip(weights_of_peft(name), (adapter.lora_A, adapter.lora_B)):
+                weight.copy_(value.view_as(weight))
+    assert torch.allclose(ours(x), pefts(x), atol=1e-5)
     ours(x).square().sum().backward()
-    theirs(x).square().sum().backward()
+    pefts(x).square().sum().backward()
     for name, adapter in lora.adapted(ours).items():
-        layer = theirs.base_model.model.get_submodule(name)
-        assert torch.allclose(adapter.lora_A.grad, layer.lora_A["default"].weight.grad.view_as(adapter.lora_A), rtol=1e-4, atol=1e-5)
-        assert torch.allclose(adapter.lora_B.grad, layer.lora_B["default"].weight.grad.view_as(adapter.lora_B), rtol=1e-4, atol=1e-5)
+        for weight, value in zip(weights_of_peft(name), (adapter.lora_A, adapter.lora_B)):
+            assert torch.allclose(value.grad, weight.grad.view_as(value), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.fast
 def test_loralibs_linear_is_ours_and_its_convolution_has_another_rank():
     import loralib
     torch.manual_seed(0)
-    theirs = loralib.Linear(12, 7, r=3, lora_alpha=5, merge_weights=False)
+    loralibs = loralib.Linear(12, 7, r=3, lora_alpha=5, merge_weights=False)
     ours = nn.Linear(12, 7)
-    ours.load_state_dict({"weight": theirs.weight, "bias": theirs.bias})
+    ours.load_state_dict({"weight": loralibs.weight, "bias": loralibs.bias})
     net = nn.Sequential(ours)
     lora.add_lora(net, "0", rank=3, alpha=5)
     fill(net)
     adapter = lora.adapted(net)["0"]
     with torch.no_grad():
-        theirs.lora_A.copy_(adapter.lora_A)
-        theirs.lora_B.copy_(adapter.lora_B)
+        loralibs.lora_A.copy_(adapter.lora_A)
+        loralibs.lora_B.copy_(adapter.lora_B)
     x = torch.rand(4, 12)
-    assert torch.allclose(net(x), theirs(x), atol=1e-6)
+    assert torch.allclose(net(x), loralibs(x), atol=1e-6)
     conv = loralib.Conv2d(32, 32, 3, r=2)
     nn.init.normal_(conv.lora_B)
     expanded = (conv.lora_B @ conv.lora_A).view(conv.conv.weight.shape).flatten(1)
     net = nn.Sequential(nn.Conv2d(32, 32, 3))
     lora.add_lora(net, "0", rank=2)
-    flattened = (lambda a: a.lora_B @ a.lora_A)(lora.adapted(fill(net))["0"])
+    adapter = lora.adapted(fill(net))["0"]
+    flattened = adapter.lora_B @ adapter.lora_A
     assert torch.linalg.matrix_rank(expanded) > 2 and torch.linalg.matrix_rank(flattened) == 2
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("options", [dict(stride=2), dict(groups=2), dict(groups=4, stride=2, padding=1), dict(dilation=2, bias=False)])
+@pytest.mark.parametrize("options", [dict(stride=2), dict(groups=2), dict(groups=4, stride=2, padding=1),
+                                     dict(dilation=2, bias=False)])
 def test_strides_groups_and_dilation_merge(options):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(4, 8, 3, **options))
@@ -118,8 +137,8 @@ def test_strides_groups_and_dilation_merge(options):
     fill(net, size=0.5)
     x = torch.rand(2, 4, 9, 9)
     with torch.no_grad():
-        after = net(x)
-        assert torch.allclose(lora.merge_lora(net)(x), after, atol=1e-6) and type(net[0]) is nn.Conv2d
+        tuned = net(x)
+        assert torch.allclose(lora.merge_lora(net)(x), tuned, atol=1e-6) and type(net[0]) is nn.Conv2d
 
 
 @pytest.mark.fast
@@ -149,7 +168,8 @@ def test_a_file_holds_adapters_only_and_fits_its_base_only(tmp_path):
     lora.save_lora(tmp_path / "adapter.pth", net)
     lora.save_lora(tmp_path / "both.pth", net, ema)
     content = torch.load(tmp_path / "adapter.pth", weights_only=True)
-    assert set(content) == {"lora", "rank", "alpha", "targets", "base_sha256"} and (content["rank"], content["alpha"]) == (2, 4)
+    assert set(content) == {"lora", "rank", "alpha", "targets", "base_sha256"}
+    assert (content["rank"], content["alpha"]) == (2, 4)
     assert sum(v.numel() for v in content["lora"].values()) == sum(p.numel() for p in lora.lora_parameters(net))
     with torch.no_grad():
         for file, tuned in (("adapter.pth", net), ("both.pth", ema)):
@@ -161,32 +181,62 @@ def test_a_file_holds_adapters_only_and_fits_its_base_only(tmp_path):
         kernel = lora.merge_lora(half).body[2].weight
         plain, full = build("compact-small").body[2].weight, lora.merge_lora(copy.deepcopy(net)).body[2].weight
         assert torch.allclose(kernel, (plain + full) / 2, atol=1e-7)
-    with pytest.raises(ValueError, match="adapter.pth: this adapter belongs to another base"):
+    with pytest.raises(runs.UserError, match="adapter.pth: this adapter belongs to another base"):
         lora.load_lora(build("compact-small", seed=3), tmp_path / "adapter.pth")
     torch.save({"params": {}}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="other.pth: not a LoRA adapter"):
+    with pytest.raises(runs.UserError, match="other.pth: not a LoRA adapter"):
         lora.load_lora(build("compact-small"), tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="no such"):
+    with pytest.raises(runs.UserError, match="no such"):
         lora.load_lora(build("compact-small"), tmp_path / "none.pth")
     first = next(iter(content["lora"]))
-    for damaged in ({"lora": {k: v for k, v in content["lora"].items() if k != first}}, {"targets": content["targets"][1:]}, {"lora": content["lora"] | {first: torch.zeros(1, 1)}}):
-        torch.save(content | damaged, tmp_path / "damaged.pth")
-        with pytest.raises(ValueError, match="damaged.pth: a damaged adapter"):
+    one_less = {key: value for key, value in content["lora"].items() if key != first}
+    for damage in ({"lora": one_less}, {"targets": content["targets"][1:]},
+                   {"lora": content["lora"] | {first: torch.zeros(1, 1)}}):
+        torch.save(content | damage, tmp_path / "damaged.pth")
+        with pytest.raises(runs.UserError, match="damaged.pth: a damaged adapter"):
             lora.load_lora(build("compact-small"), tmp_path / "damaged.pth")
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("record", [
+    {"base": "RUN", "weights_key": None},
+    {"base": "FILE", "arch": "compact-small", "weights_key": None},
+    # commit 6be4990: init are weights in place of those of the run
+    {"base": "RUN", "init": None, "weights_key": None, "pad_mode": "hggt"},
+    {"base": "runs/elsewhere", "init": "FILE", "weights_key": "params", "pad_mode": "hggt"},
+], ids=["run", "weights file", "run of 6be4990", "weights file of 6be4990"])
+def test_an_adapter_finds_its_base_by_the_record_of_its_run(tmp_path, record):
+    """A base is a run folder or a weights file; lora.py merges the adapter at any strength."""
+    base, net, x = build("compact-small"), adapt(), torch.rand(1, 3, 16, 16)
+    places = {"RUN": tmp_path / "base", "FILE": tmp_path / "base/weights/ema_0000002.pth"}
+    runs.save_weights(places["FILE"], base.state_dict())
+    runs.save_json(tmp_path / "base/args.json", {"args": {"arch": "compact-small"}})
+    lora.save_lora(tmp_path / "tuned/lora/adapter.pth", net)
+    runs.save_json(tmp_path / "tuned/args.json",
+                   {"args": {key: str(places.get(value, value)) if value else value for key, value in record.items()}})
+    for scale in (0, 0.7, 1):
+        words = [tmp_path / "tuned", "--scale", scale, "--out", tmp_path / "merged.pth"]
+        lora.main(lora.parse_args(list(map(str, words))))
+        merged, info = archs.load_generator(tmp_path / "merged.pth")
+        start, end = base.body[2].weight, lora.merged_state_dict(net)["body.2.weight"]
+        assert info["arch"] == "compact"
+        assert torch.allclose(merged.body[2].weight, start + scale * (end - start), atol=1e-7)
+    with torch.no_grad():
+        assert torch.allclose(merged(x), net(x), atol=1e-6)
+
+
+@pytest.mark.fast
 def test_a_damaged_record_and_a_base_that_is_elsewhere(tmp_path):
-    net = build("compact-small")
-    lora.add_lora(net, lora.default_targets(net), 2)
-    lora.save_lora(tmp_path / "run/lora/adapter.pth", net)
-    record = tmp_path / "run/args.json"
-    for text, message in (('{"args"', "args.json: damaged"), ("null", "args.json: not the record of a run"), ('{"x": 1}', "args.json: not the record of a run"),
-                          ('{"args": {"base": "runs/elsewhere"}}', "was tuned from runs/elsewhere, which is not here; call from the folder where it was trained, or name it with --base")):
-        record.write_text(text)
-        with pytest.raises(ValueError, match=message):
+    lora.save_lora(tmp_path / "run/lora/adapter.pth", adapt())
+    elsewhere = ("was tuned from runs/elsewhere, which is not here; call from the folder where it was trained, or name "
+                 "it with --base")
+    for text, message in (('{"args"', "args.json: damaged"), ("null", "args.json: not the record of a run"),
+                          ('{"x": 1}', "args.json: not the record of a run"),
+                          (json.dumps({"args": {"base": "runs/elsewhere"}}), elsewhere)):
+        (tmp_path / "run/args.json").write_text(text)
+        with pytest.raises(runs.UserError, match=message):
             lora.load_tuned(tmp_path / "run")
-    with pytest.raises(ValueError, match="adapter.pth: an adapter of finetune_lora.py, not a network"):
+    with pytest.raises(runs.UserError, match="adapter.pth: an adapter of finetune_lora.py, not a network"):
         archs.load_run(tmp_path / "run/lora/adapter.pth", "--weights")
 
 
@@ -196,13 +246,12 @@ def test_refusals():
         lora.add_lora(build("compact-small"), "body", 0)
     with pytest.raises(ValueError, match="alpha 0: must be more than 0"):
         lora.add_lora(build("compact-small"), r"^body\.2$", 2, alpha=0)
-    with pytest.raises(ValueError, match="nowhere: no such adapter"):
+    with pytest.raises(runs.UserError, match="nowhere: no such adapter"):
         lora.load_tuned(Path("/nowhere"))
-    with pytest.raises(ValueError, match="'mlp' match no layer of SRVGGNetCompact; its layers are called body.0, body.2"):
+    with pytest.raises(ValueError, match="'mlp' match no layer of SRVGGNetCompact; its layers are called body.0, bod"):
         lora.add_lora(build("compact-small"), "mlp", 2)
     with pytest.raises(ValueError, match=r"body\.1 \(PReLU\), which is neither"):
         lora.add_lora(build("compact-small"), r"^body\.[12]$", 2)
-    net = build("compact-small")
-    lora.add_lora(net, lora.default_targets(net), 2)
+    net = adapt()
     with pytest.raises(ValueError, match="already"):
         lora.add_lora(net, lora.default_targets(net), 2)

@@ -1,7 +1,8 @@
-"""upscale.py: pixels equal spandrel's, what of an image is kept, odd and broken inputs, memory."""
+"""upscale.py: pixels equal spandrel's, what is kept of an image, odd and broken inputs, memory."""
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import lora
 import runs
 import upscale
 
+REPO = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
@@ -26,22 +29,28 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def photo():
+    """(40, 50, 3) uint8"""
     from skimage import data
-    return data.astronaut()[100:140, 200:250].copy()                              # 40 x 50
+    return data.astronaut()[100:140, 200:250].copy()
+
+
+def call(weights, *words):
+    """upscale.main with these words, in this process."""
+    upscale.main(upscale.parse_args(["--weights", str(weights), "--device", "cpu", *map(str, words)]))
 
 
 def run(weights, *words, code=0):
-    args = upscale.parse_args(["--weights", str(weights), "--device", "cpu", *map(str, words)])
     with pytest.raises(SystemExit) as stopped:
-        upscale.main(args)
+        call(weights, *words)
     assert (stopped.value.code or 0) == code
 
 
 def expected(weights, lq):
-    """(h, w, 3) in [0, 1] -> what the network says, in [0, 1]"""
+    """(h, w, 3) in [0, 1] -> output of the network, in [0, 1]"""
     net, _ = archs.load_generator(weights)
     with torch.no_grad():
-        return net(torch.from_numpy(lq.astype(np.float32)).permute(2, 0, 1)[None])[0].clamp(0, 1).permute(1, 2, 0).numpy()
+        sr = net(torch.from_numpy(lq.astype(np.float32)).permute(2, 0, 1)[None])
+    return sr[0].clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 @pytest.mark.fast
@@ -49,15 +58,17 @@ def test_the_pixels_are_spandrels(weights, photo, tmp_path):
     from spandrel import ModelLoader
     Image.fromarray(photo).save(tmp_path / "a.png")
     run(weights, tmp_path / "a.png", "--out", tmp_path / "sr")
-    theirs = ModelLoader().load_from_file(weights)
     with torch.no_grad():
-        sr = theirs(torch.from_numpy(photo.astype(np.float32) / 255).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
-    assert np.array_equal(np.array(Image.open(tmp_path / "sr" / "a.png")), np.round(sr.clip(0, 1) * 255).astype(np.uint8))
+        lq = torch.from_numpy(photo.astype(np.float32) / 255).permute(2, 0, 1)[None]
+        sr = ModelLoader().load_from_file(weights)(lq)[0].permute(1, 2, 0).numpy()
+    pixels = np.array(Image.open(tmp_path / "sr" / "a.png"))
+    assert np.array_equal(pixels, np.round(sr.clip(0, 1) * 255).astype(np.uint8))
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("mode, suffix", [("L", ".png"), ("LA", ".png"), ("RGB", ".png"), ("RGBA", ".png"), ("P", ".png"), ("1", ".png"), ("RGBA", ".webp"),
-                                          ("L", ".tif"), ("RGBA", ".tiff"), ("L", ".jpg"), ("RGB", ".webp")])
+@pytest.mark.parametrize("mode, suffix", [("L", ".png"), ("LA", ".png"), ("RGB", ".png"), ("RGBA", ".png"),
+                                          ("P", ".png"), ("1", ".png"), ("RGBA", ".webp"), ("L", ".tif"),
+                                          ("RGBA", ".tiff"), ("L", ".jpg"), ("RGB", ".webp")])
 def test_modes_are_kept(weights, photo, tmp_path, mode, suffix):
     image = Image.fromarray(photo).convert("RGBA")
     image.putalpha(Image.fromarray(np.tile(np.linspace(0, 255, 50).astype(np.uint8), (40, 1))))
@@ -69,8 +80,8 @@ def test_modes_are_kept(weights, photo, tmp_path, mode, suffix):
     colour = expected(weights, np.array(image.convert("RGB")) / 255)
     if mode in ("L", "LA", "1"):
         colour = colour.mean(2, keepdims=True)
-    found = np.array(sr.convert("RGB"), dtype=float)[..., :colour.shape[2]] / 255
-    assert np.abs(found - colour).mean() < (0.6 / 255 if suffix in (".png", ".tif", ".tiff") else 0.03)
+    pixels = np.array(sr.convert("RGB"), dtype=float)[..., :colour.shape[2]] / 255
+    assert np.abs(pixels - colour).mean() < (0.6 / 255 if suffix in (".png", ".tif", ".tiff") else 0.03)
     if "A" in mode:
         alpha = np.array(sr)[..., -1]
         assert alpha[:, :4].max() < 20 and alpha[:, -4:].min() > 235 and (np.diff(alpha[80].astype(int)) >= -1).all()
@@ -82,37 +93,45 @@ def test_modes_are_kept(weights, photo, tmp_path, mode, suffix):
 def test_sixteen_bits_stay_sixteen_bits(weights, photo, tmp_path, suffix, grey):
     import cv2
     import tifffile
-    deep = (photo.astype(np.uint16) * 251 + 7)                                    # no 8-bit image has these values
+    # values that no 8-bit image has
+    deep = photo.astype(np.uint16) * 251 + 7
     deep = deep[..., 0] if grey else deep
     if suffix == ".tif":
         tifffile.imwrite(tmp_path / "a.tif", deep, photometric="minisblack" if grey else "rgb")
     else:
         cv2.imwrite(str(tmp_path / "a.png"), deep if grey else deep[..., ::-1])
     run(weights, tmp_path / f"a{suffix}", "--out", tmp_path / "sr")
-    sr = tifffile.imread(tmp_path / "sr" / "a.tif") if suffix == ".tif" else cv2.imread(str(tmp_path / "sr" / "a.png"), cv2.IMREAD_UNCHANGED)
-    sr = sr if grey or suffix == ".tif" else sr[..., ::-1]
+    if suffix == ".tif":
+        sr = tifffile.imread(tmp_path / "sr" / "a.tif")
+    else:
+        sr = cv2.imread(str(tmp_path / "sr" / "a.png"), cv2.IMREAD_UNCHANGED)
+        sr = sr if grey else sr[..., ::-1]
     colour = expected(weights, np.dstack([deep] * 3 if grey else [deep]) / 65535)
     colour = colour.mean(2) if grey else colour
     assert sr.dtype == np.uint16 and np.abs(sr - colour * 65535.0).max() < 3
     run(weights, tmp_path / f"a{suffix}", "--out", tmp_path / "webp", "--format", "webp")
-    assert abs(np.array(Image.open(tmp_path / "webp" / "a.webp").convert("RGB")).mean() / 255 - colour.mean()) < 0.02
+    eight_bit = np.array(Image.open(tmp_path / "webp" / "a.webp").convert("RGB"))
+    assert abs(eight_bit.mean() / 255 - colour.mean()) < 0.02
 
 
 @pytest.mark.fast
 def test_profile_metadata_and_orientation(weights, photo, tmp_path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    orientation, camera = 0x0112, 0x010F
     exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "Maker"                                       # turned by 90 degrees; the camera
+    # 6: turned by 90 degrees
+    exif[orientation], exif[camera] = 6, "Maker"
     for suffix in (".jpg", ".png", ".webp", ".tif"):
         Image.fromarray(photo).save(tmp_path / f"a{suffix}", exif=exif, icc_profile=profile, dpi=(300, 300))
         run(weights, tmp_path / f"a{suffix}", "--out", tmp_path / "sr")
         sr = Image.open(tmp_path / "sr" / f"a{suffix}")
-        assert sr.size == (160, 200) and sr.info["icc_profile"] == profile, suffix                          # upright
-        assert sr.getexif().get(0x0112, 1) == 1 and sr.getexif().get(0x010F, "Maker") == "Maker", suffix
+        assert sr.size == (160, 200) and sr.info["icc_profile"] == profile, suffix
+        assert sr.getexif().get(orientation, 1) == 1 and sr.getexif().get(camera, "Maker") == "Maker", suffix
         if suffix in (".jpg", ".webp"):
-            assert sr.getexif()[0x010F] == "Maker"
+            assert sr.getexif()[camera] == "Maker"
     upright = np.rot90(photo, -1)
-    assert np.abs(np.array(Image.open(tmp_path / "sr" / "a.png")) / 255 - expected(weights, upright / 255)).max() <= 0.51 / 255
+    pixels = np.array(Image.open(tmp_path / "sr" / "a.png")) / 255
+    assert np.abs(pixels - expected(weights, upright / 255)).max() <= 0.51 / 255
 
 
 def test_cmyk_becomes_srgb(weights, photo, tmp_path):
@@ -126,8 +145,9 @@ def test_cmyk_becomes_srgb(weights, photo, tmp_path):
 def test_broken_images_do_not_stop_the_others(weights, photo, tmp_path, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
     Image.fromarray(photo).save(folder / "good.png")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)).save(folder / "cut.jpg")
+    Image.fromarray(noise).save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:9000])
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("not an image")
@@ -137,32 +157,44 @@ def test_broken_images_do_not_stop_the_others(weights, photo, tmp_path, capsys):
     frames[0].save(folder / "moving.webp", save_all=True, append_images=frames[1:])
     Image.fromarray(photo[..., 0].astype(np.float32)).save(folder / "float.tif")
     run(weights, folder, "--out", tmp_path / "sr", code=1)
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert sorted(p.name for p in (tmp_path / "sr").iterdir()) == ["dot.png", "good.png", "line.png"]
     assert Image.open(tmp_path / "sr" / "dot.png").size == (4, 4)
-    for name, words in {"cut.jpg": "not a readable image", "empty.png": "not a readable image", "text.png": "not a readable image", "moving.webp": "3 pages or frames",
-                        "float.tif": "1 bands of float"}.items():
-        assert re.search(f"error: .*{re.escape(name)}: {words}", said.err), name
-    assert "3 of 8 images written" in said.out and "5 failed" in said.out
+    for name, reason in {"cut.jpg": "not a readable image", "empty.png": "not a readable image",
+                         "text.png": "not a readable image", "moving.webp": "3 pages or frames",
+                         "float.tif": "1 bands of float"}.items():
+        assert re.search(f"error: .*{re.escape(name)}: {reason}", printed.err), name
+    assert "3 of 8 images written" in printed.out and "5 failed" in printed.out
 
 
 @pytest.mark.fast
-def test_nothing_is_overwritten_without_a_word(weights, photo, tmp_path, capsys):
+def test_a_fault_of_the_code_keeps_its_traceback(weights, photo, tmp_path, monkeypatch):
+    Image.fromarray(photo).save(tmp_path / "a.png")
+
+    def faulty(*args):
+        raise ValueError("a fault of the code")
+    monkeypatch.setattr(upscale, "check_result", faulty)
+    with pytest.raises(ValueError, match="a fault of the code"):
+        call(weights, tmp_path / "a.png", "--out", tmp_path / "sr")
+
+
+@pytest.mark.fast
+def test_nothing_is_overwritten_silently(weights, photo, tmp_path, capsys):
     Image.fromarray(photo).save(tmp_path / "a.png")
     run(weights, tmp_path / "a.png", "--out", tmp_path / "sr")
     (tmp_path / "sr" / "a.png").write_bytes(b"mine")
     run(weights, tmp_path / "a.png", "--out", tmp_path / "sr", code=1)
-    assert "a.png exists: --overwrite" in capsys.readouterr().err and (tmp_path / "sr" / "a.png").read_bytes() == b"mine"
+    assert "a.png exists: --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "sr" / "a.png").read_bytes() == b"mine"
     run(weights, tmp_path / "a.png", "--out", tmp_path / "sr", "--overwrite")
     assert Image.open(tmp_path / "sr" / "a.png").size == (200, 160)
-    refused = lambda *words: upscale.main(upscale.parse_args(["--weights", str(weights), *map(str, words)]))
-    with pytest.raises(ValueError, match="a.png would be replaced by its result"):
-        refused(tmp_path / "a.png", "--out", tmp_path)
+    with pytest.raises(runs.UserError, match="a.png would be replaced by its result"):
+        call(weights, tmp_path / "a.png", "--out", tmp_path)
     shutil.copy(tmp_path / "a.png", tmp_path / "a.tif")
-    with pytest.raises(ValueError, match="would both become"):
-        refused(tmp_path / "a.png", tmp_path / "a.tif", "--format", "jpg", "--out", tmp_path / "two")
-    with pytest.raises(ValueError, match="no such file, folder or pattern"):
-        refused(tmp_path / "*.bmp")
+    with pytest.raises(runs.UserError, match="would both become"):
+        call(weights, tmp_path / "a.png", tmp_path / "a.tif", "--format", "jpg", "--out", tmp_path / "two")
+    with pytest.raises(runs.UserError, match="no such file, folder or pattern"):
+        call(weights, tmp_path / "*.bmp")
 
 
 @pytest.mark.fast
@@ -171,7 +203,7 @@ def test_limits_are_named_before_the_work(weights, tmp_path, capsys):
     run(weights, tmp_path / "wide.webp", "--out", tmp_path / "sr", code=1)
     assert "16388x16 pixels, and webp ends at 16383" in capsys.readouterr().err
     image = upscale.pyvips.Image.black(100_000, 100_000, bands=3).copy(interpretation="srgb")
-    with pytest.raises(ValueError, match=r"the result takes 447.0 GiB, free are 20.0"):
+    with pytest.raises(runs.UserError, match=r"the result takes 447.0 GiB, free are 20.0"):
         upscale.check_result(Path("x.png"), image, 4, ".png", 20 * 2**30)
 
 
@@ -182,15 +214,18 @@ def test_a_pattern_and_an_adapter_at_any_strength(weights, photo, tmp_path):
     with torch.no_grad():
         for adapter in lora.adapted(net).values():
             adapter.lora_B.normal_(0, 0.1)
-    lora.save_lora(tmp_path / "run" / "lora" / "adapter.pth", net)
+    tuned_run = tmp_path / "run"
+    lora.save_lora(tuned_run / "lora" / "adapter.pth", net)
     Image.fromarray(photo).save(tmp_path / "a.png")
     pixels = {}
-    for name, words in {"plain": [], "none": ["--lora", tmp_path / "run", "--scale", 0], "half": ["--lora", tmp_path / "run", "--scale", 0.5],
-                        "full": ["--lora", tmp_path / "run" / "lora" / "adapter.pth"]}.items():
+    for name, words in {"plain": [], "none": ["--lora", tuned_run, "--scale", 0],
+                        "half": ["--lora", tuned_run, "--scale", 0.5],
+                        "full": ["--lora", tuned_run / "lora" / "adapter.pth"]}.items():
         run(weights, tmp_path / "*.png", *words, "--out", tmp_path / name)
         pixels[name] = np.array(Image.open(tmp_path / name / "a.png")).astype(int)
     with torch.no_grad():
-        tuned = net(torch.from_numpy(photo.astype(np.float32) / 255).permute(2, 0, 1)[None])[0].clamp(0, 1).permute(1, 2, 0).numpy()
+        sr = net(torch.from_numpy(photo.astype(np.float32) / 255).permute(2, 0, 1)[None])[0].clamp(0, 1)
+    tuned = sr.permute(1, 2, 0).numpy()
     assert np.array_equal(pixels["none"], pixels["plain"]) and np.abs(pixels["full"] - tuned * 255).max() < 0.51
     assert np.abs(pixels["half"] - pixels["plain"]).max() > 0 and np.abs(pixels["half"] - pixels["full"]).max() > 0
 
@@ -211,12 +246,13 @@ def test_damaged_tiff_animated_png_and_links_to_nothing(weights, photo, tmp_path
     (folder / "gone.png").symlink_to(tmp_path / "nothing.png")
     (folder / "folder.png").mkdir()
     run(weights, folder, "--out", tmp_path / "sr", code=1)
-    said = capsys.readouterr()
-    for name, why in (("cut.tif", "not a readable image"), ("packed.tif", "not a readable image"), ("moving.png", "several frames"), ("gone.png", "a link to a file that is not there")):
-        assert f"{name}: {why}" in said.err
-    assert [p.name for p in (tmp_path / "sr").iterdir()] == ["plain.tif"] and "1 of 5 images written" in said.out
-    with pytest.raises(ValueError, match="folder.png: no images"):
-        upscale.main(upscale.parse_args(["--weights", str(weights), str(folder / "folder.png")]))
+    printed = capsys.readouterr()
+    for name, reason in (("cut.tif", "not a readable image"), ("packed.tif", "not a readable image"),
+                         ("moving.png", "several frames"), ("gone.png", "a link to a file that is not there")):
+        assert f"{name}: {reason}" in printed.err
+    assert [p.name for p in (tmp_path / "sr").iterdir()] == ["plain.tif"] and "1 of 5 images written" in printed.out
+    with pytest.raises(runs.UserError, match="folder.png: no images"):
+        call(weights, folder / "folder.png")
 
 
 @pytest.mark.fast
@@ -226,57 +262,64 @@ def test_a_network_that_is_not_finite_writes_nothing(weights, photo, tmp_path, c
     torch.save({"params": {k: (10 * v).to(torch.int8) for k, v in state.items()}}, tmp_path / "int8.pth")
     Image.fromarray(photo).save(tmp_path / "a.png")
     run(tmp_path / "nan.pth", tmp_path / "a.png", "--out", tmp_path / "sr", code=1)
-    assert "a.png: the network's output is not finite" in capsys.readouterr().err and not list((tmp_path / "sr").glob("*"))
-    with pytest.raises(ValueError, match="body.0.weight is torch.int8 there"):
-        run(tmp_path / "int8.pth", tmp_path / "a.png", "--out", tmp_path / "sr")
+    assert "a.png: the network's output is not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "sr").glob("*"))
+    with pytest.raises(runs.UserError, match="body.0.weight is torch.int8 there"):
+        call(tmp_path / "int8.pth", tmp_path / "a.png", "--out", tmp_path / "sr")
 
 
 @pytest.mark.fast
 def test_a_stopped_call_is_continued_and_a_signal_stops_between_tiles(weights, photo, tmp_path, capsys, monkeypatch):
     for name in "ab":
         Image.fromarray(photo).save(tmp_path / f"{name}.png")
-    args = ["--out", tmp_path / "sr", tmp_path / "a.png", tmp_path / "b.png"]
-    real = archs.upscale_tiled
+    words = ["--out", tmp_path / "sr", tmp_path / "a.png", tmp_path / "b.png"]
+    upscale_tiled = archs.upscale_tiled
 
-    def interrupted(net, lq, *words, **options):
+    def interrupted(net, lq, *values, **options):
         signal.raise_signal(signal.SIGTERM)
-        return real(net, lq, *words, **options)
+        return upscale_tiled(net, lq, *values, **options)
     monkeypatch.setattr(archs, "upscale_tiled", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        upscale.main(upscale.parse_args(["--weights", str(weights), "--device", "cpu", *map(str, args)]))
+        call(weights, *words)
     assert not list((tmp_path / "sr").glob("*"))
-    monkeypatch.setattr(archs, "upscale_tiled", real)
-    run(weights, *args[:3])
-    before = (tmp_path / "sr/a.png").stat().st_mtime_ns
-    run(weights, "--skip", *args)
-    assert "a.png (was there)" in capsys.readouterr().out and (tmp_path / "sr/a.png").stat().st_mtime_ns == before and (tmp_path / "sr/b.png").exists()
+    monkeypatch.setattr(archs, "upscale_tiled", upscale_tiled)
+    run(weights, *words[:3])
+    written = (tmp_path / "sr/a.png").stat().st_mtime_ns
+    run(weights, "--skip", *words)
+    assert "a.png (was there)" in capsys.readouterr().out
+    assert (tmp_path / "sr/a.png").stat().st_mtime_ns == written and (tmp_path / "sr/b.png").exists()
 
 
 @pytest.mark.fast
 def test_the_memory_of_the_machine_that_does_not_suffice(weights, photo, tmp_path, capsys, monkeypatch):
-    """As PyTorch says it on a CPU; the other image is done."""
+    """With the error that PyTorch raises on a CPU; the other image is done."""
     Image.fromarray(np.tile(photo, (5, 1, 1))).save(tmp_path / "a.png")
     Image.fromarray(photo).save(tmp_path / "b.png")
     net, info = archs.load_run(weights, "--weights")
-    seen = []
+    sides = []
 
     class Greedy(torch.nn.Module):
         def forward(self, x):
-            seen.append(max(x.shape[2:]))
-            if seen[-1] > 50:
-                raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+            sides.append(max(x.shape[2:]))
+            if sides[-1] > 50:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: "
+                                   "you tried to allocate 9 bytes")
             return net(x)
     monkeypatch.setattr(archs, "load_run", lambda *words: (Greedy(), info))
     run(weights, "--out", tmp_path / "sr", tmp_path / "a.png", tmp_path / "b.png", code=1)
-    assert "a.png: memory does not suffice for a tile of 136 pixels" in capsys.readouterr().err and seen[:2] == [200, 136] and (tmp_path / "sr/b.png").exists()
+    assert "a.png: memory does not suffice for a tile of 136 pixels" in capsys.readouterr().err
+    assert sides[:2] == [200, 136] and (tmp_path / "sr/b.png").exists()
     run(weights, "--out", tmp_path / "sr", tmp_path / "a.png", "--overlap", 8, "--skip")
     assert Image.open(tmp_path / "sr/a.png").size == (200, 800)
 
 
 @pytest.mark.fast
 def test_the_tile_fits_the_memory(monkeypatch):
-    tile = lambda gib: (monkeypatch.setattr(upscale, "free_memory", lambda device: gib * 2**30), upscale.auto_tile(torch.device("cpu"), 64))[1]
-    assert tile(1000) == tile(float("inf")) == 512 and tile(0.01) == 136 and 112 < tile(1) < 512 and tile(1) % 8 == 0
+    def tile(gib):
+        monkeypatch.setattr(upscale, "free_memory", lambda device: gib * 2**30)
+        return upscale.auto_tile(torch.device("cpu"), 64)
+    assert tile(1000) == tile(float("inf")) == 512 and tile(0.01) == 136
+    assert 112 < tile(1) < 512 and tile(1) % 8 == 0
 
 
 def test_processes_share_the_images(weights, photo, tmp_path, script):
@@ -285,30 +328,41 @@ def test_processes_share_the_images(weights, photo, tmp_path, script):
     for k in range(3):
         Image.fromarray(np.roll(photo, k, 0)).save(folder / f"{k}.png")
     done = script("upscale.py", "--weights", weights, folder, "--out", tmp_path / "sr", "--device", "cpu", processes=2)
-    assert sorted(p.name for p in (tmp_path / "sr").iterdir()) == ["0.png", "1.png", "2.png"] and "3 of 3 images written" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "sr").iterdir()) == ["0.png", "1.png", "2.png"]
+    assert "3 of 3 images written" in done.stdout and done.stdout.count("net.pth: compact x4") == 1
+
+
+NEAREST = """
+import resource, sys, torch
+import archs, upscale
+
+class Nearest(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.interpolate(x, scale_factor=4, mode="nearest")
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+archs.load_run = lambda *a: (Nearest(), dict(file="nearest", arch="nearest", scale=4, key=None))
+args = upscale.parse_args(["--weights", "x", "--device", "cpu", "--threads", "1", "--tile", "136", *sys.argv[1:]])
+start = peak()
+try:
+    upscale.main(args)
+finally:
+    print("used", peak() - start)
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_memory_grows_with_the_result_only(weights, tmp_path):
-    """A 3-megapixel photo: beside the 8-bit result (144 MiB) and its float input (36 MiB) less than 400 MiB; as floats the result alone has 576 MiB."""
-    import subprocess
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (1536, 2048, 3), dtype=np.uint8)).save(tmp_path / "a.png", compress_level=0)
-    code = f"""
-import resource, sys, torch
-import upscale, archs
-class Nearest(torch.nn.Module):
-    def forward(self, x):
-        return torch.nn.functional.interpolate(x, scale_factor=4, mode="nearest")
-archs.load_run = lambda *a: (Nearest(), dict(file="nearest", arch="nearest", scale=4, key=None))
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-args = upscale.parse_args(["--weights", "x", "--device", "cpu", "--threads", "1", "--tile", "136", "--format", "tif", "--out", r"{tmp_path / 'sr'}", r"{tmp_path / 'a.png'}"])
-before = peak()
-try:
-    upscale.main(args)
-finally:
-    print("used", peak() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
+    """A 3-megapixel photo: less than 400 MiB beside the 8-bit result (144 MiB) and its float input (36 MiB).
+
+    As floats the result alone would have 576 MiB.
+    """
+    pixels = np.random.default_rng(0).integers(0, 255, (1536, 2048, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", compress_level=0)
+    words = ["--format", "tif", "--out", str(tmp_path / "sr"), str(tmp_path / "a.png")]
+    done = subprocess.run([sys.executable, "-c", NEAREST, *words], cwd=REPO, capture_output=True, text=True)
     assert "1 of 1 images" in done.stdout, done.stderr
     assert float(done.stdout.split("used")[1]) < 144 + 36 + 400
     with Image.open(tmp_path / "a.png") as small, Image.open(tmp_path / "sr" / "a.tif") as large:
