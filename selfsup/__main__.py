@@ -9,6 +9,7 @@ scripts of their own: python -m selfsup.pretrain, selfsup.finetune, selfsup.prob
 """
 import argparse
 import subprocess
+from functools import partial
 
 import runs
 from selfsup import options
@@ -28,8 +29,7 @@ def run(script, *words):
         raise runs.UserError(f"{script} ended with {status}")
 
 
-def main():
-    args = parse_args()
+def main(args):
     options.make_demo_start([options.DEMO_SR], runs.World(0, 1, "cpu"), "auto", args.total_steps)
     shorter = ["--total-steps", args.total_steps] if args.total_steps else []
     run("selfsup.pretrain", "--demo", "--resume", "auto", *shorter)
@@ -41,4 +41,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    runs.cli(partial(main, parse_args()))

@@ -177,7 +177,10 @@ def degrade(name, hr, k, preset):
 
 def area(clean, degraded):
     """Area under the ROC curve: how often a degraded image has the larger value."""
-    return stats.mannwhitneyu(degraded, clean).statistic / (len(clean) * len(degraded))
+    # Mann and Whitney's U, without the p value of scipy.stats.mannwhitneyu, which takes most of its time
+    count = len(degraded)
+    ranks = stats.rankdata(np.concatenate([degraded, clean]))[:count]
+    return (ranks.sum() - count * (count + 1) / 2) / (count * len(clean))
 
 
 def bootstrap(samples, statistic):
