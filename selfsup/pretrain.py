@@ -144,11 +144,11 @@ def check_pretraining(net, held_out, distance, hqi, encoder, s_rule):
 def warnings(values):
     """Which of the two images that the reconstruction must beat it does not beat, as text."""
     texts = []
-    for bar, name in (("of bicubic down-sampling", "bicubic"), ("with the embeddings of other images", "shuffled")):
+    for bar, name in (("bicubic down-sampling's", "bicubic"), ("with the embeddings of other images", "shuffled")):
         if not values["psnr"] > values[f"psnr_{name}"]:
-            texts.append(f"psnr no better than {bar}")
+            texts.append(f"psnr is no better than {bar}")
         if not values["percep"] < values[f"percep_{name}"]:
-            texts.append(f"percep no better than {bar}")
+            texts.append(f"percep is no better than {bar}")
     return "".join(f"; WARNING, {text}" for text in texts)
 
 
