@@ -467,6 +467,23 @@ def test_a_run_whose_constants_were_others_is_not_continued(photos, tmp_path, mo
         run(pretrain, *words, "--resume")
 
 
+def test_a_run_of_an_earlier_commit_is_continued(photos, tmp_path, monkeypatch):
+    """Commit 6be4990 had one command line for all stages and flags for what are constants now."""
+    words = ["--hr", photos / "gt", *TINY, "--total-steps", 2]
+    run(pretrain, *words, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.StopSignal, "requested", lambda self, step: step == 1)
+        run(pretrain, *words, "--out", tmp_path / "out")
+    last = tmp_path / "out" / "ckpt" / "last.pt"
+    state = torch.load(last, weights_only=True)
+    del state["args"]["size"]
+    state["args"] |= {"encoder_from": 0, "command": "pretrain", "all": False, "rest": []}
+    torch.save(state, last)
+    run(pretrain, *words, "--out", tmp_path / "out", "--resume")
+    one, other = (torch.load(tmp_path / name / "weights" / "rec.pth", weights_only=True) for name in ("whole", "out"))
+    assert all(torch.equal(one["params"][k], other["params"][k]) for k in one["params"])
+
+
 def test_killed_between_checkpoint_and_weights(photos, tmp_path):
     """The last step is saved before the weights are written: a resumed run writes them."""
     words = ["--hr", photos / "gt", *TINY, "--total-steps", 2, "--out", tmp_path / "out"]
