@@ -1,12 +1,31 @@
-"""What the choices in reconstruction.py are worth, where the papers say nothing: not a test, prints a table. `python -m experiments.selfsup_choices [--seeds 0 1 2] [--steps 1500]`
+"""What the CHOICEs in selfsup/networks.py are worth, where the papers say nothing. Prints a table.
 
-Each row trains the reconstruction network of LWay (16 channels, blocks 3 2 4, L1 only, batches of 8, Adam 1e-3 falling as a cosine) on the same pairs of photographs of scikit-image
-and their `blur` degradations, with one thing changed: PSNR of the reconstruction of 96 held-out crops of other photographs, the same with the embeddings of other images, and how much
-embeddings differ between images relative to their size. A network that uses its embedding loses PSNR when it gets another image's.
+    python -m experiments.selfsup_choices [--seeds 0 1 2] [--steps 1500] [--json FILE]
+
+Each row trains the reconstruction network of LWay (16 channels, blocks 3 2 4, L1 only, batches of 8, Adam 1e-3 falling
+as a cosine) on the same pairs of scikit-image's photographs and their `blur` degradations, with one thing changed.
+Columns: PSNR of the reconstruction of 96 held-out crops of other photographs; how much of it is lost with the
+embeddings of other images; how much embeddings differ between images, relative to their size. A network that uses its
+embedding loses PSNR when it gets another image's.
 """
 import argparse
 from pathlib import Path
 
+import runs
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p.add_argument("--seeds", type=runs.COUNT, nargs="+", default=[0, 1, 2], help="of weights and batches")
+    p.add_argument("--steps", type=runs.SIZE, default=1500, help="optimisation steps of each row")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
+    return p.parse_args(argv)
+
+
+# --help needs no torch: seconds
+ARGS = parse_args() if __name__ == "__main__" else None
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,11 +34,11 @@ from skimage import data as photos
 from torch import nn
 
 import degradations
-import metrics as quality
+import metrics
 from selfsup import networks as rec
-import runs
 
-TRAIN, HELD_OUT = ("astronaut", "coffee", "rocket", "motorcycle"), ("chelsea", "retina", "immunohistochemistry")
+TRAIN = ("astronaut", "coffee", "rocket", "motorcycle")
+HELD_OUT = ("chelsea", "retina", "immunohistochemistry")
 
 
 def load(name):
@@ -36,7 +55,8 @@ def make_pairs(names, count, seed):
         y, x = (int(rng.integers(n - 160 + 1)) for n in image.shape[2:])
         hr.append(image[:, :, y:y + 160, x:x + 160])
     hr = torch.cat(hr)
-    lq = torch.cat([degradations.degrade(part, "blur", seeds, seeds) for part, seeds in zip(hr.split(32), torch.arange(count).add(10 ** 6 * seed).split(32))])
+    seeds = torch.arange(count).add(10 ** 6 * seed)
+    lq = torch.cat([degradations.degrade(part, "blur", own, own) for part, own in zip(hr.split(32), seeds.split(32))])
     return lq[..., 4:36, 4:36].mul(255).round().byte(), hr[..., 16:144, 16:144].mul(255).round().byte()
 
 
@@ -58,18 +78,23 @@ def without_bridge(net):
     net.r.forward = forward
 
 
-ROWS = {  # change, from which share of the steps the encoder is trained, bands
-    "conv": (None, 0.0, False), "conv, from step 1/4 on": (None, 0.25, False), "conv, PyTorch's initialisation": (plain_initialisation, 0.0, False),
-    "bands": (None, 0.0, True), "bands, no bridge in R": (without_bridge, 0.0, True)}
+# change, share of the steps after which the degradation encoder is trained, bands
+ROWS = {
+    "conv": (None, 0.0, False),
+    "conv, from step 1/4 on": (None, 0.25, False),
+    "conv, PyTorch's initialisation": (plain_initialisation, 0.0, False),
+    "bands": (None, 0.0, True),
+    "bands, no bridge in R": (without_bridge, 0.0, True)}
 
 
 def train(change, encoder_from, bands, seed, steps, lq, hr, held_lq, held_hr):
+    """One row and seed -> {"psnr", "lost_by_shuffling", "spread"}"""
     torch.manual_seed(seed)
     net = rec.Reconstruction(16, (3, 2, 4), 512, image_encoder=False, bands=bands)
     if change:
         change(net)
-    encoder, others = list(net.e_deg.parameters()), list(net.r.parameters())
-    opt, rng = torch.optim.Adam([{"params": encoder}, {"params": others}], lr=1e-3), np.random.default_rng(seed)
+    opt = torch.optim.Adam([{"params": part.parameters()} for part in (net.e_deg, net.r)], lr=1e-3)
+    rng = np.random.default_rng(seed)
     for step in range(1, steps + 1):
         rate = 1e-3 * (1 + np.cos(np.pi * step / steps)) / 2
         opt.param_groups[0]["lr"], opt.param_groups[1]["lr"] = rate * (step > encoder_from * steps), rate
@@ -80,27 +105,30 @@ def train(change, encoder_from, bands, seed, steps, lq, hr, held_lq, held_hr):
         loss.backward()
         opt.step()
     x, y = held_lq.float() / 255, held_hr.float() / 255
+
+    def psnr(shuffle):
+        parts = [metrics.psnr(net(a, b, 1.0, shuffle=shuffle)[0].clamp(0, 1), a, border=0)
+                 for a, b in zip(x.split(16), y.split(16))]
+        return torch.cat(parts).mean().item()
     with torch.no_grad():
-        psnr = [torch.cat([quality.psnr(net(a, b, 1.0, shuffle=shuffle)[0].clamp(0, 1), a, border=0) for a, b in zip(x.split(16), y.split(16))]).mean().item() for shuffle in (False, True)]
-        e = net.e_deg(x)
-    return {"psnr": psnr[0], "lost_by_shuffling": psnr[0] - psnr[1], "spread": (e.std(0).mean() / e.abs().mean()).item()}
+        own, shuffled, e = psnr(False), psnr(True), net.e_deg(x)
+    return {"psnr": own, "lost_by_shuffling": own - shuffled, "spread": (e.std(0).mean() / e.abs().mean()).item()}
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--steps", type=int, default=1500)
-    p.add_argument("--json", type=Path)
-    args = p.parse_args()
+def main(args):
     torch.set_num_threads(1)
     pairs = *make_pairs(TRAIN, 3000, 0), *make_pairs(HELD_OUT, 96, 1)
-    found = {name: [train(*how, seed, args.steps, *pairs) for seed in args.seeds] for name, how in ROWS.items()}
-    each = lambda values, form: " ".join(form.format(v) for v in values)
-    print(runs.markdown([f"{args.steps} steps, seeds {each(args.seeds, '{}')}", "PSNR, dB", "lost with other embeddings, dB", "spread of embeddings"],
-                        [[name, *(each([run[key] for run in rows], form) for key, form in (("psnr", "{:.2f}"), ("lost_by_shuffling", "{:+.2f}"), ("spread", "{:.3f}")))] for name, rows in found.items()]))
+    results = {name: [train(*how, seed, args.steps, *pairs) for seed in args.seeds] for name, how in ROWS.items()}
+    head = [f"{args.steps} steps, seeds {' '.join(map(str, args.seeds))}", "PSNR, dB", "lost with other embeddings, dB",
+            "spread of embeddings"]
+    forms = {"psnr": ".2f", "lost_by_shuffling": "+.2f", "spread": ".3f"}
+    rows = [[name, *(" ".join(format(row[key], form) for row in of_seeds) for key, form in forms.items())]
+            for name, of_seeds in results.items()]
+    print(runs.markdown(head, rows))
     if args.json:
-        runs.save_json(args.json, {**runs.describe_machine(), "seeds": args.seeds, "steps": args.steps, "rows": found})
+        record = {**runs.describe_machine(), "seeds": args.seeds, "steps": args.steps, "rows": results}
+        runs.save_json(args.json, record)
 
 
 if __name__ == "__main__":
-    main()
+    runs.cli(partial(main, ARGS))

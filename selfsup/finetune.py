@@ -1,7 +1,91 @@
-"""Stage 2 of selfsup.py: train a x4 network so that its output, degraded again by the frozen networks of stage 1, is the low-resolution image (Eq. 6)."""
+"""Stage 2 of HR-aware self-supervision: adapt a x4 network to low-resolution images that have no ground truth (Eq. 6).
+
+    python -m selfsup.finetune --demo                                          small and short, on a CPU
+    python -m selfsup.finetune --sr runs/swinir-amo --lr-dir PHOTOS            leaves runs/swinir-amo+PHOTOS
+    python -m selfsup.finetune --rec runs/rec-lway --sr FILE --lr-dir PHOTOS   with another pre-training, here LWay's
+    python -m selfsup.finetune ... --s-rule flip                               Table 4, row 1
+    python -m selfsup.finetune ... --total-steps 600 --val-every 50            Fig. 9
+
+The networks of selfsup.pretrain are frozen, and the network M is trained so that M(X), degraded again, gives X. Two
+things keep M from degrading its output itself: the controller s (Eq. 8) and the feature-alignment regulariser FAR (Eq.
+9-11). Controller and FAR follow --rec unless flags say otherwise. As in the paper, M is adapted to the images that it
+is to enlarge; --hold-out N keeps N of them back. The result is a plain checkpoint, as train.py leaves it.
+"""
+import argparse
+from pathlib import Path
+
+import runs
+from selfsup import options
+
+# CHOICE: sized so that all stages end within three minutes on two cores
+DEMO = dict(rec=options.DEMO_REC, sr=options.DEMO_SR, out=options.DEMO_TUNED, lr_dir=options.DEMO_DOMAIN / "lq",
+            gt_dir=options.DEMO_DOMAIN / "gt", patch=16, batch_size=4, lr=5e-5, total_steps=60, ema_decay=0.9,
+            log_every=20, save_every=30, val_every=30, watch=["piqe"], workers=0, threads=1)
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p.add_argument("--demo", action="store_true", help="the demo set under one degradation, tiny networks; same code")
+    g = p.add_argument_group("networks")
+    g.add_argument("--rec", type=Path, default=Path("runs/rec-hra"), metavar="PATH",
+                   help="run folder of selfsup.pretrain, or its rec.pth")
+    g.add_argument("--sr", type=Path, metavar="PATH",
+                   help="x4 network to adapt: any weight file or run folder that upscale.py takes")
+    g.add_argument("--weights-key", choices=["params_ema", "params"],
+                   help="key to take of --sr; default params_ema, else params, else bare")
+    options.add_files(p)
+    g = p.add_argument_group("data")
+    g.add_argument("--lr-dir", type=Path, metavar="DIR", help="low-resolution images of one source")
+    g.add_argument("--gt-dir", type=Path, metavar="DIR", help="their ground truth: only watched, unless --stop val-gt")
+    g.add_argument("--hold-out", type=runs.COUNT, default=0, help="images that are not adapted to (PAPER: 0)")
+    g.add_argument("--per-image", action="store_true",
+                   help="adapt to each image alone, from --sr (LWAY: 100-300 steps); leaves OUT/<image> and OUT/sr")
+    g = p.add_argument_group("losses (Eq. 6-11)")
+    g.add_argument("--s-rule", choices=["eq8", "flip", "one", "shifted"],
+                   help="controller; flip: Table 4, row 1; one: none; shifted: ours, see networks.controller; "
+                        "default: as in pre-training")
+    g.add_argument("--far", action=argparse.BooleanOptionalAction,
+                   help="feature-alignment regulariser; default: as in pre-training")
+    g.add_argument("--lambda-ft", default="auto", type=options.weight_or_auto,
+                   help="weight of FAR; auto: its gradient on M(X) is half as long as that of L_rec, over the first "
+                        "10 batches (CHOICE, not published)")
+    g.add_argument("--hf", action=argparse.BooleanOptionalAction, default=True,
+                   help="weight L_rec by the LR image's high frequencies (LWAY)")
+    options.add_training(p)
+    g = p.add_argument_group("checks")
+    g.add_argument("--stop", choices=["fixed", "far", "val-gt"], default="fixed",
+                   help="fixed: after --total-steps; far: at FAR's minimum among the checks after the start; val-gt: "
+                        "at the smallest distance to the ground truth (PAPER: of test images)")
+    g.add_argument("--watch", nargs="*", default=[], metavar="NAME",
+                   help="metrics of the whole outputs, reported with the checks")
+    p.set_defaults(batch_size=8, total_steps=300, log_every=10, save_every=100, val_every=50)
+    if p.parse_known_args(argv)[0].demo:
+        p.set_defaults(**DEMO)
+    args = p.parse_args(argv)
+    for flag, value in (("--sr", args.sr), ("--lr-dir", args.lr_dir)):
+        if value is None:
+            p.error(f"{flag} is needed")
+    if args.stop == "val-gt" and not args.gt_dir:
+        p.error("--stop val-gt looks at the ground truth: --gt-dir DIR is needed")
+    if args.stop != "fixed" and not args.val_every:
+        p.error(f"--stop {args.stop} looks at the checks: --val-every must not be 0")
+    compared = [name for name in args.watch if name in runs.literal("metrics", "FULL_REFERENCE")]
+    if compared and not args.gt_dir:
+        p.error(f"--watch {compared[0]} compares with ground truth: --gt-dir DIR is needed")
+    if args.per_image and args.hold_out:
+        p.error("--hold-out: with --per-image nothing is shared between images")
+    name = args.sr.name if args.sr.is_dir() else args.sr.stem
+    args.out = args.out or Path("runs") / f"{name}+{args.lr_dir.resolve().name}"
+    return args
+
+
+# --help and flag errors need no torch: seconds
+ARGS = parse_args() if __name__ == "__main__" else None
+
 import copy
 import itertools
 import math
+from functools import partial
 
 import torch
 
@@ -9,233 +93,317 @@ import archs
 import data
 import degradations
 import lora
-import metrics as quality
-from selfsup import networks as rec
-import runs
-import metrics as scoring
+import metrics
 from images import image_size, load_image, match_images, save_image
-from selfsup.pretrain import check_weights, embedding_noise, networks
+from selfsup import encoders
+from selfsup import networks as rec
 
-FIXED = ("rec_hash", "sr_hash", "s_rule", "far", "far_path", "hf", "percep", "patch", "batch_size", "lambda_ft", "far_rho", "lr", "ema_decay", "clip_grad", "seed", "n_std", "stop", "patience",
-         "check_patches", "hold_out", "images")
-DRIFT, FAR_LOSS = 2.0, 1.05                                                       # CHOICE: grey levels, and times FAR before: warned about beyond these
+# CHOICE: largest norm of a step's gradient, 0 would be none
+CLIP_GRAD = 1.0
+# CHOICE: --lambda-ft auto makes FAR's gradient so long, as a share of that of L_rec
+FAR_RHO = 0.5
+# INFERRED: FAR's gradient reaches M through both encoders, "both"; "im" or "cl" would be one
+FAR_PATH = "both"
+# CHOICE: --stop far and val-gt end after so many steps without a new minimum
+PATIENCE = 100
+# CHOICE: fixed patches of the checks
+CHECK_PATCHES = 16
+# LR pixels, of whole images
+TILE = 256
+# CHOICE: warn beyond these: shift of mean colours in grey levels, FAR as a multiple of its start
+DRIFT, FAR_LOSS = 2.0, 1.05
+FIXED = ("rec_hash", "sr_hash", "s_rule", "far", "far_path", "hf", "percep", "patch", "batch_size", "lambda_ft",
+         "far_rho", "lr", "ema_decay", "clip_grad", "seed", "n_std", "stop", "patience", "check_patches", "hold_out",
+         "images")
 
 
 class Judge:
-    """The frozen part: how well R makes the LR image again from M(X), and FAR. shift: (s0, d0) of --s-rule shifted."""
+    """The frozen part: how well R makes the LR image again from M(X), and FAR.
 
-    def __init__(self, args, net, distance, hqi, encoder, shift):
-        self.args, self.net, self.distance, self.hqi, self.encoder, self.shift = args, net, distance, hqi, encoder, shift
+    s_rule, shift: see networks.controller; offdiag: see networks.descriptors; hf: weight L_rec by high frequencies.
+    """
+
+    def __init__(self, net, distance, hqi, encoder, s_rule, shift, offdiag, hf):
+        self.net, self.distance, self.hqi, self.encoder = net, distance, hqi, encoder
+        self.s_rule, self.shift, self.offdiag, self.hf = s_rule, shift, offdiag, hf
 
     def __call__(self, lq, sr, noise=0.0):
-        """-> {"rec", "l1", "percep", "d", "s"[, "far"]} of (b,); rec is l1 + --percep x percep, noise is n of Eq. 8, s is without it."""
+        """-> {"rec", "l1", "percep", "d", "s"[, "far"]} of (b,); rec is L_rec, noise is n of Eq. 8, s is without it."""
         d = rec.hqi_distance(self.hqi, lq, sr)
-        s = rec.controller(self.args.s_rule, d, noise, shift=self.shift)
-        mean_s = rec.controller(self.args.s_rule, d, shift=self.shift)
-        again, far = self.net(lq, sr, s, self.encoder and self.encoder(sr), offdiag=self.args.offdiag, path=self.args.far_path)
-        terms = rec.reconstruction_loss(self.distance, again.float(), lq, rec.high_frequency_map(lq) if self.args.hf else None)
-        terms = {"rec": terms["l1"] + self.args.percep * terms["percep"], **terms, "d": d, "s": torch.ones_like(d) if isinstance(mean_s, float) else mean_s[:, 0]}
+        s = rec.controller(self.s_rule, d, noise, shift=self.shift)
+        mean_s = rec.controller(self.s_rule, d, shift=self.shift)
+        e_clip = self.encoder and self.encoder(sr)
+        again, far = self.net(lq, sr, s, e_clip, offdiag=self.offdiag, path=FAR_PATH)
+        weight = rec.high_frequency_map(lq) if self.hf else None
+        terms = rec.reconstruction_loss(self.distance, again.float(), lq, weight)
+        terms = {"rec": terms["l1"] + rec.PERCEP * terms["percep"], **terms, "d": d,
+                 "s": torch.ones_like(d) if isinstance(mean_s, float) else mean_s[:, 0]}
         return terms if far is None else terms | {"far": far}
 
 
 def gradient_ratio(judge, net, draw, world, batches=10):
-    """lambda_ft = auto: --far-rho times |d L_rec / d M(X)| / |d FAR / d M(X)|, both averaged over the samples of the first batches of all processes."""
-    pulls = []
+    """The weight of --lambda-ft auto: FAR_RHO |d L_rec / d M(X)| / |d FAR / d M(X)|.
+
+    Both lengths are averaged over the samples of the first batches of all processes.
+    """
+    lengths = []
     for step in range(1, batches + 1):
         lq, noise = draw(step)
         with torch.no_grad():
             sr = net(lq)
         terms = judge(lq, sr.requires_grad_(), noise)
-        pulls.append(torch.stack([torch.autograd.grad(terms[name].sum(), sr, retain_graph=True)[0].flatten(1).norm(dim=1).mean() for name in ("rec", "far")]))
-    both = world.reduce(torch.stack(pulls).mean(0))
-    ratio = (judge.args.far_rho * both[0] / both[1]).item()
+        gradients = [torch.autograd.grad(terms[name].sum(), sr, retain_graph=True)[0] for name in ("rec", "far")]
+        lengths.append(torch.stack([gradient.flatten(1).norm(dim=1).mean() for gradient in gradients]))
+    of_rec, of_far = world.reduce(torch.stack(lengths).mean(0))
+    ratio = (FAR_RHO * of_rec / of_far).item()
     if not 0 < ratio < math.inf:
         raise runs.UserError(f"--lambda-ft auto: the ratio of the gradients is {ratio}: give a number")
     return ratio
 
 
 @torch.no_grad()
-def check(net, patches, judge, items, metrics, tile, world, colours=None):
-    """-> means over the fixed patches (the judge's terms without noise; drift: how far mean colours moved, in grey levels), and of `metrics` over whole
-    images, shared over processes; and the mean colours, (patches, 3)."""
+def check(net, patches, judge, items, image_metrics, world, colours=None):
+    """-> (values of the check, mean colours of the outputs (patches, 3)).
+
+    Values: means over the fixed patches of the judge's terms without noise; drift: how far mean colours are from
+    `colours`, in grey levels; means of image_metrics {name: Metric} over the whole images `items`, [(LR file, ground
+    truth or None)], which processes share.
+    """
     sr = torch.cat([net(part) for part in patches.split(8)])
-    terms = [judge(a, b) for a, b in zip(patches.split(8), sr.split(8))]
+    terms = [judge(lq_part, sr_part) for lq_part, sr_part in zip(patches.split(8), sr.split(8))]
     values = {name: torch.cat([t[name] for t in terms]).mean().item() for name in terms[0]}
     now = sr.clamp(0, 1).mean((2, 3))
     values["drift"] = 0.0 if colours is None else 255 * (now - colours).abs().mean().item()
-    sums = torch.zeros(len(metrics), dtype=torch.float64, device=world.device)
-    for paths in items[world.rank::world.size] if metrics else []:
-        lq, gt = (path and load_image(path)[None].to(world.device).float() / 255 for path in paths)
-        whole = degradations.to_8bit(archs.upscale_tiled(net, lq, tile=tile))
-        sums += torch.stack([metric(whole, gt).double().mean() for metric in metrics.values()]).to(sums)
-    return values | (dict(zip(metrics, (world.reduce(sums) / len(items)).tolist())) if metrics else {}), now
+    if image_metrics:
+        sums = torch.zeros(len(image_metrics), dtype=torch.float64, device=world.device)
+        for paths in items[world.rank::world.size]:
+            lq, gt = (path and load_image(path)[None].to(world.device).float() / 255 for path in paths)
+            whole = degradations.to_8bit(archs.upscale_tiled(net, lq, tile=TILE))
+            sums += torch.stack([metric(whole, gt).double().mean() for metric in image_metrics.values()]).to(sums)
+        values |= dict(zip(image_metrics, (world.reduce(sums) / len(items)).tolist()))
+    return values, now
 
 
 def warnings(first, last):
-    """What may have gone wrong between two checks, in words."""
-    found = [f"colours moved by {last['drift']:.1f} grey levels"] if last["drift"] > DRIFT else []
+    """Signs between two checks that the network is getting worse, as text."""
+    texts = []
+    if last["drift"] > DRIFT:
+        texts.append(f"colours moved by {last['drift']:.1f} grey levels")
     if last["rec"] < first["rec"] and last.get("far", 0) > FAR_LOSS * first.get("far", 0):
-        found.append("the reconstruction gained while FAR lost: the output may be degrading")
-    return "".join(f"WARNING, {text}. " for text in found)
+        texts.append("the reconstruction gained while FAR lost: the output may be degrading")
+    return "".join(f"WARNING, {text}. " for text in texts)
 
 
-def open_reconstruction(args):
-    """-> the frozen networks of --rec, and its settings; fills the arguments that stage 1 decides."""
-    file = args.rec / "weights" / "rec.pth" if args.rec.is_dir() else args.rec
-    if not file.is_file():
-        raise runs.UserError(f"--rec {args.rec}: no reconstruction network there; make it with: python -m selfsup pretrain --hr PHOTOS")
-    net, settings = rec.load_reconstruction(file)
-    plain, has_far = settings["s_rule"] == "one", settings["far_enc"] is not None
-    args.s_rule = args.s_rule or settings["s_rule"]
-    args.far = has_far if args.far is None else args.far
-    if plain != (args.s_rule == "one"):
-        raise runs.UserError(f"--s-rule {args.s_rule}: {file} was trained {'without' if plain else 'with'} a controller, so its embeddings mean something else; pretrain one for each")
-    if args.stop == "far" and not args.far:
+def choose_switches(settings, s_rule, far, stop):
+    """-> (controller, FAR): as pre-training's settings say unless given. UserError where they do not fit its
+    networks."""
+    has_controller, has_far = settings["s_rule"] != "one", settings["far_enc"] is not None
+    s_rule = s_rule or settings["s_rule"]
+    if has_controller != (s_rule != "one"):
+        raise runs.UserError(f"--s-rule {s_rule}: --rec was trained {'with' if has_controller else 'without'} a "
+                             "controller, so its embeddings mean something else; pretrain one for each")
+    if far and not has_far:
+        raise runs.UserError("--far: --rec was trained without; python -m selfsup.pretrain --far makes one with it")
+    far = has_far if far is None else far
+    if stop == "far" and not far:
         raise runs.UserError("--stop far: FAR is off here (--no-far, or a --rec without it): --stop fixed")
-    if args.far and not has_far:
-        raise runs.UserError(f"--far: {file} was trained without; selfsup.py pretrain --far makes one with it")
-    for name in ("distance", "vgg_stages", "far_enc", "far_layer", "offdiag"):
-        setattr(args, name, settings[name])
-    args.n_std = settings["n_std"] if args.n_std is None else args.n_std
-    args.rec_hash = lora.base_hash(net)
-    return net, settings
+    return s_rule, far
 
 
-def open_images(args):
-    """-> Sets of the LR images, {stem: ground truth}; ValueError for sizes that cannot be."""
-    if not args.lr_dir.is_dir():
-        raise runs.UserError(f"--lr-dir {args.lr_dir}: no such folder")
-    sets = data.find_photos(args.lr_dir)
-    gts = match_images(args.gt_dir, sets.stems, "--gt-dir") if args.gt_dir else {}
+def open_images(lr_dir, gt_dir, patch):
+    """-> Sets of the LR images, {stem: ground truth}; UserError for sizes that cannot be."""
+    if not lr_dir.is_dir():
+        raise runs.UserError(f"--lr-dir {lr_dir}: no such folder")
+    sets = data.find_photos(lr_dir)
+    gts = match_images(gt_dir, sets.stems, "--gt-dir") if gt_dir else {}
     for stem in sets.stems:
-        wide, high = image_size(sets.path(stem))
-        if min(wide, high) < args.patch:
-            raise runs.UserError(f"{sets.path(stem)}: {wide}x{high} pixels, smaller than a patch: " + (f"--patch {min(wide, high) // 4 * 4} or less, or leave it out" if min(wide, high) >= 16 else "leave it out"))
-        if stem in gts and image_size(gts[stem]) != (4 * wide, 4 * high):
-            raise runs.UserError(f"{gts[stem]}: {'x'.join(map(str, image_size(gts[stem])))} pixels, expected four times its LR image's {wide}x{high}")
+        width, height = image_size(sets.path(stem))
+        shorter = min(width, height)
+        if shorter < patch:
+            remedy = f"--patch {shorter // 4 * 4} or less, or leave it out" if shorter >= 16 else "leave it out"
+            raise runs.UserError(f"{sets.path(stem)}: {width}x{height} pixels, smaller than a patch: {remedy}")
+        if stem in gts and image_size(gts[stem]) != (4 * width, 4 * height):
+            gt_width, gt_height = image_size(gts[stem])
+            raise runs.UserError(f"{gts[stem]}: {gt_width}x{gt_height} pixels, expected four times its LR image's "
+                                 f"{width}x{height}")
     return sets, gts
 
 
-def finetune(args):
+def watched_metrics(names, gts, distance, device):
+    """{name: Metric} of the whole images of a check: those of --watch and, with ground truth, PSNR on Y and L_rec's
+    distance."""
+    chosen = {name: metrics.create_metric(name, device, flag="--watch") for name in names}
+    compared = [name for name, metric in chosen.items() if metric.full_reference]
+    if not gts and compared:
+        raise runs.UserError(f"--watch {' '.join(compared)}: compares with ground truth: --gt-dir DIR is needed")
+    if gts:
+        chosen["psnr"] = metrics.create_metric("psnr", device, border=0, y=True)
+        chosen["distance"] = metrics.Metric(torch.no_grad()(distance), True, True)
+    return chosen
+
+
+def main(args):
     world, seeds, autocast = runs.start_training(args.device, args.threads, args.seed, args.precision)
-    sets, gts = open_images(args)
-    net, settings = open_reconstruction(args)
-    distance, hqi, encoder = networks(args, world.device)
-    check_weights(settings, distance, hqi, encoder)
-    judge = Judge(args, net.to(world.device), distance, hqi, encoder, (settings["mean_d"], 0.0))
+    if args.demo:
+        shorter = args.total_steps if args.total_steps != DEMO["total_steps"] else None
+        starts = [options.DEMO_SET, options.DEMO_DOMAIN] if args.lr_dir == DEMO["lr_dir"] else []
+        starts += [path for path in (args.sr, args.rec) if path in options.DEMO_COMMANDS]
+        options.make_demo_start(starts, world, args.device, shorter)
+    sets, gts = open_images(args.lr_dir, args.gt_dir, args.patch)
+    net, settings = rec.load_reconstruction(args.rec)
+    s_rule, far = choose_switches(settings, args.s_rule, args.far, args.stop)
+    far_enc = settings["far_enc"] if far else None
+    distance, hqi, encoder = encoders.open_frozen(world.device, settings["distance"], settings["vgg_stages"],
+                                                  far_enc, settings["far_layer"], args.vgg_weights,
+                                                  args.clip_weights, args.far_sr)
+    encoders.check_weights(settings, distance, hqi, encoder)
+    judge = Judge(net.to(world.device), distance, hqi, encoder, s_rule, (settings["mean_d"], 0.0), settings["offdiag"],
+                  args.hf)
+    followed = {name: settings[name] for name in ("distance", "vgg_stages", "far_enc", "far_layer", "offdiag", "n_std")}
+    fixed_here = {"percep": rec.PERCEP, "far_path": FAR_PATH, "far_rho": FAR_RHO, "clip_grad": CLIP_GRAD,
+                  "patience": PATIENCE, "check_patches": CHECK_PATCHES}
+    record = {**vars(args), **followed, **fixed_here, "s_rule": s_rule, "far": far, "rec_hash": lora.base_hash(net)}
     stop = runs.StopSignal(world)
     if not args.per_image:
-        adapt(args, world, seeds, autocast, judge, sets, gts, args.out, stop)
+        adapt(args, record, world, seeds, autocast, judge, sets, gts, args.out, args.resume, stop)
         return
     for k, stem in enumerate(sets.stems):
-        if k and args.resume == "must":                                           # the first image has begun, the others may not have
-            args.resume = "auto"
-        tuned = adapt(args, world, seeds, autocast, judge, data.Sets(sets.files, stems=[stem]), gts, args.out / stem, stop)
-        if tuned is None:                                                         # stopped by a signal
+        # the first image has begun, the others may not have
+        resume = "auto" if k and args.resume == "must" else args.resume
+        alone = data.Sets(sets.files, stems=[stem])
+        tuned = adapt(args, record, world, seeds, autocast, judge, alone, gts, args.out / stem, resume, stop)
+        if tuned is None:
+            # stopped by a signal
             return
         if world.is_main:
             lq = load_image(sets.path(stem))[None].to(world.device).float() / 255
-            save_image(args.out / "sr" / f"{stem}.png", archs.upscale_tiled(tuned, lq, tile=args.tile)[0])
+            save_image(args.out / "sr" / f"{stem}.png", archs.upscale_tiled(tuned, lq, tile=TILE)[0])
     if world.is_main:
         print(f"done: {len(sets.stems)} images in {args.out / 'sr'}")
 
 
-def adapt(args, world, seeds, autocast, judge, sets, gts, out, stop):
+def adapt(args, record, world, seeds, autocast, judge, sets, gts, out, resume, stop):
     """Adapt --sr to the images of `sets` in the run folder `out` -> the tuned network (EMA), None after a signal."""
     device, lanes = world.device, world.lanes(args.batch_size)
-    base, info = archs.load_x4(args.sr, "--sr", args.weights_key, args.pad_mode)
-    args.sr_hash, args.lr = lora.base_hash(base), args.lr or (2e-6 if info["arch"] == "swinir" else 5e-6)
-    run = runs.Run(out, vars(args), world, args.resume, FIXED, tensorboard=args.tensorboard)
-    if run.start_step > args.total_steps:
-        raise runs.UserError(f"--total-steps {args.total_steps}: {out} is already at step {run.start_step}")
+    far, s_rule, n_std = record["far"], record["s_rule"], record["n_std"]
+    base, info = archs.load_x4(args.sr, "--sr", args.weights_key)
+    # PAPER: from 2e-6 to 5e-6, by architecture
+    lr = args.lr or (2e-6 if info["arch"] == "swinir" else 5e-6)
+    facts = {"sr_hash": lora.base_hash(base), "lr": lr, "pad_mode": info["sizes"].get("pad_mode")}
+    run = runs.Run(out, record | facts, world, resume, FIXED, tensorboard=args.tensorboard)
+    run.check_steps(args.total_steps)
     checked = sets
     if args.hold_out:
         sets, checked = sets.hold_out(args.hold_out, seeds(0, 0, "hold-out"), "--hold-out")
-    dataset, check_set = (data.TrainingSet(some, "orig", draw, args.batch_size, 1, args.patch, args.patch)
-                          for some, draw in ((sets, seeds), (checked, lambda step, lane, purpose: seeds(step, lane, f"check {purpose}"))))
-    run.pin(images=scoring.digest(dataset.stems))
-    patches = torch.stack([check_set.sample(1, lane)["crops"][0] for lane in range(args.check_patches)]).to(device).float() / 255
+
+    def check_seeds(step, lane, purpose):
+        return seeds(step, lane, f"check {purpose}")
+    dataset = data.TrainingSet(sets, "orig", seeds, args.batch_size, 1, args.patch, args.patch)
+    check_set = data.TrainingSet(checked, "orig", check_seeds, args.batch_size, 1, args.patch, args.patch)
+    run.pin(images=metrics.digest(dataset.stems))
+    patches = torch.stack([check_set.sample(1, lane)["crops"][0] for lane in range(CHECK_PATCHES)])
+    patches = patches.to(device).float() / 255
     items = [(checked.path(stem), gts.get(stem)) for stem in checked.stems]
-    metrics = {name: quality.create_metric(name, device, flag="--watch") for name in args.watch}
-    if not gts and any(metric.full_reference for metric in metrics.values()):
-        raise runs.UserError(f"--watch {' '.join(name for name, m in metrics.items() if m.full_reference)}: compares with ground truth: --gt-dir DIR is needed")
-    if gts:
-        metrics |= {"psnr": quality.create_metric("psnr", device, border=0, y=True), "distance": quality.Metric(torch.no_grad()(judge.distance), True, True)}
+    image_metrics = watched_metrics(args.watch, gts, judge.distance, device)
 
     base = base.to(device)
     if hasattr(base, "drop_path"):
-        base.drop_path = 0.0                                                      # CHOICE: nothing random in M
+        # CHOICE: nothing random in M
+        base.drop_path = 0.0
     raw, ema = copy.deepcopy(base).train(), base.eval().requires_grad_(False)
-    opt = torch.optim.Adam(raw.parameters(), lr=args.lr, betas=(0.9, 0.999))      # PAPER
+    # PAPER
+    opt = torch.optim.Adam(raw.parameters(), lr=lr, betas=(0.9, 0.999))
 
     def draw(step, batch=None):
         """LR patches (b, 3, p, p) of this process, and n of Eq. 8."""
         batch = batch or data.collate([dataset.sample(step, lane) for lane in lanes])
-        return batch["crops"][:, 0].to(device).float() / 255, 0.0 if args.s_rule == "one" else embedding_noise(judge.net, args, seeds, step, lanes, device)
+        lq = batch["crops"][:, 0].to(device).float() / 255
+        if s_rule == "one":
+            return lq, 0.0
+        return lq, rec.embedding_noise(judge.net, [seeds(step, lane, "n") for lane in lanes], n_std, device)
 
-    look = lambda net, colours: check(net, patches, judge, items, metrics, args.tile, world, colours)
+    def look(net, colours):
+        return check(net, patches, judge, items, image_metrics, world, colours)
+
     state = run.checkpoint
     if state:
         raw.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
         opt.load_state_dict(state["opt"])
-        first, colours, weight, judge.shift, best, ended = (state[name] for name in ("first", "colours", "weight", "shift", "best", "ended"))
-        colours = colours.to(device)
+        first, weight, best, ended = (state[name] for name in ("first", "weight", "best", "ended"))
+        judge.shift = state["shift"]
+        colours = state["colours"].to(device)
     else:
-        if args.s_rule == "shifted":                                              # needs d of the network before
-            judge.shift = (judge.shift[0], check(ema, patches, judge, [], {}, args.tile, world)[0]["d"])
-        weight = gradient_ratio(judge, ema, draw, world) if args.far and args.lambda_ft == "auto" else args.lambda_ft
+        if s_rule == "shifted":
+            # d of the network before tuning
+            judge.shift = (judge.shift[0], check(ema, patches, judge, [], {}, world)[0]["d"])
+        weight = gradient_ratio(judge, ema, draw, world) if far and args.lambda_ft == "auto" else args.lambda_ft
         (first, colours), best, ended = look(ema, None), None, False
     meter = runs.Meter(world, state and state["meter"])
-    batches = data.prefetch(data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda"), device)
+    batches = data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda")
+    batches = data.prefetch(batches, device)
     if run.start_step < args.total_steps:
-        batches = itertools.chain([next(batches)], batches)                       # a first batch that cannot be read leaves no folder
+        # a first batch that cannot be read leaves no folder
+        batches = itertools.chain([next(batches)], batches)
     run.open()
-    run.say(f"{info['file']} ({info['arch']}, key {info['key']}), controller {args.s_rule}, FAR {f'{args.far_enc} x {weight:.4g}' if args.far else 'off'}, distance {args.distance}: "
-            f"{len(dataset)} images, checked on {'the same' if checked is sets else f'{len(checked.stems)} others'}, {world.size} process(es) on {device}"
-            + (f"; from step {run.start_step}" if state else ""))
+    far_text = f"{record['far_enc']} x {weight:.4g}" if far else "off"
+    others = "the same" if checked is sets else f"{len(checked.stems)} others"
+    run.say(f"{info['file']} ({info['arch']}, key {info['key']}), controller {s_rule}, FAR {far_text}, "
+            f"distance {record['distance']}: {len(dataset)} images, checked on {others}, "
+            f"{world.size} process(es) on {device}" + (f"; from step {run.start_step}" if state else ""))
     if not state:
         run.event(0, "ema", **first)
         for name, some in (("adapted", sets), ("held_out", checked)):
             if world.is_main and (name == "adapted" or args.hold_out):
-                runs.write_atomic(out / f"{name}.txt", lambda t: t.write_text("".join(f"{stem}\n" for stem in some.stems)))
+                text = "".join(f"{stem}\n" for stem in some.stems)
+                runs.write_atomic(out / f"{name}.txt", partial(Path.write_text, data=text))
     state = run.checkpoint = None
     net = world.parallel(raw)
 
-    def save(step):
-        meter.check_finite(lambda s: ", ".join(dataset.names(s)))
-        run.save(step, {"net": raw.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "meter": meter.state_dict(), "first": first, "colours": colours.cpu(),
-                        "weight": weight, "shift": judge.shift, "best": best, "ended": ended})
+    def samples_of(step):
+        return ", ".join(dataset.names(step))
 
-    due = lambda step, every: runs.due(step, args.total_steps, every)
-    if ended or run.start_step == args.total_steps:
+    def save(step):
+        meter.check_finite(samples_of)
+        run.save(step, {"net": raw.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
+                        "meter": meter.state_dict(), "first": first, "colours": colours.cpu(), "weight": weight,
+                        "shift": judge.shift, "best": best, "ended": ended})
+
+    def due(step, every):
+        return runs.due(step, args.total_steps, every)
+    if ended:
         run.say(f"nothing to do: {out} is finished; remove it to adapt again")
-    for step in range(run.start_step + 1, args.total_steps + 1) if not ended else ():
+    for step in () if ended else run.steps(args.total_steps):
         with meter.waiting():
             batch = next(batches)
         lq, noise = draw(step, batch)
         with autocast():
             terms = {name: value.mean() for name, value in judge(lq, net(lq), noise).items()}
         opt.zero_grad(set_to_none=True)
-        (terms["rec"] + (weight * terms["far"] if args.far else 0)).backward()
-        if args.clip_grad:
-            torch.nn.utils.clip_grad_norm_(raw.parameters(), args.clip_grad)
+        (terms["rec"] + (weight * terms["far"] if far else 0)).backward()
+        if CLIP_GRAD:
+            torch.nn.utils.clip_grad_norm_(raw.parameters(), CLIP_GRAD)
         opt.step()
         runs.update_ema(ema, raw, args.ema_decay)
         meter.add(step, **terms)
         if due(step, args.log_every):
-            meter.check_finite(lambda s: ", ".join(dataset.names(s)))
-            run.progress(step, args.total_steps, meter, args.lr, {})
+            meter.check_finite(samples_of)
+            run.progress(step, args.total_steps, meter, lr, {})
         if due(step, args.val_every):
             values = {name: look(one, colours)[0] for name, one in (("raw", raw), ("ema", ema))}
             for name in values:
                 run.event(step, name, **values[name])
-            now = values["ema"]                                                   # the EMA weights are the result
-            run.say(f"step {step:07d} check: {warnings(first, now)}" + "; ".join(f"{name} {first.get(name, math.nan):.4g} -> {now[name]:.4g}" for name in now))
-            value = world.gather_objects(now.get({"far": "far", "val-gt": "distance"}.get(args.stop)))[0]          # all stop where rank 0 does
+            # the EMA weights are the result
+            now = values["ema"]
+            run.say(f"step {step} check: {warnings(first, now)}"
+                    + "; ".join(f"{name} {first.get(name, math.nan):.4g} -> {now[name]:.4g}" for name in now))
+            # all stop where rank 0 does
+            value = world.gather_objects(now.get({"far": "far", "val-gt": "distance"}.get(args.stop)))[0]
             if value is not None and (best is None or value < best["value"]):
-                best = {"value": value, "step": step, **{name: {k: v.cpu().clone() for k, v in one.state_dict().items()} for name, one in (("net", raw), ("ema", ema))}}
-            ended = best is not None and step - best["step"] >= args.patience
+                best = {"value": value, "step": step}
+                for name, one in (("net", raw), ("ema", ema)):
+                    best[name] = {k: v.cpu().clone() for k, v in one.state_dict().items()}
+            ended = best is not None and step - best["step"] >= PATIENCE
         stopping = stop.requested(step)
         if due(step, args.save_every) or stopping or ended:
             save(step)
@@ -253,3 +421,7 @@ def adapt(args, world, seeds, autocast, judge, sets, gts, out, stop):
         runs.save_weights(file, raw.state_dict(), ema.state_dict())
         run.say(f"done: {file}")
     return ema
+
+
+if __name__ == "__main__":
+    runs.cli(partial(main, ARGS))

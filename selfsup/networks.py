@@ -1,15 +1,18 @@
-"""Make a low-resolution image again from a high-resolution one: what self-supervised adaptation judges a super-resolution network by.
+"""Reconstruct a low-resolution image from a high-resolution one: the criterion of self-supervised adaptation.
 
-    net = Reconstruction()                                   encoders and reconstructor of HR-aware SR; image_encoder=False: LWay's
+    net = Reconstruction()                                   encoders and reconstructor; image_encoder=False: LWay's
     lq_again, far = net(lq, hr, s, e_clip)                   Eq. 4 and the feature-alignment regulariser, Eq. 9-11
 
-"High-Resolution Be Aware! Improving the Self-Supervised Real-World Super-Resolution" (Zhang and Yao, arXiv 2411.16175) and "Low-Res Leads the Way"
-(LWay, CVPR 2024). Neither has released code, and the first paper's supplement, which has the sizes and weights of losses, is not public. So each number
-here says where it is from: PAPER (the first paper), LWAY (README and answers of its author), INFERRED, or CHOICE (ours).
+"High-Resolution Be Aware! Improving the Self-Supervised Real-World Super-Resolution" (Zhang and Yao, arXiv 2411.16175)
+and "Low-Res Leads the Way" (LWay, CVPR 2024). Neither has released code, and the first paper's supplement, which has
+the sizes and the weights of the losses, is not public. Each number here therefore names its source: PAPER (the first
+paper), LWAY (README and answers of its author), INFERRED, or CHOICE (ours).
 
-lq is (B, 3, h, w), hr (B, 3, 4h, 4w), RGB in [0, 1]; nothing here knows how the networks are trained. The super-resolution network that is adapted lies
-outside: gradients reach it through `hr`.
+lq is (B, 3, h, w), hr (B, 3, 4h, 4w), RGB in [0, 1]; nothing here knows how the networks are trained. The
+super-resolution network that is adapted lies outside: gradients reach it through `hr`.
 """
+from pathlib import Path
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -18,16 +21,23 @@ import archs
 import degradations
 import runs
 
-lrelu = lambda x: F.leaky_relu(x, 0.1)
+# CHOICE, not published: weight of the perceptual part of L_rec, beside L1 of weight 1
+PERCEP = 1.0
+
+
+def lrelu(x):
+    return F.leaky_relu(x, 0.1)
 
 
 # Networks
 
 class DegradationEncoder(nn.Module):
-    """E_deg: (B, 3, h, w) -> (B, dim), what was done to this image. PAPER: 16 residual blocks, 512 numbers; CHOICE: the rest.
+    """E_deg: (B, 3, h, w) -> (B, dim), how this image was degraded.
 
-    He's initialisation, so that embeddings differ more between images: after 600 steps by .20 and .25 of their size, by .03 and .18 with PyTorch's. PSNR did not tell the two apart, and R used
-    neither yet (two seeds; results/selfsup-choices.json, python python -m experiments.selfsup_choices).
+    PAPER: 16 residual blocks, 512 numbers; CHOICE: the rest.
+    He's initialisation, so that embeddings differ more between images: after 600 steps by 0.20 and 0.25 of their size,
+    by 0.03 and 0.18 with PyTorch's. PSNR did not tell the two apart, and R used neither yet (two seeds;
+    results/selfsup-choices.json, python -m experiments.selfsup_choices).
     """
 
     def __init__(self, width=64, blocks=16, dim=512):
@@ -54,9 +64,13 @@ class DegradationEncoder(nn.Module):
 
 
 class BandEncoder(nn.Module):
-    """E_deg for short pre-training (CHOICE, nobody's): (B, 3, h, w) -> (B, dim) from the logarithms of how strong first and second differences of the grey image
-    are at three scales, twelve numbers that tell blur and noise and need not be learned. They differ by .71 and .95 of their size where the convolutional encoder's do by .2 (600 steps, two seeds;
-    results/selfsup-choices.json); after 2,000 steps R loses 1.6 to 2.7 dB with other images' (results/selfsup.json)."""
+    """E_deg for short pre-training: (B, 3, h, w) -> (B, dim). CHOICE, in neither paper.
+
+    Its inputs are the logarithms of the strengths of first and second differences of the grey image at three scales:
+    twelve numbers that tell blur and noise and need not be learned. Its embeddings differ by 0.71 and 0.95 of their
+    size where the convolutional encoder's differ by 0.2 (600 steps, two seeds; results/selfsup-choices.json). After
+    2,000 steps R loses 1.6 to 2.7 dB when it gets other images' embeddings (results/selfsup.json).
+    """
 
     def __init__(self, dim=512, width=128):
         super().__init__()
@@ -65,10 +79,12 @@ class BandEncoder(nn.Module):
     def forward(self, lq):
         x, strengths = lq.float().mean(1, keepdim=True), []
         for _ in range(3):
-            first = x.diff(dim=2), x.diff(dim=3)
-            strengths += [(d.square().mean((1, 2, 3)) + 1e-6).log() for d in (*first, first[0].diff(dim=2), first[1].diff(dim=3))]
+            down, right = x.diff(dim=2), x.diff(dim=3)
+            differences = (down, right, down.diff(dim=2), right.diff(dim=3))
+            strengths += [(d.square().mean((1, 2, 3)) + 1e-6).log() for d in differences]
             x = F.avg_pool2d(x, 2)
-        x = (torch.stack(strengths, 1) + 6) / 2                                   # about zero mean and unit variance for photos
+        # about zero mean and unit variance for photographs
+        x = (torch.stack(strengths, 1) + 6) / 2
         for layer in self.head[:-1]:
             x = lrelu(layer(x))
         return self.head[-1](x)
@@ -87,10 +103,10 @@ class ImageEncoder(nn.Module):
 
 
 class ModulatedConv(nn.Module):
-    """3x3 convolution whose input channels are scaled by a style, and whose output channels are then brought to unit weight (StyleGAN2).
+    """3x3 convolution with input channels scaled by a style and output channels brought to unit weight (StyleGAN2).
 
-    x (B, C, h, w), z (B, dim) -> (B, C, h, w). Scaling input and output is the same as scaling the kernel of every sample, and needs one convolution
-    for all of them: a sample's result does not depend on the others.
+    x (B, C, h, w), z (B, dim) -> (B, C, h, w). Scaling input and output equals scaling the kernel of every sample, and
+    needs one convolution for all of them: a sample's result does not depend on the others.
     """
 
     def __init__(self, width, dim):
@@ -98,12 +114,14 @@ class ModulatedConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(width, width, 3, 3) / (3 * width ** 0.5))
         self.bias = nn.Parameter(torch.zeros(width))
         self.style = nn.Linear(dim, width)
-        nn.init.ones_(self.style.bias)                                            # StyleGAN2: an embedding of zero changes nothing
+        # StyleGAN2: an embedding of zero changes nothing
+        nn.init.ones_(self.style.bias)
 
     def forward(self, x, z):
         style = self.style(z)                                                     # (B, C)
-        norm = (self.weight.square().sum((2, 3)) @ style.square().mT + 1e-8).rsqrt().mT             # (B, C) of the output
-        return F.conv2d(x * style[:, :, None, None], self.weight, padding=1) * norm[:, :, None, None] + self.bias[:, None, None]
+        norm = (self.weight.square().sum((2, 3)) @ style.square().mT + 1e-8).rsqrt().mT    # (B, C) of the output
+        y = F.conv2d(x * style[:, :, None, None], self.weight, padding=1)
+        return y * norm[:, :, None, None] + self.bias[:, None, None]
 
 
 class ModulatedBlock(nn.Module):
@@ -111,7 +129,8 @@ class ModulatedBlock(nn.Module):
 
     def __init__(self, width, dim):
         super().__init__()
-        self.residual, self.modulated, self.conv = archs.ResidualBlock(width), ModulatedConv(width, dim), archs.conv3x3(width, width)
+        self.residual, self.modulated = archs.ResidualBlock(width), ModulatedConv(width, dim)
+        self.conv = archs.conv3x3(width, width)
         self.noise = nn.Parameter(torch.zeros(width, 1, 1))
 
     def forward(self, x, z, noise):
@@ -122,10 +141,12 @@ class ModulatedBlock(nn.Module):
 
 
 class Reconstructor(nn.Module):
-    """R: image features (B, channels, 4h, 4w) and embedding (B, dim) -> (B, 3, h, w). PAPER: SRResNet and StyleGAN2 combined; CHOICE: the rest.
+    """R: image features (B, channels, 4h, 4w) and embedding (B, dim) -> (B, 3, h, w).
 
-    Where the factor of four goes is not published: here two convolutions of stride 2 come first. The blocks are bridged as SRResNet's are, or R
-    learns more slowly: after 600 steps 3.1 and 3.4 dB less (two seeds; results/selfsup-choices.json). noise: (B, blocks, h, w) normal, or None for none.
+    PAPER: SRResNet and StyleGAN2 combined; CHOICE: the rest.
+    Where the factor of four goes is not published: here two convolutions of stride 2 come first. The blocks are
+    bridged as SRResNet's are, or R learns more slowly: after 600 steps it reaches 3.1 and 3.4 dB less (two seeds;
+    results/selfsup-choices.json). noise: (B, blocks, h, w) normal, or None for none.
     """
 
     def __init__(self, channels=64, width=64, blocks=4, dim=512):
@@ -145,11 +166,11 @@ class Reconstructor(nn.Module):
 
 
 class Reconstruction(nn.Module):
-    """E_deg, E_img, R, and the two linear layers of FAR: everything that pre-training learns (Eq. 4, 11).
+    """E_deg, E_img, R, and the two linear layers of FAR: all that pre-training learns (Eq. 4, 11).
 
-    width: channels of all three networks; blocks: residual blocks of E_deg, E_img and R; image_encoder=False: R sees the HR image itself (LWAY).
-    bands: BandEncoder for E_deg.
-    far_channels: channels of the established encoder's features, 0 for no FAR. offdiag, path: see forward.
+    width: channels of all three networks; blocks: residual blocks of E_deg, E_img and R; dim: length of the embedding;
+    image_encoder=False: R sees the HR image itself (LWAY). bands: BandEncoder for E_deg.
+    far_channels: channels of the established encoder's features, 0 for no FAR.
     """
 
     def __init__(self, width=64, blocks=(16, 6, 4), dim=512, image_encoder=True, far_channels=0, bands=False):
@@ -166,24 +187,28 @@ class Reconstruction(nn.Module):
     def forward(self, lq, hr, s, e_clip=None, noise=None, shuffle=False, offdiag=False, path="both"):
         """-> (reconstruction of lq (B, 3, h, w), FAR of hr (B,), or None without e_clip).
 
-        s: controller, (B, dim) or a number; e_clip: the established encoder's features of hr (B, C, H', W'); noise: (B, blocks, h, w) for R, or None
+        s: controller, (B, dim) or a number; e_clip: the established encoder's features of hr (B, C, H', W')
+        noise: (B, blocks, h, w) for R, or None
         shuffle: embeddings of the neighbours in the batch instead, to see whether they matter
+        offdiag: see descriptors
         path: where FAR's gradient may go to hr, "im" (the image encoder), "cl" (the established one) or "both"
         """
         e_d, e_im = self.e_deg(lq), self.e_img(hr)
         lq_again = self.r(e_im, s * (e_d.roll(1, 0) if shuffle else e_d), noise)
         if e_clip is None:
             return lq_again, None
-        ours, theirs = descriptors(e_im.detach() if path == "cl" else e_im, offdiag), descriptors(e_clip.detach() if path == "im" else e_clip, offdiag)
+        ours = descriptors(e_im.detach() if path == "cl" else e_im, offdiag)
+        established = descriptors(e_clip.detach() if path == "im" else e_clip, offdiag)
         with torch.autocast(hr.device.type, enabled=False):
-            return lq_again, sum(length(t(a) - b) for t, a, b in zip((self.t_a, self.t_m), ours, theirs))
+            far = sum(length(t(a) - b) for t, a, b in zip((self.t_a, self.t_m), ours, established))
+        return lq_again, far
 
 
 def descriptors(features, offdiag=False):
     """S_avg and S_max of Eq. 10: mean and maximum of each row of the Gram matrix of (B, C, H, W) -> two (B, C).
 
-    The Gram matrix is divided by H W, so that the size of an image does not matter (CHOICE). offdiag: without a channel's correlation with itself, as the
-    text has it ("to others"); the formula has it in.
+    The Gram matrix is divided by H W, so that the size of an image does not matter (CHOICE). offdiag: without a
+    channel's correlation with itself, as the text has it ("to others"); the formula has it in.
     """
     with torch.autocast(features.device.type, enabled=False):
         f = features.float().flatten(2)
@@ -203,20 +228,23 @@ def length(x):
 # Controller (Eq. 7, 8)
 
 def hqi_distance(distance, lq, hr):
-    """d = 1 - HQI (Eq. 7): the distance of hr to bicubically enlarged lq, in [0, 1] -> (B,), no gradient (CHOICE: a controller, not a loss).
+    """d = 1 - HQI (Eq. 7): the distance of hr to bicubically enlarged lq, in [0, 1] -> (B,).
 
-    A misleading name: the indicator is high where hr still looks like the low-resolution image, so where super-resolution did little.
+    No gradient (CHOICE: a controller, not a loss). The name HQI misleads: the indicator is high where hr still looks
+    like the low-resolution image, so where super-resolution did little.
     """
     with torch.no_grad():
-        return distance(F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1), hr.detach().clamp(0, 1)).clamp(0, 1)
+        enlarged = F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1)
+        return distance(enlarged, hr.detach().clamp(0, 1)).clamp(0, 1)
 
 
 def controller(rule, d, noise=0.0, pretrain=False, shift=(0.0, 0.0)):
     """s of Eq. 8, (B, dim) or 1. d: hqi_distance (B,), noise: n of Eq. 8, (B, dim) or 0.
 
-    Pre-training sees true HR images: far from the LR image means much degradation, s = n + d. Fine-tuning ("eq8"): near means that the network did
-    little, s = n + 1 - d, more degradation by R, so that the network need not degrade. "flip": n + d there too (Table 4, row 1), "one": no controller,
-    "shifted" (ours): n + s0 + d0 - d with shift = (s0, d0), the mean of s in pre-training and of d before tuning, so that both stages begin alike.
+    Pre-training sees true HR images: far from the LR image means much degradation, s = n + d. Fine-tuning, "eq8": near
+    means that the network did little, s = n + 1 - d. R then degrades more, so that the network need not degrade.
+    "flip": n + d there too (Table 4, row 1). "one": no controller. "shifted" (ours): n + s0 + d0 - d with shift = (s0,
+    d0), the mean of s in pre-training and of d before tuning, so that both stages begin alike.
     """
     if rule == "one":
         return 1.0
@@ -224,12 +252,23 @@ def controller(rule, d, noise=0.0, pretrain=False, shift=(0.0, 0.0)):
     return noise + s[:, None]
 
 
+def embedding_noise(net, seeds, std, device):
+    """n of Eq. 8, (B, dim) normal of standard deviation `std`, one seed per sample."""
+    return std * torch.stack([degradations.normal_field((net.dim,), seed, device) for seed in seeds])
+
+
+def noise_maps(net, seeds, size, device):
+    """(B, blocks, h, w) normal for Reconstructor, one seed per sample."""
+    return torch.stack([degradations.normal_field((net.noise_maps, *size), seed, device) for seed in seeds])
+
+
 # Reconstruction loss
 
 def high_frequency_map(lq):
-    """W of LWay's loss, (B, 1, h, w) in [0, 1], zero for a flat image: the length of the three detail bands of a wavelet transform.
+    """W of LWay's loss, (B, 1, h, w) in [0, 1]: the length of the three detail bands of a wavelet transform.
 
-    CHOICE: Haar, one level, of the luma, stretched to [0, 1] per image, each value for its 2x2 pixels. Odd sides are reflected.
+    Zero for a flat image. CHOICE: Haar, one level, of the luma, stretched to [0, 1] per image, each value for its 2x2
+    pixels. Odd sides are reflected.
     """
     with torch.no_grad():
         h, w = lq.shape[2:]
@@ -244,7 +283,10 @@ def high_frequency_map(lq):
 
 
 def reconstruction_loss(distance, lq_again, lq, weight=None):
-    """L_rec: {"l1", "percep"} of (B,), L1 and the perceptual distance (LWAY), both weighted by W (B, 1, h, w) where it is given."""
+    """The parts of L_rec, {"l1", "percep"} of (B,): L1 and the perceptual distance (LWAY).
+
+    weight: W (B, 1, h, w), by which both are weighted, or None.
+    """
     difference = (lq_again - lq).abs()
     l1 = (difference if weight is None else difference * weight).mean((1, 2, 3))
     return {"l1": l1, "percep": distance(lq_again, lq, weight)}
@@ -252,30 +294,26 @@ def reconstruction_loss(distance, lq_again, lq, weight=None):
 
 # Files
 
-SETTINGS = ("s_rule", "far_enc", "far_layer", "offdiag", "distance", "vgg_stages", "degradation", "patch", "load_size", "n_std", "mean_d", "lambda_pt", "looked_through")
+# of pre-training, which fine-tuning and the probes follow
+SETTINGS = ("sizes", "s_rule", "far_enc", "far_layer", "offdiag", "distance", "vgg_stages", "degradation", "patch",
+            "load_size", "n_std", "mean_d", "lambda_pt", "looked_through")
 
 
 def load_reconstruction(path):
-    """What `selfsup.py pretrain` left -> (Reconstruction with its EMA weights, in eval mode and frozen; dict of settings). ValueError for anything else."""
+    """A run folder of selfsup.pretrain, or its rec.pth -> (Reconstruction, its settings).
+
+    The EMA weights, frozen and in eval mode.
+    """
+    file = Path(path) / "weights" / "rec.pth" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise runs.UserError(f"--rec {path}: no reconstruction network there; make it with: "
+                             "python -m selfsup.pretrain --hr PHOTOS")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        settings, state = content["settings"], content["params_ema"]
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        settings = {name: content["settings"][name] for name in SETTINGS}
         net = Reconstruction(**settings["sizes"])
-        missing = [name for name in SETTINGS if name not in settings]
-        if missing:
-            raise ValueError(f"its settings lack {', '.join(missing)}: of another version of selfsup.py?")
+        net.load_state_dict(content["params_ema"])
     except archs.TORCH_DAMAGE as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        raise runs.UserError(f"--rec {path}: not a reconstruction network of selfsup.py pretrain ({reason})") from None
-    here = net.state_dict()
-    other = [f"{k} is {tuple(state[k].shape) if k in state else 'missing'} there, {tuple(v.shape)} by its settings" for k, v in here.items()
-             if k not in state or state[k].shape != v.shape] + [f"{k} is not expected" for k in state if k not in here]
-    if other:
-        raise runs.UserError(f"--rec {path}: weights of another width than its settings say: {len(other)} differ, the first: {other[0]}; make it again with selfsup.py pretrain")
-    net.load_state_dict(state)
+        raise runs.UserError(f"--rec {file}: not a reconstruction network as selfsup.pretrain leaves it "
+                             f"({type(error).__name__}: {' '.join(str(error).split())[:160]})") from None
     return net.eval().requires_grad_(False), settings
-
-
-def noise_maps(net, seeds, size, device):
-    """(B, blocks, h, w) normal for Reconstructor, one seed per sample."""
-    return torch.stack([degradations.normal_field((net.noise_maps, *size), seed, device) for seed in seeds])

@@ -1,161 +1,283 @@
-"""Stage 1 of selfsup.py: train degradation encoder, image encoder and reconstructor on sharp photos and what a synthetic degradation makes of them (Eq. 5)."""
+"""Stage 1 of HR-aware self-supervision: learn from sharp photographs alone how images are degraded (Eq. 5).
+
+    python -m selfsup.pretrain --demo                                              small and short, on a CPU
+    torchrun --nproc_per_node 4 -m selfsup.pretrain --hr DIV2K/train_HR            the method; leaves runs/rec-hra
+    python -m selfsup.pretrain --hr DIV2K/train_HR --arch lway                     LWay; leaves runs/rec-lway
+
+An encoder sees how a low-resolution image X was degraded, and a reconstructor makes X again from the high-resolution
+image and that embedding. Pairs are synthetic. Each row of Table 2 needs a pre-training of its own:
+
+    row 1, baseline    --s-rule one --no-far        row 2, + controller    --no-far        row 3, + FAR    --s-rule one
+    Table 3            --far-enc sr --far-sr FILE | vgg | clip
+
+Leaves OUT/weights/rec.pth, the networks with their settings, which finetune and probe follow.
+"""
+import argparse
+from pathlib import Path
+
+import runs
+from selfsup import options
+
+# channels of all three networks; residual blocks of degradation encoder, image encoder and reconstructor; length of the
+# embedding
+SIZES = {
+    # PAPER: 64 channels and 6 blocks of the image encoder, 16 blocks of the degradation encoder, 512 numbers (LWAY:
+    # 2048 may help). CHOICE: the rest
+    "paper": dict(width=64, blocks=[16, 6, 4], dim=512),
+    # CHOICE: trains in minutes on two cores
+    "small": dict(width=16, blocks=[3, 2, 4], dim=512),
+    "tiny": dict(width=8, blocks=[2, 2, 2], dim=64),
+}
+# CHOICE: sized so that all stages end within three minutes on two cores
+DEMO = dict(hr=options.DEMO_SET, out=options.DEMO_REC, patch=16, load_size=96, degradation="blur", batch_size=4,
+            group_size=2, val_photos=1, size="tiny", deg_enc="bands", distance="proxy", far_enc="rand", lr=2e-3,
+            total_steps=1000, ema_decay=0.97, log_every=250, save_every=250, val_every=500, workers=0, threads=1)
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p.add_argument("--demo", action="store_true", help="the demo set, tiny networks, no download; same code")
+    g = p.add_argument_group("data")
+    g.add_argument("--hr", type=Path, default=Path("datasets/DIV2K_train_HR"), metavar="DIR",
+                   help="sharp photographs (PAPER: DIV2K's training images)")
+    g.add_argument("--val-photos", type=runs.SIZE, default=8, help="photographs held out for the checks (CHOICE)")
+    g.add_argument("--degradation", choices=["one-round", "two-round", "realesrgan", "blur"], default="realesrgan",
+                   help="preset of degradations.py (PAPER: second order)")
+    g.add_argument("--load-size", type=runs.SIZE, default=400,
+                   help="window of the photograph that is degraded, in HR pixels (Real-ESRGAN)")
+    g.add_argument("--group-size", type=runs.SIZE, default=4,
+                   help="samples that share a group's draws, see degradations.py (CHOICE)")
+    g = p.add_argument_group("networks")
+    g.add_argument("--arch", choices=["hra", "lway"], default="hra",
+                   help="hra: the method; lway: no image encoder, no controller, no FAR")
+    g.add_argument("--size", choices=list(SIZES), default="paper", help="widths and depths, see SIZES in this file")
+    g.add_argument("--deg-enc", choices=["conv", "bands"], default="conv",
+                   help="degradation encoder: convolutions (PAPER) or, for short runs, strengths of bands (CHOICE)")
+    g.add_argument("--distance", choices=["lpips", "vgg", "proxy"], default="lpips",
+                   help="perceptual part of L_rec and distance of the controller: lpips (LWAY; CHOICE: VGG for L_rec, "
+                        "AlexNet for the controller), vgg: cosine of VGG19's features, proxy: no weights")
+    g.add_argument("--vgg-stages", type=runs.number(int, 1, 5), default=5,
+                   help="of --distance vgg; 2 takes a quarter of the time")
+    g.add_argument("--far-enc", choices=["clip", "vgg", "sr", "rand"], default="clip",
+                   help="established encoder of FAR (Table 3): CLIP RN50 (PAPER), VGG19, a x4 network, random")
+    options.add_files(p)
+    g = p.add_argument_group("losses (Eq. 5-11)")
+    g.add_argument("--s-rule", choices=["eq8", "one"], help="controller; one: none; default: eq8, with --arch lway one")
+    g.add_argument("--far", action=argparse.BooleanOptionalAction,
+                   help="feature-alignment regulariser; default: on, with --arch lway off")
+    g.add_argument("--lambda-pt", default="auto", type=options.weight_or_auto,
+                   help="weight of FAR; auto: as large as L_rec over the first 100 steps (CHOICE, not published)")
+    g.add_argument("--n-std", type=runs.WEIGHT, default=1.0, help="of the controller's noise n (PAPER: 1)")
+    options.add_training(p)
+    p.set_defaults(batch_size=16, total_steps=500_000, lr=2e-4, log_every=100, save_every=5_000, val_every=10_000)
+    if p.parse_known_args(argv)[0].demo:
+        p.set_defaults(**DEMO)
+    args = p.parse_args(argv)
+    needed = 4 * args.patch
+    if args.load_size < needed or args.load_size % 4:
+        p.error(f"--load-size {args.load_size} must be a multiple of 4 and at least {needed}, four times --patch")
+    if args.degradation == "realesrgan" and args.load_size < 80:
+        p.error("--degradation realesrgan shrinks to 15 % before it blurs: --load-size must be at least 80")
+    lway = args.arch == "lway"
+    args.s_rule = args.s_rule or ("one" if lway else "eq8")
+    if lway and args.far:
+        p.error("--arch lway --far: FAR aligns the image encoder, and LWay has none")
+    args.far = not lway if args.far is None else args.far
+    if args.far and args.far_enc == "sr" and not args.far_sr:
+        p.error("--far-enc sr: which network? --far-sr PATH")
+    args.out = args.out or Path("runs") / f"rec-{args.arch}"
+    return args
+
+
+# --help and flag errors need no torch: seconds
+ARGS = parse_args() if __name__ == "__main__" else None
+
 import copy
 import itertools
 import math
+from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-import archs
 import data
-import degradations
-from selfsup import encoders as features
-import iqa
 import metrics
+from selfsup import encoders
 from selfsup import networks as rec
-import runs
 
-FIXED = ("arch", "deg_enc", "s_rule", "far", "far_enc", "far_layer", "offdiag", "distance", "vgg_stages", "percep", "degradation", "patch", "load_size", "batch_size", "group_size",
-         "width", "blocks", "dim", "lambda_pt", "total_steps", "lr", "encoder_from", "ema_decay", "seed", "n_std", "val_photos", "samples", "looked_through")
-
-
-def networks(args, device):
-    """-> distance of L_rec, distance of HQI, established encoder of FAR or None"""
-    distances = metrics.create_distances(args.distance, args.vgg_weights, args.vgg_stages)
-    sr = None
-    if args.far and args.far_enc == "sr":
-        if args.far_sr is None:
-            raise runs.UserError("--far-sr PATH: the network whose features FAR looks at is needed")
-        sr = archs.load_x4(args.far_sr, "--far-sr")[0]
-    encoder = features.create_encoder(args.far_enc, args.far_layer, args.vgg_weights, args.clip_weights, sr).to(device) if args.far else None
-    return *(d.to(device) for d in distances), encoder
-
-
-def weights_of(*nets):
-    """Hashes of what is looked through, so that both stages look through the same."""
-    return [None if net is None else iqa.tensors_hash(net) for net in nets]
-
-
-def check_weights(settings, distance, hqi, encoder):
-    """ValueError unless these are what stage 1 looked through; encoder None: not looked through."""
-    for what, here, there in zip(("--distance", "--distance", "FAR's encoder"), weights_of(distance, hqi, encoder), settings["looked_through"]):
-        if here is not None and here != there:
-            raise runs.UserError(f"{what}: other weights than stage 1 had; name the same files (--vgg-weights, --clip-weights, --far-sr) as in pretraining")
-
-
-def embedding_noise(net, args, seeds, step, lanes, device):
-    """n of Eq. 8, (b, dim), from each sample's own seed."""
-    return args.n_std * torch.stack([degradations.normal_field((net.dim,), seeds(step, lane, "n"), device) for lane in lanes])
+# CHOICE: the paper does not say which feature of CLIP
+FAR_LAYER = "layer1"
+# CHOICE: the formula of Eq. 10 has each channel's correlation with itself; the text ("to others") leaves it out, True
+OFFDIAG = False
+FIXED = ("arch", "deg_enc", "s_rule", "far", "far_enc", "far_layer", "offdiag", "distance", "vgg_stages", "percep",
+         "degradation", "patch", "load_size", "batch_size", "group_size", "width", "blocks", "dim", "lambda_pt",
+         "total_steps", "lr", "ema_decay", "seed", "n_std", "val_photos", "samples", "looked_through")
+# flags of earlier commits, and the only value that still is possible
+RETIRED = {"encoder_from": 0}
 
 
 @torch.no_grad()
-def check_pretraining(net, held_out, distance, hqi, encoder, args):
-    """Means over held-out pairs, without noise: l1, d, far; psnr and perceptual distance to lq of the reconstruction, of one with other images' embeddings, and of
-    bicubic down-sampling, both of which it must beat."""
+def check_pretraining(net, held_out, distance, hqi, encoder, s_rule):
+    """Means over held-out pairs, without noise.
+
+    l1, d, far; PSNR and perceptual distance to lq of the reconstruction, and of two images that it must beat: a
+    reconstruction with other images' embeddings (_shuffled) and bicubic down-sampling (_bicubic).
+    """
     sums = {}
     for lq, hr in held_out:
         d = rec.hqi_distance(hqi, lq, hr)
-        s = rec.controller(args.s_rule, d, pretrain=True)
-        again, far = net(lq, hr, s, encoder and encoder(hr), offdiag=args.offdiag)
-        shuffled, down = net(lq, hr, s, shuffle=True)[0], F.interpolate(hr, scale_factor=0.25, mode="bicubic", antialias=True)
+        s = rec.controller(s_rule, d, pretrain=True)
+        again, far = net(lq, hr, s, encoder and encoder(hr), offdiag=OFFDIAG)
+        shuffled = net(lq, hr, s, shuffle=True)[0]
+        down = F.interpolate(hr, scale_factor=0.25, mode="bicubic", antialias=True)
         values = rec.reconstruction_loss(distance, again, lq) | {"d": d}
         for name, image in (("", again), ("_shuffled", shuffled), ("_bicubic", down)):
-            values |= {f"psnr{name}": metrics.psnr(image.clamp(0, 1), lq, border=0), f"percep{name}": distance(image, lq)}
-        for name, value in (values if far is None else values | {"far": far}).items():
+            values[f"psnr{name}"] = metrics.psnr(image.clamp(0, 1), lq, border=0)
+            values[f"percep{name}"] = distance(image, lq)
+        if far is not None:
+            values["far"] = far
+        for name, value in values.items():
             sums[name] = sums.get(name, 0) + value.sum().item()
     return {name: value / sum(len(lq) for lq, _ in held_out) for name, value in sums.items()}
 
 
-def pretrain(args):
+def warnings(values):
+    """Which of the two images that the reconstruction must beat it does not beat, as text."""
+    texts = []
+    for bar, name in (("bicubic down-sampling's", "bicubic"), ("with the embeddings of other images", "shuffled")):
+        if not values["psnr"] > values[f"psnr_{name}"]:
+            texts.append(f"psnr is no better than {bar}")
+        if not values["percep"] < values[f"percep_{name}"]:
+            texts.append(f"percep is no better than {bar}")
+    return "".join(f"; WARNING, {text}" for text in texts)
+
+
+def main(args):
     world, seeds, autocast = runs.start_training(args.device, args.threads, args.seed, args.precision)
     device, lanes = world.device, world.lanes(args.batch_size)
-    run = runs.Run(args.out, vars(args), world, args.resume, FIXED, tensorboard=args.tensorboard)
-    distance, hqi, encoder = networks(args, device)
+    size = SIZES[args.size]
+    fixed_here = {"far_layer": FAR_LAYER, "offdiag": OFFDIAG, "percep": rec.PERCEP}
+    run = runs.Run(args.out, vars(args) | size | fixed_here, world, args.resume, FIXED, RETIRED, args.tensorboard)
+    if args.demo and args.hr in options.DEMO_COMMANDS:
+        options.make_demo_start([args.hr], world, args.device)
+    far_enc = args.far_enc if args.far else None
+    distance, hqi, encoder = encoders.open_frozen(device, args.distance, args.vgg_stages, far_enc, FAR_LAYER,
+                                                  args.vgg_weights, args.clip_weights, args.far_sr)
+    looked_through = encoders.hashes_of(distance, hqi, encoder)
     sets, val_sets = data.find_photos(args.hr, "--hr").hold_out(args.val_photos, seeds(0, 0, "val-photos"))
-    check_seeds = lambda step, lane, purpose: seeds(step, lane, f"check {purpose}")
-    dataset, val_set = (data.TrainingSet(some, "orig", draw, args.batch_size, group, 4 * args.patch, args.load_size)
-                        for some, draw, group in ((sets, seeds, args.group_size), (val_sets, check_seeds, 1)))
+
+    def check_seeds(step, lane, purpose):
+        return seeds(step, lane, f"check {purpose}")
+    dataset = data.TrainingSet(sets, "orig", seeds, args.batch_size, args.group_size, 4 * args.patch, args.load_size)
+    val_set = data.TrainingSet(val_sets, "orig", check_seeds, args.batch_size, 1, 4 * args.patch, args.load_size)
     for photos in (dataset, val_set):
         data.check_headers(photos, world)
-    run.pin(samples=len(dataset), looked_through=weights_of(distance, hqi, encoder))
-    draw = data.synthetic_pairs(val_set, check_seeds, device, args.degradation, args.patch, 1)
-    held_out = [draw(1, range(k, k + 8)) for k in range(0, 32, 8)]
+    run.pin(samples=len(dataset), looked_through=looked_through)
+    pairs = data.synthetic_pairs(dataset, seeds, device, args.degradation, args.patch, args.group_size)
+    val_pairs = data.synthetic_pairs(val_set, check_seeds, device, args.degradation, args.patch, 1)
+    held_out = [val_pairs(1, range(k, k + 8)) for k in range(0, 32, 8)]
+    check = partial(check_pretraining, held_out=held_out, distance=distance, hqi=hqi, encoder=encoder,
+                    s_rule=args.s_rule)
 
-    torch.manual_seed(args.seed)                                                  # initial weights; nothing else uses this state
-    sizes = {"width": args.width, "blocks": args.blocks, "dim": args.dim, "image_encoder": args.arch == "hra", "far_channels": encoder.channels if args.far else 0, "bands": args.deg_enc == "bands"}
+    # initial weights; nothing else uses this state
+    torch.manual_seed(args.seed)
+    sizes = {**size, "image_encoder": args.arch == "hra", "far_channels": encoder.channels if args.far else 0,
+             "bands": args.deg_enc == "bands"}
     raw = rec.Reconstruction(**sizes).to(device)
     ema = copy.deepcopy(raw).eval().requires_grad_(False)
-    opt = torch.optim.Adam([{"params": part} for part in (raw.e_deg.parameters(), [p for name, p in raw.named_parameters() if not name.startswith("e_deg.")])],
-                           lr=args.lr, betas=(0.9, 0.999))                        # PAPER
+    # two groups, as the checkpoints of earlier commits have them
+    others = [p for name, p in raw.named_parameters() if not name.startswith("e_deg.")]
+    # PAPER
+    opt = torch.optim.Adam([{"params": raw.e_deg.parameters()}, {"params": others}], lr=args.lr, betas=(0.9, 0.999))
     state = run.checkpoint or {"meter": None, "balance": torch.zeros(2)}
     if run.checkpoint:
         raw.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
         opt.load_state_dict(state["opt"])
-    meter, balance = runs.Meter(world, state["meter"]), state["balance"].to(device)         # sums of L_rec and FAR over the first 100 steps
-    batches = data.prefetch(data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda"), device)
+    # sums of L_rec and FAR over the first 100 steps
+    meter, balance = runs.Meter(world, state["meter"]), state["balance"].to(device)
+    batches = data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda")
+    batches = data.prefetch(batches, device)
     if run.start_step < args.total_steps:
-        batches = itertools.chain([next(batches)], batches)                       # a first batch that cannot be read leaves no folder
+        # a first batch that cannot be read leaves no folder
+        batches = itertools.chain([next(batches)], batches)
     run.open()
-    run.say(f"{args.arch}, controller {args.s_rule}, FAR {args.far_enc if args.far else 'off'}, distance {args.distance}: {sum(p.numel() for p in raw.parameters()):,} weights, "
-            f"{len(dataset)} photos, {len(val_set)} held out, {world.size} process(es) on {device}" + (f"; from step {run.start_step}" if run.checkpoint else ""))
+    run.say(f"{args.arch}, controller {args.s_rule}, FAR {far_enc or 'off'}, distance {args.distance}: "
+            f"{sum(p.numel() for p in raw.parameters()):,} weights, {len(dataset)} photos, {len(val_set)} held out, "
+            f"{world.size} process(es) on {device}" + (f"; from step {run.start_step}" if run.checkpoint else ""))
     net = world.parallel(raw.train())
-    draw = data.synthetic_pairs(dataset, seeds, device, args.degradation, args.patch, args.group_size)
+
+    def samples_of(step):
+        return ", ".join(dataset.names(step))
 
     def save(step):
-        meter.check_finite(lambda s: ", ".join(dataset.names(s)))
-        run.save(step, {"net": raw.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "meter": meter.state_dict(), "balance": balance.cpu()})
+        meter.check_finite(samples_of)
+        run.save(step, {"net": raw.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
+                        "meter": meter.state_dict(), "balance": balance.cpu()})
 
-    stop, due = runs.StopSignal(world), lambda step, every: runs.due(step, args.total_steps, every)
-    if run.start_step == args.total_steps:
-        run.say(f"nothing to do: {args.out} is finished; remove it to train again")
-    for step in range(run.start_step + 1, args.total_steps + 1):
+    def due(step, every):
+        return runs.due(step, args.total_steps, every)
+
+    def far_weight():
+        return balance[0] / balance[1] if args.lambda_pt == "auto" else args.lambda_pt
+    stop = runs.StopSignal(world)
+    for step in run.steps(args.total_steps):
         with meter.waiting():
             batch = next(batches)
         lr = args.lr * (1 + math.cos(math.pi * step / args.total_steps)) / 2
-        opt.param_groups[0]["lr"], opt.param_groups[1]["lr"] = lr * (step > args.encoder_from), lr
-        lq, hr = draw(step, lanes, batch)
+        for group in opt.param_groups:
+            group["lr"] = lr
+        lq, hr = pairs(step, lanes, batch)
         d = rec.hqi_distance(hqi, lq, hr) if args.s_rule != "one" else None
         noise = rec.noise_maps(raw, [seeds(step, lane, "noise") for lane in lanes], lq.shape[2:], device)
         with autocast():
-            s = 1.0 if d is None else rec.controller(args.s_rule, d, embedding_noise(raw, args, seeds, step, lanes, device), pretrain=True)
+            s = 1.0
+            if d is not None:
+                n = rec.embedding_noise(raw, [seeds(step, lane, "n") for lane in lanes], args.n_std, device)
+                s = rec.controller(args.s_rule, d, n, pretrain=True)
             with torch.no_grad():
-                theirs = encoder and encoder(hr)
-            again, far = net(lq, hr, s, theirs, noise, offdiag=args.offdiag)
+                e_clip = encoder and encoder(hr)
+            again, far = net(lq, hr, s, e_clip, noise, offdiag=OFFDIAG)
         terms = {name: value.mean() for name, value in rec.reconstruction_loss(distance, again.float(), lq).items()}
-        loss = terms["l1"] + args.percep * terms["percep"]
+        loss = terms["l1"] + rec.PERCEP * terms["percep"]
         if far is not None:
             terms["far"] = far.mean()
             if args.lambda_pt == "auto" and step <= 100:
                 balance += world.reduce(torch.stack([loss, terms["far"]]).detach())
-            loss = loss + (balance[0] / balance[1] if args.lambda_pt == "auto" else args.lambda_pt) * terms["far"]
+            loss = loss + far_weight() * terms["far"]
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
         runs.update_ema(ema, raw, args.ema_decay)
-        meter.add(step, **terms, **({} if d is None else {"d": d.mean(), "s": rec.controller(args.s_rule, d, pretrain=True).mean()}))
+        if d is not None:
+            terms |= {"d": d.mean(), "s": rec.controller(args.s_rule, d, pretrain=True).mean()}
+        meter.add(step, **terms)
         if step == 100 and far is not None and args.lambda_pt == "auto":
-            run.say(f"weight of FAR from now on: {(balance[0] / balance[1]).item():.4g}")
+            run.say(f"weight of FAR from now on: {far_weight().item():.4g}")
         if due(step, args.log_every):
-            meter.check_finite(lambda s: ", ".join(dataset.names(s)))
+            meter.check_finite(samples_of)
             run.progress(step, args.total_steps, meter, lr, {})
         stopping = stop.requested(step)
         if due(step, args.save_every) or stopping:
             save(step)
         if due(step, args.val_every):
-            values = check_pretraining(ema, held_out, distance, hqi, encoder, args)
-            weak = [f"{m} no better than {bar}" for bar, name in (("of bicubic down-sampling", "bicubic"), ("with the embeddings of other images", "shuffled")) for m, better in (("psnr", np.greater), ("percep", np.less))
-                    if not better(values[m], values[f"{m}_{name}"])]
-            run.say(f"step {step:07d} held out: " + " ".join(f"{k} {v:.4g}" for k, v in values.items()) + "".join(f"; WARNING, {text}" for text in weak))
+            values = check(ema)
+            run.say(f"step {step} held out: {' '.join(f'{k} {v:.4g}' for k, v in values.items())}{warnings(values)}")
             run.event(step, "val", **values)
         if stopping and step < args.total_steps:
             run.say(f"stopped by a signal at step {step}; continue with --resume")
             return
     file = args.out / "weights" / "rec.pth"
     if world.is_main and not file.exists():
-        frozen = (balance[0] / balance[1]).item() if args.far and args.lambda_pt == "auto" else args.lambda_pt
-        settings = {"sizes": sizes, "lambda_pt": frozen, "looked_through": weights_of(distance, hqi, encoder), "far_enc": args.far_enc if args.far else None, "mean_d": check_pretraining(ema, held_out, distance, hqi, encoder, args)["d"],
-                    **{name: getattr(args, name) for name in ("s_rule", "far_layer", "offdiag", "distance", "vgg_stages", "degradation", "patch", "load_size", "n_std")}}
-        runs.write_atomic(file, lambda t: torch.save({"params_ema": ema.state_dict(), "params": raw.state_dict(), "settings": settings}, t))
+        as_given = ("s_rule", "distance", "vgg_stages", "degradation", "patch", "load_size", "n_std")
+        settings = {"sizes": sizes, **{name: getattr(args, name) for name in as_given},
+                    "lambda_pt": float(far_weight()) if args.far else args.lambda_pt, "offdiag": OFFDIAG,
+                    "far_enc": far_enc, "far_layer": FAR_LAYER, "looked_through": looked_through,
+                    "mean_d": check(ema)["d"]}
+        weights = {"params_ema": ema.state_dict(), "params": raw.state_dict(), "settings": settings}
+        runs.write_atomic(file, partial(torch.save, weights))
         run.say(f"done: {file}")
+
+
+if __name__ == "__main__":
+    runs.cli(partial(main, ARGS))

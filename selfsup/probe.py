@@ -1,11 +1,60 @@
-"""The plots of the HR-aware paper: what controller and FAR do, before any network is tuned, and the curves of tuning. `selfsup.py probe` calls this.
+"""The plots of the HR-aware paper: what controller and FAR do before any network is tuned, and the curves of tuning.
 
-fig7    Y_i = i up(X) + (1 - i) Y: does the reconstruction of X prefer a Y that still looks like X? Without a controller that is what a tuned network would be drawn to
-fig8    FAR of clean photos, and of the same with blur, noise, JPEG, or pre-training's degradation (the paper's: second order): area under the ROC curve
-fig9    metrics against steps of `selfsup.py finetune --val-every N`
-Crops come from photos that pre-training did not see; intervals are over photos, not crops, which resemble each other.
+    python -m selfsup.probe --demo                                              fig8 of the demo's networks
+    python -m selfsup.probe fig7 --rec runs/rec-hra runs/rec-plain --hr PHOTOS  leaves runs/probe.png and .json
+    python -m selfsup.probe fig8 --rec runs/rec-hra --hr PHOTOS --sr BEFORE AFTER --lr-dir LR
+    python -m selfsup.probe fig9 --runs runs/swinir-amo+LR                      runs of selfsup.finetune
+
+fig7    Y_i = i up(X) + (1 - i) Y. Does R prefer, for the reconstruction of X, a Y that still looks like X? Without a
+        controller a tuned network would be drawn to such a Y.
+fig8    FAR of clean photographs, and of the same with blur, noise, JPEG, or pre-training's degradation (PAPER: second
+        order). Reported is the area under the ROC curve.
+fig9    Metrics against steps, of fine-tunings with --val-every N.
+
+Crops come from photographs that pre-training did not see. Intervals are over photographs, not over crops, since the
+crops of one photograph resemble each other.
 """
 import argparse
+from pathlib import Path
+
+import runs
+from selfsup import options
+
+DEMO = dict(figure="fig8", rec=[options.DEMO_REC], hr=options.DEMO_PHOTOS, out=Path("runs/selfsup-demo-fig8"), crops=8)
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p.add_argument("--demo", action="store_true", help="fig8 of the demo's pre-training; same code")
+    p.add_argument("figure", nargs="?", choices=["fig7", "fig8", "fig9"], help="the paper's figure")
+    p.add_argument("--rec", type=Path, nargs="+", default=[], metavar="PATH",
+                   help="fig7, fig8: run folders of selfsup.pretrain, or their rec.pth")
+    p.add_argument("--runs", type=Path, nargs="+", default=[], metavar="DIR",
+                   help="fig9: run folders of selfsup.finetune")
+    p.add_argument("--hr", type=Path, metavar="DIR", help="fig7, fig8: photographs that pre-training did not see")
+    p.add_argument("--sr", type=Path, nargs="*", default=[], metavar="PATH",
+                   help="fig8: x4 networks whose outputs are probed as well, before and after tuning")
+    p.add_argument("--lr-dir", type=Path, metavar="DIR", help="fig8: images that --sr enlarges")
+    p.add_argument("--crops", type=runs.SIZE, default=128, help="fig7, fig8: crops of the photographs (CHOICE)")
+    p.add_argument("--out", type=Path, default=Path("runs/probe"), metavar="STEM", help="leaves STEM.png and STEM.json")
+    options.add_files(p)
+    options.add_machine(p)
+    if p.parse_known_args(argv)[0].demo:
+        p.set_defaults(**DEMO)
+    args = p.parse_args(argv)
+    if args.figure is None:
+        p.error("which figure? fig7, fig8 or fig9")
+    for name in ("runs",) if args.figure == "fig9" else ("rec", "hr"):
+        if not getattr(args, name):
+            p.error(f"{args.figure}: --{name} is needed")
+    if bool(args.sr) != bool(args.lr_dir):
+        p.error("--sr and --lr-dir: give both")
+    return args
+
+
+# --help and flag errors need no torch: seconds
+ARGS = parse_args() if __name__ == "__main__" else None
+
 import json
 from functools import partial
 
@@ -17,23 +66,20 @@ from scipy import stats
 import archs
 import data
 import degradations
-from selfsup import encoders as features
 import metrics
-from selfsup import networks as rec
-import runs
 from images import list_images, load_image
 from report import tables
-from selfsup.pretrain import check_weights
+from selfsup import encoders
+from selfsup import networks as rec
 
 DEGRADED = ("blur", "noise", "jpeg", "as in pre-training")
 
 
 def open_networks(paths, device):
-    """{name: (Reconstruction, its settings)}; name: of the run folder or file. ValueError for two of one name."""
+    """{name: (Reconstruction, its settings)}; name: of the run folder or file. UserError for two of one name."""
     nets = {}
     for path in paths:
-        file = path / "weights" / "rec.pth" if path.is_dir() else path
-        net, settings = rec.load_reconstruction(file)
+        net, settings = rec.load_reconstruction(path)
         name = path.name if path.is_dir() else path.stem
         if name in nets:
             raise runs.UserError(f"--rec {path}: two networks are called {name}: rename a folder")
@@ -41,198 +87,261 @@ def open_networks(paths, device):
     return nets
 
 
-def clean_pairs(settings, args, device):
-    """-> photo of each crop (n,), and batches of lq, hr: crops of --hr and their synthetic low-resolution images, as in pre-training."""
-    seeds = partial(runs.sample_seed, 0)
-    how = argparse.Namespace(**{name: settings[name] for name in ("degradation", "patch", "load_size")})
-    photos = data.TrainingSet(data.find_photos(args.hr, "--hr"), "orig", seeds, 8, 1, 4 * how.patch, how.load_size)
-    draw, whose, pairs = data.synthetic_pairs(photos, seeds, device, how.degradation, how.patch, 1), [], []
-    for k in range(0, args.crops, 8):
-        lanes = range(k, min(k + 8, args.crops))
-        whose += [photos.sets.photo(photos.stems[photos.index(1, lane)]) for lane in lanes]
-        pairs.append(draw(1, lanes))
-    return np.array(whose), pairs
+def clean_pairs(settings, hr, crops, device):
+    """-> photograph of each crop (crops,), and batches of lq, hr: synthetic pairs of `hr`, made as in pre-training."""
+    seeds, patch = partial(runs.sample_seed, 0), settings["patch"]
+    dataset = data.TrainingSet(data.find_photos(hr, "--hr"), "orig", seeds, 8, 1, 4 * patch, settings["load_size"])
+    draw = data.synthetic_pairs(dataset, seeds, device, settings["degradation"], patch, 1)
+    photos = [dataset.sets.photo(dataset.stems[dataset.index(1, lane)]) for lane in range(crops)]
+    return np.array(photos), [draw(1, range(k, min(k + 8, crops))) for k in range(0, crops, 8)]
 
 
-def by_photo(values, whose):
-    """(n,) of crops -> (photos,) means."""
-    return np.array([values[whose == photo].mean() for photo in np.unique(whose)])
+def by_photo(values, photos):
+    """(n,) of crops -> means of the photographs."""
+    return np.array([values[photos == photo].mean() for photo in np.unique(photos)])
+
+
+# Figure 7
+
+LINES = {"one": "no controller", "eq8": "s = 1 - d (Eq. 8, fine-tuning)", "flip": "s = d (pre-training)"}
 
 
 @torch.no_grad()
-def figure7(args, device):
-    """{line: {"i", "psnr", "distance": means per i, "half_minus_clean": PSNR of i = .5 minus that of i = 0 with its interval}}"""
-    steps, lines, whose, pairs = np.round(np.arange(0, 1.01, 0.1), 1), {}, None, None
-    for name, (net, settings) in open_networks(args.rec, device).items():
-        distance, hqi = (d.to(device) for d in metrics.create_distances(settings["distance"], args.vgg_weights, settings["vgg_stages"]))
-        check_weights(settings, distance, hqi, None)
-        if pairs is None:                                                         # the same for every network
-            whose, pairs = clean_pairs(settings, args, device)
-        for rule in ("one",) if settings["s_rule"] == "one" else ("eq8", "flip"):                # flip is pre-training's rule
-            found = {"psnr": [], "distance": []}
-            for lq, hr in pairs:
-                rows = {"psnr": [], "distance": []}
-                for i in steps.tolist():
-                    y = i * F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1) + (1 - i) * hr
+def figure7(recs, hr, crops, device, vgg_weights=None):
+    """{line: {"i", "psnr", "distance": means per i, "half_minus_clean": [difference, low, high], ...}}
+
+    half_minus_clean: PSNR of i = 0.5 minus that of i = 0, with its interval.
+    """
+    shares, lines, pairs = np.round(np.arange(0, 1.01, 0.1), 1).tolist(), {}, None
+    for name, (net, settings) in open_networks(recs, device).items():
+        distance, hqi, _ = encoders.open_frozen(device, settings["distance"], settings["vgg_stages"],
+                                                vgg_weights=vgg_weights)
+        encoders.check_weights(settings, distance, hqi, None)
+        if pairs is None:
+            # the same for every network
+            photos, pairs = clean_pairs(settings, hr, crops, device)
+        # flip is the rule of pre-training
+        for rule in ("one",) if settings["s_rule"] == "one" else ("eq8", "flip"):
+            batches = []
+            for lq, clean in pairs:
+                enlarged = F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1)
+                values = []
+                for i in shares:
+                    y = i * enlarged + (1 - i) * clean
                     again, _ = net(lq, y, rec.controller(rule, rec.hqi_distance(hqi, lq, y)))
-                    rows["psnr"].append(metrics.psnr(again.clamp(0, 1), lq, border=0))
-                    rows["distance"].append(distance(again, lq))
-                for m in rows:
-                    found[m].append(torch.stack(rows[m], 1).double())
-            found = {m: torch.cat(values).cpu().numpy() for m, values in found.items()}       # (crops, steps)
-            gain = by_photo(found["psnr"][:, 5] - found["psnr"][:, 0], whose)
-            label = {"one": "no controller", "eq8": "s = 1 - d (Eq. 8, fine-tuning)", "flip": "s = d (pre-training)"}[rule]
-            lines[f"{name}, {label}"] = {"i": steps.tolist(), **{m: values.mean(0).tolist() for m, values in found.items()},
-                                         "half_minus_clean": [gain.mean(), *tables.interval(gain)], "photos": len(gain), "crops": len(whose), "distance_name": settings["distance"]}
+                    psnr = metrics.psnr(again.clamp(0, 1), lq, border=0)
+                    values.append(torch.stack([psnr.double(), distance(again, lq).double()]))
+                batches.append(torch.stack(values, 2))
+            psnr, distances = torch.cat(batches, 1).cpu().numpy()                 # (crops, shares) each
+            gain = by_photo(psnr[:, 5] - psnr[:, 0], photos)
+            lines[f"{name}, {LINES[rule]}"] = {
+                "i": shares, "psnr": psnr.mean(0).tolist(), "distance": distances.mean(0).tolist(),
+                "half_minus_clean": [gain.mean(), *tables.interval(gain)], "photos": len(gain), "crops": len(photos),
+                "distance_name": settings["distance"]}
     for name, line in lines.items():
         mean, low, high = line["half_minus_clean"]
-        print(f"{name}: PSNR {line['psnr'][0]:.2f} dB of Y, {line['psnr'][5]:.2f} dB of half a blur; difference {mean:+.2f} [{low:+.2f}, {high:+.2f}] over {line['photos']} photos")
+        print(f"{name}: PSNR {line['psnr'][0]:.2f} dB of Y, {line['psnr'][5]:.2f} dB of half a blur; "
+              f"difference {mean:+.2f} [{low:+.2f}, {high:+.2f}] over {line['photos']} photos")
     return lines
 
 
-def degrade(kind, hr, k, preset):
-    """hr (b, 3, H, W) after one degradation; k: seeds of this batch, preset: of pre-training (the paper's: second order). CHOICE of the strengths: plainly visible ones."""
-    if kind == "blur":
+def draw7(plt, lines):
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    distance = next(iter(lines.values()))["distance_name"]
+    labels = {"psnr": "PSNR of the reconstruction, dB", "distance": f"distance of the reconstruction ({distance})"}
+    for axis, (metric, label) in zip(axes, labels.items()):
+        for name, line in lines.items():
+            axis.plot(line["i"], line[metric], "o-", markersize=3, label=name)
+        axis.set(xlabel="i: share of the enlarged LR image in Y", ylabel=label)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+# Figure 8
+
+def degrade(name, hr, k, preset):
+    """hr (b, 3, H, W) after one of DEGRADED. k: seeds of this batch; preset: of pre-training (PAPER: second order).
+
+    CHOICE of the strengths: plainly visible ones.
+    """
+    if name == "blur":
         return degradations.blur(hr, degradations.gaussian_kernel(21, 2.0))
-    if kind == "noise":
+    if name == "noise":
         return degradations.add_gaussian_noise(hr, 12.0, degradations.normal_field(hr.shape, k, hr.device))
-    if kind == "jpeg":
+    if name == "jpeg":
         return degradations.jpeg(hr, 30.0, "libjpeg")
     seeds = [runs.sample_seed(0, k, lane, "fig8") for lane in range(len(hr))]
-    return F.interpolate(degradations.degrade(hr, preset, seeds, seeds), scale_factor=4, mode="bicubic").clamp(0, 1)
+    lq = degradations.degrade(hr, preset, seeds, seeds)
+    return F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1)
 
 
 def area(clean, degraded):
     """Area under the ROC curve: how often a degraded image has the larger value."""
-    return stats.mannwhitneyu(degraded, clean).statistic / (len(clean) * len(degraded))
+    # Mann and Whitney's U, without the p value of scipy.stats.mannwhitneyu, which takes most of its time
+    count = len(degraded)
+    ranks = stats.rankdata(np.concatenate([degraded, clean]))[:count]
+    return (ranks.sum() - count * (count + 1) / 2) / (count * len(clean))
 
 
-def area_with_interval(clean, degraded, whose):
-    """-> (AUC, low, high), 95 % percentile bootstrap over photos."""
-    rows = [np.flatnonzero(whose == photo) for photo in np.unique(whose)]
-    if len(rows) < 2:                                                             # nothing to draw from
-        return (area(clean, degraded),) * 3
+def bootstrap(samples, statistic):
+    """95 % percentile interval of 1,000 resamplings."""
+    interval = stats.bootstrap(samples, statistic, n_resamples=1000, vectorized=False, method="percentile",
+                               rng=np.random.default_rng(0)).confidence_interval
+    return float(interval.low), float(interval.high)
 
-    def resampled(photos):
-        crops = np.concatenate([rows[int(p)] for p in photos])
+
+def area_with_interval(clean, degraded, photos):
+    """-> (area, low, high) of crops and the same crops degraded, resampled by photograph."""
+    rows = [np.flatnonzero(photos == photo) for photo in np.unique(photos)]
+    value = area(clean, degraded)
+    if len(rows) < 2:
+        # nothing to resample from
+        return value, value, value
+
+    def resampled(chosen):
+        crops = np.concatenate([rows[int(k)] for k in chosen])
         return area(clean[crops], degraded[crops])
-    ends = stats.bootstrap((np.arange(len(rows)),), resampled, vectorized=False, n_resamples=1000, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return area(clean, degraded), float(ends.low), float(ends.high)
+    return value, *bootstrap((np.arange(len(rows)),), resampled)
 
 
 def area_of_others(clean, values):
     """As area_with_interval, for images of other content: clean (photos,) means, values (images,), resampled apart."""
+    value = area(clean, values)
     if min(len(clean), len(values)) < 2:
-        return (area(clean, values),) * 3
-    ends = stats.bootstrap((clean, values), area, vectorized=False, n_resamples=1000, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return area(clean, values), float(ends.low), float(ends.high)
+        return value, value, value
+    return value, *bootstrap((clean, values), area)
 
 
 @torch.no_grad()
-def figure8(args, device):
-    """{network: {"clean": FAR of each crop, degradation: ..., name of --sr: ..., "auc": {degradation: [value, low, high]}}}"""
-    found = {}
-    if len({path.name for path in args.sr}) < len(args.sr):
-        raise runs.UserError(f"--sr: two networks of one name ({', '.join(path.name for path in args.sr)}): rename one")
-    others = [(path.name, archs.load_x4(path, "--sr")[0].to(device)) for path in args.sr]
-    if args.sr and not args.lr_dir.is_dir():
-        raise runs.UserError(f"--lr-dir {args.lr_dir}: no such folder")
-    images = list(list_images(args.lr_dir).values()) if args.sr else []
-    for name, (net, settings) in open_networks(args.rec, device).items():
+def figure8(recs, hr, crops, device, vgg_weights=None, clip_weights=None, far_sr=None, srs=(), lr_dir=None):
+    """{network: {"clean": FAR of each crop, degradation: ..., name of one of srs: ..., "auc": {name: [area, low,
+    high]}}}"""
+    if len({path.name for path in srs}) < len(srs):
+        raise runs.UserError(f"--sr: two networks of one name ({', '.join(path.name for path in srs)}): rename one")
+    sr_nets = {path.name: archs.load_x4(path, "--sr")[0].to(device) for path in srs}
+    if srs and not lr_dir.is_dir():
+        raise runs.UserError(f"--lr-dir {lr_dir}: no such folder")
+    images = list(list_images(lr_dir).values()) if srs else []
+    results = {}
+    for name, (net, settings) in open_networks(recs, device).items():
         if settings["far_enc"] is None:
             raise runs.UserError(f"--rec {name}: trained without FAR, so there is nothing to probe")
-        if settings["far_enc"] == "sr" and args.far_sr is None:
-            raise runs.UserError(f"--rec {name}: its FAR looks at a network's features: --far-sr PATH is needed")
-        sr = archs.load_x4(args.far_sr, "--far-sr")[0] if settings["far_enc"] == "sr" else None
-        encoder = features.create_encoder(settings["far_enc"], settings["far_layer"], args.vgg_weights, args.clip_weights, sr).to(device)
-        check_weights(settings, None, None, encoder)
+        # the distance is not used here, and proxy needs no weights
+        *_, encoder = encoders.open_frozen(device, "proxy", far_enc=settings["far_enc"],
+                                           far_layer=settings["far_layer"], vgg_weights=vgg_weights,
+                                           clip_weights=clip_weights, far_sr=far_sr)
+        encoders.check_weights(settings, None, None, encoder)
 
-        def far_of(hr):                                                           # of any image: the LR input does not matter to it
-            lq = F.interpolate(hr, scale_factor=0.25, mode="bicubic").clamp(0, 1)
-            return net(lq, hr, 1.0, encoder(hr), offdiag=settings["offdiag"])[1].double().cpu()
-        whose, pairs = clean_pairs(settings, args, device)
-        values = {"clean": torch.cat([far_of(hr) for _, hr in pairs]).numpy()}
+        def far_of(image, net=net, encoder=encoder, offdiag=settings["offdiag"]):
+            """FAR of any image: the LR image does not matter to it."""
+            lq = F.interpolate(image, scale_factor=0.25, mode="bicubic").clamp(0, 1)
+            return net(lq, image, 1.0, encoder(image), offdiag=offdiag)[1].double().cpu()
+        photos, pairs = clean_pairs(settings, hr, crops, device)
+        values = {"clean": torch.cat([far_of(clean) for _, clean in pairs]).numpy()}
         for kind in DEGRADED:
-            values[kind] = torch.cat([far_of(degrade(kind, hr, k, settings["degradation"])) for k, (_, hr) in enumerate(pairs)]).numpy()
-        areas = {kind: area_with_interval(values["clean"], values[kind], whose) for kind in DEGRADED}
-        for other, m in others:
+            parts = [degrade(kind, clean, k, settings["degradation"]) for k, (_, clean) in enumerate(pairs)]
+            values[kind] = torch.cat([far_of(part) for part in parts]).numpy()
+        areas = {kind: area_with_interval(values["clean"], values[kind], photos) for kind in DEGRADED}
+        for other, sr_net in sr_nets.items():
             outputs = []
             for file in images:
-                out = archs.upscale_tiled(m, load_image(file)[None].to(device).float() / 255).clamp(0, 1)
-                outputs.append(far_of(out[..., :out.shape[2] // 16 * 16, :out.shape[3] // 16 * 16]))
+                sr = archs.upscale_tiled(sr_net, load_image(file)[None].to(device).float() / 255).clamp(0, 1)
+                outputs.append(far_of(sr[..., :sr.shape[2] // 16 * 16, :sr.shape[3] // 16 * 16]))
             values[other] = torch.cat(outputs).numpy()
-            areas[other] = area_of_others(by_photo(values["clean"], whose), values[other])
-        found[name] = {k: v.tolist() for k, v in values.items()} | {"auc": areas, "photos": len(np.unique(whose)), "crops": len(whose), "far_enc": settings["far_enc"]}
-        print(f"{name}, FAR by {settings['far_enc']}: area under the ROC curve, {len(whose)} crops of {len(np.unique(whose))} photos: "
+            areas[other] = area_of_others(by_photo(values["clean"], photos), values[other])
+        count = len(np.unique(photos))
+        results[name] = {k: v.tolist() for k, v in values.items()}
+        results[name] |= {"auc": areas, "photos": count, "crops": len(photos), "far_enc": settings["far_enc"]}
+        print(f"{name}, FAR by {settings['far_enc']}: area under the ROC curve, {len(photos)} crops of {count} photos: "
               + ", ".join(f"{kind} {a:.3f} [{low:.3f}, {high:.3f}]" for kind, (a, low, high) in areas.items()))
-        for other, _ in others:
+        for other in sr_nets:
             print(f"  mean FAR of {other}: {values[other].mean():.4g}, of clean photos {values['clean'].mean():.4g}")
-    return found
+    return results
 
 
-def figure9(args):
+def draw8(plt, results):
+    from matplotlib import ticker
+    figure, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 4), layout="constrained", squeeze=False)
+    for axis, (name, values) in zip(axes[0], results.items()):
+        shown = {k: v for k, v in values.items() if isinstance(v, list)}
+        edges = np.geomspace(min(map(min, shown.values())), max(map(max, shown.values())), 30)
+        for k, v in shown.items():
+            label = f"{k}, AUC {values['auc'][k][0]:.2f}" if k in values["auc"] else k
+            axis.hist(v, edges, histtype="step", density=True, linewidth=2 if k == "clean" else 1.2, label=label)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(ticker.ScalarFormatter())
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axis.set(xlabel=f"FAR ({values['far_enc']})", ylabel="density", title=name)
+        axis.legend(fontsize=8)
+    return figure
+
+
+# Figure 9
+
+def figure9(folders):
     """{run: {"ema" or "raw": [event, ...]}}"""
-    found = {}
-    for folder in args.runs:
+    curves = {}
+    for folder in folders:
         log = folder / "metrics.jsonl"
         if not log.is_file():
-            raise runs.UserError(f"--runs {folder}: no metrics.jsonl there; it is a run folder of selfsup.py finetune that is meant")
-        events = [json.loads(line) for line in log.read_text().splitlines()]
-        if folder.name in found:
+            raise runs.UserError(f"--runs {folder}: no metrics.jsonl there; name run folders of selfsup.finetune")
+        if folder.name in curves:
             raise runs.UserError(f"--runs {folder}: two runs are called {folder.name}: rename a folder")
-        found[folder.name] = {which: [e for e in events if e["split"] == which] for which in ("ema", "raw")}
-        if len(found[folder.name]["ema"]) < 2:
-            raise runs.UserError(f"--runs {folder}: only {len(found[folder.name]['ema'])} checks in it; finetune with --val-every")
-    return found
+        events = [json.loads(line) for line in log.read_text().splitlines()]
+        curves[folder.name] = {which: [e for e in events if e["split"] == which] for which in ("ema", "raw")}
+        checks = len(curves[folder.name]["ema"])
+        if checks < 2:
+            raise runs.UserError(f"--runs {folder}: only {checks} checks in it; finetune with --val-every")
+    return curves
 
 
-def draw(args, found):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import matplotlib.ticker
-    if args.figure == "fig7":
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-        for axis, m in zip(axes, ("psnr", "distance")):
-            for name, line in found.items():
-                axis.plot(line["i"], line[m], "o-", markersize=3, label=name)
-            kind = next(iter(found.values()))["distance_name"]
-            axis.set(xlabel="i: share of the enlarged LR image in Y", ylabel="PSNR of the reconstruction, dB" if m == "psnr" else f"distance of the reconstruction ({kind})")
-        axes[0].legend(fontsize=8)
-    elif args.figure == "fig8":
-        figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4), layout="constrained", squeeze=False)
-        for axis, (name, values) in zip(axes[0], found.items()):
-            shown = {k: v for k, v in values.items() if isinstance(v, list)}
-            edges = np.geomspace(min(map(min, shown.values())), max(map(max, shown.values())), 30)
-            for k, v in shown.items():
-                axis.hist(v, edges, histtype="step", density=True, linewidth=2 if k == "clean" else 1.2, label=f"{k}, AUC {values['auc'][k][0]:.2f}" if k in values["auc"] else k)
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-            axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-            axis.set(xlabel=f"FAR ({values['far_enc']})", ylabel="density", title=name)
-            axis.legend(fontsize=8)
-    else:
-        has = lambda parts, m: all(m in e for events in parts.values() for e in events)           # not where a run was continued without --gt-dir
-        names = [m for m in dict.fromkeys(m for parts in found.values() for m in parts["ema"][0]) if m not in ("step", "split", "l1", "percep") and any(has(parts, m) for parts in found.values())]
-        figure, axes = plt.subplots(-(-len(names) // 4), min(4, len(names)), figsize=(4 * min(4, len(names)), 3.2 * -(-len(names) // 4)), layout="constrained", squeeze=False)
-        for axis, m in zip(axes.flat, names):
-            for k, (run, parts) in enumerate(found.items()):
-                for which, style in (("ema", "-"), ("raw", ":")) if has(parts, m) else ():
-                    axis.plot([e["step"] for e in parts[which]], [e[m] for e in parts[which]], style, color=f"C{k}", label=run if which == "ema" else None)
-            axis.set(xlabel="step", ylabel=tables.SHOWN.get(m, m))
-        for axis in list(axes.flat)[len(names):]:
-            axis.remove()
-        axes.flat[0].legend(fontsize=8, title="solid: EMA, dotted: raw", title_fontsize=8)
-    runs.write_atomic(args.out.with_name(args.out.name + ".png"), lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+def draw9(plt, curves):
+    def has(parts, metric):
+        """Not where a run was continued without --gt-dir."""
+        return all(metric in event for events in parts.values() for event in events)
+    logged = dict.fromkeys(metric for parts in curves.values() for metric in parts["ema"][0])
+    names = [metric for metric in logged if metric not in ("step", "split", "l1", "percep")
+             and any(has(parts, metric) for parts in curves.values())]
+    rows, columns = -(-len(names) // 4), min(4, len(names))
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), layout="constrained", squeeze=False)
+    for axis, metric in zip(axes.flat, names):
+        for k, (run, parts) in enumerate(curves.items()):
+            for which, style in (("ema", "-"), ("raw", ":")) if has(parts, metric) else ():
+                steps, values = ([event[key] for event in parts[which]] for key in ("step", metric))
+                axis.plot(steps, values, style, color=f"C{k}", label=run if which == "ema" else None)
+        axis.set(xlabel="step", ylabel=tables.SHOWN.get(metric, metric))
+    for axis in list(axes.flat)[len(names):]:
+        axis.remove()
+    axes.flat[0].legend(fontsize=8, title="solid: EMA, dotted: raw", title_fontsize=8)
+    return figure
 
 
 def main(args):
     runs.check_writable(args.out.parent, "--out")
     world = runs.start_world(args.device, args.threads)
+    if args.demo:
+        starts = [options.DEMO_SET] if args.hr == options.DEMO_PHOTOS else []
+        starts += [path for path in args.rec if path in options.DEMO_COMMANDS]
+        options.make_demo_start(starts, world, args.device)
     if args.hr and not args.hr.is_dir():
         raise runs.UserError(f"--hr {args.hr}: no such folder")
-    found = {"fig7": lambda: figure7(args, world.device), "fig8": lambda: figure8(args, world.device), "fig9": lambda: figure9(args)}[args.figure]()
-    draw(args, found)
-    runs.save_json(args.out.with_name(args.out.name + ".json"), {"figure": args.figure, **runs.describe_machine(), "lines": found})
+    if args.figure == "fig7":
+        lines, draw = figure7(args.rec, args.hr, args.crops, world.device, args.vgg_weights), draw7
+    elif args.figure == "fig8":
+        lines, draw = figure8(args.rec, args.hr, args.crops, world.device, args.vgg_weights, args.clip_weights,
+                              args.far_sr, args.sr, args.lr_dir), draw8
+    else:
+        lines, draw = figure9(args.runs), draw9
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure = draw(plt, lines)
+    runs.write_atomic(args.out.with_name(args.out.name + ".png"), partial(figure.savefig, format="png", dpi=120))
+    record = {"figure": args.figure, **runs.describe_machine(), "lines": lines}
+    runs.save_json(args.out.with_name(args.out.name + ".json"), record)
     print(f"wrote {args.out}.png and .json")
+
+
+if __name__ == "__main__":
+    runs.cli(partial(main, ARGS))

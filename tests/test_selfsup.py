@@ -1,20 +1,22 @@
-"""selfsup.py: the reconstruction network, controller, FAR, losses, encoders, and the stages as a user runs them (specification, section 12)."""
+"""selfsup/: reconstruction network, controller, FAR, losses, encoders, and the stages as a user runs them."""
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import mannwhitneyu
 
-import metrics
 import archs
 import degradations
-from selfsup import encoders as features
-from selfsup import networks as rec
+import metrics
 import runs
-from losses import VGGFeatureLoss
 from images import image_size, load_image, save_image
-from selfsup import __main__ as selfsup
+from losses import VGGFeatureLoss
+from selfsup import __main__ as demo
+from selfsup import encoders, finetune, options, pretrain, probe
+from selfsup import networks as rec
 
 SMALL = dict(width=8, blocks=(1, 1, 2), dim=16)
 
@@ -35,8 +37,9 @@ def pair(b=2, h=32, w=32, seed=0):
 @pytest.mark.fast
 def test_sizes_of_the_paper():
     parts = rec.Reconstruction()
-    count = lambda net: sum(p.numel() for p in net.parameters())
-    assert [round(count(part) / 1e6, 2) for part in (parts.e_deg, parts.e_img, parts.r)] == [4.72, 0.44, 0.83]
+    counts = [sum(p.numel() for p in part.parameters()) for part in (parts.e_deg, parts.e_img, parts.r)]
+    assert [round(count / 1e6, 2) for count in counts] == [4.72, 0.44, 0.83]
+    assert pretrain.SIZES["paper"] == {"width": 64, "blocks": [16, 6, 4], "dim": 512}
 
 
 @pytest.mark.fast
@@ -57,7 +60,7 @@ def test_lway_has_no_far():
 
 @pytest.mark.fast
 def test_modulated_convolution_against_its_definition():
-    """StyleGAN2's: the kernel of each sample is scaled by its style along the input, brought to unit length along the output, and then used."""
+    """StyleGAN2's: a sample's kernel is scaled by its style along the input, then brought to unit length by output."""
     torch.manual_seed(0)
     layer, x, z = rec.ModulatedConv(6, 5), torch.randn(3, 6, 9, 7), torch.randn(3, 5)
     for sample in range(3):
@@ -98,12 +101,14 @@ def test_embeddings_differ_from_the_start():
 
 @pytest.mark.fast
 def test_band_encoder_tells_blur_and_noise():
-    """Its inputs order blurs and noises of one photo; its embedding differs between them from the start, more than between places of one photo."""
+    """From the start its embeddings differ between blurred, noisy and clean, more than between places of a photo."""
     from skimage.data import astronaut
     photo = torch.from_numpy(astronaut()[:256, :256].copy()).permute(2, 0, 1)[None].float() / 255
     torch.manual_seed(0)
     encoder = rec.BandEncoder(16)
-    embed = lambda image: encoder(torch.cat([image[..., y:y + 64, x:x + 64] for y in (0, 64, 128) for x in (64, 128)]))
+
+    def embed(image):
+        return encoder(torch.cat([image[..., y:y + 64, x:x + 64] for y in (0, 64, 128) for x in (64, 128)]))
     same, blurred = embed(photo), embed(degradations.blur(photo, degradations.gaussian_kernel(21, 3.0)))
     noisy = embed(degradations.add_gaussian_noise(photo, 20.0, torch.randn(photo.shape)))
     spread = same.std(0).mean()
@@ -122,20 +127,27 @@ def test_hqi_is_one_for_the_enlarged_image():
 
 @pytest.mark.fast
 def test_signs_of_eq_8():
-    """Sharp HR is far from the enlarged LR, a blurred one near: pre-training gives the sharp one the larger s, fine-tuning the blurred one."""
+    """Sharp HR is far from the enlarged LR, blurred HR near it.
+
+    Pre-training gives the sharp one the larger s, fine-tuning the blurred one.
+    """
     from skimage.data import astronaut
     sharp = torch.from_numpy(astronaut()[:256, 128:384].copy()).permute(2, 0, 1)[None].float() / 255
     lq = F.interpolate(sharp, scale_factor=0.25, mode="area")
     blurred = degradations.blur(sharp, degradations.gaussian_kernel(21, 3.0))
     d = {name: rec.hqi_distance(metrics.Proxy(), lq, hr) for name, hr in (("sharp", sharp), ("blurred", blurred))}
     assert d["sharp"] > d["blurred"] + 0.1
-    s = lambda rule, which, **more: rec.controller(rule, d[which], torch.zeros(1, 4), **more)[0, 0]
+
+    def s(rule, which, **more):
+        return rec.controller(rule, d[which], torch.zeros(1, 4), **more)[0, 0]
     assert s("eq8", "sharp", pretrain=True) > s("eq8", "blurred", pretrain=True)
     assert s("eq8", "blurred") > s("eq8", "sharp")
     assert s("flip", "sharp") > s("flip", "blurred")
     assert s("shifted", "blurred", shift=(0.4, 0.5)) > s("shifted", "sharp", shift=(0.4, 0.5))
     torch.testing.assert_close(s("eq8", "sharp") + s("flip", "sharp"), torch.tensor(1.0))
-    assert rec.controller("shifted", torch.tensor([0.5]), torch.zeros(1, 4), shift=(0.4, 0.5))[0, 0] == pytest.approx(0.4)       # as in pre-training
+    # as in pre-training
+    before_tuning = rec.controller("shifted", torch.tensor([0.5]), torch.zeros(1, 4), shift=(0.4, 0.5))
+    assert before_tuning[0, 0] == pytest.approx(0.4)
 
 
 @pytest.mark.fast
@@ -173,7 +185,8 @@ def test_descriptors_do_not_see_where_things_are():
     shuffled = f.flatten(2)[..., torch.randperm(24)].view_as(f)
     for a, b in zip(rec.descriptors(f), rec.descriptors(shuffled)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    repeated = f.repeat(1, 1, 2, 3)                                               # a larger image of the same statistics
+    # a larger image of the same statistics
+    repeated = f.repeat(1, 1, 2, 3)
     for a, b in zip(rec.descriptors(f), rec.descriptors(repeated)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
@@ -181,9 +194,10 @@ def test_descriptors_do_not_see_where_things_are():
 @pytest.mark.fast
 def test_far_by_hand(net):
     lq, hr = pair()
-    encoder = features.RandomFeatures()
+    encoder = encoders.RandomFeatures()
     e_im, e_cl = net.e_img(hr), encoder(hr)
-    expected = [torch.linalg.norm(layer(ours) - theirs, dim=1) for layer, ours, theirs in zip((net.t_a, net.t_m), rec.descriptors(e_im), rec.descriptors(e_cl))]
+    rows = zip((net.t_a, net.t_m), rec.descriptors(e_im), rec.descriptors(e_cl))
+    expected = [torch.linalg.norm(layer(ours) - established, dim=1) for layer, ours, established in rows]
     torch.testing.assert_close(net(lq, hr, 1.0, e_cl)[1], sum(expected), atol=1e-5, rtol=1e-4)
 
 
@@ -191,7 +205,8 @@ def test_far_by_hand(net):
 def test_gradient_of_far_reaches_the_network(net):
     """Through both encoders together as the sum of each alone; nothing where it is cut."""
     lq, _ = pair()
-    m, encoder, grads = archs.SRVGGNetCompact(num_feat=8, num_conv=1), features.RandomFeatures().requires_grad_(False), {}
+    m, grads = archs.SRVGGNetCompact(num_feat=8, num_conv=1), {}
+    encoder = encoders.RandomFeatures().requires_grad_(False)
     for path in ("both", "im", "cl"):
         sr = m(lq)
         net(lq, sr, 1.0, encoder(sr), path=path)[1].mean().backward()
@@ -224,21 +239,21 @@ def test_wavelet_against_pywavelets():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("make", [metrics.Proxy, lambda: metrics.VGGCosine(FILE, 3)])
-def test_distances(make, vgg_file):
-    global FILE
-    FILE = vgg_file
-    distance = make()
+@pytest.mark.parametrize("name", ["proxy", "vgg"])
+def test_distances(name, vgg_file):
+    distance = metrics.create_distances(name, vgg_file, stages=3)[0]
     a, b = torch.rand(2, 3, 32, 40), torch.rand(2, 3, 32, 40)
     assert torch.allclose(distance(a, a), torch.zeros(2), atol=1e-5)
     value = distance(a, b)
     assert value.shape == (2,) and (value > 0.01).all() and (value <= 1).all()
     torch.testing.assert_close(value, distance(b, a))
     assert (distance(a, b, torch.zeros(2, 1, 32, 40)) == 0).all()
-    torch.testing.assert_close(distance(a, b, torch.ones(2, 1, 32, 40)), value, rtol=0.05, atol=0.01)         # the mean of an enlarged map is nearly its mean
+    # the mean of an enlarged map is nearly its mean
+    torch.testing.assert_close(distance(a, b, torch.ones(2, 1, 32, 40)), value, rtol=0.05, atol=0.01)
     left = torch.zeros(2, 1, 32, 40)
     left[..., :20] = 1
-    mixed = torch.cat([a[..., :20], b[..., 20:]], 3)                              # equal to a on the left, but for the border
+    # equal to a on the left, but for the border
+    mixed = torch.cat([a[..., :20], b[..., 20:]], 3)
     assert (distance(a, mixed, left) < 0.5 * distance(a, mixed, 1 - left)).all()
 
 
@@ -246,7 +261,9 @@ def test_distances(make, vgg_file):
 def test_vgg_distance_by_hand(vgg_file):
     distance, a, b = metrics.VGGCosine(vgg_file, 2), torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
     vgg = VGGFeatureLoss(vgg_file)
-    tap = lambda x, n: F.relu(vgg.features[:n]((x - vgg.mean) / vgg.std))
+
+    def tap(x, n):
+        return F.relu(vgg.features[:n]((x - vgg.mean) / vgg.std))
     expected = sum(1 - F.cosine_similarity(tap(a, n), tap(b, n), dim=1).mean() for n in (3, 8)) / 2
     torch.testing.assert_close(distance(a, b)[0], expected, atol=1e-5, rtol=1e-4)
 
@@ -281,16 +298,16 @@ def test_clip_against_pyiqa(tmp_path):
     """The same features as an independent implementation, from its key names."""
     from pyiqa.archs.clip_model import ModifiedResNet
     torch.manual_seed(0)
-    theirs = ModifiedResNet((3, 4, 6, 3), 1024, 32).eval()
-    for module in theirs.modules():
+    reference = ModifiedResNet((3, 4, 6, 3), 1024, 32).eval()
+    for module in reference.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.5, 2)
-    torch.save({f"visual.{k}": v for k, v in theirs.state_dict().items()}, tmp_path / "clip.pth")
+    torch.save({f"visual.{k}": v for k, v in reference.state_dict().items()}, tmp_path / "clip.pth")
     x = torch.rand(1, 3, 96, 64)
     for k, layer in enumerate(("stem", "layer1", "layer2", "layer3")):
-        ours = features.create_encoder("clip", layer, clip_weights=tmp_path / "clip.pth")
+        ours = encoders.create_encoder("clip", layer, clip_weights=tmp_path / "clip.pth")
         with torch.no_grad():
-            expected = theirs.forward_features((x - ours.mean) / ours.std)[k]
+            expected = reference.forward_features((x - ours.mean) / ours.std)[k]
             torch.testing.assert_close(ours.train()(x), expected, atol=1e-4, rtol=1e-4)
         assert ours.channels == expected.shape[1] and not any(p.requires_grad for p in ours.parameters())
 
@@ -309,35 +326,43 @@ def test_clip_from_a_torchscript_archive(tmp_path):
             return self.visual.bn1(self.visual.conv1(x))
     model = Both().eval()
     torch.jit.trace(model, torch.rand(1, 3, 32, 32)).save(str(tmp_path / "RN50.pt"))
-    state = features.clip_state(tmp_path / "RN50.pt")
+    state = encoders.clip_state(tmp_path / "RN50.pt")
     assert torch.equal(state["conv1.weight"], model.visual.conv1.weight)
 
 
 def test_missing_clip_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
-    with pytest.raises(ValueError, match=r"RN50.pt is not here.*save https.* as .*clip/RN50.pt.*--clip-weights FILE.*--far-enc vgg"):
-        features.clip_state()
+    message = r"RN50.pt is not here.*save https.* as .*clip/RN50.pt.*--clip-weights FILE.*--far-enc vgg"
+    with pytest.raises(runs.UserError, match=message):
+        encoders.clip_state()
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="not CLIP's RN50"):
-        features.clip_state(tmp_path / "x.pth")
+    with pytest.raises(runs.UserError, match="not CLIP's RN50"):
+        encoders.clip_state(tmp_path / "x.pth")
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("arch", ["swinir-small", "rrdbnet-small", "compact-small"])
 def test_features_of_a_network(arch):
     net = archs.create(arch).eval()
-    encoder = features.create_encoder("sr", sr=net)
+    encoder = encoders.create_encoder("sr", sr=net)
     x = torch.rand(1, 3, 32, 32, requires_grad=True)
-    found = encoder(x)
-    assert found.shape[1] == encoder.channels == 32 and found.shape[2] >= 32
-    found.square().mean().backward()
+    features = encoder(x)
+    assert features.shape[1] == encoder.channels == 32 and features.shape[2] >= 32
+    features.square().mean().backward()
     assert x.grad.abs().max() > 0
 
 
 # Stages
 
-TINY = "--patch 16 --load-size 64 --degradation two-round --batch-size 4 --group-size 2 --val-photos 1 --width 8 --blocks 1 1 1 --dim 16 --distance proxy --far-enc rand --workers 0 --device cpu".split()
+TINY = ("--patch 16 --load-size 64 --degradation two-round --batch-size 4 --group-size 2 --val-photos 1 --size tiny "
+        "--distance proxy --far-enc rand --workers 0 --device cpu").split()
+TUNE = "--patch 16 --batch-size 2 --workers 0 --device cpu".split()
+
+
+def run(module, *words):
+    """A script's main, in this process."""
+    module.main(module.parse_args([str(word) for word in words]))
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +372,8 @@ def photos(tmp_path_factory):
     rng = np.random.default_rng(0)
     for k in range(4):
         small = torch.from_numpy(rng.random((1, 3, 12, 12))).float()
-        hr = (F.interpolate(small, size=(96, 96), mode="bicubic") + 0.05 * torch.from_numpy(rng.standard_normal((1, 3, 96, 96)))).clamp(0, 1).float()
+        grain = 0.05 * torch.from_numpy(rng.standard_normal((1, 3, 96, 96)))
+        hr = (F.interpolate(small, size=(96, 96), mode="bicubic") + grain).clamp(0, 1).float()
         save_image(root / "gt" / f"p{k}.png", hr[0])
         save_image(root / "lq" / f"p{k}.png", F.interpolate(hr, scale_factor=0.25, mode="area")[0])
     torch.manual_seed(0)
@@ -358,158 +384,203 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(photos, tmp_path_factory):
-    """Run folders of pretrain: method, plain (no controller, no FAR), lway."""
+    """Run folders of pretrain: method, plain (no controller, no FAR), lway, bands."""
     root = tmp_path_factory.mktemp("rec")
-    for name, words in (("method", []), ("plain", ["--s-rule", "one", "--no-far"]), ("lway", ["--arch", "lway"]), ("bands", ["--deg-enc", "bands"])):
-        selfsup.main(selfsup.parse_args(["pretrain", "--hr", str(photos / "gt"), "--out", str(root / name), *TINY, "--total-steps", "3", *words]))
+    variants = {"method": [], "plain": ["--s-rule", "one", "--no-far"], "lway": ["--arch", "lway"],
+                "bands": ["--deg-enc", "bands"]}
+    for name, words in variants.items():
+        run(pretrain, "--hr", photos / "gt", "--out", root / name, *TINY, "--total-steps", 3, *words)
     return root
 
 
+def settings_of(folder):
+    return rec.load_reconstruction(folder)[1]
+
+
+def events_of(folder, *splits):
+    """The events of a run that are of these splits."""
+    events = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [event for event in events if event["split"] in splits]
+
+
 def tune(photos, rec_path, out, *words):
-    selfsup.main(selfsup.parse_args(["finetune", "--rec", str(rec_path), "--sr", str(photos / "sr.pth"), "--lr-dir", str(photos / "lq"), "--out", str(out), "--patch", "16", "--batch-size", "2",
-                                     "--total-steps", "4", "--val-every", "2", "--lr", "1e-3", "--workers", "0", "--device", "cpu", *map(str, words)]))
+    """Fine-tune sr.pth for four steps -> the weights that it leaves."""
+    run(finetune, "--rec", rec_path, "--sr", photos / "sr.pth", "--lr-dir", photos / "lq", "--out", out, *TUNE,
+        "--total-steps", 4, "--val-every", 2, "--lr", 1e-3, *words)
     return torch.load(sorted((out / "weights").glob("ema_*.pth"))[-1], weights_only=True)
 
 
 def test_pretrain_leaves_a_network(trained):
     for name in ("method", "plain", "lway"):
-        net, settings = rec.load_reconstruction(trained / name / "weights" / "rec.pth")
+        net, settings = rec.load_reconstruction(trained / name)
         assert not any(p.requires_grad for p in net.parameters()) and not net.training
-        assert hasattr(net, "t_a") == (name == "method") and settings["s_rule"] == ("eq8" if name == "method" else "one")
+        assert hasattr(net, "t_a") == (name == "method")
+        assert settings["s_rule"] == ("eq8" if name == "method" else "one")
         assert isinstance(net.e_img, torch.nn.Identity) == (name == "lway")
-    events = [json.loads(line) for line in (trained / "method" / "metrics.jsonl").read_text().splitlines()]
-    assert {"psnr", "psnr_shuffled", "psnr_bicubic", "d", "far", "l1", "percep"} <= set(events[-1])
+    names = {"psnr", "psnr_shuffled", "psnr_bicubic", "d", "far", "l1", "percep"}
+    assert names <= set(events_of(trained / "method", "val")[-1])
 
 
-def test_pretrain_resumes_bitwise(photos, tmp_path):
-    words = ["pretrain", "--hr", str(photos / "gt"), *TINY, "--save-every", "2", "--total-steps", "5"]
-    selfsup.main(selfsup.parse_args([*words, "--out", str(tmp_path / "whole")]))
-    selfsup.main(selfsup.parse_args([*words, "--out", str(tmp_path / "cut")]))
-    last = torch.load(tmp_path / "cut" / "ckpt" / "last.pt", weights_only=True)
-    assert last["step"] == 5
-    import copy
-    from selfsup import pretrain as selfsup_pretrain
+def test_pretrain_resumes_bitwise(photos, tmp_path, monkeypatch):
+    words = ["--hr", photos / "gt", *TINY, "--save-every", 2, "--total-steps", 5]
+    run(pretrain, *words, "--out", tmp_path / "whole")
+    assert torch.load(tmp_path / "whole" / "ckpt" / "last.pt", weights_only=True)["step"] == 5
     stopped = tmp_path / "stopped"
-    args = selfsup.parse_args([*words, "--out", str(stopped)])
-    real = selfsup_pretrain.runs.StopSignal.requested
-    selfsup_pretrain.runs.StopSignal.requested = lambda self, step: step == 3
-    try:
-        selfsup.main(copy.copy(args))
-    finally:
-        selfsup_pretrain.runs.StopSignal.requested = real
-    assert torch.load(stopped / "ckpt" / "last.pt", weights_only=True)["step"] == 3 and not (stopped / "weights").exists()
-    selfsup.main(selfsup.parse_args([*words, "--out", str(stopped), "--resume"]))
-    one, other = (torch.load(folder / "weights" / "rec.pth", weights_only=True) for folder in (tmp_path / "whole", stopped))
-    assert all(torch.equal(one["params"][k], other["params"][k]) for k in one["params"])
-    assert all(torch.equal(one["params_ema"][k], other["params_ema"][k]) for k in one["params"]) and one["settings"] == other["settings"]
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.StopSignal, "requested", lambda self, step: step == 3)
+        run(pretrain, *words, "--out", stopped)
+    assert torch.load(stopped / "ckpt" / "last.pt", weights_only=True)["step"] == 3
+    assert not (stopped / "weights").exists()
+    run(pretrain, *words, "--out", stopped, "--resume")
+    files = [folder / "weights" / "rec.pth" for folder in (tmp_path / "whole", stopped)]
+    one, other = (torch.load(file, weights_only=True) for file in files)
+    for key in ("params", "params_ema"):
+        assert all(torch.equal(one[key][k], other[key][k]) for k in one[key])
+    assert one["settings"] == other["settings"]
 
 
 def test_a_resumed_pretraining_looks_through_the_same_networks(photos, tmp_path, monkeypatch):
     state = torch.load(photos / "sr.pth", weights_only=True)
     torch.save({"params": {k: 1.1 * v for k, v in state["params"].items()}}, tmp_path / "other.pth")
-    words = ["pretrain", "--hr", photos / "gt", *TINY, "--far-enc", "sr", "--total-steps", 2, "--out", tmp_path / "out"]
-    call = lambda *more: selfsup.main(selfsup.parse_args([str(word) for word in (*words, *more)]))
+    words = ["--hr", photos / "gt", *TINY, "--far-enc", "sr", "--total-steps", 2, "--out", tmp_path / "out"]
     with monkeypatch.context() as patched:
-        patched.setattr(selfsup.runs.StopSignal, "requested", lambda self, step: step == 1)
-        call("--far-sr", photos / "sr.pth")
-    with pytest.raises(ValueError, match="made with other settings .looked_through"):
-        call("--far-sr", tmp_path / "other.pth", "--resume")
-    call("--far-sr", photos / "sr.pth", "--resume")
+        patched.setattr(runs.StopSignal, "requested", lambda self, step: step == 1)
+        run(pretrain, *words, "--far-sr", photos / "sr.pth")
+    with pytest.raises(runs.UserError, match="made with other settings .looked_through"):
+        run(pretrain, *words, "--far-sr", tmp_path / "other.pth", "--resume")
+    run(pretrain, *words, "--far-sr", photos / "sr.pth", "--resume")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("offdiag", True), ("percep", 0.3), ("far_layer", "stem"), ("encoder_from", 2)])
+def test_a_run_whose_constants_were_others_is_not_continued(photos, tmp_path, monkeypatch, name, value):
+    """They were flags in earlier commits, and a fork may change them."""
+    words = ["--hr", photos / "gt", *TINY, "--total-steps", 2, "--out", tmp_path / "out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.StopSignal, "requested", lambda self, step: step == 1)
+        run(pretrain, *words)
+    last = tmp_path / "out" / "ckpt" / "last.pt"
+    state = torch.load(last, weights_only=True)
+    state["args"][name] = value
+    torch.save(state, last)
+    with pytest.raises(runs.UserError, match=name):
+        run(pretrain, *words, "--resume")
+
+
+def test_a_run_of_an_earlier_commit_is_continued(photos, tmp_path, monkeypatch):
+    """Commit 6be4990 had one command line for all stages and flags for what are constants now."""
+    words = ["--hr", photos / "gt", *TINY, "--total-steps", 2]
+    run(pretrain, *words, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.StopSignal, "requested", lambda self, step: step == 1)
+        run(pretrain, *words, "--out", tmp_path / "out")
+    last = tmp_path / "out" / "ckpt" / "last.pt"
+    state = torch.load(last, weights_only=True)
+    del state["args"]["size"]
+    state["args"] |= {"encoder_from": 0, "command": "pretrain", "all": False, "rest": []}
+    torch.save(state, last)
+    run(pretrain, *words, "--out", tmp_path / "out", "--resume")
+    one, other = (torch.load(tmp_path / name / "weights" / "rec.pth", weights_only=True) for name in ("whole", "out"))
+    assert all(torch.equal(one["params"][k], other["params"][k]) for k in one["params"])
 
 
 def test_killed_between_checkpoint_and_weights(photos, tmp_path):
     """The last step is saved before the weights are written: a resumed run writes them."""
-    words = ["pretrain", "--hr", str(photos / "gt"), *TINY, "--total-steps", "2", "--out", str(tmp_path / "out")]
-    selfsup.main(selfsup.parse_args(words))
+    words = ["--hr", photos / "gt", *TINY, "--total-steps", 2, "--out", tmp_path / "out"]
+    run(pretrain, *words)
     file = tmp_path / "out" / "weights" / "rec.pth"
-    before = torch.load(file, weights_only=True)
+    first = torch.load(file, weights_only=True)
     file.unlink()
-    selfsup.main(selfsup.parse_args([*words, "--resume"]))
-    after = torch.load(file, weights_only=True)
-    assert before["settings"] == after["settings"] and all(torch.equal(before["params_ema"][k], after["params_ema"][k]) for k in before["params_ema"])
+    run(pretrain, *words, "--resume")
+    second = torch.load(file, weights_only=True)
+    assert first["settings"] == second["settings"]
+    assert all(torch.equal(first["params_ema"][k], second["params_ema"][k]) for k in first["params_ema"])
 
 
 def test_finetune_goes_on_to_more_steps(photos, trained, tmp_path):
     tune(photos, trained / "method", tmp_path / "out")
-    more = tune(photos, trained / "method", tmp_path / "out", "--total-steps", "6", "--resume")
-    whole = tune(photos, trained / "method", tmp_path / "whole", "--total-steps", "6")
+    more = tune(photos, trained / "method", tmp_path / "out", "--total-steps", 6, "--resume")
+    whole = tune(photos, trained / "method", tmp_path / "whole", "--total-steps", 6)
     assert all(torch.equal(more["params"][k], whole["params"][k]) for k in whole["params"])
-    with pytest.raises(ValueError, match="already at step 6"):
+    with pytest.raises(runs.UserError, match="already at step 6"):
         tune(photos, trained / "method", tmp_path / "out", "--resume")
 
 
 def test_weight_of_far_is_frozen_after_the_first_steps(trained):
     last = torch.load(trained / "method" / "ckpt" / "last.pt", weights_only=True)
-    assert rec.load_reconstruction(trained / "method" / "weights" / "rec.pth")[1]["lambda_pt"] == pytest.approx((last["balance"][0] / last["balance"][1]).item())
-    events = [e for e in map(json.loads, (trained / "method" / "metrics.jsonl").read_text().splitlines()) if e["split"] == "train"]
-    assert events[-1]["far"] * 3 == pytest.approx(last["balance"][1].item(), rel=1e-4)        # sums of three steps
+    sum_of_rec, sum_of_far = last["balance"].tolist()
+    assert settings_of(trained / "method")["lambda_pt"] == pytest.approx(sum_of_rec / sum_of_far)
+    # sums of three steps
+    assert events_of(trained / "method", "train")[-1]["far"] * 3 == pytest.approx(sum_of_far, rel=1e-4)
 
 
-def test_finetune_changes_the_network_alone(photos, trained, tmp_path):
-    before = torch.load(photos / "sr.pth", weights_only=True)["params"]
-    frozen = (trained / "method" / "weights" / "rec.pth").read_bytes()
-    seen = {}
-    from selfsup import finetune as selfsup_finetune
-    real = selfsup_finetune.adapt
+def test_finetune_changes_the_network_alone(photos, trained, tmp_path, monkeypatch):
+    start = torch.load(photos / "sr.pth", weights_only=True)["params"]
+    rec_file, frozen, adapt = trained / "method" / "weights" / "rec.pth", {}, finetune.adapt
 
-    def adapt(args, world, seeds, autocast, judge, *rest):
-        seen["before"] = {k: v.clone() for k, v in judge.net.state_dict().items()} | {f"enc {k}": v.clone() for k, v in judge.encoder.state_dict().items()}
-        real(args, world, seeds, autocast, judge, *rest)
-        seen["after"] = judge.net.state_dict() | {f"enc {k}": v for k, v in judge.encoder.state_dict().items()}
-    selfsup_finetune.adapt = adapt
-    try:
-        after = tune(photos, trained / "method", tmp_path / "out", "--gt-dir", photos / "gt")
-    finally:
-        selfsup_finetune.adapt = real
-    assert all(torch.equal(seen["before"][k], seen["after"][k]) for k in seen["before"]) and (trained / "method" / "weights" / "rec.pth").read_bytes() == frozen
-    assert all(not torch.equal(before[k], after["params"][k]) for k in before if k.endswith("weight"))
-    decayed = before["body.0.weight"]                                             # EMA: .999 of itself every step; the raw weights in between are not kept
-    assert (after["params_ema"]["body.0.weight"] - decayed).abs().max() < 0.01 * (after["params"]["body.0.weight"] - decayed).abs().max()
+    def state_of(judge):
+        states = (judge.net.state_dict(), judge.encoder.state_dict())
+        return [value.clone() for state in states for value in state.values()]
+
+    def watched(args, record, world, seeds, autocast, judge, *others):
+        frozen["first"] = state_of(judge)
+        adapt(args, record, world, seeds, autocast, judge, *others)
+        frozen["last"] = state_of(judge)
+    monkeypatch.setattr(finetune, "adapt", watched)
+    content = rec_file.read_bytes()
+    tuned = tune(photos, trained / "method", tmp_path / "out", "--gt-dir", photos / "gt")
+    assert all(torch.equal(a, b) for a, b in zip(frozen["first"], frozen["last"])) and rec_file.read_bytes() == content
+    assert all(not torch.equal(start[k], tuned["params"][k]) for k in start if k.endswith("weight"))
+    # EMA: 0.999 of itself every step; the raw weights in between are not kept
+    name = "body.0.weight"
+    moved, moved_ema = ((tuned[key][name] - start[name]).abs().max() for key in ("params", "params_ema"))
+    assert moved_ema < 0.01 * moved
 
 
 def test_ema_formula():
-    from train import update_ema
     a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     expected = 0.9 * a.weight.detach().clone() + 0.1 * b.weight.detach()
-    update_ema(a, b, 0.9)
+    runs.update_ema(a, b, 0.9)
     torch.testing.assert_close(a.weight.detach(), expected)
 
 
-@pytest.mark.parametrize("name, words", [("plain", []), ("lway", []), ("method", ["--s-rule", "flip"]), ("method", ["--s-rule", "shifted"]), ("method", ["--no-far"]), ("method", ["--no-hf"]),
-                                         ("method", ["--stop", "far", "--patience", "2"]), ("method", ["--hold-out", "1"]), ("bands", [])])
-def test_switches(photos, trained, tmp_path, name, words):
+@pytest.mark.parametrize("name, words", [
+    ("plain", []), ("lway", []), ("method", ["--s-rule", "flip"]), ("method", ["--s-rule", "shifted"]),
+    ("method", ["--no-far"]), ("method", ["--no-hf"]), ("method", ["--stop", "far"]), ("method", ["--hold-out", 1]),
+    ("bands", [])])
+def test_switches(photos, trained, tmp_path, name, words, monkeypatch):
+    monkeypatch.setattr(finetune, "PATIENCE", 2)
     tune(photos, trained / name, tmp_path / "out", *words)
-    events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    last = [e for e in events if e["split"] == "ema"][-1]
-    assert ("far" in last) == (name in ("method", "bands") and "--no-far" not in words) and np.isfinite(last["rec"]) and last["drift"] > 0
+    last = events_of(tmp_path / "out", "ema")[-1]
+    assert ("far" in last) == (name in ("method", "bands") and "--no-far" not in words)
+    assert np.isfinite(last["rec"]) and last["drift"] > 0
     if "--hold-out" in words:
         held, adapted = ((tmp_path / "out" / f"{n}.txt").read_text().split() for n in ("held_out", "adapted"))
         assert len(held) == 1 and len(adapted) == 3 and not set(held) & set(adapted)
 
 
-def test_finetune_resumes_bitwise(photos, trained, tmp_path):
-    from selfsup import finetune as selfsup_finetune
-    whole = tune(photos, trained / "method", tmp_path / "whole", "--gt-dir", photos / "gt", "--stop", "val-gt")
-    real = selfsup_finetune.runs.StopSignal.requested
-    selfsup_finetune.runs.StopSignal.requested = lambda self, step: step == 3
-    try:
-        with pytest.raises(IndexError):                                           # stopped: no weights yet
-            tune(photos, trained / "method", tmp_path / "cut", "--gt-dir", photos / "gt", "--stop", "val-gt")
-    finally:
-        selfsup_finetune.runs.StopSignal.requested = real
-    cut = tune(photos, trained / "method", tmp_path / "cut", "--gt-dir", photos / "gt", "--stop", "val-gt", "--resume")
+def test_finetune_resumes_bitwise(photos, trained, tmp_path, monkeypatch):
+    words = ["--gt-dir", photos / "gt", "--stop", "val-gt"]
+    whole = tune(photos, trained / "method", tmp_path / "whole", *words)
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.StopSignal, "requested", lambda self, step: step == 3)
+        # stopped: no weights yet
+        with pytest.raises(IndexError):
+            tune(photos, trained / "method", tmp_path / "cut", *words)
+    cut = tune(photos, trained / "method", tmp_path / "cut", *words, "--resume")
     for key in ("params", "params_ema"):
         assert all(torch.equal(whole[key][k], cut[key][k]) for k in whole[key])
-    told = lambda out: [{k: v for k, v in e.items() if k not in ("it_per_s", "wait", "memory")} for e in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if e["split"] != "train"]
-    assert told(tmp_path / "whole") == told(tmp_path / "cut")
+    assert events_of(tmp_path / "whole", "ema", "raw") == events_of(tmp_path / "cut", "ema", "raw")
 
 
 def test_per_image(photos, trained, tmp_path):
-    selfsup.main(selfsup.parse_args(["finetune", "--rec", str(trained / "method"), "--sr", str(photos / "sr.pth"), "--lr-dir", str(photos / "lq"), "--out", str(tmp_path / "out"), "--patch", "16",
-                                     "--batch-size", "2", "--total-steps", "2", "--lr", "1e-3", "--workers", "0", "--per-image", "--device", "cpu"]))
-    assert [image_size(path) for path in sorted((tmp_path / "out" / "sr").glob("*.png"))] == [(96, 96)] * 4
-    weights = [torch.load(tmp_path / "out" / f"p{k}" / "weights" / "ema_0000002.pth", weights_only=True)["params"]["body.0.weight"] for k in (0, 1)]
-    assert not torch.equal(*weights)
+    out = tmp_path / "out"
+    run(finetune, "--rec", trained / "method", "--sr", photos / "sr.pth", "--lr-dir", photos / "lq", "--out", out,
+        *TUNE, "--total-steps", 2, "--lr", 1e-3, "--per-image")
+    assert [image_size(path) for path in sorted((out / "sr").glob("*.png"))] == [(96, 96)] * 4
+    files = [out / f"p{k}" / "weights" / "ema_0000002.pth" for k in (0, 1)]
+    a, b = (torch.load(file, weights_only=True)["params"]["body.0.weight"] for file in files)
+    assert not torch.equal(a, b)
 
 
 def test_the_result_loads_everywhere(photos, trained, tmp_path, script):
@@ -519,92 +590,148 @@ def test_the_result_loads_everywhere(photos, trained, tmp_path, script):
     net, _ = archs.load_x4(tmp_path / "out", "--sr")
     lq = torch.rand(1, 3, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(spandrel.ModelLoader().load_from_file(file).model(lq), net(lq), atol=1e-5, rtol=1e-4)
+        model = spandrel.ModelLoader().load_from_file(file).model
+        torch.testing.assert_close(model(lq), net(lq), atol=1e-5, rtol=1e-4)
     script("upscale.py", "--weights", tmp_path / "out", photos / "lq" / "p0.png", "--out", tmp_path / "sr")
     assert image_size(tmp_path / "sr" / "p0.png") == (96, 96)
-    said = script("selfsup", "eval", "--weights", photos / "sr.pth", tmp_path / "out", "--lr-dir", photos / "lq", "--gt-dir", photos / "gt", "--metrics", "psnr", "ssim", "--cache", tmp_path / "cache",
-                  "--out-json", tmp_path / "r.json").stdout
-    assert "nothing cropped" in said
+    output = script("evaluate.py", "--protocol", "whole-y", "--weights", photos / "sr.pth", tmp_path / "out",
+                    "--lq", photos / "lq", "--gt", photos / "gt", "--metrics", "psnr", "ssim",
+                    "--cache", tmp_path / "cache", "--out-json", tmp_path / "r.json").stdout
+    assert "nothing cropped" in output
     result = json.loads((tmp_path / "r.json").read_text())
     from skimage.color import rgb2ycbcr
     from skimage.metrics import peak_signal_noise_ratio
-    upscaled = load_image(tmp_path / "sr" / "p0.png").permute(1, 2, 0).numpy()
-    truth = load_image(photos / "gt" / "p0.png").permute(1, 2, 0).numpy()
-    expected = peak_signal_noise_ratio(*(rgb2ycbcr(image)[..., 0] for image in (truth, upscaled)), data_range=255)
+    files = (photos / "gt" / "p0.png", tmp_path / "sr" / "p0.png")
+    truth, upscaled = (rgb2ycbcr(load_image(file).permute(1, 2, 0).numpy())[..., 0] for file in files)
+    expected = peak_signal_noise_ratio(truth, upscaled, data_range=255)
     assert result["scores"]["out"]["p0"]["psnr"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_domain_and_probes(photos, trained, tmp_path, capsys):
-    call = lambda *words: selfsup.main(selfsup.parse_args([str(word) for word in words]))
-    call("domain", "--hr", photos / "gt", "--out", tmp_path / "domain")
-    assert {p.name for p in (tmp_path / "domain" / "lq").iterdir()} == {f"p{k}.png" for k in range(4)}
-    assert image_size(tmp_path / "domain" / "lq" / "p0.png") == (24, 24)
-    again = tmp_path / "again"
-    call("domain", "--hr", photos / "gt", "--out", again)
-    assert all((again / "lq" / f"p{k}.png").read_bytes() == (tmp_path / "domain" / "lq" / f"p{k}.png").read_bytes() for k in range(4))
-    call("probe", "fig7", "--rec", trained / "method", trained / "plain", "--hr", photos / "gt", "--crops", "8", "--out", tmp_path / "fig7")
+def test_probes(photos, trained, tmp_path):
+    shared = ["--hr", photos / "gt", "--crops", 8]
+    run(probe, "fig7", "--rec", trained / "method", trained / "plain", *shared, "--out", tmp_path / "fig7")
     lines = json.loads((tmp_path / "fig7.json").read_text())["lines"]
     assert len(lines) == 3 and all(len(line["psnr"]) == 11 for line in lines.values())
-    call("probe", "fig8", "--rec", trained / "method", "--hr", photos / "gt", "--crops", "8", "--out", tmp_path / "fig8", "--sr", photos / "sr.pth", "--lr-dir", photos / "lq")
-    found = json.loads((tmp_path / "fig8.json").read_text())["lines"]["method"]
-    assert set(found["auc"]) == {"blur", "noise", "jpeg", "as in pre-training", "sr.pth"} and len(found["clean"]) == 8 and len(found["sr.pth"]) == 4
+    run(probe, "fig8", "--rec", trained / "method", *shared, "--out", tmp_path / "fig8",
+        "--sr", photos / "sr.pth", "--lr-dir", photos / "lq")
+    values = json.loads((tmp_path / "fig8.json").read_text())["lines"]["method"]
+    assert set(values["auc"]) == {"blur", "noise", "jpeg", "as in pre-training", "sr.pth"}
+    assert len(values["clean"]) == 8 and len(values["sr.pth"]) == 4
     tune(photos, trained / "method", tmp_path / "tuned", "--gt-dir", photos / "gt")
-    call("probe", "fig9", "--runs", tmp_path / "tuned", "--out", tmp_path / "fig9")
+    run(probe, "fig9", "--runs", tmp_path / "tuned", "--out", tmp_path / "fig9")
     for n in (7, 8, 9):
         assert min(image_size(tmp_path / f"fig{n}.png")) > 200
 
 
 @pytest.mark.fast
 def test_area_under_the_curve():
-    from selfsup import probe as selfsup_probe
-    assert selfsup_probe.area(np.array([1, 2, 3.0]), np.array([4, 5.0])) == 1
-    assert selfsup_probe.area(np.array([1, 2, 3.0]), np.array([2, 2.0])) == 0.5
+    assert probe.area(np.array([1, 2, 3.0]), np.array([4, 5.0])) == 1
+    assert probe.area(np.array([1, 2, 3.0]), np.array([2, 2.0])) == 0.5
     rng = np.random.default_rng(0)
     clean, worse = rng.normal(0, 1, 40), rng.normal(1, 1, 40)
-    value, low, high = selfsup_probe.area_with_interval(clean, worse, np.repeat(np.arange(10), 4))
+    value, low, high = probe.area_with_interval(clean, worse, np.repeat(np.arange(10), 4))
     brute = np.mean([(b > a) + 0.5 * (b == a) for a in clean for b in worse])
     assert value == pytest.approx(brute) and low < value < high
-    value, low, high = selfsup_probe.area_of_others(clean, worse[:30])
-    assert value == pytest.approx(np.mean([b > a for a in clean for b in worse[:30]])) and 0 < low < value < high < 1
-    assert selfsup_probe.area_of_others(clean, worse[:1])[0] == selfsup_probe.area_of_others(clean, worse[:1])[2]
+    assert value == mannwhitneyu(worse, clean).statistic / 1600
+    value, low, high = probe.area_of_others(clean, worse[:30])
+    brute = np.mean([b > a for a in clean for b in worse[:30]])
+    assert value == pytest.approx(brute) and 0 < low < value < high < 1
+    value, low, high = probe.area_of_others(clean, worse[:1])
+    assert low == value == high
 
 
 def test_probes_of_what_does_not_fit(photos, trained, tmp_path):
-    call = lambda *words: selfsup.main(selfsup.parse_args([str(word) for word in ("probe", *words, "--out", tmp_path / "figure")]))
+    out = ["--out", tmp_path / "figure"]
     content = torch.load(trained / "method" / "weights" / "rec.pth", weights_only=True)
     content["settings"]["far_enc"] = "sr"
     torch.save(content, tmp_path / "sr.pth")
-    fig8 = ["fig8", "--hr", photos / "gt", "--rec"]
-    for words, error, match in (([*fig8, tmp_path / "sr.pth"], ValueError, "--far-sr PATH is needed"), ([*fig8, trained / "plain"], ValueError, "trained without FAR"),
-                                ([*fig8, trained / "method", "--sr", photos / "sr.pth", "--lr-dir", tmp_path / "none"], FileNotFoundError, "--lr-dir .*: no such folder"),
-                                ([*fig8, trained / "method", "--sr", photos / "sr.pth", photos / "sr.pth", "--lr-dir", photos / "lq"], ValueError, "two networks of one name")):
-        with pytest.raises(error, match=match):
-            call(*words)
+    fig8 = ["fig8", *out, "--hr", photos / "gt", "--rec"]
+    tuned = [trained / "method", "--sr", photos / "sr.pth"]
+    for words, message in (([tmp_path / "sr.pth"], "--far-sr PATH is needed"),
+                           ([trained / "plain"], "trained without FAR"),
+                           ([*tuned, "--lr-dir", tmp_path / "none"], "--lr-dir .*: no such folder"),
+                           ([*tuned, photos / "sr.pth", "--lr-dir", photos / "lq"], "two networks of one name")):
+        with pytest.raises(runs.UserError, match=message):
+            run(probe, *fig8, *words)
     event = {"rec": 1.0, "drift": 0.0}
-    for name, metrics in (("a", {}), ("b", {"psnr": 20.0}), ("c/a", {})):                        # b was continued without --gt-dir
+    # b was continued without --gt-dir
+    for name, once in (("a", {}), ("b", {"psnr": 20.0}), ("c/a", {})):
         (tmp_path / name).mkdir(parents=True)
-        lines = [{"step": k, "split": which, **event, **(metrics if k == 0 else {})} for k in range(3) for which in ("ema", "raw")]
+        lines = [{"step": k, "split": split, **event, **(once if k == 0 else {})}
+                 for k in range(3) for split in ("ema", "raw")]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ValueError, match="two runs are called a"):
-        call("fig9", "--runs", tmp_path / "a", tmp_path / "c" / "a")
+    with pytest.raises(runs.UserError, match="two runs are called a"):
+        run(probe, "fig9", *out, "--runs", tmp_path / "a", tmp_path / "c" / "a")
     assert not (tmp_path / "figure.json").exists()
-    call("fig9", "--runs", tmp_path / "b", tmp_path / "a")
+    run(probe, "fig9", *out, "--runs", tmp_path / "b", tmp_path / "a")
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
-def test_missing_vgg_weights_name_flags_of_this_script(monkeypatch):
-    monkeypatch.setattr(archs, "vgg19_download", lambda: (_ for _ in ()).throw(FileNotFoundError("no VGG19: name a file with --vgg-weights FILE, or do without the perceptual loss: --lambda-p 0")))
-    for make, instead in ((metrics.VGGCosine, "proxy"), (features.VGGFeatures, "--far-enc rand")):
-        with pytest.raises(ValueError, match=instead) as caught:
+def test_missing_vgg_weights_name_flags_of_these_scripts(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
+    for make, instead in ((metrics.VGGCosine, "proxy"), (encoders.VGGFeatures, "--far-enc rand")):
+        with pytest.raises(runs.UserError, match=instead) as caught:
             make()
-        assert "--lambda-p" not in str(caught.value)
+        assert "--vgg-weights FILE" in str(caught.value) and "--lambda-p" not in str(caught.value)
 
 
-def test_the_demo_says_what_it_starts_from(tmp_path, monkeypatch):
+# Demo
+
+def test_the_demos_make_what_they_start_from(tmp_path, monkeypatch):
+    """By the commands that a user would give; a shortened length goes to all trainings."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="train.py --demo --stage psnr"):
-        selfsup.main(selfsup.parse_args(["--demo"]))
+    made = []
+
+    class StartsFrom(Exception):
+        pass
+
+    def make_missing(path, world, script, *words):
+        made.append(" ".join(map(str, [path, script, *words])))
+        if script == last:
+            raise StartsFrom
+    monkeypatch.setattr(runs, "make_missing", make_missing)
+    degrade = ("datasets/demo-domain prepare.degrade datasets/demo/Test/GT/demo/untouched datasets/demo-domain "
+               "--degradation camera")
+    photos = ["datasets/demo prepare.demo_set"]
+    psnr = "runs/compact-small-psnr/weights train.py --demo --stage psnr --resume auto --device cpu"
+    pretraining = "runs/rec-demo/weights selfsup.pretrain --demo --resume auto --device cpu"
+    for module, words, expected in (
+            (pretrain, [], photos), (probe, [], [*photos, pretraining]),
+            (finetune, [], [*photos, degrade, psnr, pretraining]),
+            (finetune, ["--total-steps", 3],
+             [*photos, degrade, f"{psnr} --total-steps 3", f"{pretraining} --total-steps 3"]),
+            (finetune, ["--sr", "mine.pth", "--lr-dir", "mine"], [pretraining])):
+        last = expected[-1].split()[1]
+        with pytest.raises(StartsFrom):
+            run(module, "--demo", "--device", "cpu", *words)
+        assert made == expected
+        made.clear()
     assert not list(tmp_path.iterdir())
+
+
+def test_all_stages_in_small(tmp_path, monkeypatch):
+    """python -m selfsup --demo starts the scripts one after the other."""
+    monkeypatch.chdir(tmp_path)
+    started = []
+    monkeypatch.setattr(demo, "run", lambda script, *words: started.append([script, *map(str, words)]))
+    monkeypatch.setattr(runs, "make_missing", lambda path, world, *words: demo.run(*words))
+    demo.main(demo.parse_args(["--demo", "--total-steps", "2"]))
+    scripts = [words[0] for words in started]
+    assert scripts == ["train.py", "selfsup.pretrain", "selfsup.finetune", "evaluate.py", "selfsup.probe"]
+    assert all(words[-2:] == ["--total-steps", "2"] for words in started[:3])
+    assert "whole-y" in started[3] and started[3][started[3].index("--weights") + 1:][:2] == [
+        str(options.DEMO_SR), str(options.DEMO_TUNED)]
+
+
+@pytest.mark.slow
+def test_the_demo_from_nothing(tmp_path, script):
+    """In an empty folder: the data, the run that is adapted, all stages, the table and the plot."""
+    output = script("selfsup", "--demo", "--total-steps", 2, cwd=tmp_path, timeout=600).stdout
+    assert "whole-y" in output and "area under the ROC curve" in output
+    scores = json.loads((tmp_path / "runs" / "selfsup-demo.json").read_text())["mean"]
+    assert {"compact-small-psnr", "selfsup-demo"} <= set(scores)
+    assert image_size(tmp_path / "runs" / "selfsup-demo-fig8.png")
 
 
 # Errors
@@ -615,65 +742,84 @@ def test_the_demo_says_what_it_starts_from(tmp_path, monkeypatch):
     (["--lr-dir", "EMPTY"], r"no images"),
     (["--lr-dir", "nowhere"], r"--lr-dir nowhere: no such folder"),
     (["--rec", "nowhere"], r"no reconstruction network there; make it with"),
-    (["--rec", "WIDE"], r"weights of another width than its settings say"),
+    (["--rec", "WIDE"], r"not a reconstruction network .*size mismatch"),
     (["--rec", "SR"], r"not a reconstruction network"),
-    (["--rec", "PLAIN", "--far"], r"was trained without; selfsup.py pretrain --far"),
+    (["--rec", "PLAIN", "--far"], r"was trained without; python -m selfsup.pretrain --far"),
     (["--rec", "PLAIN", "--s-rule", "eq8"], r"was trained without a controller"),
     (["--s-rule", "one"], r"was trained with a controller"),
     (["--gt-dir", "LQ"], r"expected four times its LR image's 24x24"),
     (["--out", "LQ"], r"exists and is not empty"),
-    (["--rec", "OLD"], r"settings lack mean_d"),
-    (["--rec", "OTHER"], r"FAR's encoder: other weights than stage 1 had"),
+    (["--rec", "OLD"], r"not a reconstruction network .*mean_d"),
+    (["--rec", "OTHER"], r"FAR's encoder: other weights than pre-training had"),
 ])
 def test_errors_of_finetune(photos, trained, tmp_path, words, message):
     (tmp_path / "empty").mkdir()
     content = torch.load(trained / "method" / "weights" / "rec.pth", weights_only=True)
-    content["settings"]["sizes"]["width"] = 12
-    torch.save(content, tmp_path / "wide.pth")
-    content["settings"]["sizes"]["width"] = 8
-    torch.save(content | {"settings": {k: v for k, v in content["settings"].items() if k != "mean_d"}}, tmp_path / "old.pth")
-    content["settings"]["looked_through"][2] = "0123"
-    torch.save(content, tmp_path / "other.pth")
-    places = {"OLD": tmp_path / "old.pth", "OTHER": tmp_path / "other.pth", "X2": photos / "x2.pth", "EMPTY": tmp_path / "empty", "WIDE": tmp_path / "wide.pth", "SR": photos / "sr.pth", "PLAIN": trained / "plain", "LQ": photos / "lq"}
-    with pytest.raises(ValueError, match=message):
+
+    def changed(name, change):
+        settings = copy.deepcopy(content["settings"])
+        change(settings)
+        torch.save(content | {"settings": settings}, tmp_path / name)
+        return tmp_path / name
+    places = {"WIDE": changed("wide.pth", lambda settings: settings["sizes"].update(width=12)),
+              "OLD": changed("old.pth", lambda settings: settings.pop("mean_d")),
+              "OTHER": changed("other.pth", lambda settings: settings["looked_through"].__setitem__(2, "0123")),
+              "X2": photos / "x2.pth", "EMPTY": tmp_path / "empty", "SR": photos / "sr.pth", "PLAIN": trained / "plain",
+              "LQ": photos / "lq"}
+    with pytest.raises(runs.UserError, match=message):
         tune(photos, trained / "method", tmp_path / "out", *[places.get(word, word) for word in words])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("words, message", [
-    (["pretrain", "--arch", "lway", "--far"], "LWay has none"), (["pretrain", "--load-size", "128"], "at least 256"), (["finetune", "--lr-dir", "x"], "--sr is needed"),
-    (["finetune", "--sr", "a", "--lr-dir", "x", "--stop", "val-gt"], "--gt-dir DIR is needed"), (["probe", "fig7"], "--rec is needed"), (["probe"], "which figure"), ([], "which stage"),
-    (["pretrain", "--patches", "3"], "unrecognized"), (["pretrain", "--far-enc", "sr"], "--far-sr"), (["domain"], "--hr is needed")])
-def test_errors_of_flags(words, message, capsys):
+@pytest.mark.parametrize("module, words, message", [
+    (pretrain, "--arch lway --far", "LWay has none"),
+    (pretrain, "--load-size 128", "at least 256"),
+    (pretrain, "--patches 3", "unrecognized"),
+    (pretrain, "--far-enc sr", "--far-sr"),
+    (finetune, "--lr-dir x", "--sr is needed"),
+    (finetune, "--sr a --lr-dir x --stop val-gt", "--gt-dir DIR is needed"),
+    (finetune, "--sr a --lr-dir b --watch psnr", "--watch psnr compares"),
+    (finetune, "--sr a --lr-dir b --stop far --val-every 0", "must not be 0"),
+    (probe, "fig7", "--rec is needed"),
+    (probe, "", "which figure"),
+    (probe, "fig7 --precision bf16", "unrecognized"),
+    (demo, "", "--demo"),
+    (demo, "pretrain --demo", "unrecognized")])
+def test_errors_of_flags(module, words, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        selfsup.parse_args(words)
+        module.parse_args(words.split())
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.fast
 def test_switches_of_the_tables():
-    parse = lambda *words: selfsup.parse_args(["pretrain", *words])
-    assert (parse().s_rule, parse().far, parse().arch) == ("eq8", True, "hra")
-    assert (parse("--arch", "lway").s_rule, parse("--arch=lway").far) == ("one", False)
+    def parse(*words):
+        return pretrain.parse_args(list(words))
     defaults = parse()
-    assert (defaults.lr, defaults.total_steps, defaults.ema_decay, defaults.blocks, defaults.dim, defaults.patch) == (2e-4, 500_000, 0.999, [16, 6, 4], 512, 64)
-    tuned = selfsup.parse_args(["finetune", "--sr", "a.pth", "--lr-dir", "b"])
-    assert (tuned.total_steps, tuned.ema_decay, tuned.hf, tuned.stop, str(tuned.out)) == (300, 0.999, True, "fixed", "runs/a+b")
+    assert (defaults.s_rule, defaults.far, defaults.arch, defaults.size) == ("eq8", True, "hra", "paper")
+    assert (parse("--arch", "lway").s_rule, parse("--arch=lway").far) == ("one", False)
+    assert (defaults.lr, defaults.total_steps, defaults.ema_decay, defaults.patch) == (2e-4, 500_000, 0.999, 64)
+    tuned = finetune.parse_args(["--sr", "a.pth", "--lr-dir", "b"])
+    assert (tuned.total_steps, tuned.ema_decay, tuned.hf, tuned.stop) == (300, 0.999, True, "fixed")
+    assert str(tuned.out) == "runs/a+b"
 
 
 def test_two_processes_learn_what_one_learns(photos, tmp_path, script):
-    words = ["pretrain", "--hr", photos / "gt", *TINY, "--total-steps", "3"]
-    script("selfsup", *words, "--out", tmp_path / "one")
-    script("selfsup", *words, "--out", tmp_path / "two", processes=2)
+    words = ["--hr", photos / "gt", *TINY, "--total-steps", 3]
+    script("selfsup.pretrain", *words, "--out", tmp_path / "one")
+    script("selfsup.pretrain", *words, "--out", tmp_path / "two", processes=2)
     one, two = (torch.load(tmp_path / n / "weights" / "rec.pth", weights_only=True)["params"] for n in ("one", "two"))
     for k in one:
         torch.testing.assert_close(one[k], two[k], atol=2e-4, rtol=1e-3)
-    tuned = ["finetune", "--rec", tmp_path / "one", "--sr", photos / "sr.pth", "--lr-dir", photos / "lq", "--gt-dir", photos / "gt", "--patch", "16", "--batch-size", "2", "--total-steps", "2", "--lr", "1e-4",
-             "--workers", "0", "--device", "cpu"]
+    words = ["--rec", tmp_path / "one", "--sr", photos / "sr.pth", "--lr-dir", photos / "lq", "--gt-dir", photos / "gt",
+             *TUNE, "--total-steps", 2, "--lr", 1e-4]
     for name, processes in (("a", 1), ("b", 2)):
-        script("selfsup", *tuned, "--out", tmp_path / name, processes=processes)
-    a, b = (torch.load(tmp_path / n / "weights" / "ema_0000002.pth", weights_only=True)["params"] for n in "ab")
+        script("selfsup.finetune", *words, "--out", tmp_path / name, processes=processes)
     start = torch.load(photos / "sr.pth", weights_only=True)["params"]
-    flat = lambda state: torch.cat([state[k].flatten() for k in start])
-    assert (flat(a) - flat(b)).abs().mean() < 0.02 * (flat(a) - flat(start)).abs().mean()        # Adam's first steps turn a rounding of zero into a step
+
+    def flat(state):
+        return torch.cat([state[k].flatten() for k in start])
+    a, b = (torch.load(tmp_path / n / "weights" / "ema_0000002.pth", weights_only=True)["params"] for n in "ab")
+    # Adam's first steps turn a rounding of zero into a step
+    assert (flat(a) - flat(b)).abs().mean() < 0.02 * (flat(a) - flat(start)).abs().mean()
