@@ -167,7 +167,9 @@ def find_photos(folder, flag="--data"):
         raise runs.UserError(f"{folder}: no such folder; {flag} DIR names the photographs, --demo needs no download")
     if (Path(folder) / "Train").is_dir():
         return Sets({"original": find_sets(folder, "Train").files["original"]})
-    patches = Path(folder).name.lower() == "original" and (Path(folder).parent / "01").is_dir()
+    name, parent = Path(folder).name.lower(), Path(folder).parent
+    # folders that the builders of this repository fill with patches
+    patches = name == "original" and (parent / "01").is_dir() or name == "untouched" and (parent / "images").is_dir()
     return Sets({"original": list_images(folder)}, patches=patches)
 
 
