@@ -164,7 +164,9 @@ def find_photos(folder, flag="--data"):
         raise runs.UserError(f"{folder}: no such folder; {flag} DIR names the photographs, --demo needs no download")
     if (folder / "Train").is_dir():
         return Sets({"original": find_sets(folder, "Train").files["original"]})
-    patches = folder.name.lower() == "original" and (folder.parent / "01").is_dir()
+    name, parent = folder.name.lower(), folder.parent
+    # folders that the builders of this repository fill with patches
+    patches = name == "original" and (parent / "01").is_dir() or name == "untouched" and (parent / "images").is_dir()
     return Sets({"original": list_images(folder)}, patches=patches)
 
 

@@ -1,140 +1,273 @@
-"""Stage 6 of dpo.py: generators side by side on the same seeds. What to expect of the best, the mean and the worst of k seeds, every metric, how far seeds differ.
+"""Compare generators on the same seeds: best, mean and worst of k seeds, every metric, differences between seeds.
 
-    OUT/eval.json  curves.png  grid.png  table.md     OUT/<row>/<name>/<seed>.png
-Three things guard against a reward that was fooled: metrics that had no part in it (--watch); the first generator's outputs under a plain unsharp mask; and the first generator with less initial noise.
-Where one of the last two gains as much as tuning did, tuning may have done no more than that. Intervals are over photographs, paired: crops of one photograph resemble each other.
+    python -m dpo.compare --gen runs/flow-base runs/flow-base+dpo --norm-file POOL/norm.json --lq-dir LR --gt-dir HR
+    python -m dpo.compare --demo                      small, on a CPU, no download
+
+    OUT/eval.json  table.md  curves.png  grid.png     OUT/<row>/<name>/<seed>.png
+
+Three controls show whether the reward was fooled: metrics that had no part in it (--watch); the first generator's
+outputs under an unsharp mask; and the first generator with less noise at the start (--less-noise). If one of the last
+two gains as much as tuning does, the gain cannot be credited to the preferences. Intervals are over photographs,
+paired: crops of one photograph resemble each other.
 """
+from pathlib import Path
+
+import runs
+from dpo import options
+
+REWARDS = runs.literal("dpo/preference", "REWARDS")
+# CHOICE: amounts of the unsharp masks
+UNSHARP = (0.5, 1.0)
+# CHOICE: photographs on the contact sheet
+SHOWN = 4
+# CHOICE: sized so that the whole demo ends within four minutes on two cores
+DEMO = dict(gen=[options.DEMO_GENERATOR, options.DEMO_TUNED], norm_file=options.DEMO_POOL / "norm.json",
+            hr=options.DEMO_TEST, **options.DEMO_CROPS, groups=8, samples=8, watch=["piqe", "psnr"], diversity="proxy",
+            out=Path("runs/dpo-demo-eval"), threads=1)
+
+
+def parse_args(argv=None):
+    p = options.parser("dpo.compare", __doc__)
+    options.add_generator(p, nargs="+", default=[Path("runs/flow-base"), Path("runs/flow-base+dpo")],
+                          help="run folders; differences are to the first; with --model ControlNets")
+    options.add_images(p, 100, "crops of --hr")
+    g = p.add_argument_group("reward and metrics")
+    g.add_argument("--norm-file", type=Path, default=Path("runs/dpo-pool/norm.json"), metavar="FILE",
+                   help="scale and metrics of the reward, from dpo.pool curate; never fitted again")
+    g.add_argument("--reward", choices=REWARDS, default="hybrid", help="as in dpo.pool curate")
+    g.add_argument("--watch", nargs="*", metavar="NAME",
+                   help="metrics outside the reward; default: psnr ssim nima (PAPER, among others), without ground "
+                        "truth nima")
+    options.add_metric_files(g)
+    g.add_argument("--less-noise", type=runs.RATE, nargs="*", metavar="SHARE",
+                   help="control: the first generator with its initial noise times this; above 1: more. Default: 0.9 "
+                        "0.7, with --model none (CHOICE)")
+    g.add_argument("--diversity", choices=["lpips", "vgg", "proxy", "none"], default="lpips",
+                   help="distance between seeds; vgg takes its weights from --metric-weights vgg=FILE")
+    g.add_argument("--samples", type=runs.SIZE, default=64, help="M, seeds per image (PAPER: 64)")
+    g.add_argument("--batch-size", type=runs.SIZE, default=16, help="outputs at a time; they do not depend on it")
+    g = p.add_argument_group("output")
+    g.add_argument("--names", nargs="+", metavar="NAME", help="of the rows; default: the run folders'")
+    g.add_argument("--shown-rows", nargs="+", metavar="NAME",
+                   help="rows on the contact sheet; default: all generators of --gen")
+    g.add_argument("--out", type=Path, default=Path("runs/dpo-eval"), metavar="DIR",
+                   help="outputs, scores, table and plots; an unfinished call is continued")
+    options.add_machine(p)
+    args = options.parse(p, argv, {p: DEMO})
+    options.check_images(p, args)
+    options.check_generator(p, args)
+    if args.model and args.less_noise:
+        p.error("--less-noise is for FlowSR: leave it out with --model")
+    if args.less_noise is None:
+        args.less_noise = [] if args.model else [0.9, 0.7]
+    if args.watch is None:
+        args.watch = ["psnr", "ssim", "nima"] if args.hr or args.gt_dir else ["nima"]
+    return args
+
+
+# --help and flag errors need no torch: seconds
+ARGS = parse_args() if __name__ == "__main__" else None
+
 import copy
 import re
+from functools import partial
 
 import numpy as np
 import torch
 
-import data
-from dpo import pool as dpo_pool
-from dpo import preference
-import metrics as quality
-import runs
-import metrics as scoring
+import metrics
+from dpo import candidates, flow, preference
 from images import load_image, save_image
-from report import tables
-from report import pictures
+from report import pictures, tables
+
+# the crops of --hr are always the same
+SEED = 0
 
 
-def open_rows(args, load):
-    """{row: generator}, in the order of --gen; ValueError for names that are not fit for folders, or are not as many."""
-    names = args.names or [path.name if path.is_dir() else path.parent.parent.name for path in args.gen]
-    if len(names) != len(args.gen) or len(set(names)) != len(names):
-        raise runs.UserError(f"--names {' '.join(names)}: {len(args.gen)} different names are needed, one for each --gen")
-    if bad := [name for name in names if not re.fullmatch(r"[\w .+@,=-]+", name) or name.startswith(".") or name in ("eval", "images", "scores")]:
-        raise runs.UserError(f"--names {bad[0]!r}: names a folder beside eval.json, images and scores: another word, of letters, digits, blanks and + - . , = @")
-    rows = {}
-    for name, path in zip(names, args.gen):
-        rows[name] = load(path, like=next(iter(rows.values()), None))
-    for share in args.less_noise:
-        gen = copy.copy(rows[names[0]])
+def open_generators(paths, names, shares, load):
+    """{row: generator} of --gen, then the first with its initial noise times each of `shares`.
+
+    load: (path, like=generator of the same frozen networks) -> generator.
+    UserError for names that are not fit for folders, or are not as many as paths.
+    """
+    names = names or [path.name if path.is_dir() else path.parent.parent.name for path in paths]
+    if len(names) != len(paths) or len(set(names)) != len(names):
+        raise runs.UserError(f"--names {' '.join(names)}: {len(paths)} different names are needed, one for each --gen")
+    for name in names:
+        if not re.fullmatch(r"[\w .+@,=-]+", name) or name.startswith(".") or name in ("eval", "images", "scores"):
+            raise runs.UserError(f"--names {name!r}: names a folder beside eval.json, images and scores: take another "
+                                 "word, of letters, digits, blanks and + - . , = @")
+    generators = {}
+    for name, path in zip(names, paths):
+        generators[name] = load(path, like=next(iter(generators.values()), None))
+    for share in shares:
+        gen = copy.copy(generators[names[0]])
         gen.tau = share * gen.tau
-        rows[f"{names[0]}, {share:g} of the noise"] = gen
-    return rows
+        generators[f"{names[0]}, {share:g} of the noise"] = gen
+    return generators
 
 
-def candidates(args, rows, items, world):
-    """{row: {name: [files]}}: outputs of every generator, and of the first under unsharp masks. rows: of open_rows."""
-    files, first = {}, next(iter(rows))
-    for row, gen in rows.items():
-        record, about = args.out / f"{row}.json", {"generator": gen.identity(gen.net), "images": {name: scoring.digest(item["lq"]) for name, item in items.items()}, "samples": args.samples}
-        before = dpo_pool.read_json(record, "") if record.exists() else about
-        if before != about:
-            raise runs.UserError(f"--out {args.out}: its {row} was made by another generator, of other images, or with another --samples: choose another folder")
+def sharpened(row, amount):
+    """Name of the control row: `row` under an unsharp mask."""
+    return f"{row} + unsharp {amount:g}"
+
+
+def make_outputs(out, generators, items, samples, batch_size, world):
+    """{row: {name: [files by seed]}}: outputs of every generator, and those of the first under unsharp masks."""
+    files, first = {}, next(iter(generators))
+    lq_hashes = {name: metrics.digest(item["lq"]) for name, item in items.items()}
+    for row, gen in generators.items():
+        record = out / f"{row}.json"
+        about = {"generator": gen.identity(gen.net), "images": lq_hashes, "samples": samples}
+        if record.exists() and candidates.read_json(record, "remove it") != about:
+            raise runs.UserError(f"--out {out}: its {row} was made by another generator, of other images, or with "
+                                 "another --samples: choose another folder")
         world.barrier()
         if world.is_main:
             runs.save_json(record, about)
-        dpo_pool.fill(gen, gen.net, items, args.out / row, args.samples, world, args.batch_size, row)
-        files[row] = {name: [args.out / row / name / f"{seed}.png" for seed in range(args.samples)] for name in items}
-    for amount in args.unsharp:
-        row = f"{first} + unsharp {amount:g}"
-        files[row] = {name: [args.out / row / name / path.name for path in found] for name, found in files[first].items()}
+        candidates.fill(gen, items, out / row, samples, world, batch_size, row)
+        files[row] = {name: [out / row / name / f"{seed}.png" for seed in range(samples)] for name in items}
+    for amount in UNSHARP:
+        row = sharpened(first, amount)
+        files[row] = {name: [out / row / name / path.name for path in paths] for name, paths in files[first].items()}
         for name in list(items)[world.rank::world.size]:
             for source, target in zip(files[first][name], files[row][name]):
                 if not target.exists():
-                    runs.write_atomic(target, lambda t: save_image(t, quality.unsharp(scoring.load(source, world.device), amount)[0]))
+                    image = metrics.unsharp(metrics.load(source, world.device), amount)[0]
+                    runs.write_atomic(target, partial(save_image, image=image))
     world.barrier()
     return files
 
 
 @torch.no_grad()
-def diversity(files, distance, device):
-    """{name: [files]} -> (images,): mean distance between outputs of two seeds, over disjoint pairs of seeds."""
-    one = lambda a, b: distance(scoring.load(a, device), scoring.load(b, device)).mean().item()
-    return np.array([np.mean([one(a, b) for a, b in zip(found[:-1:2], found[1::2])]) for found in files.values()])
+def mean_distance(files, distance, device):
+    """Per image: mean distance between outputs of different seeds, over disjoint pairs of seeds."""
+    def between(a, b):
+        return distance(metrics.load(a, device), metrics.load(b, device)).mean().item()
+    return np.array([np.mean([between(a, b) for a, b in zip(paths[:-1:2], paths[1::2])]) for paths in files.values()])
 
 
-def evaluate(args, world, load):
-    """Everything that is measured, as eval.json; load: path -> generator."""
-    norm = dpo_pool.open_norm(args.norm_file)
-    paired = bool(args.hr or args.gt_dir)
-    kinds = {m: v["full_reference"] for m, v in norm["metrics"].items() if paired or args.reward != "nr" or not v["full_reference"]}          # without ground truth the others alone
-    watched = [m for m in args.watch if m not in kinds]
-    metrics = dpo_pool.create_metrics([m for m, full in kinds.items() if full], [m for m, full in kinds.items() if not full], args.metric_weights, world.device)
-    dpo_pool.check_norm(args.norm_file, {"metrics": {m: norm["metrics"][m] for m in kinds}}, dpo_pool.describe_metrics(metrics))
-    inside = list(metrics)
-    metrics |= {m: quality.create_metric(m, world.device, dict(w.split("=", 1) for w in args.metric_weights).get(m), **dpo_pool.PROTOCOL, flag="--watch") for m in watched}
-    rows = open_rows(args, load)
-    known = [*rows, *(f"{next(iter(rows))} + unsharp {amount:g}" for amount in args.unsharp)]
-    if unknown := [row for row in args.shown_rows or () if row not in known]:
-        raise runs.UserError(f"--shown-rows {unknown[0]!r}: no such row; choose from {', '.join(known)}")
-    items = dpo_pool.own_images(args, args.out / "images", world, "test") if args.hr else dpo_pool.find_items(args.lq_dir, args.gt_dir)
-    if (full := [m for m, metric in metrics.items() if metric.full_reference]) and not paired:
-        raise runs.UserError(f"{', '.join(full)}: --lq-dir {args.lq_dir} has no ground truth to compare with: --gt-dir DIR, or only no-reference metrics (--reward nr, --watch)")
+def over_photos(values, photos):
+    """(images, ...) -> (photographs, ...): means over the images of each. photos: the photograph of every image."""
+    return np.stack([values[photos == photo].mean(0) for photo in dict.fromkeys(photos)])
+
+
+def summarise(raw, rewards, distances, judges, photos):
+    """{row: {"values": {column: (photographs,)}, "curve", "seed_std"}}.
+
+    raw: {row: (images, M, K)}, rewards: {row: (images, M)}, distances: {row: (images,)} or {}; judges: the K metrics.
+    """
+    rows = {}
+    for row, r in rewards.items():
+        curve, samples = preference.curves(r), r.shape[1]
+        values = {f"best@{samples}": curve["best"][:, -1], "reward": r.mean(1),
+                  f"worst@{samples}": curve["worst"][:, -1], "seed std": r.std(1)}
+        values |= {"diversity": distances[row]} if distances else {}
+        values |= {m: raw[row][..., k].mean(1) for k, m in enumerate(judges)}
+        rows[row] = {
+            "values": {name: over_photos(value, photos) for name, value in values.items()},
+            "curve": {kind: over_photos(curve[kind], photos).mean(0).tolist() for kind in ("best", "mean", "worst")},
+            "seed_std": {m: float(over_photos(raw[row][..., k].std(1), photos).mean()) for k, m in enumerate(judges)}}
+    return rows
+
+
+def main(args):
+    world = runs.start_world(args.device, args.threads)
+    if args.demo and args.gen == DEMO["gen"]:
+        options.make_demo_start(world, options.DEMO_TUNED / "weights" / "gen.pth")
+    norm, paired = candidates.open_norm(args.norm_file), bool(args.hr or args.gt_dir)
+    # without ground truth the no-reference metrics alone
+    full_reference = {m: v["full_reference"] for m, v in norm["metrics"].items()
+                      if paired or args.reward != "nr" or not v["full_reference"]}
+    fr, nr = ([m for m, full in full_reference.items() if full == kind] for kind in (True, False))
+    metric_files = dict(args.metric_weights)
+    judges = candidates.create_metrics(fr, nr, metric_files, world.device)
+    part = {"metrics": {m: norm["metrics"][m] for m in full_reference}}
+    candidates.check_norm(args.norm_file, part, candidates.describe_metrics(judges))
+    in_norm = list(judges)
+    for name in args.watch:
+        if name not in judges:
+            judges[name] = metrics.create_metric(name, world.device, metric_files.get(name), **candidates.PROTOCOL,
+                                                 flag="--watch")
+    in_reward = [m for m in in_norm if args.reward == "hybrid" or full_reference[m] == (args.reward == "fr")]
+    distance = None
+    if args.diversity != "none" and args.samples > 1:
+        distance = metrics.create_distances(args.diversity, metric_files.get("vgg"), 2)[0].to(world.device)
+    load = partial(flow.load_generator, model=args.model, device=world.device, steps=args.steps, tau=args.tau,
+                   **dict(prompts=args.prompts, guidance=args.guidance) if args.model else {})
+    generators = open_generators(args.gen, args.names, args.less_noise, load)
+    rows = [*generators, *(sharpened(next(iter(generators)), amount) for amount in UNSHARP)]
+    if unknown := [row for row in args.shown_rows or () if row not in rows]:
+        raise runs.UserError(f"--shown-rows {unknown[0]!r}: no such row; choose from {', '.join(rows)}")
+    if args.hr:
+        items = candidates.open_images(args.out / "images", world, options.image_source(args, SEED), "test")
+    else:
+        items = candidates.find_items(args.lq_dir, args.gt_dir)
+    candidates.check_references(judges, items)
     if world.is_main:
         runs.check_writable(args.out, "--out")
-    files = candidates(args, rows, items, world)
-    raw = {row: dpo_pool.judge(metrics, items, found, args.out / "scores", world, f"--lq-dir {args.lq_dir}") for row, found in files.items()}
+
+    outputs = make_outputs(args.out, generators, items, args.samples, args.batch_size, world)
+    raw = {row: candidates.judge(judges, items, files, args.out / "scores", world) for row, files in outputs.items()}
     if not world.is_main:
-        return None
-    whose = np.array([data.photo_of(name) for name in items])
-    over_photos = lambda values: np.stack([values[whose == photo].mean(0) for photo in dict.fromkeys(whose)])
-    lower = {m: metric.lower_is_better for m, metric in metrics.items()}
-    used = [m for m in inside if args.reward == "hybrid" or kinds[m] == (args.reward == "fr")]
-    rewards = {row: dpo_pool.rewards_of(values[..., :len(inside)], norm, args.reward, inside) for row, values in raw.items()}
-    distance = None if args.diversity == "none" else metrics.create_distances(args.diversity, args.vgg_weights, 2)[0].to(world.device)
-    found = {}
-    for row, r in rewards.items():
-        curve = preference.curves(r)
-        values = {f"best@{args.samples}": curve["best"][:, -1], "reward": r.mean(1), f"worst@{args.samples}": curve["worst"][:, -1], "seed std": r.std(1)}
-        values |= {"diversity": diversity(files[row], distance, world.device)} if distance and args.samples > 1 else {}
-        values |= {m: raw[row][..., k].mean(1) for k, m in enumerate(metrics)}
-        found[row] = {"values": {name: over_photos(v) for name, v in values.items()}, "curve": {which: over_photos(curve[which]).mean(0).tolist() for which in ("best", "mean", "worst")},
-                      "seed_std": {m: float(over_photos(raw[row][..., k].std(1)).mean()) for k, m in enumerate(metrics)}}
-    first = next(iter(found))
-    summary = {"reward": args.reward, "inside": used, "outside": [m for m in metrics if m not in used], "samples": args.samples, "images": len(items), "photos": len(set(whose)), "k": curve["k"],
-               "lower_is_better": {name: lower.get(name, None if name in ("seed std", "diversity") else False) for name in found[first]["values"]}, "diversity_by": args.diversity, "norm": str(args.norm_file), "rows": {}, **runs.describe_machine()}
-    for row, v in found.items():
-        means = {name: dict(zip(("mean", "low", "high"), (float(x.mean()), *tables.interval(x)))) for name, x in v["values"].items()}
-        differences = {name: tables.difference(x[None], found[first]["values"][name][None]) for name, x in v["values"].items()} if row != first else {}
-        summary["rows"][row] = {"means": means, "minus_first": differences, "curve": v["curve"], "seed_std": v["seed_std"], "per_photo": {name: x.tolist() for name, x in v["values"].items()}}
+        return
+    rewards = {row: candidates.rewards_of(values[..., :len(in_norm)], norm, args.reward, in_norm)
+               for row, values in raw.items()}
+    distances = {}
+    if distance:
+        distances = {row: mean_distance(files, distance, world.device) for row, files in outputs.items()}
+    photos = np.array([item["photo"] for item in items.values()])
+    summary = {"reward": args.reward, "inside": in_reward, "outside": [m for m in judges if m not in in_reward],
+               "samples": args.samples, "images": len(items), "photos": len(set(photos)),
+               "diversity_by": args.diversity, "norm": str(args.norm_file),
+               **compare_rows(summarise(raw, rewards, distances, judges, photos), judges),
+               "k": preference.curves(next(iter(rewards.values())))["k"], **runs.describe_machine()}
     runs.save_json(args.out / "eval.json", summary)
     text = table(summary)
     runs.write_atomic(args.out / "table.md", lambda t: t.write_text(text + "\n"))
     print(text)
     draw_curves(summary, args.out / "curves.png")
-    shown = args.shown_rows or list(rows)[:len(args.gen)]
-    sheet(args.out / "grid.png", items, {row: files[row] for row in shown}, rewards, args.shown)
+    shown_rows = args.shown_rows or rows[:len(args.gen)]
+    draw_sheet(args.out / "grid.png", items, {row: outputs[row] for row in shown_rows}, rewards)
     print(f"wrote eval.json, table.md, curves.png and grid.png in {args.out}")
-    return summary
+
+
+def compare_rows(rows, judges):
+    """The rows of eval.json: means with intervals, and differences to the first row. rows: of summarise."""
+    first = next(iter(rows.values()))["values"]
+    # neither is better in itself
+    lower = {name: None if name in ("seed std", "diversity") else False for name in first}
+    lower |= {m: metric.lower_is_better for m, metric in judges.items()}
+    compared = {}
+    for row, parts in rows.items():
+        values = parts["values"]
+        means = {name: dict(zip(("mean", "low", "high"), (float(x.mean()), *tables.interval(x))))
+                 for name, x in values.items()}
+        differences = {name: tables.difference(x[None], first[name][None]) for name, x in values.items()}
+        compared[row] = {"means": means, "minus_first": differences if values is not first else {},
+                         "curve": parts["curve"], "seed_std": parts["seed_std"],
+                         "per_photo": {name: x.tolist() for name, x in values.items()}}
+    return {"lower_is_better": lower, "rows": compared}
 
 
 def table(summary):
-    """Markdown: the reward's curve ends and every metric, then differences to the first row, bold where the verdict is clear (tables.difference)."""
-    names = list(next(iter(summary["rows"].values()))["means"])
-    head = ["", *(tables.heading(name, summary["lower_is_better"][name]) + " (outside)" * (name in summary["outside"]) for name in names)]
-    decimals = {name: tables.digits([row["means"][name]["mean"] for row in summary["rows"].values()]) for name in names}
-    means = runs.markdown(head, [[row, *(f"{v['means'][name]['mean']:.{decimals[name]}f}" for name in names)] for row, v in summary["rows"].items()])
-    first = next(iter(summary["rows"]))
-    rest = [[f"{row} - {first}", *(tables.difference_cell(v["minus_first"][name], decimals[name]) for name in names)] for row, v in summary["rows"].items() if row != first]
-    about = (f"{summary['images']} images of {summary['photos']} photos, {summary['samples']} seeds; reward ({summary['reward']}) of {', '.join(summary['inside'])}; "
-             f"{', '.join(summary['outside']) or 'nothing'} outside it")
-    return "\n\n".join([about, means, *([runs.markdown(head, rest)] if rest else [])])
+    """Markdown: ends of the reward's curve and every metric, then differences to the first row.
+
+    Bold where the verdict is clear (tables.difference).
+    """
+    rows, outside = summary["rows"], summary["outside"]
+    first = next(iter(rows))
+    names = list(rows[first]["means"])
+    head = ["", *(tables.heading(name, summary["lower_is_better"][name]) + " (outside)" * (name in outside)
+                  for name in names)]
+    decimals = {name: tables.digits([row["means"][name]["mean"] for row in rows.values()]) for name in names}
+    means = [[row, *(f"{v['means'][name]['mean']:.{decimals[name]}f}" for name in names)] for row, v in rows.items()]
+    differences = [
+        [f"{row} - {first}", *(tables.difference_cell(v["minus_first"][name], decimals[name]) for name in names)]
+        for row, v in rows.items() if row != first]
+    about = (f"{summary['images']} images of {summary['photos']} photos, {summary['samples']} seeds; reward "
+             f"({summary['reward']}) of {', '.join(summary['inside'])}; {', '.join(outside) or 'nothing'} outside it")
+    return "\n\n".join([about, *(runs.markdown(head, part) for part in (means, differences) if part)])
 
 
 def draw_curves(summary, path):
@@ -144,8 +277,8 @@ def draw_curves(summary, path):
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for n, (row, v) in enumerate(summary["rows"].items()):
-        for which, style in (("best", "-"), ("mean", "--"), ("worst", ":")):
-            axis.plot(summary["k"], v["curve"][which], style, color=f"C{n}", label=row if which == "best" else None)
+        for kind, style in (("best", "-"), ("mean", "--"), ("worst", ":")):
+            axis.plot(summary["k"], v["curve"][kind], style, color=f"C{n}", label=row if kind == "best" else None)
     axis.set(xscale="log", xlabel="k, seeds", ylabel=f"reward ({summary['reward']})")
     axis.set_xticks(summary["k"], summary["k"])
     axis.minorticks_off()
@@ -154,15 +287,27 @@ def draw_curves(summary, path):
     plt.close(figure)
 
 
-def sheet(path, items, files, rewards, shown):
-    """PNG: LR, then of every row the worst, the middle and the best seed by its reward, then the ground truth; the first `shown` photographs, an image each."""
-    first_of = {data.photo_of(name): (k, name) for k, name in reversed(list(enumerate(items)))}
+def draw_sheet(path, items, files, rewards):
+    """PNG with one image of each of the first SHOWN photographs.
+
+    LR, then of every row of `files` the worst, the middle and the best seed by its reward, then the ground truth.
+    """
+    # the first image of every photograph
+    shown = {}
+    for k, (name, item) in enumerate(items.items()):
+        shown.setdefault(item["photo"], (k, name))
     lines = []
-    for k, name in sorted(first_of.values())[:shown]:
+    for k, name in list(shown.values())[:SHOWN]:
         lq = load_image(items[name]["lq"])
         line = [(lq.repeat_interleave(4, 1).repeat_interleave(4, 2), "LR")]
-        for row, found in files.items():
-            order = rewards[row][k].argsort()
-            line += [(load_image(found[name][seed]), f"{row}\n{text} {rewards[row][k, seed]:.3f}") for text, seed in (("worst", order[0]), ("middle", order[len(order) // 2]), ("best", order[-1]))]
+        for row, outputs in files.items():
+            r = rewards[row][k]
+            order = r.argsort()
+            for rank, seed in (("worst", order[0]), ("middle", order[len(order) // 2]), ("best", order[-1])):
+                line.append((load_image(outputs[name][seed]), f"{row}\n{rank} {r[seed]:.3f}"))
         lines.append(line + [(load_image(ref), "GT") for ref in items[name]["refs"]])
     pictures.save_grid(path, lines)
+
+
+if __name__ == "__main__":
+    runs.cli(partial(main, ARGS))

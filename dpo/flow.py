@@ -1,16 +1,23 @@
-"""FlowSR: a small stochastic x4 generator that trains from scratch, on a CPU if need be, and what any generator must give to be tuned by dpo.py.
+"""FlowSR, a small stochastic x4 generator that trains from scratch, and the interface of every generator to be tuned.
 
-    gen = FlowSR(**SIZES["tiny"])                             .net is what is trained; .base None (bicubic) or a frozen x4 network
-    sr = gen.sample(gen.net, lq, names, seeds)                one output per image and seed
-    gen = load_flow(path)                                     what `dpo.py pretrain` or `dpo.py train` left
+    gen = FlowSR(**SIZES["tiny"])                   .net is trained; .base is None (bicubic) or a frozen x4 network
+    sr = gen.sample(gen.net, lq, names, seeds)      one output per image and seed
+    gen = load_flow(path)                           a run of dpo.pretrain or dpo.tune
+    gen = load_generator(path, model)               the same, or with `model` a ControlNet of Stable Diffusion 2 or FLUX
 
-It generates the residual of hr over an enlarged lq, on the LR grid (pixel-unshuffled), by rectified flow (Liu et al., 2023; as in SD3 and FLUX), or by a diffusion model of
-epsilon or v (Ho et al., 2020; Salimans and Ho, 2022). DP2O-SR (Wu et al., NeurIPS 2025) tunes Stable Diffusion 2 and FLUX; this network stands in for them where neither is at hand: all its sizes are CHOICE.
+It generates the residual of hr over an enlarged lq, on the LR grid (pixel-unshuffled), by rectified flow (Liu et al.,
+2023; as in SD3 and FLUX), or by a diffusion model of epsilon or v (Ho et al., 2020; Salimans and Ho, 2022). DP2O-SR (Wu
+et al., NeurIPS 2025) tunes Stable Diffusion 2 and FLUX; this network stands in for them where neither is at hand: all
+its sizes are CHOICE.
 
-A generator for dpo.py is any object with net, prediction ("flow", "epsilon", "v"), and these methods, where `net` may be a copy of its own net:
-    encode(hr, lq) -> x0             condition(lq, names) -> c            predict(net, xt, t, c) -> as x0
-    noised(x0, eps, t) -> xt, target               noise(lq, names, seeds) -> eps               sample(net, lq, names, seeds) -> (B, 3, 4h, 4w)
-lq (B, 3, h, w), hr (B, 3, 4h, 4w) are RGB in [0, 1]; t (B,) is in [0, 1], 1 being pure noise; names tell images apart, seeds are whole numbers.
+A generator is any object with net, prediction ("flow", "epsilon", "v") and these methods, where `net` may be a copy of
+its own net:
+    encode(hr, lq) -> x0                 condition(lq, names) -> c
+    noised(x0, eps, t) -> xt, target     predict(net, xt, t, c) -> as target
+    noise(lq, names, seeds) -> eps       sample(net, lq, names, seeds) -> (B, 3, 4h, 4w)
+    identity(net) -> {name: value}       save(folder, params)
+lq (B, 3, h, w), hr (B, 3, 4h, 4w) are RGB in [0, 1]; t (B,) is in [0, 1], 1 being pure noise; names tell images apart,
+seeds are whole numbers.
 """
 import math
 from pathlib import Path
@@ -24,19 +31,22 @@ import degradations
 import iqa
 import runs
 
-SIZES = {  # channels of the three levels, blocks per level
+# channels of the three levels, blocks per level
+SIZES = {
     "tiny": dict(width=(32, 64, 96), blocks=1), "small": dict(width=(48, 96, 192), blocks=2),
     "base": dict(width=(64, 128, 256), blocks=2), "large": dict(width=(96, 192, 384), blocks=2)}
 PREDICTIONS = ("flow", "epsilon", "v")
-SCALE, DETAIL = 4, 48                                                             # 3 channels x 4 x 4 pixels
+# DETAIL: 3 channels x 4 x 4 pixels
+SCALE, DETAIL = 4, 48
 
 
-# Noise schedules: what is learned
+# Noise schedules
 
 def noised(prediction, x0, eps, t):
-    """x_t and what the network shall predict of it. t (B,) in [0, 1].
+    """x_t, and the target that the network shall predict from it. t (B,) in [0, 1].
 
-    flow: x_t = (1 - t) x_0 + t eps, target eps - x_0. epsilon, v: x_t = a x_0 + s eps with a^2 + s^2 = 1; targets eps, and a eps - s x_0.
+    flow: x_t = (1 - t) x_0 + t eps, target eps - x_0. epsilon, v: x_t = a x_0 + s eps with a^2 + s^2 = 1; targets eps,
+    and a eps - s x_0.
     """
     t = t.view(-1, *[1] * (x0.ndim - 1))
     if prediction == "flow":
@@ -46,9 +56,13 @@ def noised(prediction, x0, eps, t):
 
 
 def cosine(t):
-    """(a, s) of Nichol and Dhariwal's schedule (2021): a^2 = cos^2((t + .008) / 1.008 pi / 2) relative to t = 0; t = k / 1000 are DDPM's thousand steps."""
+    """(a, s) of Nichol and Dhariwal's schedule (2021): a^2 = cos^2((t + 0.008) / 1.008 pi / 2) relative to t = 0.
+
+    t = k / 1000 are DDPM's thousand steps.
+    """
     start = math.cos(0.008 / 1.008 * math.pi / 2)
-    a = (torch.cos((t + 0.008) / 1.008 * math.pi / 2) / start).clamp(1e-3, 1)     # never without any signal
+    # never without any signal
+    a = (torch.cos((t + 0.008) / 1.008 * math.pi / 2) / start).clamp(1e-3, 1)
     return a, (1 - a * a).sqrt()
 
 
@@ -60,19 +74,23 @@ def linear_guess(prediction, t):
 
 
 def step_back(prediction, x, out, t, next_t):
-    """One step of sampling from t to next_t < t (numbers): Euler's for flow, DDIM's (Song et al., 2021) otherwise. out: the network's prediction at x."""
+    """One step of sampling from t to next_t < t (numbers): Euler's for flow, DDIM's (Song et al., 2021) otherwise.
+
+    out: the network's prediction at x.
+    """
     if prediction == "flow":
         return x + (next_t - t) * out
     (a, s), (b, r) = (cosine(torch.as_tensor(time, dtype=x.dtype, device=x.device)) for time in (t, next_t))
     x0 = (x - s * out) / a if prediction == "epsilon" else a * x - s * out
-    x0 = x0.clamp(-6, 6)                                                          # CHOICE: at t = 1 epsilon says next to nothing of x_0, which has unit variance
+    # CHOICE: at t = 1 epsilon says next to nothing about x_0, which has unit variance
+    x0 = x0.clamp(-6, 6)
     return b * x0 + r * (x - a * x0) / s
 
 
 # Network
 
 class TimedBlock(nn.Module):
-    """Residual block of two convolutions; the time scales and shifts what the second normalisation gives."""
+    """Residual block of two convolutions; the time scales and shifts the output of the second normalisation."""
 
     def __init__(self, inside, outside, time):
         super().__init__()
@@ -88,26 +106,32 @@ class TimedBlock(nn.Module):
 
 
 class FlowNet(nn.Module):
-    """U-Net on the LR grid: x_t (B, 48, h, w), t (B,), c (B, 3 or 51, h, w) -> (B, 48, h, w). No attention: any size, cost linear in pixels.
+    """U-Net on the LR grid: x_t (B, 48, h, w), t (B,), c (B, 3 or 51, h, w) -> (B, 48, h, w).
 
-    c is lq, and after it the pixel-unshuffled base where that is a network's output. It is looked at by an encoder that knows nothing of x_t and t:
-    `features` may be given instead of c, so that sampling does this once. What it adds to is a multiple of x_t, the best without looking and a learned correction per channel
-    and time (CHOICE, after Karras et al., 2022): else the noise that is to be removed would have to pass through width[0] < 48 channels.
+    It has no attention: any size, cost linear in pixels.
+    c is lq, followed by the pixel-unshuffled base where the base is a network. Its encoder `look` knows nothing of x_t
+    and t, so that sampling runs it once and then gives `features` instead of c. The output is added to a multiple of
+    x_t: the best one without looking, plus a learned correction per channel and time (CHOICE, after Karras et al.,
+    2022). Otherwise the noise, which is to be removed, would have to pass through width[0] < 48 channels.
     """
 
     def __init__(self, width=(64, 128, 256), blocks=2, condition=3, time=256, prediction="flow"):
         super().__init__()
         self.prediction = prediction
-        self.look = nn.Sequential(archs.conv3x3(condition, width[0]), *[archs.ResidualBlock(width[0]) for _ in range(4)])
+        self.look = nn.Sequential(archs.conv3x3(condition, width[0]),
+                                  *[archs.ResidualBlock(width[0]) for _ in range(4)])
         self.time = nn.Sequential(nn.Linear(64, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU())
         self.first = archs.conv3x3(DETAIL + width[0], width[0])
-        before = (width[0], *width)
-        self.down = nn.ModuleList(nn.ModuleList(TimedBlock(before[k] if i == 0 else c, c, time) for i in range(blocks)) for k, c in enumerate(width))
+        inputs = (width[0], *width)
+        self.down = nn.ModuleList(nn.ModuleList(TimedBlock(inputs[k] if i == 0 else c, c, time) for i in range(blocks))
+                                  for k, c in enumerate(width))
         self.smaller = nn.ModuleList(nn.Conv2d(c, c, 3, 2, 1) for c in width[:-1])
         self.middle = TimedBlock(width[-1], width[-1], time)
-        self.up = nn.ModuleList(nn.ModuleList(TimedBlock(2 * c if i == 0 else c, c, time) for i in range(blocks)) for c in reversed(width))
+        self.up = nn.ModuleList(nn.ModuleList(TimedBlock(2 * c if i == 0 else c, c, time) for i in range(blocks))
+                                for c in reversed(width))
         self.larger = nn.ModuleList(archs.conv3x3(a, b) for a, b in zip(reversed(width), list(reversed(width))[1:]))
-        self.norm, self.last, self.gate = nn.GroupNorm(8, width[0]), archs.conv3x3(width[0], DETAIL), nn.Linear(time, DETAIL)
+        self.norm, self.last = nn.GroupNorm(8, width[0]), archs.conv3x3(width[0], DETAIL)
+        self.gate = nn.Linear(time, DETAIL)
         for layer in (self.last, self.gate):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -116,7 +140,7 @@ class FlowNet(nn.Module):
         h, w = xt.shape[2:]
         features = self.look(c) if features is None else features
         x = archs.pad_reflect(torch.cat([xt, features], 1), -h % 4, -w % 4)
-        waves = 1000 * t[:, None] * torch.exp(-math.log(10_000) / 32 * torch.arange(32, device=t.device))    # (B, 32)
+        waves = 1000 * t[:, None] * torch.exp(-math.log(10_000) / 32 * torch.arange(32, device=t.device))  # (B, 32)
         e = self.time(torch.cat([waves.sin(), waves.cos()], 1).to(x.dtype))
         x, skips = self.first(x), []
         for k, level in enumerate(self.down):
@@ -132,7 +156,7 @@ class FlowNet(nn.Module):
                 x = block(x, e)
             if k < len(self.larger):
                 x = self.larger[k](archs.upsample_nearest(x))
-        passed = linear_guess(self.prediction, t)[:, None] + self.gate(e).float()         # (B, 48)
+        passed = linear_guess(self.prediction, t)[:, None] + self.gate(e).float()  # (B, 48)
         return passed[:, :, None, None] * xt + archs.to_rgb(self.last, F.silu(self.norm(x)))[:, :, :h, :w]
 
 
@@ -141,8 +165,8 @@ class FlowNet(nn.Module):
 class FlowSR:
     """hr = base + sigma_r * pixel_shuffle(x_0), the base being lq enlarged bicubically or by a frozen network.
 
-    prediction: what the network predicts; base: a frozen x4 network or None; sigma_r: standard deviation of the residual, so that x_0 has about 1.
-    steps: of sampling; tau: scale of the initial noise (1: that of training).
+    prediction: one of PREDICTIONS; base: a frozen x4 network or None; sigma_r: standard deviation of the residual, so
+    that x_0 has about 1; steps: of sampling; tau: scale of the initial noise (1: as in training).
     """
 
     def __init__(self, width, blocks, prediction="flow", base=None, sigma_r=1.0, steps=8, tau=1.0, device="cpu"):
@@ -151,11 +175,12 @@ class FlowSR:
         self.sizes = {"width": list(width), "blocks": blocks}
         self.net = FlowNet(width, blocks, 3 if base is None else 3 + DETAIL, prediction=prediction).to(device)
         self.base = base and base.to(device).eval().requires_grad_(False)
-        self.prediction, self.sigma_r, self.steps, self.tau, self.device = prediction, sigma_r, steps, tau, torch.device(device)
+        self.prediction, self.sigma_r, self.steps, self.tau = prediction, sigma_r, steps, tau
+        self.device = torch.device(device)
 
     @torch.no_grad()
     def enlarged(self, lq):
-        """What the residual is added to."""
+        """The image to which the residual is added."""
         return F.interpolate(lq, scale_factor=SCALE, mode="bicubic") if self.base is None else self.base(lq).float()
 
     def encode(self, hr, lq):
@@ -171,8 +196,9 @@ class FlowSR:
         return noised(self.prediction, x0, eps, t)
 
     def noise(self, lq, names, seeds):
-        """The initial noise of every image and seed, made on the CPU: the same on every device, in every batch, for every network."""
-        fields = [degradations.normal_field((DETAIL, *lq.shape[2:]), noise_seed(name, seed)) for name, seed in zip(names, seeds, strict=True)]
+        """The initial noise of every image and seed, made on the CPU: the same on every device and in every batch."""
+        fields = [degradations.normal_field((DETAIL, *lq.shape[2:]), noise_seed(name, seed))
+                  for name, seed in zip(names, seeds, strict=True)]
         return torch.stack(fields).to(lq.device)
 
     @torch.no_grad()
@@ -185,15 +211,18 @@ class FlowSR:
         return (self.enlarged(lq) + self.sigma_r * F.pixel_shuffle(x, SCALE)).clamp(0, 1)
 
     def settings(self):
-        """What sampling depends on beside the weights: plain values."""
+        """Everything beside the weights that sampling depends on, as plain values."""
         return {"prediction": self.prediction, "sigma_r": self.sigma_r, "steps": self.steps, "tau": self.tau}
 
     def identity(self, net):
-        """What an output depends on, given its input and seed: hashes of weights, and the settings."""
+        """Everything that an output depends on, given its input and seed: hashes of weights, and the settings."""
         return {"net": iqa.tensors_hash(net), "base": self.base and iqa.tensors_hash(self.base), **self.settings()}
 
     def save(self, folder, params, params_ema=None):
-        """What load_flow opens: folder/gen.pth with the network's weights and the settings, and base.pth beside it where the base is a network. params: state dicts."""
+        """Write folder/gen.pth, weights and settings, for load_flow; and base.pth where the base is a network.
+
+        params, params_ema: state dicts of the network.
+        """
         weights = {"params": params} if params_ema is None else {"params": params, "params_ema": params_ema}
         content = {name: {k: v.detach().cpu().clone() for k, v in state.items()} for name, state in weights.items()}
         content["settings"] = {**self.sizes, "base": self.base and iqa.tensors_hash(self.base), **self.settings()}
@@ -207,14 +236,15 @@ def noise_seed(name, seed):
     return runs.sample_seed(seed, 0, 0, f"candidate {name}")
 
 
-def load_flow(path, flag="--gen", device="cpu", **changed):
-    """FlowSR with its EMA weights, or the only ones there are. path: run folder, or gen.pth; changed: settings to replace, unless None.
+def load_flow(path, device="cpu", **changed):
+    """FlowSR with its EMA weights, or the only ones there are, without gradients.
 
-    FileNotFoundError where nothing is, ValueError for anything else than a generator of dpo.py.
+    path: run folder, or gen.pth; changed: settings to replace, unless None.
+    UserError where nothing is, and for anything else than a FlowSR.
     """
     file = Path(path) / "weights" / "gen.pth" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise runs.UserError(f"{flag} {path}: no generator there; make one with: python -m dpo pretrain --hr PHOTOS")
+        raise runs.UserError(f"{path}: no generator there; make one with: python -m dpo.pretrain --hr PHOTOS")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         settings = content["settings"]
@@ -223,13 +253,28 @@ def load_flow(path, flag="--gen", device="cpu", **changed):
             settings[name]
     except archs.TORCH_DAMAGE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        raise runs.UserError(f"{flag} {file}: not a generator of dpo.py ({reason})") from None
+        raise runs.UserError(f"{file}: not a generator of dpo.pretrain or dpo.tune ({reason})") from None
     base = None
     if base_hash:
-        base = archs.load_generator(file.with_name("base.pth"))[0] if file.with_name("base.pth").is_file() else None
+        base_file = file.with_name("base.pth")
+        base = archs.load_generator(base_file)[0] if base_file.is_file() else None
         if base is None or iqa.tensors_hash(base) != base_hash:
-            raise runs.UserError(f"{file.with_name('base.pth')}: {'missing' if base is None else 'other weights than this generator was trained with'}: copy the whole folder of {file}")
+            problem = "missing" if base is None else "other weights than this generator was trained with"
+            raise runs.UserError(f"{base_file}: {problem}: copy the whole folder of {file}")
     gen = FlowSR(base=base, device=device, **(settings | {k: v for k, v in changed.items() if v is not None}))
     archs.load_strict(gen.net, state, file)
     gen.net.eval().requires_grad_(False)
     return gen
+
+
+def load_generator(path, model=None, device="cpu", steps=None, tau=None, **more):
+    """The generator of --gen: FlowSR, or with the folder `model` Stable Diffusion 2 or FLUX with the ControlNet `path`.
+
+    steps, tau: of sampling, None for the generator's own; more: see diffusers_backend.load_diffusers.
+    """
+    if model is None:
+        return load_flow(path, device, steps=steps, tau=tau)
+    from dpo import diffusers_backend
+    # a run of dpo.tune keeps its ControlNet in weights/
+    controlnet = path / "weights" if (path / "weights").is_dir() else path
+    return diffusers_backend.load_diffusers(model, controlnet, device, steps=steps, **more)

@@ -1,289 +1,226 @@
-"""Pools of candidates: many outputs of one generator for every low-resolution image, their scores, and the preference pairs chosen from them (stages 2 to 4 of dpo.py).
+"""Make preference pairs in three stages: outputs of a generator from many seeds, their scores, and the pairs (DP2O-SR).
 
-    POOL/pool.json                    what it was made with; another generator, other images or other crops are refused
-    POOL/lq/<name>.png, gt/<name>.png     the images; no gt where there is no ground truth
-    POOL/cand/<name>/<seed>.png       8-bit outputs: what is scored is what is trained on
-    POOL/scores.jsonl, scores.json    {"name", "seed", metric: value in native units, ...}, and what each metric is
-    OUT/norm.json, pairs.jsonl, curation.json     the reward's scale, the pairs with their weights, and how far the seeds differ
-A name is <photo>-<crop>-0 where crops were drawn from photographs, so that data.photo_of tells which belong together.
+    torchrun --nproc_per_node 4 -m dpo.pool sample --hr DF2K/HR --out POOL    --samples outputs for every crop
+    torchrun --nproc_per_node 4 -m dpo.pool score --pool POOL                 every output by every metric
+    python -m dpo.pool curate --pool POOL                                     reward; best N against worst N of an image
+    python -m dpo.pool curate --demo                                          all three in small
+
+Every stage can be stopped and called again: it keeps its finished part. candidates.py lists the files of a pool; curate
+leaves in it, or in --out,
+    norm.json        the scale of the reward, fitted to these outputs; later stages use it and never fit it again
+    pairs.jsonl      {"name", "w_seed", "l_seed", "R_w", "R_l", "w_intra", "w_inter"}: winner, loser, their weights
+    curation.json    how far the seeds differ, and the numbers of images and pairs
 """
-import json
-import math
-import shutil
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-import data
-import degradations
-from dpo import preference
-import metrics as quality
 import runs
-import metrics as scoring
-from images import image_size, list_images, load_image, match_images, save_image
+from dpo import options
 
-PROTOCOL = {"border": 0, "y": True}                                              # whole images, PSNR and SSIM on Y (CHOICE)
-FEW = 0.01                                                                        # CHOICE: median sigma_g below which labels are little but noise
-
-
-def read_json(path, remedy, parse=json.loads):
-    """A JSON file that a stage left; ValueError for a damaged one, FileNotFoundError ending in `remedy` where there is none. parse: text -> value."""
-    try:
-        return parse(path.read_text())
-    except FileNotFoundError:
-        raise runs.UserError(f"{path}: not there; {remedy}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise runs.UserError(f"{path}: damaged ({str(error)[:80]}); {remedy}") from None
-
-
-def read_lines(path, remedy):
-    """[{...}] of a JSON-lines file; errors as read_json."""
-    return read_json(path, remedy, lambda text: [json.loads(line) for line in text.splitlines()])
+REWARDS = runs.literal("dpo/preference", "REWARDS")
+# PAPER; qalign is a model of 7 billion weights
+FR, NR = ["lpips", "topiq_fr", "afine_fr"], ["maniqa", "musiq", "clipiqa+", "topiq_nr", "afine_nr", "qalign"]
+# CHOICE: sized so that the whole demo ends within four minutes on two cores
+DEMO = {
+    "sample": dict(gen=options.DEMO_GENERATOR, hr=options.DEMO_SET, out=options.DEMO_POOL, **options.DEMO_CROPS,
+                   groups=24, samples=8, batch_size=8, threads=1),
+    "score": dict(pool=options.DEMO_POOL, fr=["ssim", "gmsd"], nr=["ranker"], threads=1),
+    "curate": dict(pool=options.DEMO_POOL, top=2),
+}
+# CHOICE: a median sigma_g below this means that the order of the seeds is mostly noise of the metrics
+FEW = 0.01
 
 
-def write_lines(path, rows):
-    runs.write_atomic(path, lambda t: t.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+def parse_args(argv=None):
+    p = options.parser("dpo.pool", __doc__, demo=False)
+    commands = p.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    stages = {name: options.parser(f"dpo.pool {name}", text, commands) for name, text in (
+        ("sample", "Many outputs for every low-resolution image."), ("score", "Judge every output."),
+        ("curate", "From scores to preference pairs."))}
+
+    c = stages["sample"]
+    options.add_generator(c, default=Path("runs/flow-base"),
+                          help="run folder of dpo.pretrain or dpo.tune, or its gen.pth; with --model a ControlNet")
+    options.add_images(c, 1000, "crops of --hr (PAPER: some 30,000)")
+    g = c.add_argument_group("candidates")
+    g.add_argument("--samples", type=runs.SIZE, default=32,
+                   help="M, outputs per image (PAPER: 32 for SD2, 64 for FLUX); their seeds are 0 to M - 1")
+    g.add_argument("--batch-size", type=runs.SIZE, default=16, help="outputs at a time; they do not depend on it")
+    g.add_argument("--seed", type=runs.COUNT, default=0, help="of the crops and their degradation")
+    g.add_argument("--out", type=Path, default=Path("runs/dpo-pool"), metavar="DIR",
+                   help="the pool; an unfinished one is continued")
+    options.add_machine(c)
+
+    c = stages["score"]
+    g = c.add_argument_group("reward")
+    g.add_argument("--pool", type=Path, default=Path("runs/dpo-pool"), metavar="DIR", help="made by sample")
+    g.add_argument("--fr", nargs="*", default=FR, metavar="NAME",
+                   help="full-reference metrics: pyiqa's names, psnr, ssim (both on Y), vgg (PAPER: three)")
+    g.add_argument("--nr", nargs="*", default=NR, metavar="NAME",
+                   help="no-reference metrics: pyiqa's names, ranker, module:function (PAPER: six)")
+    options.add_metric_files(g)
+    options.add_machine(c)
+
+    c = stages["curate"]
+    g = c.add_argument_group("reward")
+    g.add_argument("--pool", type=Path, default=Path("runs/dpo-pool"), metavar="DIR", help="scored by score")
+    g.add_argument("--reward", choices=REWARDS, default="hybrid",
+                   help="half full-, half no-reference (PAPER), or one of them")
+    g.add_argument("--norm", choices=["pool", "group"], default="pool",
+                   help="a metric's range is that of all candidates (INFERRED), or that of each image")
+    g.add_argument("--norm-file", type=Path, metavar="FILE", help="use this norm.json instead of fitting one")
+    g = c.add_argument_group("pairs")
+    g.add_argument("--top", type=runs.SIZE, default=8,
+                   help="N: best and worst candidates of an image, all N x N pairs (PAPER: M / 4 for SD2, M / 16 for "
+                        "FLUX)")
+    g.add_argument("--samples", type=runs.COUNT, default=0, help="use only this many seeds, the first ones; 0: all")
+    g.add_argument("--min-sigma", type=runs.WEIGHT, default=0.0,
+                   help="drop images whose rewards have a smaller standard deviation (CHOICE: 0)")
+    g.add_argument("--out", type=Path, metavar="DIR", help="folder of the pairs; default: the pool")
+
+    args = options.parse(p, argv, {stages[name]: settings for name, settings in DEMO.items()})
+    c = stages[args.stage]
+    if args.stage == "sample":
+        options.check_images(c, args)
+        options.check_generator(c, args)
+    if args.stage == "curate" and args.norm == "group" and args.norm_file:
+        c.error("--norm group takes the range of each image: leave out --norm-file")
+    return args
 
 
-# Images
+# --help and flag errors need no torch: seconds
+ARGS = parse_args() if __name__ == "__main__" else None
 
-def make_images(args, folder, record, purpose, device):
-    """folder/lq, gt and pool.json: copies of --lq-dir and --gt-dir, or --groups crops of the photographs --hr and what the synthetic degradation makes of them.
+from functools import partial
 
-    purpose: "pool" or "test", whose crops and degradations are drawn apart.
-    """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)                                  # of a call that was killed
-    save = lambda kind, name, image: save_image(temporary / kind / f"{name}.png", image)
-    if args.hr:
-        seeds = lambda step, lane, what: runs.sample_seed(args.seed, step, lane, f"{purpose} {what}")
-        dataset = data.TrainingSet(data.find_photos(args.hr, "--hr"), "orig", seeds, args.groups, 1, 4 * args.patch, args.load_size)
-        data.check_headers(dataset, runs.World(0, 1, device))
-        draw = data.synthetic_pairs(dataset, seeds, device, args.degradation, args.patch, 1)
-        for k in range(args.groups):
-            name = f"{dataset.sets.photo(dataset.stems[dataset.index(1, k)])}-{k}-0"
-            for kind, image in zip(("lq", "gt"), draw(1, [k])):
-                save(kind, name, image[0])
-    else:
-        for name, item in find_items(args.lq_dir, args.gt_dir).items():
-            for kind, path in (("lq", item["lq"]), *(("gt", path) for path in item["refs"])):
-                save(kind, name, load_image(path))
-    runs.save_json(temporary / "pool.json", record | runs.describe_machine())
-    if folder.is_dir():                                                           # empty
-        folder.rmdir()
-    temporary.rename(folder)
+import numpy as np
+
+from dpo import candidates, flow, preference
 
 
-def own_images(args, folder, world, purpose, **facts):
-    """Items of `folder`, which this makes unless it is there already; ValueError if it was made with other settings, or is something else. facts: further settings; purpose: see make_images."""
-    names = ("hr", "groups", "patch", "load_size", "degradation", "seed") if args.hr else ("lq_dir", "gt_dir")
-    record = {name: str(v) if isinstance(v := getattr(args, name), Path) else v for name in names} | facts
-    if args.lq_dir:
-        record["images"] = scoring.digest([[name, *map(scoring.digest, (item["lq"], *item["refs"]))] for name, item in find_items(args.lq_dir, args.gt_dir).items()])
-    before = read_json(folder / "pool.json", "") if (folder / "pool.json").exists() else {}
-    world.barrier()                                                               # all have looked before anything is made
-    other = runs.changes(before, record).values() if before else ()
-    if other:
-        raise runs.UserError(f"--out {folder}: was made with other settings ({'; '.join(other)}): choose another folder, or remove it")
-    if not before and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise runs.UserError(f"--out {folder}: exists and was not made by dpo.py: choose another folder")
-    if world.is_main and not before:
-        runs.check_writable(folder, "--out")
-        make_images(args, folder, record, purpose, world.device)
-    world.barrier()
-    return find_items(folder / "lq", folder / "gt" if (folder / "gt").is_dir() else None)
-
-
-def find_items(lq_dir, gt_dir, flags=("--lq-dir", "--gt-dir")):
-    """{name: {"lq", "refs", "versions"}}, as scoring.score wants them. ValueError for a ground truth that is not four times its image."""
-    if not lq_dir.is_dir():
-        raise runs.UserError(f"{flags[0]} {lq_dir}: no such folder")
-    images = list_images(lq_dir)
-    gts = match_images(gt_dir, images, flags[1]) if gt_dir else {}
-    for name, gt in gts.items():
-        (wide, high), size = image_size(images[name]), image_size(gt)
-        if size != (4 * wide, 4 * high):
-            raise runs.UserError(f"{gt}: {size[0]}x{size[1]} pixels, expected four times its LR image's {wide}x{high}")
-    return {name: {"lq": path, "refs": [gts[name]] if gts else [], "versions": [gts.get(name, path)]} for name, path in images.items()}
-
-
-def open_pool(pool):
-    """-> (what pool.json says, items, {name: [candidate files by seed]}); an unfinished pool is an error."""
-    remedy = "make it with: python -m dpo sample"
-    about = read_json(pool / "pool.json", remedy)
-    if "samples" not in about:
-        raise runs.UserError(f"{pool}: images without candidates; {remedy}")
-    items = find_items(pool / "lq", pool / "gt" if (pool / "gt").is_dir() else None, (str(pool), str(pool)))
-    files = {name: [pool / "cand" / name / f"{seed}.png" for seed in range(about["samples"])] for name in items}
-    missing = [name for name, found in files.items() if not found[-1].is_file()]
-    if missing:
-        raise runs.UserError(f"{pool}: {len(missing)} of {len(files)} images have no candidates, first {missing[0]}: call dpo.py sample with this --out again, it continues")
-    return about, items, files
-
-
-# Stage 2: sample
-
-@torch.no_grad()
-def fill(gen, net, items, folder, samples, world, batch_size, text="candidates"):
-    """folder/<name>/<seed>.png for seeds 0 to samples - 1 of every item; what is there is left. Processes share the images."""
-    todo = [name for name in list(items)[world.rank::world.size] if not (folder / name).is_dir()]
-    for name in tqdm(todo, unit="img", desc=text, disable=not (world.is_main and todo)):
-        lq = scoring.load(items[name]["lq"], world.device)
-        temporary = folder / f"{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        for k in range(0, samples, batch_size):
-            seeds = range(k, min(k + batch_size, samples))
-            images = gen.sample(net, lq.expand(len(seeds), -1, -1, -1), [name] * len(seeds), seeds)
-            if not torch.isfinite(images).all():
-                raise runs.UserError(f"image {name}, seeds {k} to {seeds[-1]}: the generator's output is not finite: look at its weights")
-            for seed, image in zip(seeds, degradations.to_8bit(images)):
-                save_image(temporary / f"{seed}.png", image)
-        temporary.rename(folder / name)                                           # a killed call leaves whole groups only
-    world.barrier()
-
-
-def sample(args, gen, world):
-    """Stage 2: --samples outputs of the generator for every image."""
-    items = own_images(args, args.out, world, "pool", samples=args.samples, generator=gen.identity(gen.net))
-    fill(gen, gen.net, items, args.out / "cand", args.samples, world, args.batch_size)
+def sample(gen, source, samples, out, batch_size, world):
+    """Stage 2: `samples` outputs of the generator for every image. source: see candidates.open_images."""
+    items = candidates.open_images(out, world, source, "pool", samples=samples, generator=gen.identity(gen.net))
+    candidates.fill(gen, items, out / "cand", samples, world, batch_size)
     if world.is_main:
-        print(f"{args.out}: {len(items)} images, {args.samples} candidates each")
+        print(f"{out}: {len(items)} images, {samples} candidates each")
 
 
-# Stage 3: score
-
-def create_metrics(fr, nr, weights, device):
-    """{name: quality.Metric} of --fr and --nr; ValueError where one is of the other kind or named twice. weights: words of --metric-weights."""
-    files, metrics = dict(word.split("=", 1) for word in weights), {}
-    for flag, names in (("--fr", fr), ("--nr", nr)):
-        for name in names:
-            if name in metrics:
-                raise runs.UserError(f"{flag} {name}: given twice")
-            metrics[name] = quality.create_metric(name, device, files.get(name), **PROTOCOL, flag=flag)
-            if metrics[name].full_reference != (flag == "--fr"):
-                raise runs.UserError(f"{flag} {name}: is a {'full' if metrics[name].full_reference else 'no'}-reference metric: give it to {'--fr' if metrics[name].full_reference else '--nr'}")
-    return metrics
-
-
-def describe_metrics(metrics):
-    """What scores.json and norm.json keep of them."""
-    return {name: {"lower_is_better": m.lower_is_better, "full_reference": m.full_reference, "identity": m.identity} for name, m in metrics.items()}
-
-
-def judge(metrics, items, files, cache, world, text):
-    """{name: [candidate files]} -> (images, M, K) native scores; continues where it stopped (scoring.score)."""
-    if any(m.full_reference for m in metrics.values()) and not all(item["refs"] for item in items.values()):
-        raise runs.UserError(f"{', '.join(name for name, m in metrics.items() if m.full_reference)}: {text} has no ground truth to compare with; leave full-reference metrics out and take --reward nr")
-    count = len(next(iter(files.values())))
-    rows = {str(seed): scoring.Row(None, {name: found[seed] for name, found in files.items()}, None, None) for seed in range(count)}
-    found = scoring.score(rows, items, metrics, cache, world, PROTOCOL)
-    return np.array([[[found[row][name][m] for m in metrics] for row in rows] for name in items])
-
-
-def score(args, world):
+def score(pool, fr, nr, metric_files, world):
     """Stage 3: every metric of every candidate."""
-    _, items, files = open_pool(args.pool)
-    metrics = create_metrics(args.fr, args.nr, args.metric_weights, world.device)
-    raw = judge(metrics, items, files, args.pool / "scores", world, f"--pool {args.pool}")
+    _, items, files = candidates.open_pool(pool)
+    judges = candidates.create_metrics(fr, nr, metric_files, world.device)
+    raw = candidates.judge(judges, items, files, pool / "scores", world)
     if world.is_main:
-        write_lines(args.pool / "scores.jsonl", [{"name": name, "seed": seed, **dict(zip(metrics, values.tolist()))} for name, group in zip(items, raw) for seed, values in enumerate(group)])
-        runs.save_json(args.pool / "scores.json", {"metrics": describe_metrics(metrics), **runs.describe_machine()})
-        print(f"{args.pool / 'scores.jsonl'}: {raw.shape[0]} x {raw.shape[1]} candidates, {', '.join(metrics)}")
+        candidates.write_lines(pool / "scores.jsonl", [
+            {"name": name, "seed": seed, **dict(zip(judges, values.tolist()))}
+            for name, group in zip(items, raw) for seed, values in enumerate(group)])
+        about = {"metrics": candidates.describe_metrics(judges), **runs.describe_machine()}
+        runs.save_json(pool / "scores.json", about)
+        print(f"{pool / 'scores.jsonl'}: {raw.shape[0]} x {raw.shape[1]} candidates, {', '.join(judges)}")
 
 
 def read_scores(pool):
-    """-> names, (G, M, K) scores, {metric: what it is}."""
-    remedy = f"make it with: python -m dpo score --pool {pool}"
-    about, rows = read_json(pool / "scores.json", remedy), read_lines(pool / "scores.jsonl", remedy)
+    """-> names, (G, M, K) scores, {metric: description}."""
+    file, remedy = pool / "scores.jsonl", f"make it with: python -m dpo.pool score --pool {pool}"
+    about, rows = candidates.read_json(pool / "scores.json", remedy), candidates.read_lines(file, remedy)
     try:
         about, names = dict(about["metrics"]), list(dict.fromkeys(row["name"] for row in rows))
-        if [(row["name"], row["seed"]) for row in rows] != [(name, seed) for name in names for seed in range(len(rows) // len(names))]:
-            raise runs.UserError("seeds of an image are missing, or not in order")
-        if (pool / "pool.json").exists() and len(rows) != len(names) * read_json(pool / "pool.json", remedy).get("samples"):
-            raise runs.UserError("not as many seeds as were sampled")
+        samples = len(rows) // len(names)
+        if [(row["name"], row["seed"]) for row in rows] != [(name, seed) for name in names for seed in range(samples)]:
+            raise ValueError("seeds of an image are missing, or not in order")
+        made = pool / "pool.json"
+        if made.exists() and samples != candidates.read_json(made, remedy).get("samples"):
+            raise ValueError("not as many seeds as were sampled")
         raw = np.array([[row[m] for m in about] for row in rows], dtype=float).reshape(len(names), -1, len(about))
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise runs.UserError(f"{pool / 'scores.jsonl'}: not one whole row per candidate ({type(error).__name__}: {error}); {remedy}") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise runs.UserError(f"{file}: not one whole row per candidate ({reason}); {remedy}") from None
     bad = ~np.isfinite(raw).all((1, 2))
     if bad.any():
-        raise runs.UserError(f"{pool / 'scores.jsonl'}: {bad.sum()} images have scores that are not finite, first {names[int(bad.argmax())]}: score again, without that metric or image")
+        raise runs.UserError(f"{file}: {bad.sum()} images have scores that are not finite, first "
+                             f"{names[int(bad.argmax())]}: score again, without that metric or image")
     return names, raw, about
 
 
-# Stage 4: curate
-
-def pool_hash(pool):
-    """Of what the pairs of a pool depend on: how it was made, its scores."""
-    return scoring.digest([scoring.digest(path) if path.exists() else "" for path in (pool / "pool.json", pool / "scores.jsonl")])
-
-
-def open_norm(path):
-    """norm.json as curate writes it; ValueError for anything else."""
-    norm = read_json(path, "python -m dpo curate makes it")
-    entries = norm.get("metrics") if isinstance(norm, dict) else None
-    if not isinstance(entries, dict) or not entries or not all(isinstance(v, dict) and {"low", "high", "lower_is_better", "full_reference", "identity"} <= set(v) for v in entries.values()):
-        raise runs.UserError(f"{path}: not a scale of the reward, the norm.json of dpo.py curate")
-    for m, v in entries.items():
-        ends = [v["low"], v["high"]]
-        if not all(isinstance(end, (int, float)) and math.isfinite(end) for end in ends) or not ends[0] < ends[1]:
-            raise runs.UserError(f"{path}: {m} goes from {ends[0]} to {ends[1]}, which is no range; fit a scale with dpo.py curate")
-    return norm
-
-
-def check_norm(path, norm, metrics):
-    """ValueError unless the scale `norm`, of the file `path`, is one of these metrics ({name: what it is}); names the first that differ."""
-    theirs = norm["metrics"]
-    other = [f"{m} is {'missing' if m not in theirs else 'unknown here' if m not in metrics else 'another model there (weights, or kind)'}"
-             for m in {**metrics, **theirs} if m not in theirs or m not in metrics or any(theirs[m].get(k) != metrics[m][k] for k in metrics[m])]
-    if other:
-        raise runs.UserError(f"{path}: a scale of other metrics: {'; '.join(other[:3])}; name the same ones, or fit a scale of its own with dpo.py curate")
-
-
-def rewards_of(raw, norm, which, names=None):
-    """(..., K) native scores, metrics in the order of `names` (default norm's) -> (...) rewards on norm's scale."""
-    names = list(norm["metrics"]) if names is None else names
-    return preference.reward(preference.normalise(raw, names, norm["metrics"]), [norm["metrics"][m]["full_reference"] for m in names], which)
-
-
-def curate(args):
-    """Stage 4: the reward of every candidate, and the pairs."""
-    names, raw, about = read_scores(args.pool)
-    out, metrics = args.out or args.pool, list(about)
-    if args.samples > raw.shape[1]:
-        raise runs.UserError(f"--samples {args.samples}: {args.pool} has {raw.shape[1]} candidates per image")
-    raw = raw[:, :args.samples] if args.samples else raw
+def curate(pool, out, reward="hybrid", norm_scope="pool", norm_file=None, top=8, samples=0, min_sigma=0.0):
+    """Stage 4: the reward of every candidate, and the pairs. Arguments: the flags of curate."""
+    names, raw, about = read_scores(pool)
+    judges = list(about)
+    if samples > raw.shape[1]:
+        raise runs.UserError(f"--samples {samples}: {pool} has {raw.shape[1]} candidates per image")
+    raw = raw[:, :samples] if samples else raw
     lower = {m: v["lower_is_better"] for m, v in about.items()}
-    if args.norm_file:
-        norm = open_norm(args.norm_file)
-        check_norm(args.norm_file, norm, about)
+    if norm_file:
+        norm = candidates.open_norm(norm_file)
+        candidates.check_norm(norm_file, norm, about)
     else:
-        norm = {"metrics": {m: about[m] | ends for m, ends in preference.fit_norm(raw, metrics, lower, args.norm_percent).items()}, "percent": args.norm_percent,
-                "groups": len(names), "candidates": raw.shape[1]}
-    full = [about[m]["full_reference"] for m in metrics]
-    rewards = preference.reward(preference.normalise_groups(raw, metrics, lower), full, args.reward) if args.norm == "group" else rewards_of(raw, norm, args.reward, metrics)
+        scale = preference.fit_norm(raw, judges, lower)
+        norm = {"metrics": {m: about[m] | ends for m, ends in scale.items()}, "groups": len(names),
+                "candidates": raw.shape[1]}
+    if norm_scope == "group":
+        full_reference = [v["full_reference"] for v in about.values()]
+        rewards = preference.reward(preference.normalise_groups(raw, judges, lower), full_reference, reward)
+    else:
+        rewards = candidates.rewards_of(raw, norm, reward, judges)
     flat = np.ptp(rewards, 1) < 1e-9
-    if flat.any() and not args.min_sigma:
-        raise runs.UserError(f"{args.pool}: the candidates of {flat.sum()} image(s) are all equally good, first {names[int(flat.argmax())]}: nothing to prefer; --min-sigma 0.001 drops such images")
+    if flat.any() and not min_sigma:
+        raise runs.UserError(f"{pool}: the candidates of {flat.sum()} image(s) are all equally good, first "
+                             f"{names[int(flat.argmax())]}: nothing to prefer; --min-sigma 0.001 drops such images")
     sigma = rewards.std(1)
-    keep = (sigma >= args.min_sigma) & ~flat
+    keep = (sigma >= min_sigma) & ~flat
     if not keep.any():
-        raise runs.UserError(f"--min-sigma {args.min_sigma}: no image is left; the largest sigma_g is {sigma.max():.4g}")
+        raise runs.UserError(f"--min-sigma {min_sigma}: no image is left; the largest sigma_g is {sigma.max():.4g}")
     names, rewards = [name for name, kept in zip(names, keep) if kept], rewards[keep]
-    best, worst = preference.choose(rewards, args.top)
+    best, worst = preference.choose(rewards, top)
     intra, inter = preference.pair_weights(rewards, best, worst)
-    quartiles = np.percentile(sigma, [25, 50, 75])
+
     runs.check_writable(out, "--out")
-    (out / "curation.json").unlink(missing_ok=True)                               # a call that is killed leaves no pairs that train takes
+    # a call that is killed leaves no pairs that dpo.tune takes
+    (out / "curation.json").unlink(missing_ok=True)
     runs.save_json(out / "norm.json", norm)
-    write_lines(out / "pairs.jsonl", [{"name": name, "w_seed": int(w), "l_seed": int(l), "R_w": rewards[g, w], "R_l": rewards[g, l], "w_intra": intra[g, i, j], "w_inter": inter[g]}
-                                      for g, name in enumerate(names) for i, w in enumerate(best[g]) for j, l in enumerate(worst[g])])
-    summary = {"pool": "." if out.resolve() == args.pool.resolve() else str(args.pool.resolve()), "pool_hash": pool_hash(args.pool), "reward": args.reward, "scope": args.norm, "top": args.top, "candidates": raw.shape[1], "groups": len(names), "dropped": int((~keep).sum()),
-               "pairs": intra.size, "sigma": quartiles.tolist(), "gap": float((np.take_along_axis(rewards, best, 1) - np.take_along_axis(rewards, worst, 1)).mean()),
-               "best": float(rewards.max(1).mean()), "mean": float(rewards.mean()), "worst": float(rewards.min(1).mean()), **runs.describe_machine()}
+    candidates.write_lines(out / "pairs.jsonl", [
+        {"name": name, "w_seed": int(winner), "l_seed": int(loser), "R_w": rewards[g, winner],
+         "R_l": rewards[g, loser], "w_intra": intra[g, i, j], "w_inter": inter[g]}
+        for g, name in enumerate(names) for i, winner in enumerate(best[g]) for j, loser in enumerate(worst[g])])
+    quartiles = np.percentile(sigma, [25, 50, 75])
+    gap = np.take_along_axis(rewards, best, 1) - np.take_along_axis(rewards, worst, 1)
+    summary = {
+        "pool": "." if out.resolve() == pool.resolve() else str(pool.resolve()),
+        "pool_hash": candidates.pool_hash(pool), "reward": reward, "scope": norm_scope, "top": top,
+        "candidates": raw.shape[1], "groups": len(names), "dropped": int((~keep).sum()), "pairs": intra.size,
+        "sigma": quartiles.tolist(), "gap": float(gap.mean()), "best": float(rewards.max(1).mean()),
+        "mean": float(rewards.mean()), "worst": float(rewards.min(1).mean()), **runs.describe_machine()}
     runs.save_json(out / "curation.json", summary)
-    print(f"sigma_g, the spread of the reward over {raw.shape[1]} seeds: median {quartiles[1]:.4f}, quartiles {quartiles[0]:.4f} and {quartiles[2]:.4f}, over {len(sigma)} images"
-          + (f"; WARNING, below {FEW} the order of the seeds is little but the metrics' noise: harsher degradation, --tau above 1 or more --steps" if quartiles[1] < FEW else ""))
-    print(f"{out / 'pairs.jsonl'}: {intra.size} pairs of {len(names)} images ({summary['dropped']} dropped), {args.top} best against {args.top} worst of {raw.shape[1]} by {args.reward}: "
-          f"mean reward of winners minus losers {summary['gap']:.3f}; best, mean, worst of all seeds {summary['best']:.3f}, {summary['mean']:.3f}, {summary['worst']:.3f}")
+    print(f"sigma_g, the spread of the reward over {raw.shape[1]} seeds: median {quartiles[1]:.4f}, quartiles "
+          f"{quartiles[0]:.4f} and {quartiles[2]:.4f}, over {len(sigma)} images")
+    if quartiles[1] < FEW:
+        print(f"WARNING: a median below {FEW}: the order of the seeds is mostly noise of the metrics; take a harsher "
+              "--degradation, --tau above 1 or more --steps")
+    print(f"{out / 'pairs.jsonl'}: {intra.size} pairs of {len(names)} images ({summary['dropped']} dropped), {top} "
+          f"best against {top} worst of {raw.shape[1]} by {reward}")
+    print(f"mean reward of winners minus losers {summary['gap']:.3f}; best, mean, worst of all seeds "
+          f"{summary['best']:.3f}, {summary['mean']:.3f}, {summary['worst']:.3f}")
+
+
+def main(args):
+    if args.stage == "curate":
+        if args.demo and args.pool == options.DEMO_POOL:
+            options.make_demo_start(runs.World(0, 1, None), options.DEMO_POOL / "scores.json")
+        curate(args.pool, args.out or args.pool, args.reward, args.norm, args.norm_file, args.top, args.samples,
+               args.min_sigma)
+        return
+    world = runs.start_world(args.device, args.threads)
+    if args.stage == "score":
+        if args.demo and args.pool == options.DEMO_POOL:
+            options.make_demo_start(world, options.DEMO_POOL / "pool.json")
+        score(args.pool, args.fr, args.nr, dict(args.metric_weights), world)
+        return
+    if args.demo and args.gen == options.DEMO_GENERATOR:
+        options.make_demo_start(world, options.DEMO_GENERATOR / "weights" / "gen.pth")
+    gen = flow.load_generator(args.gen, args.model, world.device, args.steps, args.tau, prompts=args.prompts,
+                              guidance=args.guidance)
+    sample(gen, options.image_source(args, args.seed), args.samples, args.out, args.batch_size, world)
+
+
+if __name__ == "__main__":
+    runs.cli(partial(main, ARGS))

@@ -1,11 +1,13 @@
 """FlowSR: network, noise schedules, sampling, files."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import archs
-from dpo import flow
 import runs
+from dpo import flow
 
 pytestmark = pytest.mark.fast
 SMALL = dict(width=(8, 16, 16), blocks=1)
@@ -32,7 +34,8 @@ def test_a_generator_starts_from_the_best_multiple_of_its_input():
         for t in (0.1, 0.5, 0.95):
             time = torch.full((len(x0),), t)
             xt, target = flow.noised(prediction, x0, eps, time)
-            assert flow.linear_guess(prediction, time)[0].item() == pytest.approx(((xt * target).sum() / xt.square().sum()).item(), abs=0.01)
+            best = ((xt * target).sum() / xt.square().sum()).item()
+            assert flow.linear_guess(prediction, time)[0].item() == pytest.approx(best, abs=0.01)
     net, xt, t = flow.FlowNet(**SMALL), torch.randn(2, 48, 8, 8), torch.tensor([0.2, 0.7])
     assert torch.allclose(net(xt, t, torch.rand(2, 3, 8, 8)), flow.linear_guess("flow", t)[:, None, None, None] * xt)
 
@@ -50,7 +53,6 @@ def test_targets_of_the_three_predictions():
 
 def test_the_cosine_schedule_against_diffusers_definition():
     """Products of 1 - beta_k with beta_k from the ratio of the curve, as Nichol and Dhariwal write it."""
-    import math
     curve = [math.cos((k / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(1001)]
     product = 1.0
     for k in range(900):
@@ -65,7 +67,8 @@ def test_sampling_with_a_perfect_network_gives_the_image(prediction):
     x = flow.noised(prediction, x0, eps, torch.ones(2))[0]
     for k in range(5, 0, -1):
         a, s = flow.cosine(torch.tensor(k / 5))
-        out = {"flow": (x - x0) / (k / 5), "epsilon": (x - a * x0) / s, "v": a * (x - a * x0) / s - s * x0}[prediction]
+        perfect = {"flow": (x - x0) / (k / 5), "epsilon": (x - a * x0) / s, "v": a * (x - a * x0) / s - s * x0}
+        out = perfect[prediction]
         x = flow.step_back(prediction, x, out, k / 5, (k - 1) / 5)
     assert torch.allclose(x, x0, atol=2e-3)
 
@@ -78,7 +81,8 @@ def test_a_seed_is_the_same_image_in_any_batch():
     many = gen.sample(gen.net, lq.expand(5, -1, -1, -1), ["a"] * 5, range(5))
     for seed in (0, 3):
         assert torch.allclose(gen.sample(gen.net, lq, ["a"], [seed])[0], many[seed], atol=1e-5)
-    assert (many[0] - many[1]).abs().mean() > 0.01 and not torch.equal(gen.noise(lq, ["a"], [0]), gen.noise(lq, ["b"], [0]))
+    assert (many[0] - many[1]).abs().mean() > 0.01
+    assert not torch.equal(gen.noise(lq, ["a"], [0]), gen.noise(lq, ["b"], [0]))
 
 
 @pytest.mark.parametrize("prediction", flow.PREDICTIONS)
@@ -109,20 +113,23 @@ def test_a_network_as_base_is_kept_beside_the_weights(tmp_path):
     gen.sigma_r = 0.1
     gen.save(tmp_path / "weights", gen.net.state_dict(), {k: v + 0.01 for k, v in gen.net.state_dict().items()})
     again = flow.load_flow(tmp_path)
-    assert torch.equal(again.net.state_dict()["last.bias"], gen.net.last.bias + 0.01) and again.sigma_r == 0.1       # EMA first
-    assert torch.allclose(again.enlarged(lq), base(lq), atol=1e-6) and flow.load_flow(tmp_path, steps=5, tau=None).steps == 5
+    # EMA first
+    assert torch.equal(again.net.state_dict()["last.bias"], gen.net.last.bias + 0.01) and again.sigma_r == 0.1
+    assert torch.allclose(again.enlarged(lq), base(lq), atol=1e-6)
+    assert flow.load_flow(tmp_path, steps=5, tau=None).steps == 5
     runs.save_weights(tmp_path / "weights" / "base.pth", archs.create("compact-small").state_dict())
-    with pytest.raises(ValueError, match="base.pth: other weights"):
+    with pytest.raises(runs.UserError, match="base.pth: other weights"):
         flow.load_flow(tmp_path)
     (tmp_path / "weights" / "base.pth").unlink()
-    with pytest.raises(ValueError, match="base.pth: missing"):
+    with pytest.raises(runs.UserError, match="base.pth: missing"):
         flow.load_flow(tmp_path)
 
 
 def test_the_base_is_not_trained():
     base = archs.create("compact-small")
     gen = flow.FlowSR(**SMALL, base=base)
-    assert not any(p.requires_grad for p in base.parameters()) and not gen.enlarged(torch.rand(1, 3, 8, 8)).requires_grad
+    assert not any(p.requires_grad for p in base.parameters())
+    assert not gen.enlarged(torch.rand(1, 3, 8, 8)).requires_grad
 
 
 def test_an_unknown_prediction_is_refused():
