@@ -403,13 +403,15 @@ def main(options, flags):
         flags = [*flags, "--lambda-p", "0"]
     given = flags
     with tempfile.TemporaryDirectory() as folder:
-        if "--data" not in flags:
-            synthetic_sets(Path(folder))
+        made_up = "--data" not in flags
+        if made_up:
             flags = [*flags, "--data", folder]
         if options.command == "finetune" and "--base" not in flags:
             # its weights are made up
             flags = [*flags, "--base", f"{folder}/none"]
         args = (finetune_lora if options.command == "finetune" else train).parse_args(flags)
+        if made_up:
+            synthetic_sets(Path(folder))
         record = {"command": sys.argv, "arguments": given, **runs.describe_machine()}
         record["threads"] = args.threads or record["threads"]
         functions = {"train": bench_step, "finetune": bench_step, "evaluate": bench_evaluate, "data": bench_data,
