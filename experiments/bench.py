@@ -387,8 +387,9 @@ def compare(options):
         pairs["whole step"] = before["whole"]["ms"], after["whole"]["ms"]
     print(runs.markdown(["", f"before ({before['commit'][:7]}), ms", f"after ({after['commit'][:7]}), ms", "ratio"],
                         [[name, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}"] for name, (a, b) in pairs.items()]))
-    for key in ("device", "torch", "arguments"):
-        if before[key] != after[key]:
+    # older results lack some
+    for key in ("device", "cpu_flags", "threads", "torch", "arguments"):
+        if key in before and key in after and before[key] != after[key]:
             print(f"{key} differ: {before[key]} and {after[key]}")
 
 

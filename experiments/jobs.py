@@ -18,6 +18,8 @@ from report import tables
 DATA = "datasets/public"
 # reported beside the no-reference metrics
 WITH_REFERENCE = ("psnr", "ssim", "vgg", "flat_hf")
+# what made a result, copied from evaluate.py's JSON
+MADE_BY = ("commit", "torch", "python", "device", "cpu_flags", "threads")
 RUNNING = set()
 
 

@@ -118,7 +118,7 @@ def one_run(args, exp, variant, seed):
             runs.write_atomic(weights, partial(shutil.copy, run / "weights" / "merged.pth"))
         names = [*exp.rewards, *exp.unseen, *jobs.WITH_REFERENCE]
         judged = jobs.evaluate(exp, weights, weights.with_suffix(".json"), names)
-        kept = {key: judged[key] for key in ("commit", "torch", "python", "device", "lower_is_better")}
+        kept = {key: judged[key] for key in (*jobs.MADE_BY, "lower_is_better")}
         runs.save_json(file, {"tune": flags, "base": base, **kept, "steps": steps[-1]["step"],
                               "gain": steps[-1]["reward"] - steps[0]["reward"], "lambda_q": last["lambda_q"],
                               "validation": steps, "scores": judged["scores"][weights.stem],

@@ -290,8 +290,7 @@ def one_run(args, name, flags):
     judged = jobs.evaluate(args, run, run.with_suffix(".json"), names)
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     runs.save_json(args.results / f"{name}.json", {
-        "train": args.train + list(map(str, flags)),
-        **{key: judged[key] for key in ("commit", "torch", "python", "device", "lower_is_better")},
+        "train": args.train + list(map(str, flags)), **{key: judged[key] for key in (*jobs.MADE_BY, "lower_is_better")},
         "picked": [event["picked"] for event in events if "picked" in event][-1], "scores": judged["scores"][name]})
 
 
