@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -45,6 +46,8 @@ torch, dist = Lazy("torch"), Lazy("torch.distributed")
 REPO = Path(__file__).resolve().parent
 # see StopSignal
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# instructions that decide how PyTorch computes on a CPU, as /proc/cpuinfo calls them
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "avx_vnni", "avx512_vnni")
 
 
 class UserError(ValueError):
@@ -539,7 +542,12 @@ def describe_machine():
         commit += "+dirty"
     cpu = f"CPU {platform.machine()}, {os.cpu_count()} cores"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device}
+    # numbers differ in their last digits between CPUs of other instructions and between numbers of threads
+    info = Path("/proc/cpuinfo")
+    known = re.search(r"^flags\s*:(.*)", info.read_text() if info.exists() else "", re.MULTILINE)
+    flags = [flag for flag in CPU_FLAGS if known and flag in known[1].split()]
+    return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device,
+            "cpu_flags": flags, "threads": torch.get_num_threads()}
 
 
 def peak_memory(device):

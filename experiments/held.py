@@ -1,18 +1,33 @@
-"""What a process of torchrun keeps for networks and optimisers, measured: its resident memory before and after three steps, against what bench.py counts.
+"""The memory that a process of torchrun keeps for networks and optimisers, measured against what bench.py counts.
 
-    torchrun --nproc_per_node 2 experiments/held.py --json results/bench/held.json
+    torchrun --nproc_per_node 2 -m experiments.held --json runs/bench/held.json
 
-Both ways of DDP: as World.parallel makes it, and with PyTorch's defaults, which hold a second copy of the gradients. On the CPU, tiny images, so that activations play no part.
+Resident memory before and after three steps, for both ways of DDP: as World.parallel makes it, and with PyTorch's
+defaults, which hold a second copy of the gradients. On the CPU, with tiny images, so that activations play no part.
 """
 import argparse
+from pathlib import Path
+
+import runs
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    return p.parse_args(argv)
+
+
+# --help needs no torch: seconds
+ARGS = parse_args() if __name__ == "__main__" else None
+
 import copy
 import gc
 import os
 import sys
 from functools import partial
-from pathlib import Path
 
-os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"                                    # read at the start of a process; main starts one for each measurement
+# read at the start of a process; main starts one for each measurement
+os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
 
 import torch
 import torch.nn.functional as F
@@ -21,23 +36,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 import archs
 from experiments import bench
-import runs
 
 
 def resident():
+    """MB of this process."""
     gc.collect()
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024 / 1e6
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmRSS")).split()[1]) * 1024 / 1e6
 
 
 def build(arch, d_features):
-    return archs.create(arch, **({"drop_path": 0.0} if arch.startswith("swinir") else {})), archs.UNetDiscriminatorSN(d_features)
+    drop_path = {"drop_path": 0.0} if "drop_path" in archs.ARCHS[arch]["train"] else {}
+    return archs.create(arch, **drop_path), archs.UNetDiscriminatorSN(d_features)
 
 
 def steps(net_g, net_d, parallel):
-    """Three steps. -> everything that a run keeps"""
+    """Three steps -> everything that a run keeps."""
     raw_g, ema = net_g, copy.deepcopy(net_g).requires_grad_(False)
     net_g, net_d = parallel(net_g), parallel(net_d)
-    opt_g, opt_d = (runs.adam(net.parameters(), 1e-4, False) for net in (net_g, net_d))
+    opt_g, opt_d = (runs.adam(net.parameters(), 1e-4) for net in (net_g, net_d))
     for _ in range(3):
         sr = net_g(torch.rand(1, 3, 8, 8))
         for opt, loss in ((opt_g, F.l1_loss(sr, torch.rand_like(sr))), (opt_d, net_d(sr.detach()).mean())):
@@ -54,29 +71,37 @@ def measure(arch, ours, port, answer):
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     world = runs.start_world("cpu", 1)
     parallel = world.parallel if ours else DistributedDataParallel
-    warm = steps(*build("compact-small", 8), parallel), steps(*build(f"{arch}-small", 8), parallel)                # libraries are loaded
+    # small networks first, so that libraries are loaded
+    warm = steps(*build("compact-small", 8), parallel), steps(*build(f"{arch}-small", 8), parallel)
     nets, before = build(arch, 64), resident()
     own = sum(t.numel() * t.element_size() for net in nets for t in [*net.parameters(), *net.buffers()]) / 1e6
     kept = steps(*nets, parallel)
-    answer.put({"arch": arch, "ours": ours, "grew_MB": resident() - before + own, "counted_MB": bench.held(*nets) / 1e6, "gradients_MB": 4e-6 * sum(p.numel() for net in nets for p in net.parameters())})
+    gradients = 4e-6 * sum(p.numel() for net in nets for p in net.parameters())
+    answer.put({"arch": arch, "ours": ours, "grew_MB": resident() - before + own,
+                "counted_MB": bench.held(*nets) / 1e6, "gradients_MB": gradients})
     del warm, kept
 
 
 def main(args):
-    found, context = [], get_context("spawn")
-    for k, (arch, ours) in enumerate((arch, ours) for arch in ("compact", "swinir", "rrdbnet") for ours in (True, False)):
+    if "RANK" not in os.environ:
+        raise runs.UserError("measures processes of torchrun: torchrun --nproc_per_node 2 -m experiments.held")
+    runs.check_output(args.json, "--json")
+    rows, context = [], get_context("spawn")
+    settings = [(arch, ours) for arch in ("compact", "swinir", "rrdbnet") for ours in (True, False)]
+    for k, (arch, ours) in enumerate(settings):
         answer = context.SimpleQueue()
-        process = context.Process(target=partial(measure, arch, ours, int(os.environ["MASTER_PORT"]) + 1 + k, answer))
+        port = int(os.environ["MASTER_PORT"]) + 1 + k
+        process = context.Process(target=partial(measure, arch, ours, port, answer))
         process.start()
-        found.append(answer.get())
+        rows.append(answer.get())
         process.join()
     if os.environ["RANK"] == "0":
-        print(runs.markdown(list(found[0]), [[f"{v:.0f}" if isinstance(v, float) else v for v in row.values()] for row in found]))
+        cells = [[f"{v:.0f}" if isinstance(v, float) else v for v in row.values()] for row in rows]
+        print(runs.markdown(list(rows[0]), cells))
         if args.json:
-            runs.save_json(args.json, {"command": sys.argv, "processes": int(os.environ["WORLD_SIZE"]), **runs.describe_machine(), "found": found})
+            record = {"command": sys.argv, "processes": int(os.environ["WORLD_SIZE"]), **runs.describe_machine()}
+            runs.save_json(args.json, record | {"found": rows})
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--json", type=Path)
-    main(p.parse_args())
+    runs.cli(partial(main, ARGS))
