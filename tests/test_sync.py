@@ -134,7 +134,7 @@ def test_a_tuning_step_reads_nothing_back(base, tmp_path, reads):  # noqa: F811
 def test_a_value_that_is_read_is_caught(quintuplets, init, rewards, tmp_path, reads, monkeypatch):  # noqa: F811
     pick = data.pick_gt
 
-    def pick_and_index_by_mask(sampler, candidates, scores):
+    def pick_and_index_by_mask(sampler, candidates, scores, *rest):
         index = pick(sampler, candidates, scores.clone().masked_fill_(~candidates, 0))
         return index * (scores[candidates].shape[0] > 0)
     monkeypatch.setattr(runs, "update_ema", lambda ema, net, decay: next(net.parameters()).sum().item())
