@@ -306,11 +306,11 @@ def make_pair(batch, step, lanes, seeds, device, degradation, group_size, crop, 
 
     Returns lq (b, 3, crop/4, crop/4) and gt (b, 3, crop, crop) in [0, 1], the index of the chosen version (b,), and its
     score (b,), which is None unless the sampler scores online.
-    The LR image is always made from the whole original, then cropped. A
-    sampler that scores online, such as amo, sees the crops of all versions at once.
+    The LR image is always made from the whole original, then cropped. A sampler that scores online, such as amo, sees
+    the crops of all versions at once.
     degradation: a name of degradations.PRESETS; group_size: lanes that share what HGGT draws once per GPU batch;
-    reward: (B, 3, H, W) in [0, 1] -> (B,), for those samplers only; usm: sharpen the whole image first, for LR image and target
-    (HGGT's psnr stage of RRDBNet).
+    reward: (B, 3, H, W) in [0, 1] -> (B,), for those samplers only; usm: sharpen the whole image first, for LR image
+    and target (HGGT's psnr stage of RRDBNet).
     """
     original = batch["original"].to(device, non_blocking=True).float() / 255  # (b, 3, H, W)
     crops = batch["crops"].to(device, non_blocking=True).float() / 255  # (b, V, 3, crop, crop)
