@@ -36,6 +36,9 @@ for page, module, words in json.load(sys.stdin):
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             importlib.import_module(module).parse_args(words)
     except (SystemExit, Exception) as error:
+        # --help
+        if getattr(error, "code", None) == 0:
+            continue
         reason = (output.getvalue().strip().splitlines() or [repr(error)])[-1]
         failures.append(f"{page}: {module} {' '.join(words)}: {reason}")
 print(json.dumps(failures))
@@ -70,6 +73,9 @@ def commands(text):
     lines += re.findall(r"`((?:python|torchrun|make) [^`\n]*)`", prose)
     page_commands = []
     for line in lines:
+        # layouts and other text stand in blocks, too
+        if not re.search(r"(?:^|&& )(?:[A-Z_]+=\S+ )*(?:python3?|torchrun|make) ", line):
+            continue
         words = shlex.split(line, comments=True)
         ends = [i for i, word in enumerate(words) if word == "&&"]
         for start, end in zip([0, *[i + 1 for i in ends]], [*ends, len(words)]):
