@@ -39,7 +39,7 @@ for page, module, words in json.load(sys.stdin):
         # --help
         if getattr(error, "code", None) == 0:
             continue
-        reason = (output.getvalue().strip().splitlines() or [repr(error)])[-1]
+        reason = ' '.join(output.getvalue().strip().splitlines()[-2:]) or repr(error)
         failures.append(f"{page}: {module} {' '.join(words)}: {reason}")
 print(json.dumps(failures))
 """
