@@ -26,9 +26,18 @@ from images import check_mode, cut_to_x4, image_size, list_images, load_image, o
 # HGGT's integer codes
 ORIGINAL, POSITIVE, SIMILAR, NEGATIVE = 0, 1, 2, 3
 LABELS = {"Positive": POSITIVE, "Similar": SIMILAR, "Negative": NEGATIVE}
-SAMPLERS = ("orig", "rand", "upos", "sma", "smp", "amo")
-NEEDS_LABELS = ("upos", "smp")
-NEEDS_SCORES = ("sma", "smp")
+# What each sampler looks at: labels of people, static scores of whole images, online scores of the training crops.
+# Plain values only: runs.literal reads them from the text of this file.
+SAMPLERS = {
+    "orig": [],
+    "rand": [],
+    "upos": ["labels"],
+    "sma": ["static"],
+    "smp": ["labels", "static"],
+    "amo": ["online"],
+}
+NEEDS_LABELS = tuple(name for name, needs in SAMPLERS.items() if "labels" in needs)
+NEEDS_SCORES = tuple(name for name, needs in SAMPLERS.items() if "static" in needs)
 
 
 def file_stem(stem, version):
@@ -308,11 +317,13 @@ def crop_like(lq, where, size, scale=4):
     return torch.stack(rows)
 
 
-def make_pair(batch, step, lanes, seeds, device, degradation, group_size, crop, reward=None, usm=False):
+def make_pair(batch, step, lanes, seeds, device, degradation, group_size, crop, reward=None, usm=False,
+              sampler="amo", tau=10.0):
     """One fresh training pair per lane: lq (b, 3, p/4, p/4) and gt (b, 3, p, p) in [0, 1], which version was chosen (b,), and
-    its score (b,), None unless the sampler is amo.
+    its score (b,), None unless the sampler scores online.
 
-    The LR image is always made from the whole original, then cropped; AMO scores the aligned crops of all versions at once.
+    The LR image is always made from the whole original, then cropped. A sampler that scores online, such as amo, sees the
+    aligned crops of all versions at once.
     usm: sharpen the whole image first, for LR image and target (HGGT's psnr stage of RRDBNet).
     """
     original = batch["original"].to(device, non_blocking=True).float() / 255  # (b, 3, H, W)
@@ -329,7 +340,8 @@ def make_pair(batch, step, lanes, seeds, device, degradation, group_size, crop, 
         return lq, gt, versions[:, 0], batch["score"].to(device, non_blocking=True) if "score" in batch else None
     with torch.no_grad():
         scores = reward(crops.flatten(0, 1)).view(versions.shape)
-    index = pick_gt("amo", batch["candidates"].to(device, non_blocking=True), scores)[:, None]
+    candidates, draws = (batch[name].to(device, non_blocking=True) for name in ("candidates", "draw"))
+    index = pick_gt(sampler, candidates, scores, tau, draws)[:, None]
     gt = torch.take_along_dim(crops, index[:, :, None, None, None], 1)[:, 0]
     return lq, gt, versions.gather(1, index)[:, 0], scores.gather(1, index)[:, 0]
 
@@ -433,8 +445,8 @@ class TrainingSet(Dataset):
             soft = "amo" if self.tau is None else "sma"
             chosen = [int(pick_gt(soft, candidates[None], scores[None], self.tau, draw))]
             more = {"score": scores[chosen[0]]}
-        elif self.sampler == "amo":
-            chosen, more = range(len(candidates)), {"candidates": candidates}
+        elif "online" in SAMPLERS[self.sampler]:
+            chosen, more = range(len(candidates)), {"candidates": candidates, "draw": torch.from_numpy(draw)}
         else:
             scores = None if self.scores is None else self.scores[index][None]
             chosen = [int(pick_gt(self.sampler, candidates[None], scores, self.tau, draw))]

@@ -86,7 +86,8 @@ def parse_args(argv=None):
     # the paper's defaults, then what the base was trained with, then those of this stage; explicit flags still win
     values = {"load_size": 0, "tau": None, "atlas": [], "d_features": 64, "drop_path": 0.0, "channels_last": True}
     values |= ARCHS[arch]["train"] | ARCHS[arch]["gan"]
-    of_base = {k: v for k, v in trained.items() if k in OF_BASE}
+    of_base = {k: v for k, v in trained.items()
+               if k in OF_BASE or k.startswith("lambda_") and k not in ("lambda_a", "lambda_q")}
     if trained.get("sampler") not in ("sma", "smp") and not of_base.get("atlas"):
         of_base.pop("tau", None)
     # argparse turns strings into paths
@@ -107,7 +108,7 @@ def parse_args(argv=None):
         args.lambda_q = 1.0 if any("=" in word for word in args.reward) else "auto" if first.demo else 0.05
     # what chooses the ground truths
     args.gt_reward = trained.get("reward", args.reward)
-    if args.gt_reward == ["none"] and args.sampler in ("sma", "smp", "amo") and not args.atlas:
+    if args.gt_reward == ["none"] and runs.chooses_by_score(args.sampler) and not args.atlas:
         p.error(f"{base}: no run there whose reward could choose the ground truths; make it with: python train.py "
                 f"--arch {arch} --sampler {args.sampler}, or name a --sampler that needs none")
     if args.out is None:
@@ -297,7 +298,8 @@ def main(args):
                              "hold out photos with --val-photos N")
     run.pin(samples=len(dataset), **chosen_by(dataset, run))
     pairs = partial(data.make_pair, seeds=seeds, device=device, degradation=args.degradation,
-                    group_size=args.group_size, crop=args.crop, reward=gt_reward)
+                    group_size=args.group_size, crop=args.crop, reward=gt_reward,
+                    sampler=args.sampler, tau=args.tau)
 
     # networks: raw_* are the plain modules that are saved, net_* what the loop calls
     # initial weights; nothing else uses this state

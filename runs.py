@@ -247,6 +247,11 @@ def add_training(p, leave_out=()):
     add(g, "--tensorboard", action=onoff, default=False, help="also write TensorBoard events")
 
 
+def chooses_by_score(sampler):
+    """Does the sampler need a reward, of whole images or of crops?"""
+    return bool({"static", "online"} & {*literal("data", "SAMPLERS")[sampler]})
+
+
 def check_training(p, args):
     """What argparse cannot see: combinations of add_training's flags that cannot work. Fills args.tau."""
     if args.atlas and (args.sampler != "amo" or args.load_size):
@@ -255,7 +260,7 @@ def check_training(p, args):
         p.error(f"--atlas is for --sampler amo on whole images: give {need}")
     if args.tau is None and not args.atlas:
         args.tau = 10.0
-    if args.reward == ["none"] and args.sampler in ("sma", "smp", "amo") and not args.atlas:
+    if args.reward == ["none"] and chooses_by_score(args.sampler) and not args.atlas:
         p.error(f"--sampler {args.sampler} chooses by score: it needs a --reward")
     if args.drop_path and "drop_path" not in literal("archs", "ARCHS")[args.arch]["train"]:
         p.error("--drop-path is SwinIR's: use 0 for convolutional nets")

@@ -202,7 +202,8 @@ def main(args):
     sets, dataset, val_sets, shown_set = open_data(args, world, reward, seeds)
     run.pin(samples=len(dataset), **chosen_by(dataset, run))
     pairs = partial(data.make_pair, seeds=seeds, device=device, degradation=args.degradation,
-                    group_size=args.group_size, crop=args.crop, reward=reward, usm=args.usm)
+                    group_size=args.group_size, crop=args.crop, reward=reward, usm=args.usm,
+                    sampler=args.sampler, tau=args.tau)
 
     # networks: raw_* are the plain modules that are saved, net_* what the loop calls
     start = "random start"

@@ -123,7 +123,7 @@ def test_a_tuning_step_reads_nothing_back(base, tmp_path, reads):  # noqa: F811
 def test_a_value_that_is_read_is_caught(quintuplets, init, rewards, tmp_path, reads, monkeypatch):  # noqa: F811
     pick = data.pick_gt
     monkeypatch.setattr(runs, "update_ema", lambda ema, net, decay: next(net.parameters()).sum().item())
-    monkeypatch.setattr(data, "pick_gt", lambda sampler, candidates, scores: pick(sampler, candidates, scores.clone().masked_fill_(~candidates, 0)) * (scores[candidates].shape[0] > 0))
+    monkeypatch.setattr(data, "pick_gt", lambda sampler, candidates, scores, *rest: pick(sampler, candidates, scores.clone().masked_fill_(~candidates, 0)) * (scores[candidates].shape[0] > 0))
     run_training(quintuplets, init, tmp_path)
     assert {file for file, _ in reads.found - ON_THE_CPU_ANYWAY} == {"train.py", "data.py"} and len(reads.found - ON_THE_CPU_ANYWAY) == 2
 

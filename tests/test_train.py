@@ -96,7 +96,7 @@ def test_every_preset_key_is_a_flag_and_every_choice_exists():
         assert set(entry) == {"class", "sizes", "train", "psnr", "gan", "tune"} and hasattr(archs, entry["class"])
         assert set(entry["train"]) | set(entry["psnr"]) | set(entry["gan"]) <= known and set(entry["tune"]) <= tuning | {"targets"}
     assert set(train.PSNR) | set(train.DEMO["gan"]) | set(train.DEMO["psnr"]) <= known and set(finetune_lora.DEMO) <= tuning
-    assert runs.literal("archs", "ARCHS") == ARCHS and tuple(runs.literal("data", "SAMPLERS")) == data.SAMPLERS
+    assert runs.literal("archs", "ARCHS") == ARCHS and runs.literal("data", "SAMPLERS") == data.SAMPLERS
     assert runs.literal("degradations", "PRESETS") == list(degradations.PRESETS) and tuple(runs.literal("iqa", "MUSIQ")) == iqa.MUSIQ
     assert {args.degradation for args in map(train.parse_args, (["--arch", a] for a in ARCHS))} <= set(degradations.PRESETS)
     # facts, not flags
