@@ -55,7 +55,7 @@ def pad_reflect(x, bottom, right):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(relu(conv(x))), no normalisation (PAPER: residual blocks; CHOICE of this form)."""
+    """x + conv(relu(conv(x))), used by selfsup/ and dpo/ (PAPER: residual blocks; CHOICE: this form)."""
 
     def __init__(self, width):
         super().__init__()

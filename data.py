@@ -9,8 +9,7 @@ A stem is <photo>-<row>-<column>: the sets are patches of photographs. HGGT has 
 folders with two digits works. Images are (3, H, W) uint8 RGB until they reach the device.
 
 The way of a training pair: find_sets, TrainingSet.sample (window, flip, crop, choice of the ground truth), batches,
-prefetch, make_pair (degradation; AMO's choice), TrainingPool.swap. Random numbers come from seeds(step, lane, purpose);
-the purposes are epoch, window, flip, crop, sampler, degrade, degrade-group, turn, pool, val, val-group.
+prefetch, make_pair (degradation; AMO's choice), TrainingPool.swap. `seeds` stands for runs.sample_seed of a run's seed.
 """
 import copy
 import json

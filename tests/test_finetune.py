@@ -1,4 +1,7 @@
-"""finetune_lora.py: the paper's settings, Eq. 5 by hand, what is trained and what stays, resume, files, the watch over a gamed reward, refusals."""
+"""finetune_lora.py: the paper's settings, Eq. 5 by hand, trained and frozen weights, files, resume, refusals.
+
+Also the warnings about a reward that is fooled.
+"""
 import copy
 import json
 import shutil
@@ -7,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_train import equal_on_both_ranks
 
 import archs
 import data
@@ -15,13 +19,14 @@ import finetune_lora as ft
 import lora
 import metrics
 import runs
-from losses import VGGFeatureLoss
-from images import image_size
 import train
-from test_train import equal_on_both_ranks
+from images import image_size
+from losses import VGGFeatureLoss
 
-TINY = ["--crop", "64", "--watch", "--log-every", "1", "--val-every", "0", "--lr", "1e-2", "--lambda-q", "0.01", "--rank", "3",
-        "--device", "cpu", "--workers", "0"]
+TINY = ["--crop", "64", "--watch", "--log-every", "1", "--val-every", "0", "--lr", "1e-2", "--lambda-q", "0.01",
+        "--rank", "3", "--device", "cpu", "--workers", "0"]
+# the layers that LoRA adapts in compact-small
+ADAPTED = [f"body.{k}" for k in range(2, 13, 2)]
 
 
 @pytest.fixture(scope="session")
@@ -31,17 +36,26 @@ def base(quintuplets, rewards, vgg_file, tmp_path_factory):
     torch.manual_seed(0)
     runs.save_weights(folder / "init.pth", archs.create("compact-small").state_dict())
     train.main(train.parse_args([
-        "--arch", "compact-small", "--batch-size", "4", "--group-size", "2", "--pool-size", "8", "--crop", "32", "--lambda-p", "0.5", "--vgg-weights", str(vgg_file),
-        "--d-features", "4", "--workers", "0", "--device", "cpu", "--init", str(folder / "init.pth"), "--data", str(quintuplets), "--reward",
-        "test_rewards:brightness", "--total-steps", "2", "--val-photos", "1", "--ema-decay", "0.5", "--out", str(folder / "compact-small-amo")]))
+        "--arch", "compact-small", "--batch-size", "4", "--group-size", "2", "--pool-size", "8", "--crop", "32",
+        "--lambda-p", "0.5", "--vgg-weights", str(vgg_file), "--d-features", "4", "--workers", "0", "--device", "cpu",
+        "--init", str(folder / "init.pth"), "--data", str(quintuplets), "--reward", "test_rewards:brightness",
+        "--total-steps", "2", "--val-photos", "1", "--ema-decay", "0.5", "--out", str(folder / "compact-small-amo")]))
     return folder / "compact-small-amo"
 
 
-def tune(base, out, *more, reward="test_rewards:brightness", steps=3):
-    words = ["--arch", "compact-small", "--base", base, "--reward", reward, *TINY, "--total-steps", steps, "--out", out, *more]
-    args = ft.parse_args(list(map(str, words)))
-    ft.main(args)
-    return args
+def flags(base, *more, reward="test_rewards:brightness", steps=3):
+    return ["--arch", "compact-small", "--base", base, "--reward", reward, *TINY, "--total-steps", steps, *more]
+
+
+def tune(base, out, *more, **options):
+    ft.main(ft.parse_args(list(map(str, flags(base, "--out", out, *more, **options)))))
+
+
+def recorded_pairs(monkeypatch):
+    """A list that receives every training pair of the runs that follow."""
+    pairs, make_pair = [], data.make_pair
+    monkeypatch.setattr(data, "make_pair", lambda *a, **k: pairs.append(make_pair(*a, **k)) or pairs[-1])
+    return pairs
 
 
 def events(out, split="train"):
@@ -56,21 +70,25 @@ def weights(path, key="params_ema"):
 def test_the_papers_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     swinir, rrdbnet = (ft.parse_args(["--arch", arch]) for arch in ("swinir", "rrdbnet"))
-    assert (swinir.rank, swinir.lr, swinir.milestones) == (48, 5e-6, [5_000]) and (rrdbnet.rank, rrdbnet.lr, rrdbnet.milestones) == (24, 5e-5, [])
+    assert (swinir.rank, swinir.lr, swinir.milestones) == (48, 5e-6, [5_000])
+    assert (rrdbnet.rank, rrdbnet.lr, rrdbnet.milestones) == (24, 5e-5, [])
     for args in (swinir, rrdbnet):
-        assert (args.total_steps, args.lambda_q, args.lambda_a, args.lambda_l1, args.lambda_p) == (20_000, 0.05, 0, 1, 1)
-        assert (args.reward, args.gt_reward, args.sampler, args.ema_decay, args.crop) == (["musiq"], ["musiq"], "amo", 0.999, 256)
+        assert (args.total_steps, args.lambda_q, args.lambda_a) == (20_000, 0.05, 0)
+        assert (args.lambda_l1, args.lambda_p, args.ema_decay, args.crop) == (1, 1, 0.999, 256)
+        assert (args.reward, args.gt_reward, args.sampler) == (["musiq"], ["musiq"], "amo")
     assert (swinir.batch_size, swinir.pool_size, swinir.degradation, swinir.drop_path) == (32, 640, "one-round", 0.1)
     assert swinir.out == Path("runs/swinir-amo+musiq") and ft.parse_args([]).arch == "swinir"
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("words, name", [([], "swinir-amo+musiq"), (["--tune", "all"], "swinir-amo+musiq-naive"), (["--lambda-p", "2"], "swinir-amo+musiq-hp"),
-                                         (["--lambda-a", "0.1"], "swinir-amo+musiq-ig"), (["--reward", "none", "--lambda-a", "0.2"], "swinir-amo+none-nnr2"),
-                                         (["--reward", "none", "--lambda-a", "0.5"], "swinir-amo+none-nnr5"),
-                                         (["--reward", "paq2piq"], "swinir-amo+paq2piq"), (["--tune", "layers"], "swinir-amo+musiq-layers"),
-                                         (["--reward", "my.py:build"], "swinir-amo+my.py"),
-                                         (["--reward", "musiq=0.05", "nima=0.5"], "swinir-amo+musiq+nima"), (["--base", "elsewhere/r"], "r+musiq")])
+@pytest.mark.parametrize("words, name", [
+    ([], "swinir-amo+musiq"), (["--tune", "all"], "swinir-amo+musiq-naive"),
+    (["--tune", "layers"], "swinir-amo+musiq-layers"), (["--lambda-p", "2"], "swinir-amo+musiq-hp"),
+    (["--lambda-a", "0.1"], "swinir-amo+musiq-ig"),
+    (["--reward", "none", "--lambda-a", "0.2"], "swinir-amo+none-nnr2"),
+    (["--reward", "none", "--lambda-a", "0.5"], "swinir-amo+none-nnr5"),
+    (["--reward", "paq2piq"], "swinir-amo+paq2piq"), (["--reward", "my.py:build"], "swinir-amo+my.py"),
+    (["--reward", "musiq=0.05", "nima=0.5"], "swinir-amo+musiq+nima"), (["--base", "elsewhere/r"], "r+musiq")])
 def test_rows_of_the_paper_have_folders_of_their_own(words, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "none" in words:
@@ -84,7 +102,8 @@ def test_rows_of_the_paper_have_folders_of_their_own(words, name, tmp_path, monk
 @pytest.mark.fast
 def test_a_given_lambda_q_stays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for words, expected in ((["--reward", "musiq=1", "--lambda-q", "0.05"], 0.05), (["--demo"], "auto"), (["--demo", "--reward", "ranker=0.5"], 1),
+    for words, expected in ((["--reward", "musiq=1", "--lambda-q", "0.05"], 0.05), (["--demo"], "auto"),
+                            (["--demo", "--reward", "ranker=0.5"], 1),
                             (["--demo", "--reward", "ranker=0.5", "--lambda-q", "auto"], "auto")):
         assert ft.parse_args(words).lambda_q == expected, words
 
@@ -92,7 +111,8 @@ def test_a_given_lambda_q_stays(tmp_path, monkeypatch):
 @pytest.mark.fast
 def test_the_runs_settings_are_the_defaults_and_flags_win(base):
     args = ft.parse_args(["--arch", "compact-small", "--base", str(base), "--crop", "64"])
-    assert (args.batch_size, args.group_size, args.pool_size, args.d_features, args.lambda_p, args.ema_decay) == (4, 2, 8, 4, 0.5, 0.5)
+    assert (args.batch_size, args.group_size, args.pool_size, args.d_features) == (4, 2, 8, 4)
+    assert (args.lambda_p, args.ema_decay) == (0.5, 0.5)
     assert args.crop == 64 and args.gt_reward == ["test_rewards:brightness"] and args.reward == ["musiq"]
     assert isinstance(args.data, Path) and isinstance(args.vgg_weights, Path) and args.lr == 2e-4 and args.lambda_a == 0
     paq = ft.parse_args(["--arch", "compact-small", "--base", str(base), "--reward", "paq2piq"])
@@ -118,22 +138,25 @@ def test_reward_rises_the_base_stays_and_the_files_fit_together(base, tmp_path, 
     x = torch.rand(1, 3, 20, 24)
     with torch.no_grad():
         assert (merged(x) - adapted(x)).abs().max() < 1e-5 and (merged(x) - plain(x)).abs().max() > 1e-3
-    changed = {k for k, v in weights(tmp_path / "out" / "weights" / "merged.pth").items() if not torch.equal(v, plain.state_dict()[k])}
+    file, start = tmp_path / "out" / "weights" / "merged.pth", plain.state_dict()
+    changed = {k for k, v in weights(file).items() if not torch.equal(v, start[k])}
     assert changed == {f"{name}.weight" for name in content["targets"]}
     from spandrel import ModelLoader
-    theirs = ModelLoader().load_from_file(tmp_path / "out" / "weights" / "merged.pth")
+    client = ModelLoader().load_from_file(file)
     with torch.no_grad():
-        assert torch.allclose(theirs.model(x), merged(x), atol=1e-6)
+        assert torch.allclose(client.model(x), merged(x), atol=1e-6)
 
 
 def test_lora_as_a_script_merges_at_any_strength(base, tmp_path, capsys):
     tune(base, tmp_path / "out", steps=2)
-    merge = lambda *words: lora.main(lora.parse_args(list(map(str, words))))
+
+    def merge(*words):
+        lora.main(lora.parse_args(list(map(str, words))))
     start, tuned = weights(runs.find_weights(base, "")), weights(tmp_path / "out" / "weights" / "merged.pth")
     for scale in (0, 0.5, 1, 1.5):
         merge(tmp_path / "out", "--scale", scale, "--out", tmp_path / "m.pth")
-        found = archs.load_x4(tmp_path / "m.pth", "--weights")[0].state_dict()
-        assert all(torch.allclose(found[k], start[k] + scale * (tuned[k] - start[k]), atol=1e-6) for k in start)
+        merged = archs.load_x4(tmp_path / "m.pth", "--weights")[0].state_dict()
+        assert all(torch.allclose(merged[k], start[k] + scale * (tuned[k] - start[k]), atol=1e-6) for k in start)
     assert f"1.5 x {tmp_path / 'out' / 'lora' / 'adapter.pth'}" in capsys.readouterr().out
     shutil.copy(tmp_path / "out" / "lora" / "adapter.pth", tmp_path / "alone.pth")
     with pytest.raises(ValueError, match="alone.pth: no args.json .*name the tuned weights with --base"):
@@ -143,7 +166,8 @@ def test_lora_as_a_script_merges_at_any_strength(base, tmp_path, capsys):
     assert not (tmp_path / "n.pth").exists()
     shutil.move(base, tmp_path / "moved")
     try:
-        with pytest.raises(ValueError, match="args.json: was tuned from .*compact-small-amo, which is not here; .* name it with --base"):
+        message = "args.json: was tuned from .*compact-small-amo, which is not here; .* name it with --base"
+        with pytest.raises(ValueError, match=message):
             merge(tmp_path / "out", "--out", tmp_path / "n.pth")
     finally:
         shutil.move(tmp_path / "moved", base)
@@ -157,123 +181,146 @@ def test_stop_gain_ends_at_the_first_validation_that_has_it(base, tmp_path):
     gains = [e["reward"] - val[0]["reward"] for e in val]
     assert 0 < val[-1]["step"] < 30 and gains[-1] >= 0.1 and all(g < 0.1 for g in gains[:-1])
     assert (tmp_path / "out" / "weights" / "merged.pth").exists()
-    at = lambda: torch.load(tmp_path / "out" / "ckpt" / "last.pt", weights_only=True)["step"]
-    assert at() == val[-1]["step"]
-    # reached: not one step more
+
+    def last_step():
+        return torch.load(tmp_path / "out" / "ckpt" / "last.pt", weights_only=True)["step"]
+    assert last_step() == val[-1]["step"]
+    # the gain is reached: not one step more
     tune(base, tmp_path / "out", "--val-every", 2, "--stop-gain", 0.1, "--resume", steps=30)
-    assert at() == val[-1]["step"] and events(tmp_path / "out", "val") == val
+    assert last_step() == val[-1]["step"] and events(tmp_path / "out", "val") == val
     tune(base, tmp_path / "out", "--val-every", 2, "--stop-gain", gains[-1] + 0.1, "--resume", steps=30)
     more = events(tmp_path / "out", "val")
-    assert val[-1]["step"] < at() == more[-1]["step"] < 30 and more[-1]["reward"] - val[0]["reward"] >= gains[-1] + 0.1
+    assert val[-1]["step"] < last_step() == more[-1]["step"] < 30
+    assert more[-1]["reward"] - val[0]["reward"] >= gains[-1] + 0.1
 
 
-@pytest.mark.parametrize("how", ["layers", "all"])
-def test_the_controls_train_what_they_say(base, tmp_path, how):
-    tune(base, tmp_path / "out", "--tune", how)
-    before, after = weights(runs.find_weights(base, "")), weights(tmp_path / "out" / "weights" / "merged.pth")
-    changed = {k for k in before if not torch.equal(before[k], after[k])}
-    middle = {f"body.{k}.weight" for k in range(2, 13, 2)}
-    assert changed == (middle if how == "layers" else set(before)) and not (tmp_path / "out" / "lora").exists()
+@pytest.mark.parametrize("tuned", ["layers", "all"])
+def test_the_controls_train_what_they_say(base, tmp_path, tuned):
+    tune(base, tmp_path / "out", "--tune", tuned)
+    start, end = weights(runs.find_weights(base, "")), weights(tmp_path / "out" / "weights" / "merged.pth")
+    changed = {k for k in start if not torch.equal(start[k], end[k])}
+    assert changed == ({f"{name}.weight" for name in ADAPTED} if tuned == "layers" else set(start))
+    assert not (tmp_path / "out" / "lora").exists()
 
 
 def test_two_steps_of_equation_5_by_hand(base, tmp_path, vgg_file, monkeypatch):
-    pairs, make_pair = [], data.make_pair
-    monkeypatch.setattr(data, "make_pair", lambda *a, **k: pairs.append(make_pair(*a, **k)) or pairs[-1])
-    tune(base, tmp_path / "out", "--pool-size", 0, "--lambda-l1", 2, "--lambda-q", 0.03, "--milestones", 1, "--seed", 7, steps=2)
+    pairs = recorded_pairs(monkeypatch)
+    tune(base, tmp_path / "out", "--pool-size", 0, "--lambda-l1", 2, "--lambda-q", 0.03, "--milestones", 1, "--seed", 7,
+         steps=2)
     net = archs.create("compact-small")
     archs.load_weights(net, runs.find_weights(base, ""))
     start = {k: v.clone() for k, v in net.state_dict().items()}
     torch.manual_seed(7)
     # the draws before A's
     archs.create("compact-small")
-    names = [f"body.{k}" for k in range(2, 13, 2)]
-    A = [torch.empty(3, 32 * 9) for _ in names]
+    A = [torch.empty(3, 32 * 9) for _ in ADAPTED]
     for a in A:
         torch.nn.init.kaiming_uniform_(a, a=5 ** 0.5)
-    A, B = [a.requires_grad_() for a in A], [torch.zeros(32, 3, requires_grad=True) for _ in names]
-    opt, vgg, ema = torch.optim.Adam(A + B, lr=1, betas=(0.9, 0.99)), VGGFeatureLoss(vgg_file), [p.detach().clone() for p in A + B]
+    A, B = [a.requires_grad_() for a in A], [torch.zeros(32, 3, requires_grad=True) for _ in ADAPTED]
+    opt, vgg = torch.optim.Adam(A + B, lr=1, betas=(0.9, 0.99)), VGGFeatureLoss(vgg_file)
+    ema = [p.detach().clone() for p in A + B]
     for lr, (lq, gt, _, _) in zip((1e-2, 5e-3), pairs, strict=True):
-        state = start | {f"{n}.weight": start[f"{n}.weight"] + (b @ a).view(32, 32, 3, 3) for n, a, b in zip(names, A, B)}
-        sr, sharp = torch.func.functional_call(net, state, lq), gt
-        loss = 2 * (sr - sharp).abs().mean() + 0.5 * vgg(sr, sharp) - 0.03 * (100 * sr.clamp(0, 1).mean((1, 2, 3))).mean()
+        updates = {f"{name}.weight": (b @ a).view(32, 32, 3, 3) for name, a, b in zip(ADAPTED, A, B)}
+        state = start | {name: start[name] + update for name, update in updates.items()}
+        sr = torch.func.functional_call(net, state, lq)
+        brightness = 100 * sr.clamp(0, 1).mean((1, 2, 3))
+        loss = 2 * (sr - gt).abs().mean() + 0.5 * vgg(sr, gt) - 0.03 * brightness.mean()
         opt.zero_grad()
         loss.backward()
         opt.param_groups[0]["lr"] = lr
         opt.step()
         ema = [0.5 * e + 0.5 * p.detach() for e, p in zip(ema, A + B)]
     content = torch.load(tmp_path / "out" / "lora" / "adapter.pth", weights_only=True)
-    for i, name in enumerate(names):
+    for i, name in enumerate(ADAPTED):
         for key, values, average in (("lora_A", A, ema), ("lora_B", B, ema[len(A):])):
             # steps are 1e-2 and 5e-3
             assert torch.allclose(content["lora"][f"{name}.{key}"], values[i], atol=2e-4)
             assert torch.allclose(content["lora_ema"][f"{name}.{key}"], average[i], atol=2e-4)
 
 
-@pytest.mark.parametrize("more", [[], ["--tune", "all", "--precision", "bf16"], ["--lambda-a", "0.1"], ["--lambda-q", "auto"]])
+@pytest.mark.parametrize("more", [
+    [], ["--tune", "all", "--precision", "bf16"], ["--lambda-a", "0.1"], ["--lambda-q", "auto"]])
 def test_four_steps_are_two_and_two_bitwise(base, tmp_path, more):
     tune(base, tmp_path / "whole", *more, steps=4)
     tune(base, tmp_path / "parts", *more, steps=2)
     tune(base, tmp_path / "parts", *more, "--resume", steps=4)
     a, b = (torch.load(tmp_path / n / "ckpt" / "last.pt", weights_only=True) for n in ("whole", "parts"))
-    assert all(torch.equal(a["net_g"][k], b["net_g"][k]) and torch.equal(a["ema"][k], b["ema"][k]) for k in a["net_g"]) and a["lambda_q"] == b["lambda_q"]
-    assert (tmp_path / "whole/weights/merged.pth").read_bytes() == (tmp_path / "parts/weights/merged.pth").read_bytes()
+    for net in ("net_g", "ema"):
+        assert all(torch.equal(a[net][k], b[net][k]) for k in a[net])
+    assert a["lambda_q"] == b["lambda_q"]
+    whole, parts = ((tmp_path / n / "weights" / "merged.pth").read_bytes() for n in ("whole", "parts"))
+    assert whole == parts
     assert events(tmp_path / "whole", "val")[-1] == events(tmp_path / "parts", "val")[-1]
 
 
 def test_the_discriminator_is_the_runs(base, tmp_path, monkeypatch):
-    loaded = []
-    monkeypatch.setattr(archs, "load_weights", lambda net, path, key=None, real=archs.load_weights: loaded.append((type(net).__name__, Path(path).name)) or real(net, path, key))
+    loaded, load_weights = [], archs.load_weights
+
+    def recorded(net, path, key=None):
+        loaded.append((type(net).__name__, Path(path).name))
+        return load_weights(net, path, key)
+    monkeypatch.setattr(archs, "load_weights", recorded)
     tune(base, tmp_path / "ig", "--lambda-a", 0.1, steps=1)
-    assert ("UNetDiscriminatorSN", "net_d_0000002.pth") in loaded and {"adv", "D_real", "D_fake"} <= set(events(tmp_path / "ig")[0])
+    assert ("UNetDiscriminatorSN", "net_d_0000002.pth") in loaded
+    assert {"adv", "D_real", "D_fake"} <= set(events(tmp_path / "ig")[0])
     tune(base, tmp_path / "nnr", "--lambda-a", 0.2, reward="none", steps=1)
     assert "q" not in events(tmp_path / "nnr")[0] and "adv" in events(tmp_path / "nnr")[0]
 
 
 def test_auto_weighs_the_gradients_on_the_target_layers(base, tmp_path, vgg_file, monkeypatch):
-    pairs, make_pair = [], data.make_pair
-    monkeypatch.setattr(data, "make_pair", lambda *a, **k: pairs.append(make_pair(*a, **k)) or pairs[-1])
+    pairs = recorded_pairs(monkeypatch)
     tune(base, tmp_path / "out", "--lambda-q", "auto", steps=1)
     net, vgg, ratios = archs.create("compact-small"), VGGFeatureLoss(vgg_file), []
     archs.load_weights(net, runs.find_weights(base, ""))
-    middle = [net.body[k].weight for k in range(2, 13, 2)]
-    norm = lambda loss: sum(g.square().sum() for g in torch.autograd.grad(loss, middle)).sqrt().item()
+    adapted = [net.get_submodule(name).weight for name in ADAPTED]
+
+    def norm(loss):
+        return sum(g.square().sum() for g in torch.autograd.grad(loss, adapted)).sqrt().item()
+
+    def lambda_q(out):
+        return torch.load(tmp_path / out / "ckpt" / "last.pt", weights_only=True)["lambda_q"]
     for lq, gt, _, _ in pairs[:8]:
-        ratios.append(norm((net(lq) - gt).abs().mean() + 0.5 * vgg(net(lq), gt)) / norm(100 * net(lq).clamp(0, 1).mean()))
+        fidelity = norm((net(lq) - gt).abs().mean() + 0.5 * vgg(net(lq), gt))
+        ratios.append(fidelity / norm(100 * net(lq).clamp(0, 1).mean()))
     assert len(pairs) == 9
-    found = lambda out: torch.load(tmp_path / out / "ckpt" / "last.pt", weights_only=True)["lambda_q"]
-    assert found("out") == pytest.approx(np.mean(ratios), rel=1e-4)
+    assert lambda_q("out") == pytest.approx(np.mean(ratios), rel=1e-4)
     tune(base, tmp_path / "all", "--lambda-q", "auto", "--tune", "all", steps=1)
-    assert found("all") == found("out")
+    assert lambda_q("all") == lambda_q("out")
 
 
 def test_two_processes_do_as_one(base, tmp_path, script):
-    words = ["--arch", "compact-small", "--base", base, "--reward", "test_rewards:brightness", *TINY, "--total-steps", 2, "--lambda-q", "auto"]
+    words = flags(base, "--lambda-q", "auto", steps=2)
     script("finetune_lora.py", *words, "--out", tmp_path / "one")
     script("finetune_lora.py", *words, "--out", tmp_path / "two", processes=2)
     one, two = (weights(tmp_path / n / "weights" / "merged.pth") for n in ("one", "two"))
     assert all(torch.allclose(one[k], two[k], rtol=1e-3, atol=1e-5) for k in one)
-    for key, value in events(tmp_path / "one", "val")[-1].items():
-        assert value == events(tmp_path / "two", "val")[-1][key] or value == pytest.approx(events(tmp_path / "two", "val")[-1][key], abs=1e-3)
+    one, two = (events(tmp_path / n, "val")[-1] for n in ("one", "two"))
+    for key, value in one.items():
+        assert value == two[key] or value == pytest.approx(two[key], abs=1e-3)
 
 
 def test_gradients_held_once_change_nothing_in_fine_tuning(base, tmp_path, script):
-    words = ["--arch", "compact-small", "--base", base, "--reward", "test_rewards:brightness", *TINY, "--total-steps", 3, "--lambda-a", 0.1, "--lambda-q", 0.01]
-    assert any("lora_A" in k for k in equal_on_both_ranks(script, tmp_path, "finetune_lora", words)["net_g"])
+    state = equal_on_both_ranks(script, tmp_path, "finetune_lora", flags(base, "--lambda-a", 0.1))
+    assert any("lora_A" in k for k in state["net_g"])
 
 
 @pytest.mark.fast
 def test_noise_peaks_sees_grids_and_neither_sharpening_nor_noise():
     from skimage import data as photos
     y, x = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="ij")
-    grids = {"4 pixels": torch.cos(torch.pi * x / 2) * torch.cos(torch.pi * y / 2), "2 pixels, diagonal": torch.cos(torch.pi * (x + y))}
-    q = lambda image: image.clamp(0, 1).mul(255).round() / 255
+    # one repeats every 4 pixels, one every 2 along the diagonal
+    grids = [torch.cos(torch.pi * x / 2) * torch.cos(torch.pi * y / 2), torch.cos(torch.pi * (x + y))]
+    noise = 0.02 * torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+
+    def q(image):
+        return image.clamp(0, 1).mul(255).round() / 255
     for name in ("astronaut", "coffee", "chelsea", "rocket"):
         photo = torch.from_numpy(getattr(photos, name)()[:256, :256].copy()).permute(2, 0, 1)[None].float() / 255
         soft = degradations.blur(photo, degradations.gaussian_kernel(9, 1.0))
         sharp = soft + 1.0 * (soft - degradations.blur(soft, degradations.gaussian_kernel(9, 1.5)))
-        for natural in (q(sharp) - q(soft), q(photo) - q(soft), 0.02 * torch.randn(photo.shape, generator=torch.Generator().manual_seed(0))):
+        for natural in (q(sharp) - q(soft), q(photo) - q(soft), noise):
             assert metrics.noise_peaks(natural) < 0.025
-        for grid in grids.values():
+        for grid in grids:
             plain = metrics.noise_peaks(q(sharp) - q(soft))
             assert metrics.noise_peaks(q(soft + 2 / 255 * grid) - q(soft)) > 0.8
             assert metrics.noise_peaks(q(sharp + 3 / 255 * grid) - q(soft)) > plain + metrics.PEAKS_ABOVE_UNSHARP
@@ -283,50 +330,58 @@ def test_noise_peaks_sees_grids_and_neither_sharpening_nor_noise():
 @pytest.mark.fast
 def test_unsharp_like_reaches_the_reward_or_the_most_it_can():
     image = torch.rand(1, 3, 64, 64) * 0.5 + 0.25
-    contrast = lambda x: x.std((1, 2, 3)) * 100
-    target = degradations.blur(image, degradations.gaussian_kernel(9, 1.5))
-    wanted = (image + 0.9 * (image - target)).clamp(0, 1)
-    like, equal = metrics.unsharp_like(image, wanted, contrast)
-    assert equal and contrast(like) >= contrast(wanted) and contrast(like) < contrast(wanted) * 1.1
+
+    def contrast(x):
+        return x.std((1, 2, 3)) * 100
+    soft = degradations.blur(image, degradations.gaussian_kernel(9, 1.5))
+    sharp = (image + 0.9 * (image - soft)).clamp(0, 1)
+    like, equal = metrics.unsharp_like(image, sharp, contrast)
+    assert equal and contrast(like) >= contrast(sharp) and contrast(like) < contrast(sharp) * 1.1
     eight_bit = image.mul(255).round() / 255
-    # no sharpening gets there: the nearest is none
-    less, equal = metrics.unsharp_like(image, target, lambda x: -x.std((1, 2, 3)))
+    # no sharpening reaches the reward: the nearest is none
+    less, equal = metrics.unsharp_like(image, soft, lambda x: -x.std((1, 2, 3)))
     assert torch.equal(less, eight_bit) and not equal
-    # what has less reward than the base needs no mask
+    # an image with less reward than the base needs no mask
     same, equal = metrics.unsharp_like(image, image * 0.5, contrast)
     assert torch.equal(same, eight_bit) and equal
 
 
 @pytest.mark.fast
 def test_the_verdict_names_a_fooled_reward_and_structured_noise():
-    judges = {"reward": metrics.Metric(None), "piqe": metrics.Metric(None, lower_is_better=True), "ranker": metrics.Metric(None),
-              "psnr": metrics.Metric(None)}
-    before = {"reward": 50.0, "piqe": 40.0, "ranker": 60.0, "psnr": 25.0, "peaks": 0.0, "unsharp_peaks": 0.0, "unsharp_equal": 0.5}
-    say = lambda **after: ft.verdict(before, before | after, judges)
-    assert "WARNING" not in say(reward=55.0, piqe=38.0, ranker=61.0, psnr=20.0) and "reward 50.00 -> 55.00" in say(reward=55.0, piqe=38.0)
-    assert "with the same reward in 50% of the images" in say()
-    assert say(reward=55.0, piqe=41.0, ranker=59.0).startswith("WARNING, the reward may be fooled: it rose while piqe, ranker got worse")
-    assert say(reward=55.0, piqe=38.0, ranker=59.0).startswith("WARNING, the reward may be fooled: it rose while ranker got worse")
-    assert "WARNING" not in say(reward=49.0, piqe=41.0, ranker=59.0)
-    assert say(reward=55.0, piqe=30.0, peaks=0.2).startswith("WARNING, structured noise")
-    both = say(reward=55.0, piqe=41.0, peaks=0.2)
-    assert "WARNING, structured noise" in both and "WARNING, the reward may be fooled: it rose while piqe got worse" in both
-    assert "WARNING" not in say(reward=55.0, piqe=30.0, peaks=0.2, unsharp_peaks=0.19)
-    without = {k: v for k, v in before.items() if not k.startswith(("unsharp", "reward"))}
-    said = ft.verdict(without, without | {"peaks": 0.2}, {m: v for m, v in judges.items() if m != "reward"})
-    assert "WARNING" not in said and "no unsharp mask to compare with" in said
+    judges = {"reward": metrics.Metric(None), "piqe": metrics.Metric(None, lower_is_better=True),
+              "ranker": metrics.Metric(None), "psnr": metrics.Metric(None)}
+    start = {"reward": 50.0, "piqe": 40.0, "ranker": 60.0, "psnr": 25.0,
+             "peaks": 0.0, "unsharp_peaks": 0.0, "unsharp_equal": 0.5}
+
+    def verdict(**end):
+        return ft.verdict(start, start | end, judges)
+    fooled = "WARNING, the reward may be fooled: it rose while {} got worse"
+    assert "WARNING" not in verdict(reward=55.0, piqe=38.0, ranker=61.0, psnr=20.0)
+    assert "reward 50.00 -> 55.00" in verdict(reward=55.0, piqe=38.0)
+    assert "with the same reward in 50% of the images" in verdict()
+    assert verdict(reward=55.0, piqe=41.0, ranker=59.0).startswith(fooled.format("piqe, ranker"))
+    assert verdict(reward=55.0, piqe=38.0, ranker=59.0).startswith(fooled.format("ranker"))
+    assert "WARNING" not in verdict(reward=49.0, piqe=41.0, ranker=59.0)
+    assert verdict(reward=55.0, piqe=30.0, peaks=0.2).startswith("WARNING, structured noise")
+    both = verdict(reward=55.0, piqe=41.0, peaks=0.2)
+    assert "WARNING, structured noise" in both and fooled.format("piqe") in both
+    assert "WARNING" not in verdict(reward=55.0, piqe=30.0, peaks=0.2, unsharp_peaks=0.19)
+    without = {k: v for k, v in start.items() if not k.startswith(("unsharp", "reward"))}
+    text = ft.verdict(without, without | {"peaks": 0.2}, {m: v for m, v in judges.items() if m != "reward"})
+    assert "WARNING" not in text and "no unsharp mask to compare with" in text
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("more, error, said", [
-    (["--base", "/nowhere"], ValueError, "/nowhere: no such file or run; make it with: python train.py --arch compact-small --sampler amo"),
-    (["--reward", "piqe"], ValueError, "--reward piqe: no usable gradient"),
-    (["--watch", "musik"], ValueError, "--watch musik: this is unknown"),
-    (["--d-init", "/nowhere.pth", "--lambda-a", "0.1"], ValueError, "/nowhere.pth: no such weights"),
-    (["--reward", "test_rewards:nan_when_bright"], ValueError, "no usable gradient|not finite"),
-    (["--arch", "rrdbnet-small"], ValueError, "ema_0000002.pth")])
-def test_refusals_leave_no_folder(base, tmp_path, more, error, said):
-    with pytest.raises(error, match=said):
+@pytest.mark.parametrize("more, message", [
+    (["--base", "/nowhere"],
+     "/nowhere: no such file or run; make it with: python train.py --arch compact-small --sampler amo"),
+    (["--reward", "piqe"], "--reward piqe: no usable gradient"),
+    (["--watch", "musik"], "--watch musik: this is unknown"),
+    (["--d-init", "/nowhere.pth", "--lambda-a", "0.1"], "/nowhere.pth: no such weights"),
+    (["--reward", "test_rewards:nan_when_bright"], "no usable gradient|not finite"),
+    (["--arch", "rrdbnet-small"], "ema_0000002.pth")])
+def test_refusals_leave_no_folder(base, tmp_path, more, message):
+    with pytest.raises(runs.UserError, match=message):
         tune(base, tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
 
@@ -344,14 +399,15 @@ def test_another_base_cannot_be_resumed(base, tmp_path):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("words, said", [(["--rank", "0"], "--rank: 0: must be at least 1"), (["--lambda-q", "much"], "invalid number value: 'much'"),
-                                         (["--reward", "none", "--lambda-q", "auto"], "it needs a --reward"),
-                                         (["--reward", "none", "--stop-gain", "3"], "--stop-gain looks at the reward"),
-                                         (["--base", "runs/nowhere", "--reward", "none", "--lambda-a", "0.2"], "runs/nowhere: no run there whose reward")])
-def test_flags_are_checked_at_once(words, said, capsys):
+@pytest.mark.parametrize("words, message", [
+    (["--rank", "0"], "--rank: 0: must be at least 1"), (["--lambda-q", "much"], "invalid number value: 'much'"),
+    (["--reward", "none", "--lambda-q", "auto"], "it needs a --reward"),
+    (["--reward", "none", "--stop-gain", "3"], "--stop-gain looks at the reward"),
+    (["--base", "runs/nowhere", "--reward", "none", "--lambda-a", "0.2"], "runs/nowhere: no run there whose reward")])
+def test_flags_are_checked_at_once(words, message, capsys):
     with pytest.raises(SystemExit):
         ft.parse_args(words)
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_reward_that_is_not_finite_stops_with_term_and_step(base, tmp_path, rewards):
@@ -361,7 +417,8 @@ calls = []
 def build(device):
     def score(x):
         calls.extend([0] * x.requires_grad)
-        return x.mean((1, 2, 3)) * (float("nan") if len(calls) > 4 else 1)        # the probe takes two
+        # two calls are the test for a usable gradient
+        return x.mean((1, 2, 3)) * (float("nan") if len(calls) > 4 else 1)
     return score
 """)
     with pytest.raises(ValueError, match="q is not finite at step 3; .* Samples: photo"):
@@ -370,16 +427,16 @@ def build(device):
 
 @pytest.mark.fast
 def test_an_atlas_comes_with_its_run(tmp_path):
-    import train
     base = tmp_path / "run"
     base.mkdir()
 
-    def tuned(trained, *words):
-        record = {k: v if isinstance(v, (str, int, float, bool, list, type(None))) else str(v) for k, v in vars(train.parse_args(["--arch", "compact-small", *trained])).items()}
-        (base / "args.json").write_text(json.dumps({"args": record}))
-        args = ft.parse_args(["--arch", "compact-small", "--base", str(base), "--reward", "ranker", *words])
+    def settings(*trained):
+        """atlas, tau and gt_reward of a tuning whose base was trained with these flags."""
+        args = train.parse_args(["--arch", "compact-small", *trained])
+        (base / "args.json").write_text(json.dumps({"args": vars(args)}, default=str))
+        args = ft.parse_args(["--arch", "compact-small", "--base", str(base), "--reward", "ranker"])
         return args.atlas, args.tau, args.gt_reward
-    assert tuned(["--atlas", "a.npy", "--reward", "none"]) == (["a.npy"], None, ["none"])
-    assert tuned(["--atlas", "a.npy", "--reward", "none", "--tau", "5"]) == (["a.npy"], 5, ["none"])
-    assert tuned(["--reward", "ranker"]) == ([], 10, ["ranker"])
-    assert tuned(["--sampler", "sma", "--tau", "7", "--reward", "ranker"])[1] == 7
+    assert settings("--atlas", "a.npy", "--reward", "none") == (["a.npy"], None, ["none"])
+    assert settings("--atlas", "a.npy", "--reward", "none", "--tau", "5") == (["a.npy"], 5, ["none"])
+    assert settings("--reward", "ranker") == ([], 10, ["ranker"])
+    assert settings("--sampler", "sma", "--tau", "7", "--reward", "ranker")[1] == 7

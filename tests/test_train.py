@@ -26,8 +26,9 @@ from images import save_image
 from losses import VGGFeatureLoss, adversarial_loss
 
 HERE = Path(__file__).resolve().parent
-TINY = ["--arch", "compact-small", "--batch-size", "4", "--group-size", "2", "--pool-size", "8", "--crop", "32", "--lambda-p", "0", "--d-features", "4",
-        "--workers", "0", "--device", "cpu", "--log-every", "1", "--init", "none"]
+TINY = ["--arch", "compact-small", "--batch-size", "4", "--group-size", "2", "--pool-size", "8", "--crop", "32",
+        "--lambda-p", "0", "--d-features", "4", "--workers", "0", "--device", "cpu", "--log-every", "1",
+        "--init", "none"]
 
 
 @pytest.fixture(scope="session")
@@ -41,14 +42,25 @@ def init(tmp_path_factory):
     return files
 
 
+def train_with(words):
+    train.main(train.parse_args(words))
+
+
+def as_flags(values):
+    """{"total_steps": 3, "tensorboard": True} -> ["--total-steps", "3", "--tensorboard"]"""
+    words = []
+    for name, value in values.items():
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
+
+
 def flags(quintuplets, init, out=None, arch="compact-small", **more):
+    """The flags of an AMO training by brightness on a small net; `more` is added at their end."""
     words = TINY[:-1] + [str(init[arch]), "--data", str(quintuplets), "--reward", "test_rewards:brightness"]
     words[1] = arch
     if out is not None:
         words += ["--out", str(out)]
-    for name, value in more.items():
-        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])])
-    return words
+    return words + as_flags(more)
 
 
 def events(out, split="train"):
@@ -80,13 +92,15 @@ def test_presets_are_hggts_settings():
     assert swinir.milestones == [200_000, 250_000, 275_000, 287_500] and rrdbnet.milestones == [300_000]
     assert (swinir.degradation, rrdbnet.degradation) == ("one-round", "two-round")
     for args in (swinir, rrdbnet):
-        assert (args.lr, args.total_steps, args.crop, args.ema_decay, args.tau, args.seed) == (1e-4, 300_000, 256, 0.999, 10, 0)
+        assert (args.lr, args.total_steps, args.crop, args.ema_decay) == (1e-4, 300_000, 256, 0.999)
+        assert (args.tau, args.seed) == (10, 0)
         assert (args.lambda_l1, args.lambda_p, args.lambda_a, args.usm, args.precision) == (1, 1, 0.1, False, "fp32")
         assert (args.sampler, args.reward, args.data) == ("amo", ["musiq"], Path("datasets/HGGT"))
     psnr = {arch: train.parse_args(["--arch", arch, "--stage", "psnr"]) for arch in ("swinir", "rrdbnet")}
-    assert psnr["swinir"].milestones == [150_000, 240_000, 270_000, 285_000] and not psnr["swinir"].usm and psnr["rrdbnet"].usm
+    assert psnr["swinir"].milestones == [150_000, 240_000, 270_000, 285_000]
+    assert not psnr["swinir"].usm and psnr["rrdbnet"].usm
     assert all((a.lr, a.lambda_p, a.lambda_a, a.sampler, a.init) == (2e-4, 0, 0, "orig", None) for a in psnr.values())
-    assert swinir.init == Path("runs/swinir-psnr") and psnr["swinir"].out == swinir.init and swinir.out == Path("runs/swinir-amo")
+    assert swinir.init == psnr["swinir"].out == Path("runs/swinir-psnr") and swinir.out == Path("runs/swinir-amo")
 
 
 @pytest.mark.fast
@@ -94,12 +108,15 @@ def test_every_preset_key_is_a_flag_and_every_choice_exists():
     known, tuning = set(vars(train.parse_args([]))), set(vars(finetune_lora.parse_args([])))
     for entry in ARCHS.values():
         assert set(entry) == {"class", "sizes", "train", "psnr", "gan", "tune"} and hasattr(archs, entry["class"])
-        assert set(entry["train"]) | set(entry["psnr"]) | set(entry["gan"]) <= known and set(entry["tune"]) <= tuning | {"targets"}
-    assert set(train.PSNR) | set(train.DEMO["gan"]) | set(train.DEMO["psnr"]) <= known and set(finetune_lora.DEMO) <= tuning
+        assert set(entry["train"]) | set(entry["psnr"]) | set(entry["gan"]) <= known
+        assert set(entry["tune"]) <= tuning | {"targets"}
+    assert set(train.PSNR) | set(train.DEMO["gan"]) | set(train.DEMO["psnr"]) <= known
+    assert set(finetune_lora.DEMO) <= tuning
     assert runs.literal("archs", "ARCHS") == ARCHS and runs.literal("data", "SAMPLERS") == data.SAMPLERS
-    assert runs.literal("degradations", "PRESETS") == list(degradations.PRESETS) and tuple(runs.literal("iqa", "MUSIQ")) == iqa.MUSIQ
-    assert {args.degradation for args in map(train.parse_args, (["--arch", a] for a in ARCHS))} <= set(degradations.PRESETS)
-    # facts, not flags
+    assert runs.literal("degradations", "PRESETS") == list(degradations.PRESETS)
+    assert tuple(runs.literal("iqa", "MUSIQ")) == iqa.MUSIQ
+    assert {train.parse_args(["--arch", arch]).degradation for arch in ARCHS} <= set(degradations.PRESETS)
+    # these are recorded, but are no flags
     assert set(train.FIXED) - known == {"discriminator", "samples", "chosen_by"}
 
 
@@ -110,8 +127,9 @@ def test_explicit_flags_win_over_presets():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", ["train.py", "prepare.quintuplets", "evaluate.py", "rewards.train_ranker", "prepare.verify", "finetune_lora.py", "lora.py",
-                                  "experiments.samplers", "experiments.lora_tuning", "upscale.py"])
+@pytest.mark.parametrize("name", ["train.py", "prepare.quintuplets", "evaluate.py", "rewards.train_ranker",
+                                  "prepare.verify", "finetune_lora.py", "lora.py", "experiments.samplers",
+                                  "experiments.lora_tuning", "upscale.py"])
 def test_help_answers_at_once_with_defaults(script, name):
     began = time.monotonic()
     text = script(*name.split(), "--help").stdout
@@ -119,16 +137,18 @@ def test_help_answers_at_once_with_defaults(script, name):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("words, said", [(["--stage", "psnr", "--sampler", "amo"], "only sampler"), (["--reward", "none"], "needs a --reward"),
-                                         (["--arch", "rrdbnet", "--drop-path", "0.1"], "SwinIR"), (["--crop", "36"], "multiple of 8"), (["--crop", "24"], "at least 32"),
-                                         (["--degradation", "realesrgan", "--crop", "72"], "at least 80"),
-                                         (["--lr", "-1"], "--lr: -1: must be more than 0"), (["--workers", "-1"], "at least 0"),
-                                         (["--ema-decay", "2"], "at least 0 and less than 1"), (["--pool-size", "x"], "invalid whole number"),
-                                         (["--tau", "nan"], "--tau: nan: must be"), (["--batch", "8"], "unrecognized"), (["--load-size", "128"], "at least the crop")])
-def test_flags_that_contradict_are_refused(words, said, capsys):
+@pytest.mark.parametrize("words, message", [
+    (["--stage", "psnr", "--sampler", "amo"], "only sampler"), (["--reward", "none"], "needs a --reward"),
+    (["--arch", "rrdbnet", "--drop-path", "0.1"], "SwinIR"),
+    (["--crop", "36"], "multiple of 8"), (["--crop", "24"], "at least 32"),
+    (["--degradation", "realesrgan", "--crop", "72"], "at least 80"), (["--load-size", "128"], "at least the crop"),
+    (["--lr", "-1"], "--lr: -1: must be more than 0"), (["--workers", "-1"], "at least 0"),
+    (["--ema-decay", "2"], "at least 0 and less than 1"), (["--pool-size", "x"], "invalid whole number"),
+    (["--tau", "nan"], "--tau: nan: must be"), (["--batch", "8"], "unrecognized")])
+def test_flags_that_contradict_are_refused(words, message, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(words)
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # Parts of a step
@@ -142,8 +162,8 @@ def test_learning_rate_halves_one_step_after_each_milestone():
 @pytest.mark.fast
 def test_adversarial_loss_is_the_hand_worked_cross_entropy():
     logits = torch.tensor([[0.0, 1.0], [-2.0, 3.0]])
-    assert adversarial_loss(logits, True).item() == pytest.approx(torch.log1p(torch.exp(-logits)).mean().item(), rel=1e-6)
-    assert adversarial_loss(logits, False).item() == pytest.approx(torch.log1p(torch.exp(logits)).mean().item(), rel=1e-6)
+    for real, expected in ((True, torch.log1p(torch.exp(-logits))), (False, torch.log1p(torch.exp(logits)))):
+        assert adversarial_loss(logits, real).item() == pytest.approx(expected.mean().item(), rel=1e-6)
 
 
 @pytest.mark.fast
@@ -164,24 +184,27 @@ def test_lr_crop_covers_the_hr_crop():
 # Whole runs
 
 def test_amo_chooses_the_brightest_version_and_the_pool_gets_the_winner_only(quintuplets, init, rewards, tmp_path):
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=3)))
+    train_with(flags(quintuplets, init, tmp_path / "run", total_steps=3))
     assert events(tmp_path / "run")[-1]["picked"] == {"original": 0, "01": 0, "02": 12, "03": 0, "04": 0}
     pool = runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["pool"]
-    assert [tuple(t.shape) for t in pool] == [(4, 2, 3, 8, 8), (4, 2, 3, 32, 32)] and all(t.dtype == torch.uint8 for t in pool)
+    assert [tuple(t.shape) for t in pool] == [(4, 2, 3, 8, 8), (4, 2, 3, 32, 32)]
+    assert all(t.dtype == torch.uint8 for t in pool)
     grey = pool[1].float().mean((2, 3, 4))
     # 02 is 30 grey levels brighter than the original
     assert (grey > 145).all()
 
 
-@pytest.mark.parametrize("sampler, chosen", [("orig", {"original"}), ("rand", None), ("upos", {"01"}), ("sma", None), ("smp", {"01"})])
-def test_every_sampler_trains_on_the_versions_it_may(quintuplets, init, rewards, tmp_path, monkeypatch, sampler, chosen):
+@pytest.mark.parametrize("sampler, chosen", [
+    ("orig", {"original"}), ("rand", None), ("upos", {"01"}), ("sma", None), ("smp", {"01"})])
+def test_every_sampler_trains_on_the_versions_it_may(
+        quintuplets, init, rewards, tmp_path, monkeypatch, sampler, chosen):
     monkeypatch.chdir(tmp_path)
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", sampler=sampler, total_steps=4, tau=20)))
+    train_with(flags(quintuplets, init, tmp_path / "run", sampler=sampler, total_steps=4, tau=20))
     picked = events(tmp_path / "run")[-1]["picked"]
     used = {v for v, n in picked.items() if n}
     assert sum(picked.values()) == 16 and (used == chosen if chosen else len(used) >= 3)
-    said = (tmp_path / "run" / "log.txt").read_text()
-    assert ("5 sets of 5 versions (1 dropped)" if sampler in ("upos", "smp") else "6 sets of 5 versions (0 dropped)") in said
+    sets = "5 sets of 5 versions (1 dropped)" if sampler in ("upos", "smp") else "6 sets of 5 versions (0 dropped)"
+    assert sets in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_psnr_stage_leaves_what_the_gan_stage_starts_from(quintuplets, rewards, tmp_path, monkeypatch):
@@ -189,29 +212,40 @@ def test_psnr_stage_leaves_what_the_gan_stage_starts_from(quintuplets, rewards, 
     photos = quintuplets / "Train" / "images" / "0-6" / "original"
     common = TINY[:-2] + ["--total-steps", "2"]
     with pytest.raises(ValueError, match="train.py --stage psnr --arch compact-small"):
-        train.main(train.parse_args(common + ["--data", str(quintuplets), "--reward", "test_rewards:brightness"]))
+        train_with(common + ["--data", str(quintuplets), "--reward", "test_rewards:brightness"])
     assert not Path("runs/compact-small-amo").exists()
-    train.main(train.parse_args(common + ["--stage", "psnr", "--data", str(photos), "--load-size", "48", "--val-photos", "1"]))
+    train_with(common + ["--stage", "psnr", "--data", str(photos), "--load-size", "48", "--val-photos", "1"])
     run = Path("runs/compact-small-psnr")
-    assert set(events(run)[-1]) >= {"pix"} and events(run)[-1].get("adv") is None and not list(run.glob("weights/net_d*"))
+    assert "pix" in events(run)[-1] and "adv" not in events(run)[-1] and not list(run.glob("weights/net_d*"))
     assert events(run, "val")[-1]["psnr"] > 5
-    train.main(train.parse_args(common + ["--data", str(quintuplets), "--reward", "test_rewards:brightness"]))
+    train_with(common + ["--data", str(quintuplets), "--reward", "test_rewards:brightness"])
     assert "runs/compact-small-psnr/weights/ema_0000002.pth" in Path("runs/compact-small-amo/log.txt").read_text()
 
 
 def test_the_psnr_stage_of_rrdbnet_sharpens_the_whole_image_and_then_crops(quintuplets, rewards, tmp_path, monkeypatch):
-    """HGGT: usm(image) makes the LR image and is the target. A sharpened crop would differ near its border, and 8 bit would round the target."""
+    """HGGT: usm(image) makes the LR image and is the target.
+
+    A sharpened crop would differ near its border, and 8 bit would round the target.
+    """
     photos = quintuplets / "Train" / "images" / "0-6" / "original"
-    assert train.parse_args(["--stage", "psnr", "--arch", "rrdbnet"]).usm and not train.parse_args(["--stage", "psnr"]).usm
+    assert train.parse_args(["--stage", "psnr", "--arch", "rrdbnet"]).usm
+    assert not train.parse_args(["--stage", "psnr"]).usm
     pairs, make_pair, swapped, swap = [], data.make_pair, [], data.TrainingPool.swap
-    monkeypatch.setattr(data, "make_pair", lambda batch, *a, **k: pairs.append((batch, *make_pair(batch, *a, **k))) or pairs[-1][1:])
+
+    def recorded_pair(batch, *args, **options):
+        pair = make_pair(batch, *args, **options)
+        pairs.append((batch, *pair))
+        return pair
+    monkeypatch.setattr(data, "make_pair", recorded_pair)
     monkeypatch.setattr(data.TrainingPool, "swap", lambda self, *a: swapped.append(swap(self, *a)) or swapped[-1])
-    train.main(train.parse_args(TINY[:-2] + ["--total-steps", "2", "--stage", "psnr", "--data", str(photos), "--load-size", "0", "--crop", "32", "--pool-size", "8",
-                                             "--out", str(tmp_path / "run")]))
+    train_with(TINY[:-2] + ["--total-steps", "2", "--stage", "psnr", "--data", str(photos), "--load-size", "0",
+                            "--crop", "32", "--pool-size", "8", "--out", str(tmp_path / "run")])
     for (batch, lq, gt, _, _), (_, pooled) in zip(pairs[:2], swapped, strict=True):
         whole = degradations.usm_sharpen(batch["original"].float() / 255)
-        for image, crop, (y, x), original in zip(whole, gt, batch["where"].tolist(), batch["crops"][:, 0].float() / 255):
-            assert torch.equal(crop, image[:, y:y + 32, x:x + 32]) and not torch.allclose(crop, degradations.usm_sharpen(original[None])[0], atol=1e-3)
+        sharpened_crops = degradations.usm_sharpen(batch["crops"][:, 0].float() / 255)
+        for image, crop, (y, x), sharpened in zip(whole, gt, batch["where"].tolist(), sharpened_crops):
+            assert torch.equal(crop, image[:, y:y + 32, x:x + 32])
+            assert not torch.allclose(crop, sharpened, atol=1e-3)
         # while the pool fills, a pair is trained on at once
         assert torch.equal(pooled, gt) and lq.shape == (4, 3, 8, 8)
     assert all(t.dtype == torch.float32 for t in runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["pool"])
@@ -219,23 +253,24 @@ def test_the_psnr_stage_of_rrdbnet_sharpens_the_whole_image_and_then_crops(quint
 
 def test_the_weight_files_load_in_spandrel_and_hold_ema_and_raw(quintuplets, init, rewards, tmp_path):
     spandrel = pytest.importorskip("spandrel")
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, sampler="rand")))
+    train_with(flags(quintuplets, init, tmp_path / "run", total_steps=2, sampler="rand"))
     file = tmp_path / "run" / "weights" / "ema_0000002.pth"
     state = runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")
     saved = runs.load_checkpoint(file)
-    assert equal(saved["params_ema"], state["ema"]) and equal(saved["params"], state["net_g"]) and not equal(state["ema"], state["net_g"])
+    assert equal(saved["params_ema"], state["ema"]) and equal(saved["params"], state["net_g"])
+    assert not equal(state["ema"], state["net_g"])
     net, _ = archs.load_generator(file)
-    theirs = spandrel.ModelLoader().load_from_file(file)
+    client = spandrel.ModelLoader().load_from_file(file)
     x = torch.rand(1, 3, 37, 53)
     with torch.no_grad():
-        assert torch.allclose(net(x), theirs.model(x), atol=1e-5)
+        assert torch.allclose(net(x), client.model(x), atol=1e-5)
     d = archs.UNetDiscriminatorSN(4)
     d.load_state_dict(runs.load_checkpoint(tmp_path / "run" / "weights" / "net_d_0000002.pth")["params"])
 
 
 def test_sample_grid_and_tensorboard_and_validation(quintuplets, init, rewards, tmp_path):
     pytest.importorskip("tensorboard")
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, val_photos=1, tensorboard=True)))
+    train_with(flags(quintuplets, init, tmp_path / "run", total_steps=2, val_photos=1, tensorboard=True))
     with Image.open(tmp_path / "run" / "samples" / "0000002.png") as grid:
         assert grid.size[0] == 3 * 32 + 2 * 4 and grid.size[1] >= 2 * (32 + 16)
     assert list((tmp_path / "run" / "tensorboard").iterdir())
@@ -244,33 +279,36 @@ def test_sample_grid_and_tensorboard_and_validation(quintuplets, init, rewards, 
     assert "4 sets of 5 versions" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_test_images_of_other_sizes_are_shown_and_validated_and_small_ones_refused(quintuplets, init, rewards, tmp_path):
+def test_test_images_of_other_sizes_are_shown_and_validated_and_small_ones_refused(
+        quintuplets, init, rewards, tmp_path):
     root = tmp_path / "set"
     shutil.copytree(quintuplets, root)
     base = torch.randint(0, 200, (3, 90, 70), dtype=torch.uint8)
     for n, (h, w) in enumerate([(64, 70), (90, 48), (47, 41)]):
         for version in ("original", "01", "02", "03", "04"):
             name = f"t{n}-0-0" + ("" if version == "original" else f"_{version}")
-            save_image(root / "Test" / "GT" / "t" / "images" / version / f"{name}.png", base[:, :h, :w] + int(version == "02"))
-    train.main(train.parse_args(flags(root, init, tmp_path / "run", total_steps=1)))
-    assert (tmp_path / "run" / "samples" / "0000001.png").exists() and 0 < events(tmp_path / "run", "val")[-1]["psnr"] < 60
+            file = root / "Test" / "GT" / "t" / "images" / version / f"{name}.png"
+            save_image(file, base[:, :h, :w] + int(version == "02"))
+    train_with(flags(root, init, tmp_path / "run", total_steps=1))
+    assert (tmp_path / "run" / "samples" / "0000001.png").exists()
+    assert 0 < events(tmp_path / "run", "val")[-1]["psnr"] < 60
     with pytest.raises(ValueError, match="41x47 pixels, smaller than the 48-pixel crop"):
-        train.main(train.parse_args(flags(root, init, tmp_path / "other", total_steps=1) + ["--crop", "48"]))
+        train_with(flags(root, init, tmp_path / "other", total_steps=1) + ["--crop", "48"])
     assert not (tmp_path / "other").exists()
 
 
 def test_accumulation_gives_the_same_losses(quintuplets, init, rewards, tmp_path):
     for n in (1, 2):
-        train.main(train.parse_args(flags(quintuplets, init, tmp_path / str(n), total_steps=3, accumulate=n, lambda_a=0)))
+        train_with(flags(quintuplets, init, tmp_path / str(n), total_steps=3, accumulate=n, lambda_a=0))
     for a, b in zip(events(tmp_path / "1"), events(tmp_path / "2")):
         assert a["pix"] == pytest.approx(b["pix"], rel=1e-5)
 
 
 def test_compiled_networks_give_the_same_losses(quintuplets, init, rewards, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda net, compile=torch.compile: compiled.append(net) or compile(net, backend="eager"))
+    compiled, compile_net = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or compile_net(net, backend="eager"))
     for on in (True, False):
-        train.main(train.parse_args(flags(quintuplets, init, tmp_path / str(on), total_steps=3) + ["--compile"] * on))
+        train_with(flags(quintuplets, init, tmp_path / str(on), total_steps=3) + ["--compile"] * on)
     assert [type(net).__name__ for net in compiled] == ["SRVGGNetCompact", "UNetDiscriminatorSN"]
     for a, b in zip(losses(tmp_path / "True"), losses(tmp_path / "False")):
         assert a == pytest.approx(b, rel=1e-5)
@@ -278,12 +316,12 @@ def test_compiled_networks_give_the_same_losses(quintuplets, init, rewards, tmp_
 
 @pytest.mark.parametrize("more", [dict(precision="bf16"), dict(pool_size=0), dict(arch="swinir-small", workers=2)])
 def test_options_run_to_finite_losses(quintuplets, init, rewards, tmp_path, more):
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, **more)))
+    train_with(flags(quintuplets, init, tmp_path / "run", total_steps=2, **more))
     assert all(0 < e["pix"] < 10 for e in events(tmp_path / "run"))
 
 
 def test_perceptual_loss_enters_the_objective(quintuplets, init, rewards, vgg_file, tmp_path):
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=1, lambda_p=1, vgg_weights=vgg_file)))
+    train_with(flags(quintuplets, init, tmp_path / "run", total_steps=1, lambda_p=1, vgg_weights=vgg_file))
     assert events(tmp_path / "run")[-1]["percep"] > 0
 
 
@@ -291,8 +329,9 @@ def test_two_steps_written_out_by_hand(quintuplets, init, rewards, vgg_file, tmp
     """Eq. 1 with its weights, the halved rate, D's labels, EMA: plain torch gives the same nets."""
     pairs, make_pair = [], data.make_pair
     monkeypatch.setattr(data, "make_pair", lambda *a, **k: pairs.append(make_pair(*a, **k)) or pairs[-1])
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, sampler="orig", lambda_l1=2, lambda_p=0.5,
-                                      lambda_a=0.3, vgg_weights=vgg_file, milestones=1, pool_size=0, ema_decay=0.9, lr=1e-3) + ["--no-channels-last"]))
+    train_with(flags(quintuplets, init, tmp_path / "run", total_steps=2, sampler="orig", lambda_l1=2, lambda_p=0.5,
+                     lambda_a=0.3, vgg_weights=vgg_file, milestones=1, pool_size=0, ema_decay=0.9, lr=1e-3,
+                     no_channels_last=True))
     torch.manual_seed(0)
     g = archs.create("compact-small")
     d = archs.UNetDiscriminatorSN(4)
@@ -322,7 +361,8 @@ def test_two_steps_written_out_by_hand(quintuplets, init, rewards, vgg_file, tmp
             p.grad = v
         opt_d.step()
         event = events(tmp_path / "run")[int(lr == 5e-4)]
-        assert {k: event[k] for k in terms} == pytest.approx({k: v.item() for k, v in terms.items()}, rel=1e-4) and event["lr"] == lr
+        expected = {name: value.item() for name, value in terms.items()}
+        assert {name: event[name] for name in terms} == pytest.approx(expected, rel=1e-4) and event["lr"] == lr
     saved = runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")
     for net, key in ((g, "net_g"), (d, "net_d")):
         assert all(torch.allclose(v, saved[key][k], rtol=1e-4, atol=2e-6) for k, v in net.state_dict().items())
@@ -338,19 +378,20 @@ def test_validation_is_of_the_ema(quintuplets, init, rewards, tmp_path):
     state, net = runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt"), archs.create("compact-small").eval()
     seeds = functools.partial(runs.sample_seed, args.seed)
     held = data.find_sets(quintuplets, "Train").hold_out(1, seeds(0, 0, "val-photos"))[1]
-    values = {}
+    world, psnr = runs.World(0, 1, torch.device("cpu")), {}
     for key in ("ema", "net_g"):
         net.load_state_dict(state[key])
-        values[key] = train.validate(net, held, args.degradation, None, seeds, runs.World(0, 1, torch.device("cpu")))["psnr"]
-    assert events(tmp_path / "run", "val")[-1]["psnr"] == pytest.approx(values["ema"], abs=1e-4) and abs(values["ema"] - values["net_g"]) > 1e-2
+        psnr[key] = train.validate(net, held, args.degradation, None, seeds, world)["psnr"]
+    assert events(tmp_path / "run", "val")[-1]["psnr"] == pytest.approx(psnr["ema"], abs=1e-4)
+    assert abs(psnr["ema"] - psnr["net_g"]) > 1e-2
 
 
 # One process and two
 
 def test_two_processes_give_the_losses_of_one(quintuplets, init, rewards, tmp_path, script):
-    """Global batch 4 with pool, AMO, discriminator and DropPath on, four steps: the pool hands out stored pairs from step 3."""
+    """A global batch of 4 with pool, AMO, discriminator and DropPath; the pool hands out stored pairs from step 3."""
     words = dict(arch="swinir-small", drop_path=0.5, total_steps=4)
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "one", **words)))
+    train_with(flags(quintuplets, init, tmp_path / "one", **words))
     script("train.py", *flags(quintuplets, init, tmp_path / "two", **words), processes=2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 4 and [e["step"] for e in two] == [1, 2, 3, 4]
@@ -366,17 +407,18 @@ import importlib, os, sys
 import torch
 import runs
 name, defaults, folder, *words = sys.argv[1:]
-script, save, made = importlib.import_module(name), runs.Run.save, []
+script, save, wrapped = importlib.import_module(name), runs.Run.save, []
 wrap = torch.nn.parallel.DistributedDataParallel if defaults == "defaults" else runs.World(0, 2, None).parallel
 
 def parallel(world, net):
     net = wrap(net)
-    made.append((net.gradient_as_bucket_view, net.will_sync_module_buffers()))
+    wrapped.append((net.gradient_as_bucket_view, net.will_sync_module_buffers()))
     return net
 runs.World.parallel = parallel
 
 def save_all(self, step, state):
-    torch.save({"made": made, **{k: state[k] for k in ("net_g", "net_d", "opt_g", "opt_d") if k in state}}, f"{folder}/{defaults}-{os.environ['RANK']}.pth")
+    kept = {k: state[k] for k in ("net_g", "net_d", "opt_g", "opt_d") if k in state}
+    torch.save({"wrapped": wrapped, **kept}, f"{folder}/{defaults}-{os.environ['RANK']}.pth")
     save(self, step, state)
 runs.Run.save = save_all
 script.main(script.parse_args(words))
@@ -384,20 +426,24 @@ script.main(script.parse_args(words))
 
 
 def equal_on_both_ranks(script, tmp_path, name, words):
-    """Run a script on two processes as it is and with DDP's own defaults: weights, buffers and moments of all four processes, which must be equal bit by bit."""
+    """Run a script on two processes as it is and with DDP's own defaults. Returns what each of the four has at the end.
+
+    Those are weights, buffers and moments, which must be equal bit by bit.
+    """
     (tmp_path / "ranks.py").write_text("import sys\nsys.path[:0] = [" + repr(str(runs.REPO)) + "]\n" + RANKS)
-    for kind in ("ours", "defaults"):
-        script(tmp_path / "ranks.py", name, kind, tmp_path, *words, "--out", tmp_path / kind, processes=2)
-    first, *others = (torch.load(tmp_path / f"{kind}-{rank}.pth") for kind in ("ours", "defaults") for rank in (0, 1))
-    told = [state.pop("made") for state in (first, *others)]
+    for ddp in ("ours", "defaults"):
+        script(tmp_path / "ranks.py", name, ddp, tmp_path, *words, "--out", tmp_path / ddp, processes=2)
+    first, *others = (torch.load(tmp_path / f"{ddp}-{rank}.pth") for ddp in ("ours", "defaults") for rank in (0, 1))
+    wrapped = [state.pop("wrapped") for state in (first, *others)]
     nets = 2 if "net_d" in first else 1
-    assert told[0] == told[1] == [(True, False)] * nets and [view for view, _ in told[2]] == [False] * nets and told[2][-1][1]
+    assert wrapped[0] == wrapped[1] == [(True, False)] * nets
+    assert [view for view, _ in wrapped[2]] == [False] * nets and wrapped[2][-1][1]
     assert all(equal(first, other) for other in others)
     return first
 
 
 def test_gradients_held_once_and_buffers_not_sent_change_nothing(quintuplets, init, rewards, tmp_path, script):
-    """With what could disturb it: micro-batches without all-reduce, clipping, D's spectral norm, SwinIR's masks and stochastic depth."""
+    """Also with micro-batches without all-reduce, D's spectral norm, SwinIR's masks and stochastic depth."""
     words = flags(quintuplets, init, arch="swinir-small", drop_path=0.5, total_steps=5, accumulate=2)
     state = equal_on_both_ranks(script, tmp_path, "train", words)
     assert any("_u" in k for k in state["net_d"]) and any("attn_mask" in k for k in state["net_g"])
@@ -406,8 +452,8 @@ def test_gradients_held_once_and_buffers_not_sent_change_nothing(quintuplets, in
 def test_a_run_continues_after_a_change_of_processes(quintuplets, init, rewards, tmp_path, script):
     words = flags(quintuplets, init, tmp_path / "run", total_steps=4)
     script("train.py", *flags(quintuplets, init, tmp_path / "run", total_steps=2), processes=2)
-    train.main(train.parse_args(words + ["--resume"]))
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "whole", total_steps=4)))
+    train_with(words + ["--resume"])
+    train_with(flags(quintuplets, init, tmp_path / "whole", total_steps=4))
     for a, b in zip(losses(tmp_path / "run"), losses(tmp_path / "whole")):
         assert a == pytest.approx(b, rel=1e-4)
 
@@ -427,35 +473,38 @@ def test_ten_kills_leave_the_run_bitwise_as_if_undisturbed(quintuplets, init, re
     assert not list((tmp_path / "whole").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("workers, word", [(0, "SIGUSR1"), (2, "SIGTERM"), (1, "SIGINT")])
-def test_a_signal_to_the_process_group_saves_and_resume_ends_as_undisturbed(quintuplets, init, rewards, tmp_path, workers, word):
+@pytest.mark.parametrize("workers, name", [(0, "SIGUSR1"), (2, "SIGTERM"), (1, "SIGINT")])
+def test_a_signal_to_the_process_group_saves_and_resume_ends_as_undisturbed(
+        quintuplets, init, rewards, tmp_path, workers, name):
     words = flags(quintuplets, init, tmp_path / "run", total_steps=2000, workers=workers)
-    process = subprocess.Popen([sys.executable, str(runs.REPO / "train.py"), *words], stdout=subprocess.PIPE, text=True, start_new_session=True,
-                               env={**os.environ, "PYTHONPATH": str(rewards)})
+    process = subprocess.Popen([sys.executable, str(runs.REPO / "train.py"), *words], stdout=subprocess.PIPE, text=True,
+                               start_new_session=True, env={**os.environ, "PYTHONPATH": str(rewards)})
     for line in process.stdout:
         if " step 3/" in line:
             # as torchrun and Slurm do: the data workers get it too
-            os.killpg(process.pid, getattr(signal, word))
+            os.killpg(process.pid, getattr(signal, name))
             break
     assert "stopped by a signal" in process.communicate(timeout=60)[0] and process.returncode == 0
     stopped = runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["step"]
     assert 3 <= stopped < 2000
     more = str(stopped + 2)
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=more) + ["--resume"]))
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "whole", total_steps=more)))
+    train_with(flags(quintuplets, init, tmp_path / "run", total_steps=more) + ["--resume"])
+    train_with(flags(quintuplets, init, tmp_path / "whole", total_steps=more))
     a, b = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("run", "whole"))
     assert all(equal(a[k], b[k]) for k in a if k != "args")
 
 
 def test_a_non_finite_loss_names_term_step_and_samples_and_saves_nothing(quintuplets, init, rewards, tmp_path):
-    with pytest.raises(ValueError, match=r"(pix|adv|D_real|D_fake) is not finite at step [23]; .*Samples: photo\d-\d+-0, photo"):
-        train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=5, lr="1e30")))
+    message = r"(pix|adv|D_real|D_fake) is not finite at step [23]; .*Samples: photo\d-\d+-0, photo"
+    with pytest.raises(ValueError, match=message):
+        train_with(flags(quintuplets, init, tmp_path / "run", total_steps=5, lr="1e30"))
     assert not (tmp_path / "run" / "ckpt").exists()
 
 
 def test_an_unreadable_image_met_later_keeps_the_steps_before_it(quintuplets, init, rewards, tmp_path):
     shutil.copytree(quintuplets, tmp_path / "set")
-    words = flags(tmp_path / "set", init, tmp_path / "run", total_steps=4, batch_size=1, group_size=1, pool_size=2, log_every=4)
+    options = dict(total_steps=4, batch_size=1, group_size=1, pool_size=2, log_every=4)
+    words = flags(tmp_path / "set", init, tmp_path / "run", **options)
     sets = data.find_sets(tmp_path / "set", "Train")
     args = train.parse_args(words)
     dataset = data.TrainingSet(sets, "amo", functools.partial(runs.sample_seed, 0), 1, 1, 32)
@@ -466,8 +515,8 @@ def test_an_unreadable_image_met_later_keeps_the_steps_before_it(quintuplets, in
         train.main(args)
     assert runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["step"] == 2
     broken.write_bytes(whole)
-    train.main(train.parse_args(words + ["--resume"]))
-    train.main(train.parse_args(flags(tmp_path / "set", init, tmp_path / "whole", total_steps=4, batch_size=1, group_size=1, pool_size=2, log_every=4)))
+    train_with(words + ["--resume"])
+    train_with(flags(tmp_path / "set", init, tmp_path / "whole", **options))
     a, b = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("run", "whole"))
     assert all(equal(a[k], b[k]) for k in a if k != "args")
 
@@ -475,97 +524,100 @@ def test_an_unreadable_image_met_later_keeps_the_steps_before_it(quintuplets, in
 # Refusals
 
 @pytest.mark.fast
-@pytest.mark.parametrize("size, mode, said", [((64, 60), "RGB", "64x60 pixels but its original has 64x64"), ((64, 64), "L", "image mode L")])
-def test_a_wrong_size_or_mode_anywhere_is_refused_before_the_first_step(quintuplets, init, rewards, tmp_path, size, mode, said):
+@pytest.mark.parametrize("size, mode, message", [
+    ((64, 60), "RGB", "64x60 pixels but its original has 64x64"), ((64, 64), "L", "image mode L")])
+def test_a_wrong_size_or_mode_anywhere_is_refused_before_the_first_step(
+        quintuplets, init, rewards, tmp_path, size, mode, message):
     shutil.copytree(quintuplets, tmp_path / "set")
     sets = data.find_sets(tmp_path / "set", "Train")
     dataset = data.TrainingSet(sets, "amo", functools.partial(runs.sample_seed, 0), 4, 2, 32)
     # not in the first batch
     last = ({*sets.stems} - {*dataset.names(1)}).pop()
     Image.new(mode, size).save(sets.path(last, "03"))
-    with pytest.raises(ValueError, match=f"{last}_03.png: {said}"):
-        train.main(train.parse_args(flags(tmp_path / "set", init, tmp_path / "run", total_steps=1)))
+    with pytest.raises(ValueError, match=f"{last}_03.png: {message}"):
+        train_with(flags(tmp_path / "set", init, tmp_path / "run", total_steps=1))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_second_start_into_a_run_is_refused_and_resume_needs_a_checkpoint(quintuplets, init, rewards, tmp_path):
     words = flags(quintuplets, init, tmp_path / "run", total_steps=1)
     with pytest.raises(ValueError, match="--resume auto"):
-        train.main(train.parse_args(words + ["--resume"]))
+        train_with(words + ["--resume"])
     assert not (tmp_path / "run").exists()
-    train.main(train.parse_args(words + ["--resume", "auto"]))
+    train_with(words + ["--resume", "auto"])
     with pytest.raises(ValueError, match="exists and is not empty"):
-        train.main(train.parse_args(words))
+        train_with(words)
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "args.json").write_text("{}")
     with pytest.raises(ValueError, match="before its first checkpoint, --resume auto starts it again"):
-        train.main(train.parse_args(flags(quintuplets, init, tmp_path / "begun", total_steps=1)))
+        train_with(flags(quintuplets, init, tmp_path / "begun", total_steps=1))
     with pytest.raises(ValueError, match="other settings.*sampler"):
-        train.main(train.parse_args(words + ["--resume", "--sampler", "rand"]))
+        train_with(words + ["--resume", "--sampler", "rand"])
     with pytest.raises(ValueError, match="not a run folder"):
-        train.main(train.parse_args(flags(quintuplets, init, quintuplets, total_steps=1) + ["--resume", "auto"]))
+        train_with(flags(quintuplets, init, quintuplets, total_steps=1) + ["--resume", "auto"])
     last = tmp_path / "run" / "ckpt" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a readable checkpoint"):
-        train.main(train.parse_args(words + ["--resume"]))
+        train_with(words + ["--resume"])
 
 
-def test_what_is_cheap_to_refuse_is_refused_before_any_score(quintuplets, init, rewards, tmp_path, monkeypatch):
+def test_cheap_checks_come_before_any_score(quintuplets, init, rewards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = dict(total_steps=1, sampler="sma")
+    options = dict(total_steps=1, sampler="sma")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
-    for more, said in ((dict(out=tmp_path / "taken"), "exists and is not empty"), (dict(out="/proc/run"), "--out /proc/run cannot be written")):
-        with pytest.raises(ValueError, match=said):
-            train.main(train.parse_args(flags(quintuplets, init, **words, **more)))
+    for out, message in ((tmp_path / "taken", "exists and is not empty"),
+                         ("/proc/run", "--out /proc/run cannot be written")):
+        with pytest.raises(ValueError, match=message):
+            train_with(flags(quintuplets, init, out, **options))
     with pytest.raises(ValueError, match="/nowhere: no such file or run"):
-        train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", **words) + ["--init", "/nowhere"]))
+        train_with(flags(quintuplets, init, tmp_path / "run", **options) + ["--init", "/nowhere"])
     assert not (tmp_path / "runs").exists() and not (tmp_path / "run").exists()
 
 
 def test_the_demo_is_not_built_where_a_mistyped_data_set_points(init, tmp_path):
     with pytest.raises(ValueError, match="no such data set"):
-        train.main(train.parse_args(["--demo", "--data", str(tmp_path / "typo"), "--init", str(init["compact-small"]), "--out", str(tmp_path / "run")]))
+        train_with(["--demo", "--data", str(tmp_path / "typo"), "--init", str(init["compact-small"]),
+                    "--out", str(tmp_path / "run")])
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("more, error, said", [
-    (dict(batch_size=6), ValueError, "--pool-size 8 must be a multiple of --batch-size 6"),
-    (dict(accumulate=3), ValueError, "--accumulate 3 does not divide"),
-    (dict(crop=72), ValueError, "64x64 pixels, smaller than the 72-pixel crop"),
-    (dict(reward="muzik"), ValueError, "unknown.*musiq"),
-    (dict(data="/nowhere"), ValueError, "/nowhere: no such"),
-    (dict(init="/nowhere.pth"), ValueError, "/nowhere.pth"),
-    (dict(init="SWINIR"), ValueError, "compact"),
-    (dict(val_photos=3), ValueError, "hold out between 1 and 2"),
-    (dict(device="cuda"), ValueError, "no GPU"),
+@pytest.mark.parametrize("more, message", [
+    (dict(batch_size=6), "--pool-size 8 must be a multiple of --batch-size 6"),
+    (dict(accumulate=3), "--accumulate 3 does not divide"),
+    (dict(crop=72), "64x64 pixels, smaller than the 72-pixel crop"),
+    (dict(reward="muzik"), "unknown.*musiq"),
+    (dict(data="/nowhere"), "/nowhere: no such"),
+    (dict(init="/nowhere.pth"), "/nowhere.pth"),
+    (dict(init="SWINIR"), "compact"),
+    (dict(val_photos=3), "hold out between 1 and 2"),
+    (dict(device="cuda"), "no GPU"),
 ])
-def test_bad_settings_end_in_one_line_before_anything_is_written(quintuplets, init, rewards, tmp_path, more, error, said):
+def test_bad_settings_end_in_one_line_before_anything_is_written(quintuplets, init, rewards, tmp_path, more, message):
     if more.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     if more.get("init") == "SWINIR":
         more = dict(init=init["swinir-small"])
-    with pytest.raises(error, match=said) as caught:
-        train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=1) + flags_of(more)))
-    assert "\n" not in str(caught.value)
+    with pytest.raises(runs.UserError, match=message) as error:
+        train_with(flags(quintuplets, init, tmp_path / "run", total_steps=1) + as_flags(more))
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
-def flags_of(more):
-    return [w for name, value in more.items() for w in (f"--{name.replace('_', '-')}", str(value))]
-
-
 def test_user_errors_leave_one_line_and_exit_code_2(quintuplets, init, tmp_path, script):
-    result = script("train.py", *flags(quintuplets, init, tmp_path / "run", total_steps=1, data="/nowhere"), check=False)
-    assert result.returncode == 2 and re.fullmatch(r"train\.py: error: /nowhere: no such [^\n]*\n", result.stderr) and not result.stdout
-    result = script("train.py", *flags(quintuplets, init, tmp_path / "run", total_steps=1, batch_size=9, pool_size=9), processes=2, check=False)
-    assert result.returncode and "--batch-size 9 does not divide by 2 processes" in result.stderr and not (tmp_path / "run").exists()
+    words = flags(quintuplets, init, tmp_path / "run", total_steps=1)
+    result = script("train.py", *words, "--data", "/nowhere", check=False)
+    assert result.returncode == 2 and not result.stdout
+    assert re.fullmatch(r"train\.py: error: /nowhere: no such [^\n]*\n", result.stderr)
+    result = script("train.py", *words, "--batch-size", 9, "--pool-size", 9, processes=2, check=False)
+    assert result.returncode and "--batch-size 9 does not divide by 2 processes" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unwritable_output_is_refused(quintuplets, init, rewards, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises((OSError, ValueError), match="cannot be written"):
-        train.main(train.parse_args(flags(quintuplets, init, tmp_path / "file" / "run", total_steps=1)))
+        train_with(flags(quintuplets, init, tmp_path / "file" / "run", total_steps=1))
 
 
 @pytest.mark.gpu
@@ -573,39 +625,41 @@ def test_an_unwritable_output_is_refused(quintuplets, init, rewards, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_gpu_run_resumes_and_stays_finite(quintuplets, init, rewards, tmp_path, precision):
     words = dict(precision=precision, device="cuda")
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=3, **words)))
-    train.main(train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=6, **words) + ["--resume"]))
+    train_with(flags(quintuplets, init, tmp_path / "run", total_steps=3, **words))
+    train_with(flags(quintuplets, init, tmp_path / "run", total_steps=6, **words) + ["--resume"])
     assert len(losses(tmp_path / "run")) == 6
 
 
 def test_training_with_an_atlas_needs_no_reward_and_is_amo_on_its_grid(quintuplets, init, tmp_path, rewards):
     """Brightness: 02 always wins. Another atlas on --resume is refused; a temperature makes the choice soft."""
-    import shutil
-
     from prepare import atlas
     root = shutil.copytree(quintuplets, tmp_path / "set")
-    atlas.main(atlas.parse_args([str(root), "--reward", "test_rewards:brightness", "--crop", "32", "--stride", "16", "--device", "cpu"]))
+    atlas.main(atlas.parse_args([str(root), "--reward", "test_rewards:brightness", "--crop", "32", "--stride", "16",
+                                 "--device", "cpu"]))
     file = root / "atlas/test_rewards_brightness-32-16.npy"
     words = flags(root, init, tmp_path / "run", sampler="amo", total_steps=4, atlas=file, reward="none", load_size=0)
-    train.main(train.parse_args(words))
-    last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][-1]
+    train_with(words)
+    last = events(tmp_path / "run")[-1]
     assert {v for v, n in last["picked"].items() if n} == {"02"} and 45 < last["score"] < 100
     with pytest.raises(ValueError, match="tau None -> 5.0"):
-        train.main(train.parse_args([*words, "--resume", "--tau", "5"]))
-    train.main(train.parse_args(flags(root, init, tmp_path / "soft", sampler="amo", total_steps=6, atlas=file, load_size=0, tau=10)))
+        train_with([*words, "--resume", "--tau", "5"])
+    train_with(flags(root, init, tmp_path / "soft", sampler="amo", total_steps=6, atlas=file, load_size=0, tau=10))
     # without the atlas it would go on by other ground truths
     with pytest.raises(ValueError, match="chosen_by .* -> 'online'"):
-        train.main(train.parse_args([*flags(root, init, tmp_path / "soft", sampler="amo", total_steps=8, load_size=0), "--resume"]))
-    last = [json.loads(line) for line in (tmp_path / "soft/metrics.jsonl").read_text().splitlines()][-1]
-    assert len([v for v, n in last["picked"].items() if n]) > 2
+        train_with([*flags(root, init, tmp_path / "soft", sampler="amo", total_steps=8, load_size=0), "--resume"])
+    assert len([v for v, n in events(tmp_path / "soft")[-1]["picked"].items() if n]) > 2
 
 
 @pytest.mark.fast
 def test_flags_of_the_atlas(capsys):
-    for words, message in ((["--atlas", "a.npy", "--sampler", "rand"], "--atlas is for --sampler amo"), (["--atlas", "a.npy", "--load-size", "512"], "--atlas is for --sampler amo on whole images: give --load-size 0 (it is 512)"),
-                           (["--demo", "--atlas", "a.npy"], "give --load-size 0 (it is 128, the default of --demo)"),
-                           (["--reward", "none"], "it needs a --reward")):
+    for words, message in (
+            (["--atlas", "a.npy", "--sampler", "rand"], "--atlas is for --sampler amo"),
+            (["--atlas", "a.npy", "--load-size", "512"],
+             "--atlas is for --sampler amo on whole images: give --load-size 0 (it is 512)"),
+            (["--demo", "--atlas", "a.npy"], "give --load-size 0 (it is 128, the default of --demo)"),
+            (["--reward", "none"], "it needs a --reward")):
         with pytest.raises(SystemExit):
             train.parse_args(words)
         assert message in capsys.readouterr().err
-    assert train.parse_args([]).tau == train.parse_args(["--sampler", "sma"]).tau == 10 and train.parse_args(["--atlas", "a.npy", "--reward", "none"]).tau is None
+    assert train.parse_args([]).tau == train.parse_args(["--sampler", "sma"]).tau == 10
+    assert train.parse_args(["--atlas", "a.npy", "--reward", "none"]).tau is None
