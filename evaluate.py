@@ -142,7 +142,7 @@ import archs
 import data
 import lora
 import metrics
-from images import image_size, list_images, match_images
+from images import find_realsr, image_size, list_images, match_images
 
 # Test images: {stem: {"lq": path or None, "refs": [path], "versions": [path]}}; lq None: made from versions[0]
 
@@ -152,7 +152,7 @@ def find_items(args, world):
     if args.gt is not None:
         check_folder(args.gt)
         return {stem: {"lq": None, "refs": [path], "versions": [path]} for stem, path in list_images(args.gt).items()}
-    pairs = data.find_realsr(args.data)
+    pairs = find_realsr(args.data)
     if pairs:
         return {stem: {"lq": lq, "refs": [gt], "versions": []} for stem, (lq, gt) in pairs.items()}
     if not (args.data / "Test").is_dir() and (args.protocol == "realsr" or args.data.name.lower().startswith("realsr")):

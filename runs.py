@@ -142,7 +142,8 @@ class Parser(argparse.ArgumentParser):
     """Flags without abbreviations, shown by Help; an error is two lines, without the usage of every flag."""
 
     def __init__(self, *names, allow_abbrev=False, formatter_class=Help, **options):
-        super().__init__(*names, allow_abbrev=allow_abbrev, formatter_class=formatter_class, **{"prog": program()} | options)
+        options = {"prog": program()} | options
+        super().__init__(*names, allow_abbrev=allow_abbrev, formatter_class=formatter_class, **options)
 
     def error(self, message):
         command = self.prog if self.prog.partition(" ")[0].endswith(".py") else f"python -m {self.prog}"

@@ -21,10 +21,10 @@ import runs
 
 # PAPER Sec. 5: the columns of Tables 5, 7 and 8, in order
 NINE = ("psnr", "ssim", "lpips", "stlpips", "dists", "musiq", "nima", "qalign", "topiq_nr")
-SHOWN = {"cnniqa_live:build": "CNNIQA-LIVE", "niqe": "NIQE", "brisque": "BRISQUE", "piqe": "PIQE", "ilniqe": "IL-NIQE",
-         "psnr": "PSNR", "ssim": "SSIM", "vgg": "VGG distance", "flat_hf": "flat HF share", "lpips": "LPIPS",
+SHOWN = {"psnr": "PSNR", "ssim": "SSIM", "vgg": "VGG distance", "flat_hf": "flat HF share", "lpips": "LPIPS",
          "stlpips": "LPIPS-ST", "dists": "DISTS", "musiq": "MUSIQ", "nima": "NIMA", "qalign": "Q-Align",
-         "topiq_nr": "TOPIQ"}
+         "topiq_nr": "TOPIQ", "niqe": "NIQE", "brisque": "BRISQUE", "piqe": "PIQE", "ilniqe": "IL-NIQE",
+         "rewards.cnniqa:build": "CNNIQA-LIVE", "cnniqa_live:build": "CNNIQA-LIVE"}
 # the paper's "FR low", "FR mid" and "NR high"; other metrics that a result says to compare are full-reference, too
 FULL_REFERENCE, PERCEPTUAL, NO_REFERENCE = "full-reference", "perceptual full-reference", "no-reference"
 GROUPS = {FULL_REFERENCE: ("psnr", "ssim", "flat_hf"), PERCEPTUAL: ("lpips", "stlpips", "dists", "vgg")}
