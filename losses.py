@@ -44,13 +44,13 @@ class VGGFeatureLoss(nn.Module):
     frozen, and no gradient reaches gt. gt_taps: taps(gt), where they are known.
     weights: a .pth or .safetensors file with torchvision's vgg19, whole ("features.0.weight", ...) or its features only
     ("0.weight", ...); None downloads torchvision's. Raises UserError that names what such a file lacks, or when there
-    is no file or no download.
+    is no file or no download; otherwise: what the caller can do then.
     """
 
     # HGGT options: conv1_2, conv2_2, conv3_4, conv4_4, conv5_4
     TAPS = {2: 0.1, 7: 0.1, 16: 1.0, 25: 1.0, 34: 1.0}
 
-    def __init__(self, weights=None):
+    def __init__(self, weights=None, otherwise="--vgg-weights FILE, or do without the perceptual loss: --lambda-p 0"):
         super().__init__()
         layers, channels = [], 3
         for width, convs in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
@@ -60,7 +60,7 @@ class VGGFeatureLoss(nn.Module):
                 channels = width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers[:max(self.TAPS) + 1])
-        state = vgg19_download() if weights is None else archs.read_weights(weights)[0]
+        state = vgg19_download(otherwise) if weights is None else archs.read_weights(weights)[0]
         source = weights or "the downloaded vgg19"
         prefix = "features." if any(k.startswith("features.") for k in state) else ""
         expected = self.features.state_dict()
@@ -103,7 +103,7 @@ class VGGFeatureLoss(nn.Module):
             return sum(w * F.l1_loss(a, b) for w, a, b in zip(self.TAPS.values(), self.taps(sr.float()), gt_taps))
 
 
-def vgg19_download():
+def vgg19_download(otherwise):
     """State dict of torchvision's ImageNet vgg19, from the torch hub cache or the network."""
     from torchvision.models import VGG19_Weights
     try:
@@ -113,4 +113,4 @@ def vgg19_download():
         reason = " ".join(str(error).split())[:120]
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise runs.UserError(f"no VGG19 weights ({reason}): put vgg19-dcbb9e9d.pth into {folder}, or name a file with "
-                             "--vgg-weights FILE, or do without the perceptual loss: --lambda-p 0") from None
+                             f"{otherwise}") from None

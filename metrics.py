@@ -1,15 +1,14 @@
-"""What a super-resolved image is judged by: full-reference metrics, structure where there should be none, the NR-IQA models of iqa.py; and scores of
-many outputs by many metrics, computed once.
+"""How super-resolved images are judged: full-reference metrics, structured noise, the NR-IQA models of iqa.py.
 
-    metric = create_metric("niqe", device); metric(sr, gt)      (B, 3, H, W) RGB in [0, 1] -> (B,), native units; metric.lower_is_better
-    scores = score(rows, items, metrics, cache, world, protocol)           {row: {stem: {metric: value}}}, from the cache where it has them
+    metric = create_metric("niqe", device)
+    metric(sr, gt)                                           (B, 3, H, W) RGB in [0, 1] twice -> (B,), native units
+    score(rows, items, metrics, cache, world, protocol)      {row: {stem: {metric: value}}}, each computed once
 """
-import hashlib
 import importlib.metadata
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,20 +19,24 @@ from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
 import archs
-import data
 import degradations
 import iqa
-import lora
 import losses
 import runs
-from images import cut_to_x4, load_image
+from images import cut_to_x4, image_size, load_image, save_image
 
-FULL_REFERENCE = ("psnr", "ssim", "vgg", "flat_hf", "lpips", "stlpips", "dists")   # metrics that compare; pyiqa knows further ones
+# metrics that compare with a reference; pyiqa knows further ones
+FULL_REFERENCE = ("psnr", "ssim", "vgg", "flat_hf", "lpips", "stlpips", "dists")
 
 
 def luma(x):
-    """(B, 3, H, W) RGB in [0, 1] -> (B, 1, H, W): Y of BT.601 in its studio range, 16/255 to 235/255, as MATLAB's rgb2ycbcr and BasicSR have it."""
+    """(B, 3, H, W) RGB in [0, 1] -> (B, 1, H, W): Y of BT.601, 16/255 to 235/255, as MATLAB's rgb2ycbcr and BasicSR."""
     return (x * x.new_tensor([65.481, 128.553, 24.966]).view(3, 1, 1)).sum(1, keepdim=True) / 255 + 16 / 255
+
+
+def grey_levels(x):
+    """(B, 3, H, W) RGB in [0, 1] -> (B, H, W) float64: luma of BT.601 from 0 to 255."""
+    return (255 * x.double() * x.new_tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)).sum(1)
 
 
 def crop(x, border):
@@ -41,9 +44,10 @@ def crop(x, border):
 
 
 def psnr(sr, gt, border=4):
-    """Peak signal-to-noise ratio in dB of (B, C, H, W) in [0, 1], over all channels, `border` pixels cropped (HGGT). -> (B,)
+    """Peak signal-to-noise ratio in dB of (B, C, H, W) in [0, 1], over all channels, `border` pixels cropped. -> (B,)
 
-    Identical images give 100. ValueError for another shape, or one that the border leaves nothing of.
+    HGGT crops 4 pixels. Identical images give 100. UserError for another shape, or one of which the border leaves
+    nothing.
     """
     check_pair("PSNR", sr, gt, border)
     error = crop(sr - gt, border).double().square().mean((1, 2, 3))
@@ -53,59 +57,65 @@ def psnr(sr, gt, border=4):
 def ssim(sr, gt, border=4):
     """Structural similarity (Wang et al., 2004) of (B, C, H, W) in [0, 1]: mean over channels. -> (B,)
 
-    `border` pixels are cropped (HGGT); 11x11 Gaussian window of sigma 1.5, valid region only. ValueError as psnr.
+    `border` pixels are cropped (HGGT); 11x11 Gaussian window of sigma 1.5, valid region only. UserError as psnr.
     """
     check_pair("SSIM", sr, gt, border + 5)
     images = [crop(image, border).double().cpu().numpy() for image in (sr, gt)]
-    return torch.tensor([structural_similarity(a, b, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-                                               channel_axis=0) for a, b in zip(*images)], dtype=torch.float64)
+    return torch.tensor([structural_similarity(a, b, data_range=1, gaussian_weights=True, sigma=1.5,
+                                               use_sample_covariance=False, channel_axis=0)
+                         for a, b in zip(*images)], dtype=torch.float64)
 
 
 def flat_hf(sr, gt, block=16, flat=0.25):
-    """How much grid and noise stands where nothing should be: high-frequency share of the spectral energy of flat blocks.
+    """Grid and noise in flat places: high-frequency share of the spectral energy of flat blocks.
 
-    sr, gt: (B, 3, H, W) RGB in [0, 1] -> (B,) in [0, 1]. Flat are the quarter of the reference's 16x16 blocks with the least standard
-    deviation of luma (a border of 16 pixels is left out), so that all methods are judged at the same places. Energy is that of SR's
-    luma, mean removed, under a Hann window, of these blocks together; high is from 0.25 cycles per pixel upwards in either
-    direction, where the 4-pixel grid of an x4 pixel shuffle has its lowest line. ValueError as psnr.
+    sr, gt: (B, 3, H, W) RGB in [0, 1] -> (B,) in [0, 1]. Flat are the quarter of the reference's 16x16 blocks with
+    the least standard deviation of luma (a border of 16 pixels is left out), so that all methods are judged at the
+    same places. The energy is that of SR's luma, mean removed, under a Hann window, of these blocks together; high is
+    from 0.25 cycles per pixel upwards in either direction, where the 4-pixel grid of an x4 pixel shuffle has its
+    lowest line. UserError as psnr.
     """
     check_pair("flat_hf", sr, gt, 2 * block)
-    luma = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64, device=sr.device).view(3, 1, 1)
 
-    def blocks(image):                                                           # -> (B, N, 16, 16) grey levels
-        grey = (255 * image.double() * luma).sum(1)[:, block:image.shape[2] - block, block:image.shape[3] - block]
-        return grey.unfold(1, block, block).unfold(2, block, block).flatten(1, 2)
+    def blocks(image):
+        inside = crop(grey_levels(image)[:, None], block)[:, 0]
+        return inside.unfold(1, block, block).unfold(2, block, block).flatten(1, 2)  # (B, N, 16, 16)
 
     spread = blocks(gt).flatten(2).std(2)
-    quiet = spread.argsort(1)[:, :max(1, int(flat * spread.shape[1]))]
-    chosen = blocks(sr).gather(1, quiet[..., None, None].expand(-1, -1, block, block))
+    flattest = spread.argsort(1)[:, :max(1, int(flat * spread.shape[1]))]
+    chosen = blocks(sr).gather(1, flattest[..., None, None].expand(-1, -1, block, block))
     window = torch.hann_window(block, periodic=False, dtype=torch.float64, device=sr.device)
-    energy = torch.fft.fft2((chosen - chosen.mean((2, 3), keepdim=True)) * window * window[:, None]).abs().square().sum(1)
+    windowed = (chosen - chosen.mean((2, 3), keepdim=True)) * window * window[:, None]
+    energy = torch.fft.fft2(windowed).abs().square().sum(1)
     high = torch.fft.fftfreq(block, device=sr.device).abs() >= 0.25
     return (energy * (high | high[:, None])).sum((1, 2)) / energy.sum((1, 2)).clamp_min(1e-9)
 
 
-PEAKS_ABOVE_UNSHARP = 0.03     # CHOICE, fixed on synthetic grids before any fine-tuning was judged: see tests/test_finetune.py
+# CHOICE, fixed on synthetic grids before any fine-tuning was judged: see tests/test_finetune.py
+PEAKS_ABOVE_UNSHARP = 0.03
 
 
 def noise_peaks(residual, window=64, low=0.2, times=8.0):
     """Structured noise: share of the spectral energy of a change that stands in isolated high-frequency peaks.
 
-    residual: (B, 3, H, W), SR of the tuned network minus SR of its base, sides of at least 64 -> (B,) in [0, 1]. A pixel grid is a few
-    sharp peaks; sharpening and new texture spread smoothly. The spectrum of the luma is averaged over half-overlapping 64x64 Hann
-    windows; a peak is a frequency of `low` cycles per pixel or more, in either direction, with `times` the energy of the median of its 9x9
-    neighbours; its energy is what exceeds that median. 0 for no change at all.
+    residual: (B, 3, H, W), SR of the tuned network minus SR of its base, sides of at least 64 -> (B,) in [0, 1]. A
+    pixel grid is a few sharp peaks; sharpening and new texture spread smoothly. The spectrum of the luma is averaged
+    over half-overlapping 64x64 Hann windows; a peak is a frequency of `low` cycles per pixel or more, in either
+    direction, with `times` the energy of the median of its 9x9 neighbours; its energy is what exceeds that median. 0
+    for no change at all.
     """
-    luma = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64, device=residual.device).view(3, 1, 1)
-    grey = (255 * residual.double() * luma).sum(1)
+    grey = grey_levels(residual)
     if min(grey.shape[1:]) < window:
-        raise runs.UserError(f"noise_peaks wants images with sides of at least {window} pixels, got {tuple(grey.shape[1:])}")
-    blocks = grey.unfold(1, window, window // 2).unfold(2, window, window // 2).flatten(1, 2)              # (B, N, 64, 64)
+        raise runs.UserError(f"noise_peaks: the sides must have at least {window} pixels, got {tuple(grey.shape[1:])}")
+    blocks = grey.unfold(1, window, window // 2).unfold(2, window, window // 2).flatten(1, 2)  # (B, N, 64, 64)
     hann = torch.hann_window(window, dtype=torch.float64, device=grey.device)
-    floor = 0.1 ** 2 * window ** 2 * hann.square().sum() ** 2                      # of a change of a tenth of a grey level
-    power = torch.fft.fft2((blocks - blocks.mean((2, 3), keepdim=True)) * hann * hann[:, None]).abs().square()               # (B, N, 64, 64)
+    # the energy of a change of a tenth of a grey level
+    floor = 0.1 ** 2 * window ** 2 * hann.square().sum() ** 2
+    windowed = (blocks - blocks.mean((2, 3), keepdim=True)) * hann * hann[:, None]
+    power = torch.fft.fft2(windowed).abs().square()  # (B, N, 64, 64)
     power = (power / (power.sum((2, 3), keepdim=True) + floor)).mean(1)
-    around = F.pad(power[:, None], (4, 4, 4, 4), mode="circular")[:, 0].unfold(1, 9, 1).unfold(2, 9, 1).flatten(3).median(3).values
+    wrapped = F.pad(power[:, None], (4, 4, 4, 4), mode="circular")[:, 0]
+    around = wrapped.unfold(1, 9, 1).unfold(2, 9, 1).flatten(3).median(3).values
     high = torch.fft.fftfreq(window, device=grey.device).abs() >= low
     peaks = (power > times * around) & (high | high[:, None])
     return ((power - around) * peaks).sum((1, 2))
@@ -113,36 +123,42 @@ def noise_peaks(residual, window=64, low=0.2, times=8.0):
 
 def unsharp(images, amount):
     """8-bit result of a plain unsharp mask, Gaussian of sigma 1.5, of (B, 3, H, W)."""
-    return degradations.to_8bit(images + amount * (images - degradations.blur(images, degradations.gaussian_kernel(9, 1.5))))
+    blurred = degradations.blur(images, degradations.gaussian_kernel(9, 1.5))
+    return degradations.to_8bit(images + amount * (images - blurred))
 
 
 def unsharp_like(base, sr, reward, amounts=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)):
-    """A plain unsharp mask (Gaussian, sigma 1.5) of `base`, the weakest with at least the reward of `sr`, else the one with the highest.
+    """A plain unsharp mask (sigma 1.5) of `base`: the weakest with at least the reward of `sr`, else the best one.
 
-    (1, 3, H, W) twice -> the mask's image, and whether it has as much reward: sharpening alone often cannot earn what tuning can.
+    (1, 3, H, W) twice -> the mask's image, and whether it has as much reward: sharpening alone often cannot earn as
+    much as tuning.
     """
-    best, wanted = (-math.inf, base), reward(sr).item()
+    best, goal = (-math.inf, base), reward(sr).item()
     for amount in amounts:
         image = unsharp(base, amount)
         best = max(best, (reward(image).item(), image), key=lambda pair: pair[0])
-        if best[0] >= wanted:
+        if best[0] >= goal:
             break
-    return best[1], best[0] >= wanted
+    return best[1], best[0] >= goal
 
 
 def check_pair(metric, sr, gt, border):
     if sr.shape != gt.shape or min(sr.shape[2:]) <= 2 * border:
-        raise runs.UserError(f"{metric} of an output of {tuple(sr.shape[2:])} pixels against a reference of {tuple(gt.shape[2:])}: the reference "
-                         f"must be x4 the input, and more than {2 * border} pixels")
+        raise runs.UserError(f"{metric} of an output of {tuple(sr.shape[2:])} pixels against a reference of "
+                             f"{tuple(gt.shape[2:])}: the reference must be x4 the input, and more than "
+                             f"{2 * border} pixels")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """metric(sr, gt): (B, 3, H, W) RGB in [0, 1] twice -> (B,) in native units; gt is not used unless full_reference."""
+    """metric(sr, gt): (B, 3, H, W) RGB in [0, 1] twice -> (B,) in native units; gt is not used unless full_reference.
+
+    identity: plain values that a score depends on, beside images, border and luma.
+    """
     function: Callable
     lower_is_better: bool = False
     full_reference: bool = False
-    identity: object = None                                                      # what a score depends on beside images, border and luma: plain values
+    identity: object = None
 
     def __call__(self, sr, gt):
         return self.function(sr, gt)
@@ -151,52 +167,66 @@ class Metric:
 def create_metric(name, device, weights_file=None, border=4, y=False, flag="--metrics"):
     """The Metric called `name`, for evaluation.
 
-    name: psnr, ssim (y: on luma only), vgg (distance of VGG19 features, the loss of Eq. 1), flat_hf, a pyiqa metric (lpips, stlpips and dists
-    are full-reference ones; niqe, musiq, ... are not), ranker, or module:function. border: pixels that full-reference metrics but
-    vgg and flat_hf crop from every side (HGGT, LPIPS and DISTS included); no-reference ones see the whole image. weights_file: a
-    local copy of the weights. flag: named in errors. Raises as iqa.create_reward does.
+    name: psnr, ssim (y: on luma only), vgg (distance of VGG19 features, the loss of Eq. 1), flat_hf, a pyiqa metric
+    (lpips, stlpips and dists are full-reference ones; niqe, musiq, ... are not), ranker, or module:function. border:
+    pixels that full-reference metrics but vgg and flat_hf crop from every side (HGGT, LPIPS and DISTS included);
+    no-reference ones see the whole image. weights_file: a local copy of the weights. flag: named in errors. Raises as
+    iqa.create_reward does.
     """
     if "=" in name:
         raise runs.UserError(f"{flag} {name}: a metric has no weight here; write {name.partition('=')[0]}")
     if name == "vgg":
-        distance = losses.VGGFeatureLoss(weights_file).to(device)
-
-        def each(sr, gt):
-            wanted = distance.taps(gt[:1]) if gt.stride(0) == 0 else None         # one ground truth, expanded: looked through once
-            return torch.stack([distance(a[None], b[None], wanted) for a, b in zip(sr, gt)])
-        return Metric(each, True, True, [name, iqa.tensors_hash(distance)])
+        return vgg_metric(device, weights_file)
     if name == "flat_hf":
         return Metric(flat_hf, True, True, [name])
     if name in ("psnr", "ssim"):
-        function = {"psnr": psnr, "ssim": ssim}[name]
-        return Metric(lambda sr, gt: function(luma(sr), luma(gt), border) if y else function(sr, gt, border), False, True, [name])
+        function, part = {"psnr": psnr, "ssim": ssim}[name], luma if y else nn.Identity()
+        return Metric(lambda sr, gt: function(part(sr), part(gt), border), False, True, [name])
     if name != "ranker" and ":" not in name and iqa.pyiqa_modes().get(name) == "FR":
         model = iqa.pyiqa_model(name, device, weights_file, mode="FR", flag=flag)
 
         @torch.no_grad()
-        def judge(sr, gt):
+        def compare(sr, gt):
             check_pair(name, sr, gt, border)
             return model(crop(sr, border), crop(gt, border)).reshape(-1).float()
-        return Metric(judge, model.lower_better, True, [name, iqa.tensors_hash(model)])
+        return Metric(compare, model.lower_better, True, [name, iqa.tensors_hash(model)])
     reward = iqa.create_reward([name], device, weights_file, flag=flag)
     sign = -1 if getattr(next(iter(reward.models.values())), "lower_better", False) else 1
     return Metric(lambda sr, gt: sign * reward(sr), sign < 0, False, reward.identity())
 
 
-# Perceptual distances of two (B, 3, H, W) in [0, 1], frozen, with a gradient to the images: what self-supervision and diversity look through
+def vgg_metric(device, weights_file):
+    """The perceptual loss of Eq. 1 as a metric."""
+    distance = losses.VGGFeatureLoss(weights_file, "--metric-weights vgg=FILE").to(device)
+
+    def compare(sr, gt):
+        # one ground truth, expanded: its features are computed once
+        features = distance.taps(gt[:1]) if gt.stride(0) == 0 else None
+        return torch.stack([distance(a[None], b[None], features) for a, b in zip(sr, gt)])
+    return Metric(compare, True, True, ["vgg", iqa.tensors_hash(distance)])
+
+
+# Perceptual distances of two (B, 3, H, W) in [0, 1], frozen, with a gradient to the images: for self-supervision and
+# diversity
 
 class LPIPS(nn.Module):
-    """The lpips package's distance of two (B, 3, H, W) in [0, 1] -> (B,); weight (B, 1, H, W): the mean of weight times the map."""
+    """The lpips package's distance of two (B, 3, H, W) in [0, 1] -> (B,).
+
+    weight (B, 1, H, W): the mean of weight times the map of distances.
+    """
 
     def __init__(self, net):
         super().__init__()
         import lpips
         try:
             self.net = lpips.LPIPS(net=net, verbose=False).requires_grad_(False)
-        except OSError as error:                                                  # URLError among others
+        # URLError among others
+        except OSError as error:
             file = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}[net]
-            raise runs.UserError(f"--distance lpips: {file} is not here and could not be fetched ({' '.join(str(error).split())[:80]}): put it into "
-                                    f"{Path(torch.hub.get_dir()) / 'checkpoints'}, or take --distance vgg (VGG19's weights) or proxy (none) in pretraining") from None
+            reason, folder = " ".join(str(error).split())[:80], Path(torch.hub.get_dir()) / "checkpoints"
+            raise runs.UserError(f"--distance lpips: {file} is not here and could not be fetched ({reason}): "
+                                 f"put it into {folder}, or take --distance vgg (VGG19's weights) or proxy (none) "
+                                 "in pretraining") from None
 
     def forward(self, a, b, weight=None):
         with torch.autocast(a.device.type, enabled=False):
@@ -206,17 +236,15 @@ class LPIPS(nn.Module):
 
 
 def open_vgg(weights, instead):
-    """losses.VGGFeatureLoss; instead: what else can be done where its weights are missing."""
-    try:
-        return losses.VGGFeatureLoss(weights)
-    except runs.UserError as error:
-        raise runs.UserError(str(error).replace("do without the perceptual loss: --lambda-p 0", instead)) from None
+    """losses.VGGFeatureLoss; instead: another way out where its weights are missing, for the error."""
+    return losses.VGGFeatureLoss(weights, f"--vgg-weights FILE, or {instead}")
 
 
 class VGGCosine(nn.Module):
-    """Mean over VGG19's stages of 1 - cosine of the two feature vectors at each place: in [0, 1], LPIPS without what it learned from people.
+    """Mean over VGG19's stages of 1 - cosine of the feature vectors at each place: LPIPS without learned weights.
 
-    (The paper calls LPIPS "the cosine distance in [0, 1] between image features"; that is what this is.) stages: of the five, from the first on; their last ReLU.
+    In [0, 1]. (The paper calls LPIPS "the cosine distance in [0, 1] between image features"; this is one.) stages: so
+    many of the five, from the first on; the last ReLU of each.
     """
 
     TAPS = (3, 8, 17, 26, 35)
@@ -230,34 +258,36 @@ class VGGCosine(nn.Module):
         self.stages = stages
 
     def directions(self, x):
-        x, found = (x - self.mean) / self.std, []
+        """The feature vectors of each stage, of length 1."""
+        x, directions = (x - self.mean) / self.std, []
         for k, layer in enumerate(self.features):
             x = layer(x)
             if k in self.TAPS:
-                found.append(x / (x.square().sum(1, keepdim=True) + 1e-10).sqrt())
-        return found
+                directions.append(x / (x.square().sum(1, keepdim=True) + 1e-10).sqrt())
+        return directions
 
     def forward(self, a, b, weight=None):
         with torch.autocast(a.device.type, enabled=False):
-            maps = [1 - (u * v).sum(1, keepdim=True) for u, v in zip(self.directions(a.float()), self.directions(b.float()))]
-            if weight is None:
-                return sum(m.mean((1, 2, 3)) for m in maps) / self.stages
-            return sum((F.interpolate(m, size=a.shape[2:], mode="bilinear") * weight).mean((1, 2, 3)) for m in maps) / self.stages
+            pairs = zip(self.directions(a.float()), self.directions(b.float()))
+            maps = [1 - (u * v).sum(1, keepdim=True) for u, v in pairs]
+            if weight is not None:
+                maps = [F.interpolate(m, size=a.shape[2:], mode="bilinear") * weight for m in maps]
+            return sum(m.mean((1, 2, 3)) for m in maps) / self.stages
 
 
 class Proxy(nn.Module):
-    """Needs no weights, and stands for no published distance: L1 of three levels of a Laplacian pyramid and of the gradients, relative to what is there.
+    """A distance without weights, not a published one: L1 of three levels of a Laplacian pyramid and of gradients.
 
     In [0, 1]: each of the four terms is divided by the mean absolute value that both images have of it.
     """
 
     def terms(self, x):
-        found = [torch.cat([x.diff(dim=2, append=x[:, :, -1:]), x.diff(dim=3, append=x[..., -1:])], 1)]
+        terms = [torch.cat([x.diff(dim=2, append=x[:, :, -1:]), x.diff(dim=3, append=x[..., -1:])], 1)]
         for _ in range(3):
             small = F.avg_pool2d(x, 2)
-            found.append(x - F.interpolate(small, size=x.shape[2:], mode="bilinear"))
+            terms.append(x - F.interpolate(small, size=x.shape[2:], mode="bilinear"))
             x = small
-        return found
+        return terms
 
     def forward(self, a, b, weight=None):
         total = 0
@@ -270,155 +300,204 @@ class Proxy(nn.Module):
 
 
 def create_distances(name, vgg_weights=None, stages=5):
-    """-> (distance for L_rec, distance for HQI): LPIPS of VGG and of AlexNet (CHOICE; the papers do not say), or twice the same."""
+    """-> (distance for L_rec, distance for HQI): LPIPS of VGG and AlexNet (CHOICE: not in the papers), or one."""
     if name == "lpips":
         return LPIPS("vgg").eval(), LPIPS("alex").eval()
     distance = (VGGCosine(vgg_weights, stages) if name == "vgg" else Proxy()).eval()
     return distance, distance
 
 
-# Scores of many outputs: every image through every row and metric, once; kept on disk and shared by processes.
-# items: {stem: {"lq": path or None, "refs": [path], "versions": [path]}}, lq None: degraded from versions[0]; rows: {name: Row};
-# metrics: {name: Metric}. A score is used again only for the same bytes of images, weights and metrics, the same versions of libraries, and the
-# same text of this file and of SOURCES. Tiles and their overlap are part of a row's identity.
-
-SOURCES = (archs, data, degradations, iqa, lora, runs)
-
-
-def digest(value):
-    """Hash of a file's bytes, or of plain values."""
-    content = value.read_bytes() if isinstance(value, Path) else json.dumps(value, sort_keys=True).encode()
-    return hashlib.sha256(content).hexdigest()[:24]
-
+# Scores of many outputs: every image through every row and metric, once; kept on disk (iqa.ScoreCache) and shared by
+# processes. items: {stem: {"lq": path or None, "refs": [path], "versions": [path]}}, lq None: made from versions[0]
+# by a degradation; rows: {name: Row}; metrics: {name: Metric}
 
 class Row(NamedTuple):
-    """A row of the table. make: lq (1, 3, h, w) -> (1, 3, 4h, 4w); or files: {stem: image}. identity: hash of what `make` does. record: for the JSON."""
-    make: Callable | None
-    files: dict | None
-    identity: str | None
-    record: dict | None
+    """A row of the table: a network, or ready-made images.
 
+    make: lq (1, 3, h, w) -> (1, 3, 4h, 4w), of which `identity` is the hash; or files: {stem: image}. record: for the
+    JSON.
+    """
+    make: Callable | None = None
+    files: dict | None = None
+    identity: str | None = None
+    record: dict | None = None
 
-# Images
 
 def load(path, device):
+    """-> (1, 3, H, W) in [0, 1]"""
     return load_image(path)[None].to(device).float() / 255
 
 
 def low_resolution(stem, item, degradation, device):
-    """The LR image that comes with the set, or the same one every time by `degradation` of the original. -> (1, 3, h, w) in [0, 1]"""
+    """The LR image of an item, or the one that `degradation` always makes of its original. -> (1, 3, h, w) in [0, 1]"""
     if item["lq"] is not None:
         return load(item["lq"], device)
-    gt = cut_to_x4(load(item["versions"][0], device))
-    return degradations.degrade(gt, degradation, *([[runs.sample_seed(0, 0, k, f"test {stem}")] for k in (0, 1)]))
+    original = item["versions"][0]
+    try:
+        return degradations.fixed(high_resolution(original, item, device), degradation, stem)
+    except runs.UserError as error:
+        raise runs.UserError(f"{original}: {error}") from None
+
+
+def is_cut(path, item):
+    """Is this an original or a reference of which the LR image is made? Then it is cut to multiples of 4."""
+    return item["lq"] is None and path in (*item["refs"], *item["versions"])
+
+
+def high_resolution(path, item, device):
+    """An original, reference or output of an item, cut where is_cut says so. -> (1, 3, H, W) in [0, 1]"""
+    image = load(path, device)
+    return cut_to_x4(image) if is_cut(path, item) else image
+
+
+def high_resolution_size(path, item):
+    """(width, height) of high_resolution, from the header."""
+    size = image_size(path)
+    return tuple(side // 4 * 4 for side in size) if is_cut(path, item) else size
 
 
 def bicubic(lq):
     return F.interpolate(lq, scale_factor=4, mode="bicubic")
 
 
-def output(name, row, stem, lq, device):
-    """The 8-bit output of one row, (1, 3, H, W). ValueError if a network gives what is not finite."""
+def output(name, row, stem, item, lq, device):
+    """The 8-bit output of one row, (1, 3, H, W). UserError if a network gives what is not finite."""
     if row.files is not None:
-        return load(row.files[stem], device)
+        return high_resolution(row.files[stem], item, device)
     sr = row.make(lq)
     if not torch.isfinite(sr).all():
         raise runs.UserError(f"{name}, image {stem}: the network's output is not finite: look at its weights")
     return degradations.to_8bit(sr)
 
 
-@torch.no_grad()
-def cells_of(stem, items, rows, degradation, device):
-    """{"LR", "GT", "GT 2", ..., then the rows: (3, H, W)} of one image."""
-    lq = low_resolution(stem, items[stem], degradation, device)
-    cells = {"LR": lq} | {"GT" if k == 0 else f"GT {k + 1}": load(ref, device) for k, ref in enumerate(items[stem]["refs"])}
-    cells |= {name: output(name, row, stem, lq, device) for name, row in rows.items()}
-    return {name: image[0].cpu() for name, image in cells.items()}
+def reference_cells(item):
+    """{"GT", "GT 2", ...: file} of an item."""
+    return {f"GT {k + 1}" if k else "GT": path for k, path in enumerate(item["refs"])}
+
+
+def image_files(stem, item, rows):
+    """{"LR", "GT", "GT 2", ..., then the rows: file} of an item; None where the image is computed."""
+    files = reference_cells(item) | {name: row.files and row.files[stem] for name, row in rows.items()}
+    cut = [cell for cell, path in files.items() if path and image_size(path) != high_resolution_size(path, item)]
+    return {"LR": item["lq"]} | files | dict.fromkeys(cut)
+
+
+def saved_files(folder, stem, item, rows):
+    """image_files with the places of the computed ones, which score(save=folder) leaves."""
+    return {cell: path or folder / cell / f"{stem}.png" for cell, path in image_files(stem, item, rows).items()}
 
 
 # Scores
 
 def versions():
-    """Libraries that scores depend on, and a hash of this repository's own text."""
-    code = digest([digest(Path(file)) for file in (__file__, *(module.__file__ for module in SOURCES))])
-    return {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "pyiqa", "scikit-image")} | {"code": code}
-
-
-def read_cache(folder):
-    """{key: score} of every earlier call. What is no record (cut off by a kill, damaged) is skipped: its score is computed again."""
-    scores = {}
-    for line in (line for file in sorted(folder.glob("*.jsonl")) for line in file.read_bytes().splitlines()):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("key"), str) and isinstance(row.get("score"), float) and math.isfinite(row["score"]):
-            scores[row["key"]] = row["score"]
-    return scores
+    """Libraries that scores depend on, and the version of our own scoring."""
+    libraries = ("torch", "torchvision", "pyiqa", "scikit-image")
+    return {name: importlib.metadata.version(name) for name in libraries} | {"scoring": iqa.SCORING_VERSION}
 
 
 def score_keys(stem, item, rows, metrics, protocol, degradation, gold, libraries):
     """{(row, or file of a version, metric): key}: a hash of everything that this score depends on."""
-    lq = [digest(item["lq"] or item["versions"][0]), degradation]
-    against = [protocol["border"], protocol["y"], [digest(path) for path in item["refs"]]]
-    judged = {name: [row.identity if row.files is None else digest(row.files[stem]), lq] for name, row in rows.items()}
-    candidates, keys = {path: ["version", digest(path)] for path in item["versions"]} if gold else {}, {}
+    lq = [runs.digest(item["lq"] or item["versions"][0]), degradation]
+    references = [protocol["border"], protocol["y"], [runs.digest(path) for path in item["refs"]]]
+
+    def of_file(path):
+        return ["file", runs.digest(path), is_cut(path, item)]
+    images = {name: [row.identity, lq] if row.files is None else of_file(row.files[stem]) for name, row in rows.items()}
+    versions_of_item = {path: of_file(path) for path in item["versions"]} if gold else {}
+    keys = {}
     for m, metric in metrics.items():
-        how = [metric.identity, libraries, against if metric.full_reference else None]
-        keys |= {(who, m): digest([what, how]) for who, what in (judged if metric.full_reference else judged | candidates).items()}
+        judge = [metric.identity, libraries, references if metric.full_reference else None]
+        judged = images if metric.full_reference else images | versions_of_item
+        keys |= {(name, m): runs.digest([image, judge]) for name, image in judged.items()}
     return keys
 
 
 @torch.no_grad()
-def score(rows, items, metrics, folder, world, protocol, degradation=None, gold=False, batch_size=8):
-    """-> {row: {stem: {metric: value}}}; what is not in the cache `folder` is computed, ranks share the images.
-
-    protocol: {"border", "y"} of full-reference metrics. gold: a first row with the best score of an image's versions by each no-reference metric.
+def score(rows, items, metrics, folder, world, protocol, degradation=None, gold=False, batch_size=8, save=None):
+    """-> {row: {stem: {metric: value}}}; a score that is not in the cache `folder` is computed, ranks share the images.
+    protocol: {"border", "y"} of full-reference metrics. gold: a first row with the best score of an image's versions
+    by each no-reference metric. save: a folder for everything that is computed, see saved_files; the networks then
+    run whatever the cache holds, so that the images are theirs.
     """
-    cache, libraries, found = read_cache(folder), versions(), {}
-    own = folder / f"{world.rank}.jsonl"
-    own.parent.mkdir(parents=True, exist_ok=True)
-    with open(own, "a") as out:
-        if out.tell() and not own.read_bytes().endswith(b"\n"):                   # the last line was cut off
-            out.write("\n")
+    libraries, by_stem = versions(), {}
+    with iqa.ScoreCache(folder, "scores", world.rank) as cache:
         for stem, item in tqdm(list(items.items())[world.rank::world.size], unit="img", disable=not world.is_main):
             keys = score_keys(stem, item, rows, metrics, protocol, degradation, gold, libraries)
-            todo = [k for k, key in keys.items() if key not in cache]
-            for k, value in compute(todo, stem, item, rows, metrics, degradation, batch_size, world.device) if todo else []:
-                cache[keys[k]] = value
-                out.write(json.dumps({"key": keys[k], "score": value}) + "\n")
-            out.flush()
-            best = lambda m: (min if metrics[m].lower_is_better else max)(cache[keys[path, m]] for path in item["versions"])
-            found[stem] = {"gold": {m: best(m) for m in metrics if not metrics[m].full_reference}} if gold else {}
-            found[stem] |= {row: {m: cache[keys[row, m]] for m in metrics} for row in rows}
-    found = {stem: scores for part in world.gather_objects(found) for stem, scores in part.items()}
-    return {row: {stem: found[stem][row] for stem in items} for row in [*(["gold"] if gold else []), *rows]}
+            todo = [k for k, key in keys.items() if key not in cache.scores]
+            if todo or save:
+                images = make_images(todo, stem, item, rows, degradation, world.device, save)
+                for k, value in compute(todo, stem, item, images, metrics, batch_size, world.device):
+                    cache.add(keys[k], value)
+            by_stem[stem] = {row: {m: cache.scores[keys[row, m]] for m in metrics} for row in rows}
+            if gold:
+                by_stem[stem]["gold"] = {m: best([cache.scores[keys[path, m]] for path in item["versions"]], metric)
+                                         for m, metric in metrics.items() if not metric.full_reference}
+    by_stem = {stem: scores for part in world.gather_objects(by_stem) for stem, scores in part.items()}
+    return {row: {stem: by_stem[stem][row] for stem in items} for row in [*(["gold"] if gold else []), *rows]}
 
 
-def compute(todo, stem, item, rows, metrics, degradation, batch_size, device):
-    """Yield ((row or file, metric), score) of an image's `todo`; every output is made once."""
-    lq = low_resolution(stem, item, degradation, device)
-    images = {who: load(who, device) if isinstance(who, Path) else output(who, rows[who], stem, lq, device) for who in dict.fromkeys(who for who, _ in todo)}
-    refs = [load(path, device) for path in item["refs"]] if any(metrics[m].full_reference for _, m in todo) else []
+def best(scores, metric):
+    return (min if metric.lower_is_better else max)(scores)
+
+
+def score_references(items, metrics, folder, world, protocol, batch_size=8):
+    """-> {stem: {"GT", "GT 2", ...: {metric: value}}}: the references themselves, by the no-reference metrics."""
+    metrics = {m: metric for m, metric in metrics.items() if not metric.full_reference}
+    by_stem = {stem: {} for stem in items}
+    for cell in dict.fromkeys(cell for item in items.values() for cell in reference_cells(item)):
+        files = {stem: reference_cells(item)[cell] for stem, item in items.items() if cell in reference_cells(item)}
+        having = {stem: items[stem] for stem in files}
+        for stem, values in score({cell: Row(files=files)}, having, metrics, folder, world, protocol,
+                                  batch_size=batch_size)[cell].items():
+            by_stem[stem][cell] = values
+    return by_stem
+
+
+def make_images(todo, stem, item, rows, degradation, device, save=None):
+    """{row, or file of a version: (1, 3, H, W)} of the images that are to be judged; save: of all rows, kept there."""
+    names = dict.fromkeys([*(name for name, _ in todo), *(rows if save else [])])
+    computes = save or any(name in rows and rows[name].files is None for name in names)
+    lq = low_resolution(stem, item, degradation, device) if computes else None
+    images = {}
+    for name in names:
+        images[name] = (output(name, rows[name], stem, item, lq, device) if name in rows else
+                        high_resolution(name, item, device))
+    if save:
+        references = {cell: high_resolution(path, item, device) for cell, path in reference_cells(item).items()}
+        computed = [cell for cell, path in image_files(stem, item, rows).items() if path is None]
+        for cell in computed:
+            image = ({"LR": lq} | references | images)[cell][0]
+            runs.write_atomic(save / cell / f"{stem}.png", partial(save_image, image=image))
+    return images
+
+
+def compute(todo, stem, item, images, metrics, batch_size, device):
+    """Yield ((row or file, metric), score) of the scores that are to be computed for an item."""
+    compares = any(metrics[m].full_reference for _, m in todo)
+    refs = [high_resolution(path, item, device) for path in item["refs"]] if compares else []
     for m in dict.fromkeys(m for _, m in todo):
-        whose = [who for who, metric in todo if metric == m]
-        for k in range(0, len(whose), batch_size):
-            for who, value in judge(m, metrics[m], {who: images[who] for who in whose[k:k + batch_size]}, refs, stem).items():
+        names = [name for name, metric in todo if metric == m]
+        for k in range(0, len(names), batch_size):
+            batch = {name: images[name] for name in names[k:k + batch_size]}
+            for name, value in judge(m, metrics[m], batch, refs, stem).items():
                 if not math.isfinite(value):
-                    raise runs.UserError(f"{who}, image {stem}: {m} is {value}: leave this metric out, or look at the image")
-                yield (who, m), value
+                    raise runs.UserError(f"{name}, image {stem}: {m} is {value}: "
+                                         "leave this metric out, or look at the image")
+                yield (name, m), value
 
 
 def judge(m, metric, images, refs, stem):
-    """{row: (1, 3, H, W)} -> {row: score}; with several references the mean over them (HGGT). Images of one size go through the metric together.
+    """{row: (1, 3, H, W)} -> {row: score}; with several references the mean over them (HGGT).
 
-    ValueError names row, image, size and metric where the metric fails; running out of memory stays what it is.
+    Images of one size go through the metric together. UserError names row, image, size and metric where the metric
+    fails; an error of memory that does not suffice is passed on.
     """
     if len({image.shape for image in images.values()}) == 1:
         batch = torch.cat(list(images.values()))
         try:
             if metric.full_reference:
-                values = torch.stack([metric(batch, gt.expand(len(batch), -1, -1, -1)).double().cpu() for gt in refs]).mean(0)
+                of_each = [metric(batch, gt.expand(len(batch), -1, -1, -1)).double().cpu() for gt in refs]
+                values = torch.stack(of_each).mean(0)
             else:
                 values = metric(batch, None).double()
             return dict(zip(images, values.tolist()))
@@ -426,7 +505,8 @@ def judge(m, metric, images, refs, stem):
             if archs.out_of_memory(error):
                 raise
             if len(images) == 1:
-                height, width = batch.shape[2:]
-                raise runs.UserError(f"{next(iter(images))}, image {stem} ({width}x{height} pixels): {m} cannot judge it ({' '.join(str(error).split())[:150]}): "
-                                 "leave out the metric, or images of this size") from error
-    return {who: value for who, image in images.items() for value in judge(m, metric, {who: image}, refs, stem).values()}
+                (name, image), reason = *images.items(), " ".join(str(error).split())[:150]
+                size = f"{image.shape[3]}x{image.shape[2]}"
+                raise runs.UserError(f"{name}, image {stem} ({size} pixels): {m} cannot judge it ({reason}): "
+                                     "leave out the metric, or images of this size") from error
+    return {name: value for name in images for value in judge(m, metric, {name: images[name]}, refs, stem).values()}

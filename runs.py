@@ -9,6 +9,7 @@ they load with `weights_only=True`.
 import argparse
 import ast
 import contextlib
+import hashlib
 import importlib
 import json
 import math
@@ -135,6 +136,18 @@ def python_path():
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The module's docstring as it stands, and every flag with its default."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags without abbreviations, shown by Help; an error is two lines, without the usage of every flag."""
+
+    def __init__(self, *names, allow_abbrev=False, formatter_class=Help, **options):
+        options = {"prog": program()} | options
+        super().__init__(*names, allow_abbrev=allow_abbrev, formatter_class=formatter_class, **options)
+
+    def error(self, message):
+        command = self.prog if self.prog.partition(" ")[0].endswith(".py") else f"python -m {self.prog}"
+        self.exit(2, f"{self.prog}: error: {message}\nsee {command} --help\n")
 
 
 def number(kind, low=-math.inf, high=math.inf, above=False, below=False):
@@ -478,6 +491,12 @@ def check_output(path, flag):
         check_writable(path.parent, flag)
         if path.is_dir():
             raise UserError(f"{flag} {path}: a folder; name a file")
+
+
+def digest(value):
+    """Hash of a file's bytes (of a Path), or of plain values."""
+    content = value.read_bytes() if isinstance(value, Path) else json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()[:24]
 
 
 def save_json(path, value):

@@ -90,7 +90,7 @@ def open_images(folder, world, source, purpose, **facts):
     """
     record = {name: str(value) if isinstance(value, Path) else value for name, value in source.items()} | facts
     if "lq_dir" in source:
-        record["images"] = metrics.digest([[name, *map(metrics.digest, (item["lq"], *item["refs"]))]
+        record["images"] = runs.digest([[name, *map(runs.digest, (item["lq"], *item["refs"]))]
                                            for name, item in find_items(**source).items()])
     made = folder / "pool.json"
     earlier = read_json(made, "remove the folder") if made.exists() else {}
@@ -169,7 +169,7 @@ def open_pool(pool):
 
 def pool_hash(pool):
     """Hash of everything that the pairs of a pool depend on: how it was made, and its scores."""
-    return metrics.digest([metrics.digest(path) if path.exists() else ""
+    return runs.digest([runs.digest(path) if path.exists() else ""
                            for path in (pool / "pool.json", pool / "scores.jsonl")])
 
 

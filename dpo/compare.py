@@ -115,7 +115,7 @@ def sharpened(row, amount):
 def make_outputs(out, generators, items, samples, batch_size, world):
     """{row: {name: [files by seed]}}: outputs of every generator, and those of the first under unsharp masks."""
     files, first = {}, next(iter(generators))
-    lq_hashes = {name: metrics.digest(item["lq"]) for name, item in items.items()}
+    lq_hashes = {name: runs.digest(item["lq"]) for name, item in items.items()}
     for row, gen in generators.items():
         record = out / f"{row}.json"
         about = {"generator": gen.identity(gen.net), "images": lq_hashes, "samples": samples}

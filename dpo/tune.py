@@ -242,7 +242,7 @@ def main(args):
         changes = "; ".join(runs.changes(expected, trained).values())
         raise runs.UserError(f"--gen {args.gen}: the candidates of {pool} are another generator's ({changes}); DPO "
                              "starts from the one that made them")
-    run.pin(generator=metrics.digest(trained), pairs_hash=metrics.digest(folder / "pairs.jsonl"), **sampling)
+    run.pin(generator=runs.digest(trained), pairs_hash=runs.digest(folder / "pairs.jsonl"), **sampling)
 
     # pairs: those of some photographs are only watched
     held = hold_out(items, args.val_groups, seeds(0, 0, "val-groups"))

@@ -54,7 +54,7 @@ def once(made, log, script, *words, inputs=()):
     Both are kept beside it. inputs: files, or folders, of which the names count.
     """
     def content(path):
-        return metrics.digest(path if path.is_file() else sorted(file.name for file in path.iterdir()))
+        return runs.digest(path if path.is_file() else sorted(file.name for file in path.iterdir()))
     record = made.with_name(made.name + ".flags.json")
     about = {"flags": [str(word) for word in words], "inputs": {str(path): content(path) for path in inputs}}
     if not made.exists():

@@ -300,7 +300,7 @@ def adapt(args, record, world, seeds, autocast, judge, sets, gts, out, resume, s
         return seeds(step, lane, f"check {purpose}")
     dataset = data.TrainingSet(sets, "orig", seeds, args.batch_size, 1, args.patch, args.patch)
     check_set = data.TrainingSet(checked, "orig", check_seeds, args.batch_size, 1, args.patch, args.patch)
-    run.pin(images=metrics.digest(dataset.stems))
+    run.pin(images=runs.digest(dataset.stems))
     patches = torch.stack([check_set.sample(1, lane)["crops"][0] for lane in range(CHECK_PATCHES)])
     patches = patches.to(device).float() / 255
     items = [(checked.path(stem), gts.get(stem)) for stem in checked.stems]

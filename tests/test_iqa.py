@@ -97,8 +97,9 @@ def test_rewards_are_parsed_with_weights_and_colon_names():
         [("musiq", 0.05), ("a.b:build", -2.0), ("ranker", 1e-3)]
     for words, match in ((["musiq=much"], "'much' is not a number"),
                          (["musiq", "niqe", "musiq=2"], "--reward musiq=2: names must differ"),
-                         (["musiq=nan"], "finite"), (["musiq=inf"], "finite"), (["=1"], "--reward =1"), ([""], "--reward")):
-        with pytest.raises(ValueError, match=match):
+                         (["musiq=nan"], "finite"), (["musiq=inf"], "finite"), (["=1"], "--reward =1"),
+                         ([""], "--reward")):
+        with pytest.raises(runs.UserError, match=match):
             iqa.parse_rewards(words)
 
 
@@ -113,7 +114,8 @@ def test_own_function_is_a_reward_and_lower_better_flips_its_sign(own):
     total = iqa.create_reward(["my_rewards:brightness=0.5", "my_rewards:darkness=3"])
     assert torch.allclose(total(x), 0.5 * mean - 3 * mean) and total(x).shape == (3,)
     each = total.each(x)
-    assert list(each) == ["my_rewards:brightness", "my_rewards:darkness"] and torch.allclose(each["my_rewards:darkness"], -mean)
+    assert list(each) == ["my_rewards:brightness", "my_rewards:darkness"]
+    assert torch.allclose(each["my_rewards:darkness"], -mean)
 
 
 @pytest.mark.fast
@@ -124,7 +126,8 @@ def test_reward_is_frozen_and_stays_in_eval_mode(own):
     nn.ModuleList([reward]).train(True)
     assert not any(m.training for m in reward.modules())
     assert not any(p.requires_grad for p in reward.parameters()) and len(list(reward.parameters())) == 1
-    assert torch.equal(reward(x), reward(x)) and torch.allclose(reward(x), 2 * x.mean((1, 2, 3)))    # dropout would show
+    # dropout would show
+    assert torch.equal(reward(x), reward(x)) and torch.allclose(reward(x), 2 * x.mean((1, 2, 3)))
     x.requires_grad_(True)
     assert torch.allclose(torch.autograd.grad(reward(x).sum(), x)[0], torch.full_like(x, 2 / x[0].numel()))
 
@@ -148,11 +151,12 @@ def test_scores_stay_fp32_under_autocast(own):
     ("my_rewards:infinite_slope", True, "no usable gradient on a photograph"),
 ])
 def test_unusable_own_rewards_are_refused(own, word, gradient, match):
-    with pytest.raises(ValueError, match=match) as error:
+    with pytest.raises(runs.UserError, match=match) as error:
         iqa.create_reward([word], need_gradient=gradient)
     assert one_line(error).startswith(("--reward", "reward"))
     if gradient:
-        assert torch.isfinite(iqa.create_reward([word])(images())).all()         # it may still choose ground truths
+        # it may still choose ground truths
+        assert torch.isfinite(iqa.create_reward([word])(images())).all()
 
 
 @pytest.mark.fast
@@ -186,7 +190,8 @@ def test_reward_is_minus_the_reference_value_of_a_lower_better_metric(name):
     from pyiqa import create_metric
     file, values = REFERENCE[name]
     reward = iqa.create_reward([name], weights_file=file and IQA / file)
-    direct = create_metric(name, device=torch.device("cpu"), **({"pretrained_model_path": str(IQA / file)} if file else {}))
+    weights = {"pretrained_model_path": str(IQA / file)} if file else {}
+    direct = create_metric(name, device=torch.device("cpu"), **weights)
     scores = [reward(read(n)).item() for n in ("I03", "I04", "I06", "I08", "I19")]
     assert scores == pytest.approx([-direct(read(n)).item() for n in ("I03", "I04", "I06", "I08", "I19")], abs=1e-5)
     # 0.01: across torch versions NIQE moves by 0.003 and BRISQUE by 0.009 (by 0.002 with the number of threads alone)
@@ -195,7 +200,8 @@ def test_reward_is_minus_the_reference_value_of_a_lower_better_metric(name):
 
 
 def test_piqe_may_choose_but_not_be_optimised():
-    with pytest.raises(ValueError, match="--reward piqe: no usable gradient on a photograph .zero.*choose ground truths"):
+    error = "--reward piqe: no usable gradient on a photograph .zero.*choose ground truths"
+    with pytest.raises(runs.UserError, match=error):
         iqa.create_reward(["piqe"], need_gradient=True)
     blurred = torch.nn.functional.avg_pool2d(images(1, 96), 5, 1, 2)
     reward = iqa.create_reward(["piqe"])
@@ -203,20 +209,22 @@ def test_piqe_may_choose_but_not_be_optimised():
 
 
 def test_only_known_no_reference_metrics_are_accepted():
-    for word, match in (("lpips", "this is a full-reference metric.*musiq"), ("fid", "compares two sets of images.*musiq"),
-                        ("muisq", "is unknown.*musiq"), ("rankr", "is unknown.*ranker"), ("zzzzzz", "is unknown.*musiq, ranker")):
-        with pytest.raises(ValueError, match=f"--reward {word}: .*{match}") as error:
+    for word, match in (("lpips", "this is a full-reference metric.*musiq"),
+                        ("fid", "compares two sets of images.*musiq"), ("muisq", "is unknown.*musiq"),
+                        ("rankr", "is unknown.*ranker"), ("zzzzzz", "is unknown.*musiq, ranker")):
+        with pytest.raises(runs.UserError, match=f"--reward {word}: .*{match}") as error:
             iqa.create_reward([word])
         one_line(error)
-    with pytest.raises(ValueError, match="--reward-weights names the weights of one metric"):
+    with pytest.raises(runs.UserError, match="--reward-weights names the weights of one metric"):
         iqa.create_reward(["musiq", "niqe"], weights_file="x.pth")
 
 
 def test_a_package_that_pyiqa_does_not_declare_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "icecream", None)                           # as if it were not installed
+    # as if it were not installed
+    monkeypatch.setitem(sys.modules, "icecream", None)
     for module in [m for m in sys.modules if m.startswith("pyiqa.archs.qalign")]:
         monkeypatch.delitem(sys.modules, module)
-    with pytest.raises(ValueError, match="--reward qalign: pyiqa needs a package.*pip install icecream") as error:
+    with pytest.raises(runs.UserError, match="--reward qalign: pyiqa needs a package.*pip install icecream") as error:
         iqa.create_reward(["qalign"])
     one_line(error)
 
@@ -239,7 +247,8 @@ def test_a_local_file_of_musiq_ava_has_ten_classes(tmp_path):
         torch.manual_seed(0)
         torch.save(MUSIQ(pretrained=False, num_class=10).state_dict(), tmp_path / "ava.pth")
     score = iqa.create_reward(["musiq-ava"], weights_file=tmp_path / "ava.pth")(images(1, 64))
-    assert 1 < score.item() < 10                                                  # the mean of a distribution over 1 to 10
+    # the mean of a distribution over 1 to 10
+    assert 1 < score.item() < 10
 
 
 def test_musiq_with_a_local_file_scores_multi_scale_in_eval_mode_and_passes_gradients(musiq_file, monkeypatch):
@@ -259,8 +268,10 @@ def test_musiq_with_a_local_file_scores_multi_scale_in_eval_mode_and_passes_grad
         together, singles = reward(pair), torch.cat([reward(pair[:1]), reward(pair[1:])])
     assert together.shape == (2,) and together.dtype == torch.float32 and torch.allclose(together, singles, atol=1e-5)
     assert together[0] != together[1]
-    assert len(tokens) == 3 and set(tokens[0][..., -2].unique().tolist()) >= {0.0, 1.0, 2.0}         # native size, 224, 384
-    with torch.no_grad():                                                        # the same through pyiqa's own way to use it
+    # native size, 224, 384
+    assert len(tokens) == 3 and set(tokens[0][..., -2].unique().tolist()) >= {0.0, 1.0, 2.0}
+    # the same through pyiqa's own way to use it
+    with torch.no_grad():
         from pyiqa import create_metric
         direct = create_metric("musiq", pretrained_model_path=str(musiq_file), device=torch.device("cpu"))
         assert torch.allclose(direct(pair)[:, 0], together, atol=1e-5)
@@ -272,10 +283,10 @@ def test_musiq_with_a_local_file_scores_multi_scale_in_eval_mode_and_passes_grad
 BUILD = """
 import sys; sys.path.insert(0, {repo!r})
 import torch; torch.set_num_threads(1)
-import iqa
+import iqa, runs
 try:
     print("score", iqa.create_reward(["musiq"])(torch.full((1, 3, 64, 64), 0.5)).shape)
-except (ValueError, OSError) as error:
+except runs.UserError as error:
     print(type(error).__name__, str(error))
 """
 
@@ -304,7 +315,7 @@ def test_musiq_is_taken_from_torch_home_and_a_damaged_copy_there_is_named(tmp_pa
     assert build_musiq(tmp_path / "a home")[-1] == "score torch.Size([1])"
     place.write_bytes(musiq_file.read_bytes()[:1000])
     said = build_musiq(tmp_path / "a home")
-    assert len(said) == 1 and said[0].startswith(f"ValueError {place}: does not fit metric musiq")
+    assert len(said) == 1 and said[0].startswith(f"UserError {place}: does not fit metric musiq")
     assert said[0].endswith("remove it, to have it fetched again")
 
 
@@ -312,7 +323,7 @@ def test_failing_download_names_the_file_its_place_and_the_flag(tmp_path):
     if network():
         pytest.skip("huggingface.co can be reached: the download would succeed")
     said = build_musiq(tmp_path / "a home")
-    assert len(said) == 1 and said[0].startswith("OSError --reward musiq: weights are not here")
+    assert len(said) == 1 and said[0].startswith("UserError --reward musiq: weights are not here")
     for words in ("/musiq_koniq_ckpt-e95806b9.pth and save it as",
                   str(tmp_path / "a home/hub/pyiqa/musiq_koniq_ckpt-e95806b9.pth"), "--reward-weights FILE",
                   "--reward ranker needs no download"):
@@ -332,14 +343,15 @@ def test_damaged_foreign_and_dangerous_weight_files_are_refused(tmp_path, musiq_
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
     torch.save((torch.zeros(3), torch.zeros(3)), tmp_path / "svm.pth")
     plain, fit = "not a plain weight file", "does not fit metric"
-    for metric, file, match in (("musiq", "cut.pth", plain), ("musiq", "empty.pth", plain), ("musiq", "text.pth", plain),
-                                ("musiq", "attack.bin", plain), ("niqe", "cut.mat", plain), ("niqe", "other.pth", fit),
+    for metric, file, match in (("musiq", "cut.pth", plain), ("musiq", "empty.pth", plain),
+                                ("musiq", "text.pth", plain), ("musiq", "attack.bin", plain),
+                                ("niqe", "cut.mat", plain), ("niqe", "other.pth", fit),
                                 ("musiq", "other.pth", fit), ("musiq", "svm.pth", fit), ("piqe", "other.pth", fit)):
-        with pytest.raises(ValueError, match=f"--reward-weights .*{file}: {match}") as error:
+        with pytest.raises(runs.UserError, match=f"--reward-weights .*{file}: {match}") as error:
             iqa.create_reward([metric], weights_file=tmp_path / file)
         one_line(error)
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(ValueError, match="none.pth: no such file"):
+    with pytest.raises(runs.UserError, match="none.pth: no such file"):
         iqa.create_reward(["musiq"], weights_file=tmp_path / "none.pth")
 
 
@@ -364,7 +376,8 @@ def score(paths, cache, model=None, name="counting", world=ALONE, batch_size=2):
     """-> scores, number of images that were scored for it."""
     model = model or Counting()
     before = model.seen
-    return iqa.score_images(paths, iqa.Reward({name: model}, {name: 1.0}), cache, world, batch_size), model.seen - before
+    values = iqa.score_images(paths, iqa.Reward({name: model}, {name: 1.0}), cache, world, batch_size)
+    return values, model.seen - before
 
 
 @pytest.fixture
@@ -407,7 +420,8 @@ def test_scores_are_on_disk_before_the_next_batch_starts(photos, tmp_path):
         def forward(self, x):
             lines.append(sum(len(file.read_text().splitlines()) for file in (tmp_path / "cache").iterdir()))
             return super().forward(x)
-    score(photos[:2] + photos[3:5], tmp_path / "cache", Watching())              # of one size: two batches of two
+    # of one size: two batches of two
+    score(photos[:2] + photos[3:5], tmp_path / "cache", Watching())
     assert lines == [0, 2]
 
 
@@ -417,7 +431,8 @@ def test_cut_off_last_line_is_scored_again_and_does_not_spoil_the_next(photos, t
     file, = (tmp_path / "cache").iterdir()
     whole = file.read_bytes()
     last = len(whole.splitlines(keepends=True)[-1])
-    for cut in (1, 2, 3, 30, last - 1):                                          # 1: only the newline is gone
+    # 1: only the newline is gone
+    for cut in (1, 2, 3, 30, last - 1):
         file.write_bytes(whole[:-cut])
         for expected in (0 if cut == 1 else 1, 0):
             again, scored = score(photos, tmp_path / "cache")
@@ -434,7 +449,7 @@ def test_changed_image_is_scored_again_and_a_moved_one_is_not(photos, tmp_path):
     moved = [path.rename(path.with_name(f"moved-{path.name}")) for path in photos]
     assert score(moved, tmp_path / "cache")[1] == 0
     rows = [json.loads(line) for file in (tmp_path / "cache").iterdir() for line in file.read_text().splitlines()]
-    assert len({row["sha256"] for row in rows}) == 8
+    assert len({row["content"] for row in rows}) == 8
 
 
 @pytest.mark.fast
@@ -469,10 +484,10 @@ def test_identity_covers_parameters_that_are_plain_attributes():
 
 @pytest.mark.fast
 def test_useless_scores_and_damaged_images_are_named(photos, tmp_path):
-    with pytest.raises(ValueError, match="photo40.png: its score is not finite"):
+    with pytest.raises(runs.UserError, match="photo40.png: its score is not finite"):
         iqa.score_images(photos, iqa.Reward({"nan": Counting()}, {"nan": float("nan")}), tmp_path / "cache", ALONE)
     photos[4].write_bytes(photos[4].read_bytes()[:60])
-    with pytest.raises(ValueError, match="photo60.png: damaged image"):
+    with pytest.raises(runs.UserError, match="photo60.png: damaged image"):
         score(photos, tmp_path / "cache")
     with pytest.raises(ValueError):
         score([tmp_path / "none.png"], tmp_path / "cache")
@@ -488,9 +503,11 @@ def _rank(rank, rendezvous, paths, cache, out):
 
 
 def test_two_ranks_share_the_work_and_agree_with_one(photos, tmp_path):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "meet"), photos, tmp_path / "cache", str(tmp_path / "rank")), nprocs=2)
+    words = (str(tmp_path / "meet"), photos, tmp_path / "cache", str(tmp_path / "rank"))
+    torch.multiprocessing.spawn(_rank, words, nprocs=2)
     alone, _ = score(photos, tmp_path / "alone")
     results = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
     assert [r[1] for r in results] == [4, 3] and [r[3] for r in results] == [0, 0]
     assert all(torch.equal(values, alone) for r in results for values in (r[0], r[2]))
-    assert score(photos, tmp_path / "cache")[1] == 0                             # one process goes on with what two have left
+    # one process uses the scores of two
+    assert score(photos, tmp_path / "cache")[1] == 0
