@@ -33,7 +33,7 @@ DEMO = Path("datasets/demo/Test/GT/demo")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--demo", action="store_true",
                    help="all analyses on the demo set, whose untouched photographs stand in for people")
     commands = p.add_subparsers(dest="command", metavar="COMMAND")

@@ -43,7 +43,7 @@ lambda_q.__name__ = "number"
 
 def parse_args(argv=None):
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre = runs.Parser(add_help=False)
     pre.add_argument("--demo", action="store_true",
                      help="from the demo's AMO run, which is made if it is missing; embedded reward; same code")
     pre.add_argument("--arch", choices=list(ARCHS),
@@ -56,8 +56,7 @@ def parse_args(argv=None):
     base = first.base or Path("runs") / f"{arch}-{first.sampler}"
     trained = runs.read_record(base / "args.json")["args"] if (base / "args.json").is_file() else {}
     arch = first.arch or trained.get("arch") or arch
-    p = argparse.ArgumentParser(description=__doc__, parents=[pre], allow_abbrev=False, conflict_handler="resolve",
-                                formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__, parents=[pre], conflict_handler="resolve")
     runs.add_training(p, NO_FLAGS)
     g = p.add_argument_group("fine-tuning (Eq. 5)")
     g.add_argument("--lambda-q", type=lambda_q,

@@ -16,14 +16,13 @@ As a script it merges an adapter into its base, at any strength:
 
     python lora.py runs/swinir-amo+musiq --scale 0.7 --out swinir-0.7.pth
 """
-import argparse
 from pathlib import Path
 
 import runs
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("adapter", type=Path, metavar="ADAPTER", help="run folder of finetune_lora.py, or an adapter.pth")
     p.add_argument("--base", type=Path, metavar="PATH",
                    help="weights or run that was tuned; default: as the run folder of ADAPTER says")

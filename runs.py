@@ -147,7 +147,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         command = self.prog if self.prog.partition(" ")[0].endswith(".py") else f"python -m {self.prog}"
-        self.exit(2, f"{self.prog}: error: {message}\nsee {command} --help\n")
+        # under torchrun every process meets the same error
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        self.exit(2, f"{self.prog}: error: {message}\nsee {command} --help\n" if first else None)
 
 
 def number(kind, low=-math.inf, high=math.inf, above=False, below=False):

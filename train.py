@@ -10,7 +10,6 @@ For every photo there are several candidate ground truths (an original, four enh
 one that supervises each crop: orig, rand, upos (uniform over those people preferred), sma / smp (softmax of NR-IQA
 scores over all / positives), amo (the crop that the NR-IQA model likes best). Everything else is HGGT's GAN training.
 """
-import argparse
 from pathlib import Path
 
 import runs
@@ -31,7 +30,7 @@ DEMO = {
 
 
 def parse_args(argv=None):
-    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre = runs.Parser(add_help=False)
     pre.add_argument("--demo", action="store_true",
                      help="demo data set, small net, short schedule, embedded reward, no VGG, no GAN; same code")
     pre.add_argument("--arch", choices=list(ARCHS),
@@ -41,7 +40,7 @@ def parse_args(argv=None):
     first = pre.parse_known_args(argv)[0]
     arch = first.arch or ("compact-small" if first.demo else "swinir")
     psnr = first.stage == "psnr"
-    p = argparse.ArgumentParser(description=__doc__, parents=[pre], allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__, parents=[pre])
     runs.add_training(p)
     g = p.add_argument_group("start and continue")
     g.add_argument("--init", type=Path, metavar="FILE",

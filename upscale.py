@@ -9,7 +9,6 @@ bicubically), ICC profile, EXIF, XMP, IPTC, resolution. Photographs that EXIF ca
 out as sRGB. Tiles overlap and are blended. If an image cannot be read or written, the script says so, does the others,
 and ends with exit code 1. torchrun shares the images over its processes.
 """
-import argparse
 from pathlib import Path
 
 import runs
@@ -28,7 +27,7 @@ tile.__name__ = "whole number"
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("images", nargs="+", metavar="IMAGE",
                    help="files, folders (all images in them) or patterns in quotes")
     p.add_argument("--weights", type=Path, metavar="PATH",

@@ -13,7 +13,6 @@ and `--help` lists in full:
     python -m dpo.tune             DPO on the pairs
     python -m dpo.compare          generators side by side on the same seeds
 """
-import argparse
 import subprocess
 
 import runs
@@ -24,8 +23,7 @@ STAGES = (["dpo.pretrain", "--demo", "--resume", "auto"], ["dpo.pool", "sample",
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="python -m dpo", description=__doc__, allow_abbrev=False,
-                                formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--demo", action="store_true", required=True, help="all stages on the demo set, small and short")
     p.add_argument("--total-steps", type=runs.SIZE, help="length of both trainings; default: that of their demos")
     return p.parse_args(argv)

@@ -16,7 +16,6 @@
 script runs it, in a process of its own that leaves nothing behind but static scores in runs/scores (sma, smp). Without
 --data the quintuplets are made up: 24 of 512 x 512 pixels. Where an image is read from the disk the file cache is warm.
 """
-import argparse
 from pathlib import Path
 
 import runs
@@ -34,7 +33,7 @@ COMMANDS = {
 
 def parse_args(argv=None):
     """-> own flags, flags for the script that is measured"""
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         c = commands.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=runs.Help)

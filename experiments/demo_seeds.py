@@ -11,7 +11,6 @@ Leaves OUT/summary.json; finished parts are kept. The analysis was fixed before 
   photographs would.
 - `holds` is true where the difference has one sign in every seed and variant, and the interval excludes zero.
 """
-import argparse
 from pathlib import Path
 
 import runs
@@ -21,7 +20,7 @@ VARIANTS = {"plain": [], "perturbed": [], "contiguous": ["--no-channels-last"]}
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--seeds", type=runs.COUNT, nargs="+", default=[0, 1, 2, 3, 4], help="at least two")
     p.add_argument("--metrics", nargs="+", default=["ranker", "piqe", "psnr"], help="of evaluate.py")
     p.add_argument("--metric-weights", nargs="*", default=[], metavar="NAME=FILE", help="of evaluate.py")

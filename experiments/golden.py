@@ -14,7 +14,6 @@ same seeds at the same time, one thread each. For every job one line says whethe
 included) have the same bits; exit code 1 if any differs. No hash is committed: CPUs and versions of PyTorch round
 differently.
 """
-import argparse
 from pathlib import Path
 
 import runs
@@ -24,7 +23,7 @@ NEEDS = {"psnr": [], "orig": ["psnr"], "amo": ["psnr"], "tune": ["psnr", "amo"],
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("commit", metavar="COMMIT", help="any name that git knows: a hash, a branch, HEAD~3")
     p.add_argument("--jobs", nargs="+", choices=list(NEEDS), default=list(NEEDS), metavar="JOB", help="some of the six")
     p.add_argument("--total-steps", type=runs.SIZE, metavar="N", help="of every training; default: the demo's")

@@ -5,14 +5,13 @@
 Resident memory before and after three steps, for both ways of DDP: as World.parallel makes it, and with PyTorch's
 defaults, which hold a second copy of the gradients. On the CPU, with tiny images, so that activations play no part.
 """
-import argparse
 from pathlib import Path
 
 import runs
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     return p.parse_args(argv)
 

@@ -5,7 +5,6 @@
 The quintuplet is of the demo set, scored by the ranker. The effect is a row of results/experiment.png, which
 experiments.samplers made: outputs of one network after training with three samplers.
 """
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import runs
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("out", type=Path, metavar="OUT.png", help="picture to write")
     p.add_argument("--set", default="astronaut-0-128", metavar="STEM", help="quintuplet of the demo's training set")
     p.add_argument("--crop", type=runs.COUNT, nargs=2, default=[64, 48], metavar="PIXEL", help="its crop: top and left")

@@ -11,7 +11,7 @@ import runs
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("folder", type=Path, metavar="FOLDER", help="new folder for both runs")
     p.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of train.py")
     return p.parse_args(argv)

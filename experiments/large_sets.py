@@ -5,14 +5,13 @@
 The file of pixels is sparse. Processor time; memory is the growth of the process. A sample reads a 512 x 512 original
 and one crop, as AMO from an atlas does.
 """
-import argparse
 from pathlib import Path
 
 import runs
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("counts", type=runs.SIZE, nargs="+", metavar="N", help="numbers of quintuplets")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     return p.parse_args(argv)

@@ -17,7 +17,6 @@ sharpening can have. The hypothesis is the paper's: naive tuning leaves structur
 tells whether the rank does that. Last, the strength of the first seed's adapter from 0 to 1.5: reward against PSNR and
 VGG distance.
 """
-import argparse
 import shlex
 from pathlib import Path
 
@@ -32,7 +31,7 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default both")
     p.add_argument("--gains", type=runs.RATE, nargs="+", default=[4.0, 8.0, 16.0], metavar="POINTS",
                    help="rising: of the reward on the validation images, at which the tuned networks are compared")

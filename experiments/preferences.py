@@ -27,7 +27,6 @@ and narrows their spread; a quarter of the seeds on each side beats best against
 it; a hybrid reward keeps what one kind of metric alone gives away; metrics outside the reward gain too. The generator
 is tiny: every number belongs to it, none to the paper.
 """
-import argparse
 import shlex
 from pathlib import Path
 
@@ -56,7 +55,7 @@ TRAIN = ("--patch 16 --batch-size 8 --total-steps 150 --lr 5e-6 --beta 5000 --ma
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     images, iqa = DATA / "images", DATA / "weights" / "iqa"
     g = p.add_argument_group("data (docs/data.md says where it comes from)")

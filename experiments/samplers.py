@@ -22,7 +22,6 @@ the original? The factors whose mean share is within 0.05 of the best are as goo
 PSNR of the versions to the original wins. That is 0.25, and it was overruled after looking (docs/data.md): the default
 is 0.75.
 """
-import argparse
 import shlex
 from pathlib import Path
 
@@ -43,7 +42,7 @@ SCORES = Path("runs/scores")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default all")
     p.add_argument("--photos", type=Path, nargs="+", metavar="DIR", help="training photographs",
                    default=[DATA / "images" / name for name in ("hr_kodak24", "hr_bsd100", "hr_urban100")])

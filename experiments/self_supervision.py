@@ -28,7 +28,6 @@ noise of 1. This noise is drawn for each of the 512 numbers, so along an embeddi
 last two also have a fifth of the automatic weight of FAR (2.4e-3), which had left three of six networks below bicubic
 down-sampling: compare them with controller-noise1 and with each other, not with "both".
 """
-import argparse
 import shlex
 from pathlib import Path
 
@@ -59,7 +58,7 @@ METRICS = ("psnr", "ssim", "vgg", "niqe", "brisque", "rewards.cnniqa:build")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     images, iqa = DATA / "images", DATA / "weights" / "iqa"
     g = p.add_argument_group("data (docs/data.md says where it comes from)")

@@ -8,14 +8,13 @@ Columns: PSNR of the reconstruction of 96 held-out crops of other photographs; h
 embeddings of other images; how much embeddings differ between images, relative to their size. A network that uses its
 embedding loses PSNR when it gets another image's.
 """
-import argparse
 from pathlib import Path
 
 import runs
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--seeds", type=runs.COUNT, nargs="+", default=[0, 1, 2], help="of weights and batches")
     p.add_argument("--steps", type=runs.SIZE, default=1500, help="optimisation steps of each row")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")

@@ -23,7 +23,7 @@ NAMES = ("channels_last", "ema", "attention", "adam", "heads", "vgg", "discrimin
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("tricks", nargs="*", choices=[*NAMES, []], metavar="TRICK", help="default: all")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the networks run")
     p.add_argument("--repeats", type=runs.SIZE, default=12, help="measurements of each variant")

@@ -9,14 +9,13 @@ scorings of one run (300,000 steps of 32 samples of 5 versions). An interrupted 
 sets. Sizes and modes are checked before the first score. A truncated image is noticed only when it is decoded, and an
 atlas that was begun before the repair of an image has to begin anew: run prepare.verify first.
 """
-import argparse
 from pathlib import Path
 
 import runs
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("data", type=Path, metavar="DIR", help="quintuplets in HGGT's layout")
     p.add_argument("--reward", nargs="+", default=["musiq"], metavar="NAME[=WEIGHT]", help="as train.py's")
     p.add_argument("--reward-weights", type=Path, metavar="FILE",

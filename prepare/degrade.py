@@ -8,7 +8,6 @@ Leaves OUT/lq/<name>.png, a quarter as large as OUT/gt/<name>.png, whose sides a
 OUT/degrade.json. Of a quintuplet data set the originals are taken. The same command gives the same bytes: all draws
 follow from --seed and the name of the photograph. OUT appears under its name only when it is complete.
 """
-import argparse
 from pathlib import Path
 
 import runs
@@ -17,7 +16,7 @@ PRESETS = runs.literal("degradations", "PRESETS")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("photos", type=Path, metavar="IN", help="folder of sharp photographs, or a quintuplet data set")
     p.add_argument("out", type=Path, metavar="OUT", help="folder to make; it must not exist")
     p.add_argument("--degradation", choices=["bicubic", *PRESETS, "camera"], required=True,

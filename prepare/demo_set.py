@@ -13,7 +13,6 @@ restored. None is best everywhere. The untouched photograph is kept beside the s
     OUT/Test/Blind_Degradation_Benchmark_LQ/demo/Blind_LR/      x4 smaller, one fixed degradation per image
     OUT/quintuplets.json
 """
-import argparse
 import os
 import shutil
 from pathlib import Path
@@ -35,7 +34,7 @@ SEED = 0
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--out", type=Path, default=Path("datasets/demo"), help="folder to make; it must not exist")
     return p.parse_args(argv)
 

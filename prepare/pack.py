@@ -6,14 +6,13 @@ Leaves DATA/packed/Train.bin (HGGT: 79 GB) and Train.json. They are refused once
 samples of its bytes). Sizes are checked before anything is written. A killed call leaves Train.bin.tmp, which the next
 one replaces; images that were packed before stay as they are.
 """
-import argparse
 from pathlib import Path
 
 import runs
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("data", type=Path, metavar="DIR", help="quintuplets in HGGT's layout")
     p.add_argument("--split", choices=["Train", "Test"], default="Train", help="which images")
     p.add_argument("--workers", type=runs.SIZE, default=8, help="images decoded at a time")

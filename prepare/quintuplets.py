@@ -14,14 +14,13 @@ recorded when all its patches are written, so a killed build continues where it 
 There are no labels: the samplers upos and smp need them, the others do not. prepare.demo_set makes the demo set from
 photographs that ship with scikit-image.
 """
-import argparse
 from pathlib import Path
 
 import runs
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make, or to continue")
     p.add_argument("--photos", type=Path, required=True, metavar="DIR", help="folder of photographs")
     p.add_argument("--enhancers", type=Path, required=True, nargs="+", metavar="FILE",

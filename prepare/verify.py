@@ -16,7 +16,6 @@ Not detected: a copy of a training patch that is shifted by more than 1/16 of it
 scaled by 2 % or more; a wrong LR image or version that resembles its original in light and shade by chance. Patches of
 one periodic facade may be reported as near-duplicates.
 """
-import argparse
 import hashlib
 import json
 import sys
@@ -34,7 +33,7 @@ CANDIDATE, DETAIL_SIDE, SIMILAR = 0.7, 192, 0.8
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("data", type=Path, metavar="DIR", help="quintuplets in HGGT's layout (see data.py)")
     p.add_argument("--workers", type=runs.SIZE, default=8, help="images decoded at a time")
     p.add_argument("--similar", type=runs.number(float, 0, 1), default=SIMILAR,

@@ -19,14 +19,13 @@ The two means differ by at most half a grey level; this is not corrected. The fe
 not of torchvision's own training: weights of the loss that were tuned with one are comparable with the other in order
 of magnitude only.
 """
-import argparse
 from pathlib import Path
 
 import runs
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("source", type=Path, metavar="SHARDS",
                    help="folder with model.json and the shards, or a .pth file of 8-bit tensors")
     p.add_argument("out", type=Path, metavar="OUT.pth", help="file to write, for --vgg-weights")

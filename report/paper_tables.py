@@ -8,7 +8,6 @@
 architecture share the psnr stage, and the fine-tunings start from the rows UPos and AMO. The evaluation leaves
 table<N>.json, .tex and .csv in the folder of the runs.
 """
-import argparse
 import json
 import shlex
 import subprocess
@@ -39,7 +38,7 @@ NAMES_IN_PAPER = {"swinir": "SwinIR", "rrdbnet": "Real-ESRGAN"}
 
 def parse_args(argv=None):
     archs = list(NAMES_IN_PAPER)
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("table", type=int, choices=list(TABLES))
     p.add_argument("--run", action="store_true", help="run what is not finished; without it the commands are printed")
     p.add_argument("--archs", nargs="+", choices=archs, default=archs, help="rrdbnet is the paper's Real-ESRGAN")

@@ -12,7 +12,6 @@ loss (Burges et al., ICML 2005) with soft labels. If the order of a chain is kno
 that order. The photographs are those in scikit-image's wheel. Clean ones are reduced by x1.6 or more, mostly by x2, so
 that they are sharp at the pixel level.
 """
-import argparse
 import hashlib
 import io
 import math
@@ -43,7 +42,7 @@ SHARPNESS = 0.15
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     weights = Path(__file__).resolve().parent / "ranker.pth"
     p.add_argument("--threads", type=runs.SIZE, default=1,
                    help="CPU threads; the same number gives the same bytes, two are hardly faster")

@@ -7,7 +7,6 @@ The demo set, the degraded domain and the run runs/compact-small-psnr are made f
 that are there already are continued or kept: remove runs/rec-demo and runs/selfsup-demo to start again. The stages are
 scripts of their own: python -m selfsup.pretrain, selfsup.finetune, selfsup.probe.
 """
-import argparse
 import subprocess
 from functools import partial
 
@@ -16,7 +15,7 @@ from selfsup import options
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--demo", action="store_true", required=True, help="all stages in small")
     p.add_argument("--total-steps", type=runs.SIZE, help="of every training; default: the demo's")
     return p.parse_args(argv)

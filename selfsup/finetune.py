@@ -24,7 +24,7 @@ DEMO = dict(rec=options.DEMO_REC, sr=options.DEMO_SR, out=options.DEMO_TUNED, lr
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--demo", action="store_true", help="the demo set under one degradation, tiny networks; same code")
     g = p.add_argument_group("networks")
     g.add_argument("--rec", type=Path, default=Path("runs/rec-hra"), metavar="PATH",

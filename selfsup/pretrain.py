@@ -35,7 +35,7 @@ DEMO = dict(hr=options.DEMO_SET, out=options.DEMO_REC, patch=16, load_size=96, d
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--demo", action="store_true", help="the demo set, tiny networks, no download; same code")
     g = p.add_argument_group("data")
     g.add_argument("--hr", type=Path, default=Path("datasets/DIV2K_train_HR"), metavar="DIR",

@@ -14,7 +14,6 @@ fig9    Metrics against steps, of fine-tunings with --val-every N.
 Crops come from photographs that pre-training did not see. Intervals are over photographs, not over crops, since the
 crops of one photograph resemble each other.
 """
-import argparse
 from pathlib import Path
 
 import runs
@@ -24,7 +23,7 @@ DEMO = dict(figure="fig8", rec=[options.DEMO_REC], hr=options.DEMO_PHOTOS, out=P
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=runs.Help)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--demo", action="store_true", help="fig8 of the demo's pre-training; same code")
     p.add_argument("figure", nargs="?", choices=["fig7", "fig8", "fig9"], help="the paper's figure")
     p.add_argument("--rec", type=Path, nargs="+", default=[], metavar="PATH",

@@ -164,5 +164,6 @@ def test_under_torchrun_an_error_is_printed_once_and_the_summary_repeats_it(scri
     (tmp_path / "x.py").write_text(LAUNCHED)
     result = script(tmp_path / "x.py", *ranks, processes=2, check=False)
     assert result.returncode
-    assert [line for line in result.stderr.splitlines() if line.startswith("x.py: error:")] == ["x.py: error: this cannot be"]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("x.py: error:")]
+    assert lines == ["x.py: error: this cannot be"]
     assert "traceback : x.py: error: this cannot be" in result.stderr
