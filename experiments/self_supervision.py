@@ -108,7 +108,7 @@ import numpy as np
 
 from experiments import jobs
 from images import list_images
-from report import page, tables
+from report import tables
 
 
 def prepare(args):
@@ -182,7 +182,8 @@ def real(args):
               "--names", "before", *(out.name for out in outs), "--lq", args.real, "--baselines", "bicubic",
               "--metrics", *no_reference, "--metric-weights", *args.metric_weights, "--out-json", scores,
               "--save", args.work / "real" / "outputs", "--cache", args.work / "evaluation-cache")
-    page.write(json.loads(scores.read_text()), args.work / "real.html")
+    command = runs.python("report.page", scores, args.work / "real.html")
+    jobs.run_command(args.work / "real.log", "report.page", command, runs.python_path())
 
 
 def events(folder, split):

@@ -18,7 +18,6 @@ import metrics
 import runs
 from experiments import jobs, self_supervision
 from images import load_image
-from prepare import degrade
 from selfsup import encoders, finetune, pretrain, probe
 from selfsup import networks as rec
 
@@ -352,7 +351,7 @@ def test_held_out_checks_are_what_they_say():
     assert pretrain.warnings(weak).count("WARNING") == 3
 
 
-# Probes and camera
+# Probes
 
 def test_figure_7_of_a_network_whose_answer_is_known(photos, trained, monkeypatch):
     def shrink(lq, y, s):
@@ -391,29 +390,6 @@ def test_networks_of_one_name_or_of_other_weights_are_refused(trained, tmp_path)
         probe.open_networks([trained / "plain", tmp_path / "plain"], torch.device("cpu"))
     with pytest.raises(runs.UserError, match="FAR's encoder: other weights"):
         encoders.check_weights({"looked_through": ["a", "a", "b"]}, None, None, encoders.create_encoder("rand"))
-
-
-def test_a_camera_blurs_adds_noise_and_compresses(photos, tmp_path):
-    """And the same command makes the same images."""
-    def made(name, *more):
-        run(degrade, photos / "gt", tmp_path / name, "--degradation", "camera", *more)
-        return torch.stack([load_image(p).float() for p in sorted((tmp_path / name / "lq").iterdir())])
-
-    def detail(x):
-        return x.diff(dim=3).square().mean().item()
-
-    def luma(x):
-        """JPEG halves the chroma."""
-        return (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
-    assert torch.equal(made("default"), made("again")) and made("other", "--seed", 1).shape == (4, 3, 24, 24)
-    sharp, silent, fine = ["--blur", 0.1, 0.1], ["--noise", 0], ["--jpeg", 100]
-    plain = made("plain", *sharp, *silent, *fine)
-    photographs = torch.stack([load_image(photos / "gt" / f"p{k}.png").float() for k in range(4)])
-    area = F.interpolate(photographs, scale_factor=0.25, mode="area")
-    assert (luma(plain) - luma(area)).abs().mean() < 1.5
-    assert detail(made("blur", "--blur", 4, 4, *silent, *fine)) < 0.5 * detail(plain)
-    assert 6 < (luma(made("noise", *sharp, "--noise", 10, *fine)) - luma(plain)).std() < 14
-    assert (made("jpeg", *sharp, *silent, "--jpeg", 20) - plain).abs().mean() > 2
 
 
 # The experiment
