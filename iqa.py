@@ -356,7 +356,9 @@ def score_images(paths, reward, cache, world, batch_size=8, flag="the cache of s
     world.barrier()
     scores, failures, todo = {}, {}, []
     for i, path in list(enumerate(paths))[world.rank::world.size]:
-        if failed is not None and not path.is_file():
+        if not path.is_file():
+            if failed is None:
+                raise runs.UserError(f"{path}: no such image")
             scores[i], failures[str(path)] = math.nan, "no such image"
             continue
         stat = path.stat()

@@ -11,7 +11,7 @@ import data
 import iqa
 import runs
 from experiments import jobs
-from prepare.quintuplets import contact_sheet
+from prepare.quintuplets import contact_sheet, names_of
 from report import pictures, tables
 
 
@@ -60,7 +60,8 @@ def report(args, run_names):
     # of the first folder: Kodak's photographs may be shown freely
     shown = [stem for stem in sets.stems if stem.startswith(args.photos[0].name)]
     contact_sheet(args.results.with_name(f"{args.results.name}-sets.png"), sets, shown,
-                  [iqa.create_reward([name]) for name in args.rewards], "cpu", rows=4)
+                  [iqa.create_reward([name]) for name in args.rewards], "cpu",
+                  names_of(json.loads((args.work / "set" / "quintuplets.json").read_text())["enhancers"]), rows=4)
     picture(args, [f"{sampler}-{args.seeds[0]}" for sampler in ("orig", "rand", f"amo-{label(args.rewards[0])}")])
 
 

@@ -318,20 +318,29 @@ def build(args, world):
                              "see --min-std, --min-laplacian, --min-change and --soften")
     runs.save_json(args.out / "quintuplets.json", result)
     sets = data.find_sets(args.out, "Train")
-    contact_sheet(args.out / "contact.png", sets, sets.stems, [reward], world.device)
+    contact_sheet(args.out / "contact.png", sets, sets.stems, [reward], world.device, names_of(sources))
     return result
 
 
+def names_of(sources):
+    """{version: name of its network's file} of the "enhancers" in quintuplets.json."""
+    return {version: Path(source["file"]).stem for version, source in sources.items()}
+
+
 @torch.no_grad()
-def contact_sheet(path, sets, stems, rewards, device, rows=6):
-    """PNG of a few of the sets `stems`, every version with its scores; * marks the best of each reward."""
+def contact_sheet(path, sets, stems, rewards, device, names, rows=6):
+    """PNG of a few of the sets `stems`, every version with its network and scores; * marks the best of each reward.
+
+    names: {version: name of its network}
+    """
     cells = []
     for stem in stems[::max(1, len(stems) // rows)][:rows]:
         images = torch.stack([load_image(sets.path(stem, version)) for version in sets.versions])
         scores = [[reward(image[None].to(device).float() / 255).item() for image in images] for reward in rewards]
         texts = ["  ".join(f"{row[i]:.1f}{' *' if row[i] == max(row) else ''}" for row in scores)
                  for i in range(len(images))]
-        cells.append([(image, f"{version}:  {text}") for image, version, text in zip(images, sets.versions, texts)])
+        titles = [f"{version} {names.get(version, '')}".strip() for version in sets.versions]
+        cells.append([(image, f"{title}\n{text}") for image, title, text in zip(images, titles, texts)])
     runs.write_atomic(path, lambda temporary: pictures.save_grid(temporary, cells))
 
 

@@ -66,12 +66,15 @@ def save_grid(path, rows):
     strip = 4 + (font.size + 1) * max(1 + text.count("\n") for row in rows for _, text in row)
     heights = [max(image.shape[1] for image, _ in row) + strip for row in cells]
     sheet = Image.new("RGB", (width, sum(heights) + gap * (len(heights) - 1)), "white")
-    draw = ImageDraw.Draw(sheet)
     for r, row in enumerate(cells):
         for c, (image, text) in enumerate(row):
             x, y = sum(widths[:c]) + gap * c, sum(heights[:r]) + gap * r
+            # of the cell's width: a long caption is cut off, not written over the next one
+            caption = Image.new("RGB", (widths[c], strip), "white")
+            draw = ImageDraw.Draw(caption)
             for k, line in enumerate(text.split("\n")):
-                draw.text((x + 2, y + 1 + k * (font.size + 1)), line, fill="black", font=font)
+                draw.text((2, 1 + k * (font.size + 1)), line, fill="black", font=font)
+            sheet.paste(caption, (x, y))
             sheet.paste(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), (x, y + strip))
     runs.write_atomic(path, lambda temporary: sheet.save(temporary, format="PNG"))
 

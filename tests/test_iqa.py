@@ -489,7 +489,7 @@ def test_useless_scores_and_damaged_images_are_named(photos, tmp_path):
     photos[4].write_bytes(photos[4].read_bytes()[:60])
     with pytest.raises(runs.UserError, match="photo60.png: damaged image"):
         score(photos, tmp_path / "cache")
-    with pytest.raises(ValueError):
+    with pytest.raises(runs.UserError, match="none.png: no such image"):
         score([tmp_path / "none.png"], tmp_path / "cache")
 
 
