@@ -39,7 +39,7 @@ def parse_args(argv=None):
     commands = p.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name, text, folders=None):
-        c = commands.add_parser(name, description=text, help=text, allow_abbrev=False, formatter_class=runs.Help)
+        c = commands.add_parser(name, description=text, help=text)
         if folders:
             c.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=folders)
             c.add_argument("--out", type=Path, metavar="DIR", help="folder of the tables; default: the first RUN")

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ import pandas as pd
 
 import data
 import runs
-from report import agreement, tables
+from report import agreement, style, tables
 
 PAIR_RULE = ("accuracy: pairs on which metric and majority prefer the same image, of those with a consensus; two equal "
              "scores prefer neither; 'ties wrong' counts votes of 0.5 as wrong.")
@@ -97,26 +98,28 @@ class Report:
 
     def __init__(self, out, name, truths):
         runs.check_writable(out, "--out")
-        self.out, self.name, self.parts, self.latex = out, name, [], []
+        self.out, self.name, self.printed, self.markdown, self.latex = out, name, [], [], []
         self.record = {"command": sys.argv, **runs.describe_machine(), "truth": truths}
         self.truth = "; ".join(dict.fromkeys(truths))
         self.text(f"Preferences: {self.truth}")
 
     def text(self, line):
-        self.parts.append(line)
+        self.printed.append(line)
+        self.markdown.append(line)
 
     def table(self, title, head, rows, csv=None, frame=None):
         """head and rows are formatted; frame holds the numbers, for <name>-<csv>.csv."""
-        self.parts += [f"**{title}**", runs.markdown(head, rows)]
+        self.printed.append(f"{title}\n\n{tables.aligned(head, rows)}")
+        self.markdown.append(f"**{title}**\n\n{runs.markdown(head, rows)}")
         self.latex.append(tables.tabular(title, head, rows))
         if csv:
             write_csv(self.out / f"{self.name}-{csv}.csv", frame.assign(preferences=self.truth))
 
     def save(self):
-        text, latex = "\n\n".join(self.parts) + "\n", "\n".join([f"% Preferences: {self.truth}", *self.latex])
-        print(text)
-        runs.write_atomic(self.out / f"{self.name}.md", lambda temporary: temporary.write_text(text))
-        runs.write_atomic(self.out / f"{self.name}.tex", lambda temporary: temporary.write_text(latex))
+        latex = [f"% Preferences: {self.truth}", *self.latex]
+        for suffix, text in (("md", "\n\n".join(self.markdown) + "\n"), ("tex", "\n".join(latex))):
+            runs.write_atomic(self.out / f"{self.name}.{suffix}", partial(Path.write_text, data=text))
+        print("\n\n".join(self.printed) + "\n")
         runs.save_json(self.out / f"{self.name}.json", self.record)
         print(f"wrote {self.out}/{self.name}.md and, beside it, .tex, .csv, .json and .png")
 
@@ -138,36 +141,32 @@ def shown(metric):
     return tables.SHOWN.get(metric, metric)
 
 
-def wrapped(text, width=70):
+def wrapped(text, width=60):
     return textwrap.fill(text, width)
 
 
-def plot(path, draw, **size):
-    """draw(figure, axis) on a figure of this size -> PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(layout="constrained", **size)
-    draw(figure, axis)
-    runs.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    plt.close(figure)
+def plot_intervals(axis, values, heights, label, colour):
+    """Points with their intervals, one per height. values: (n, 3) of mean, low, high"""
+    for k, (mean, low, high) in enumerate(np.asarray(values, dtype=float)):
+        # rounding may leave an end on the wrong side of the mean
+        style.interval(axis, mean, heights[k], x_ends=(min(low, mean), max(high, mean)), colour=colour,
+                       label="_nolegend_" if k else label)
 
 
 def plot_accuracy(path, result, title, truth, reported):
     """A point and an interval per metric; reported: the paper's per cent by metric, drawn as crosses."""
-    def draw(figure, axis):
-        rows = result[::-1]
-        errors = 100 * np.maximum(0, [rows.accuracy - rows.low, rows.high - rows.accuracy])
-        axis.errorbar(100 * rows.accuracy, range(len(rows)), xerr=errors, fmt="o", ms=4, elinewidth=1, label="here")
-        if reported:
-            values = [reported.get(m, np.nan) for m in rows.index]
-            axis.plot(values, range(len(rows)), "x", color="tab:red", label="paper")
-            axis.legend()
-        axis.axvline(50, color="grey", lw=0.7)
-        axis.set(yticks=range(len(rows)), yticklabels=map(shown, rows.index), ylabel="metric",
-                 xlabel=f"accuracy on pairs, %, with 95 % intervals (line: chance)\n{wrapped(truth)}")
-        axis.set_title(title, fontsize=11)
-    plot(path, draw, figsize=(8, 1.8 + 0.26 * len(result)))
+    figure, axis = style.figure(height=2 + 0.28 * len(result))
+    heights = np.arange(len(result))
+    plot_intervals(axis, 100 * result[["accuracy", "low", "high"]], heights, "here", style.COLOURS[0])
+    if reported:
+        values = [reported.get(m, np.nan) for m in result.index]
+        axis.plot(values, heights, "x", label="paper", color=style.COLOURS[1])
+        axis.legend()
+    axis.axvline(50, color="grey", linewidth=1)
+    axis.set(yticks=heights, yticklabels=map(shown, result.index), title=title,
+             xlabel=f"accuracy on pairs, %, with 95 % intervals (line: chance)\n{wrapped(truth)}")
+    axis.invert_yaxis()
+    style.save(figure, path)
 
 
 # Pairs
@@ -283,19 +282,20 @@ def complement(args):
 
 def plot_shares(path, share, title):
     """The matrix of agreement.complement as a heat map, with numbers where it has at most 20 metrics."""
-    def draw(figure, axis):
-        values, names = 100 * share.to_numpy(copy=True), list(map(shown, share.index))
-        np.fill_diagonal(values, np.nan)
-        image = axis.imshow(values, cmap="viridis", vmin=0, vmax=100)
-        figure.colorbar(image, label="agreement with the preferences, %")
-        for i, j in np.argwhere(~np.isnan(values)) if len(names) <= 20 else []:
-            colour = "black" if values[i, j] > 60 else "white"
-            axis.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
-        axis.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names,
-                 xlabel="agreement of this metric", ylabel="on pairs where this metric fails")
-        axis.tick_params(axis="x", rotation=90)
-        axis.set_title(wrapped(title, 45), fontsize=9)
-    plot(path, draw, figsize=(4 + 0.4 * len(share), 3 + 0.4 * len(share)))
+    figure, axis = style.figure(height=3.5 + 0.35 * len(share), width=max(style.WIDTH, 3.5 + 0.4 * len(share)))
+    values, names = 100 * share.to_numpy(copy=True), list(map(shown, share.index))
+    np.fill_diagonal(values, np.nan)
+    image = axis.imshow(values, cmap="viridis", vmin=0, vmax=100)
+    figure.colorbar(image, label="agreement with the preferences, %")
+    for i, j in np.argwhere(~np.isnan(values)) if len(names) <= 20 else []:
+        colour = "black" if values[i, j] > 60 else "white"
+        axis.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", color=colour)
+    axis.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names,
+             xlabel="agreement of this metric", ylabel="on pairs where this metric fails")
+    axis.set_title(wrapped(title), fontsize=style.FONT - 2)
+    axis.tick_params(axis="x", rotation=90)
+    axis.grid(False)
+    style.save(figure, path)
 
 
 def bapps(args):
@@ -497,17 +497,16 @@ def picked_labels(labels, quality):
 
 def plot_misalignment(path, result, title, truth):
     """SRC, PM and NM of every metric with their intervals."""
-    def draw(figure, axis):
-        for k, (key, label) in enumerate(MEASURES.items()):
-            mean, low, high = np.array([values[key] for values in result.values()]).T
-            axis.errorbar(mean, np.arange(len(mean)) + 0.2 * (k - 1), xerr=np.maximum(0, [mean - low, high - mean]),
-                          fmt="o", ms=4, label=label)
-        axis.set(yticks=range(len(result)), yticklabels=map(shown, result), ylabel="metric",
-                 xlabel=f"mean correlation, or share of quintuplets, with 95 % intervals\n{wrapped(truth)}")
-        axis.invert_yaxis()
-        axis.set_title(title, fontsize=11)
-        figure.legend(loc="outside upper center", ncols=len(MEASURES), fontsize=9)
-    plot(path, draw, figsize=(8, 2.4 + 0.5 * len(result)))
+    figure, axis = style.figure(height=3 + 0.5 * len(result))
+    heights = np.arange(len(result))
+    for k, (key, label) in enumerate(MEASURES.items()):
+        values = [of_metric[key] for of_metric in result.values()]
+        plot_intervals(axis, values, heights + 0.2 * (k - 1), label, style.COLOURS[k])
+    axis.set(yticks=heights, yticklabels=map(shown, result), title=title,
+             xlabel=f"mean correlation, or share of quintuplets, with 95 % intervals\n{wrapped(truth)}")
+    axis.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=2)
+    style.save(figure, path)
 
 
 # Both
