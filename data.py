@@ -194,7 +194,7 @@ def find_folders(root, split):
             raise runs.UserError(f"{base}: several sets, {len(folders)} folders {', '.join(map(str, folders))}: "
                                  "keep one")
         return folders[0] if folders else None
-    # the test archive is said to spell it both ways
+    # archives spell it both ways
     original = only(sorted(folder for folder in base.glob("**/[Oo]riginal") if folder.is_dir()))
     if original is None:
         if split == "Test":
@@ -567,7 +567,7 @@ class TrainingPool:
     HGGT shuffles the Q pairs of a GPU, takes b and refills their places. Here every lane owns Q/b slots and draws one
     of them per step, from (seed, step, lane): the same distribution of waiting times, and nothing belongs to a process.
     During the first Q/b steps pairs are stored and trained on at once.
-    size: Q, of all lanes together; 0: no pool. lanes: this process's. state: what state() returned, to resume.
+    size: Q, of all lanes together; 0: no pool. lanes: this process's. state: a result of state(), to resume.
     eight_bit: images are 8-bit, which uint8 keeps exactly; sharpened ones are not, and stay floats.
     """
 
