@@ -608,7 +608,7 @@ def describe(state):
 
 
 def load_strict(net, state, path):
-    """Load a state dict that fits in all keys, shapes and types; otherwise UserError says what both are."""
+    """Load a state dict that fits in all keys, shapes and types; otherwise UserError describes file and network."""
     here = net.state_dict()
     shared = [k for k in here if k in state]
     problems = [f"{k} is {tuple(state[k].shape)} there, {tuple(here[k].shape)} here" for k in shared

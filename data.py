@@ -8,7 +8,7 @@ Layout of a data set, as HGGT was released and as `python -m prepare.quintuplets
 A stem is <photo>-<row>-<column>: the sets are patches of photographs. HGGT has four enhanced versions; any number of
 folders with two digits works. Images are (3, H, W) uint8 RGB until they reach the device.
 
-The way of a training pair: find_sets, TrainingSet.sample (window, flip, crop, choice of the ground truth), batches,
+A training pair passes find_sets, TrainingSet.sample (window, flip, crop, choice of the ground truth), batches,
 prefetch, make_pair (degradation; AMO's choice), TrainingPool.swap. `seeds` stands for runs.sample_seed of a run's seed.
 """
 import copy
@@ -119,11 +119,6 @@ class Sets:
         """Name of the photograph that an image is a patch of."""
         return photo_of(stem) if self.patches else stem
 
-    def all_files(self):
-        """Every file that images are read from."""
-        files = [self.path(stem, version) for stem in self.stems for version in self.versions]
-        return [self.packed.file] if self.packed else files
-
     def read(self, stem, version):
         """(3, H, W) uint8 array: a decoded image, or a view of the packed file, of which only copied parts are read."""
         return self.packed.read(stem, version) if self.packed else load_image(self.path(stem, version)).numpy()
@@ -194,7 +189,7 @@ def find_folders(root, split):
             raise runs.UserError(f"{base}: several sets, {len(folders)} folders {', '.join(map(str, folders))}: "
                                  "keep one")
         return folders[0] if folders else None
-    # the test archive is said to spell it both ways
+    # archives spell it both ways
     original = only(sorted(folder for folder in base.glob("**/[Oo]riginal") if folder.is_dir()))
     if original is None:
         if split == "Test":
@@ -304,12 +299,10 @@ def make_pair(batch, step, lanes, seeds, device, degradation, group_size, crop, 
     """One fresh training pair for each of this process's b lanes, from a batch of TrainingSet samples.
 
     Returns lq (b, 3, crop/4, crop/4) and gt (b, 3, crop, crop) in [0, 1], the index of the chosen version (b,), and its
-    score (b,), which is None unless the sampler scores online.
-    The LR image is always made from the whole original, then cropped. A sampler that scores online, such as amo, sees
-    the crops of all versions at once.
+    score (b,), None unless a reward or an atlas chose it. LR images are made from whole originals, then cropped.
     degradation: a name of degradations.PRESETS; group_size: lanes that share what HGGT draws once per GPU batch;
-    reward: (B, 3, H, W) in [0, 1] -> (B,), for those samplers only; usm: sharpen the whole image first, for LR image
-    and target (HGGT's psnr stage of RRDBNet).
+    reward: (B, 3, H, W) in [0, 1] -> (B,), for samplers that score online (amo): it sees the crops of all versions;
+    usm: sharpen the whole image first, for LR image and target (HGGT's psnr stage of RRDBNet).
     """
     original = batch["original"].to(device, non_blocking=True).float() / 255  # (b, 3, H, W)
     crops = batch["crops"].to(device, non_blocking=True).float() / 255  # (b, V, 3, crop, crop)
@@ -369,8 +362,8 @@ class TrainingSet(Dataset):
     original    (3, H, W) uint8, the image or its window, of which the LR image is made
     where       (2,) top and left of the crops in it, multiples of 4
     crops       (V, 3, crop, crop) uint8, and version (V,), the index of each crop's version
-    candidates  (V,) bool, only if make_pair is to choose (amo, V = K). Otherwise V = 1: the choice is made here, and
-                only the original and the chosen version are decoded
+    candidates  (V,) bool, and draw (1,), uniform in [0, 1), for make_pair where the sampler scores online (amo, V = K).
+                Otherwise V = 1: the choice is made here, and only the original and the chosen version are decoded
     score       () of the chosen crop, only with atlases
     All images of a sample share flip, window and crop.
     """
@@ -567,7 +560,7 @@ class TrainingPool:
     HGGT shuffles the Q pairs of a GPU, takes b and refills their places. Here every lane owns Q/b slots and draws one
     of them per step, from (seed, step, lane): the same distribution of waiting times, and nothing belongs to a process.
     During the first Q/b steps pairs are stored and trained on at once.
-    size: Q, of all lanes together; 0: no pool. lanes: this process's. state: what state() returned, to resume.
+    size: Q, of all lanes together; 0: no pool. lanes: this process's. state: a result of state(), to resume.
     eight_bit: images are 8-bit, which uint8 keeps exactly; sharpened ones are not, and stay floats.
     """
 

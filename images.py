@@ -106,7 +106,7 @@ def check_lr_size(path, size, hr_size):
 # Parts
 
 def cut_to_x4(image):
-    """(..., H, W) -> its top left part with sides that are multiples of 4, which is what a x4 LR image shows."""
+    """(..., H, W) -> its top left part with sides that are multiples of 4; a x4 LR image shows no more than that."""
     return image[..., :image.shape[-2] // 4 * 4, :image.shape[-1] // 4 * 4]
 
 

@@ -43,8 +43,8 @@ class VGGFeatureLoss(nn.Module):
     autocast too. Features are convolution outputs *before* the ReLU, of ImageNet-normalised images. The network is
     frozen, and no gradient reaches gt. gt_taps: taps(gt), where they are known.
     weights: a .pth or .safetensors file with torchvision's vgg19, whole ("features.0.weight", ...) or its features only
-    ("0.weight", ...); None downloads torchvision's. Raises UserError that names what such a file lacks, or when there
-    is no file or no download; otherwise: what the caller can do then.
+    ("0.weight", ...); None downloads torchvision's. Raises UserError, which names missing keys, if the file does not
+    fit, and where there is no file or no download; otherwise: the caller's advice for the latter.
     """
 
     # HGGT options: conv1_2, conv2_2, conv3_4, conv4_4, conv5_4

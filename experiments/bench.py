@@ -257,10 +257,13 @@ def drop_from_cache(dataset):
 
     The host of a virtual machine may keep them.
     """
-    if dataset.sets.packed:
+    sets = dataset.sets
+    files = [sets.path(stem, version) for stem in sets.stems for version in sets.versions]
+    if sets.packed:
+        files = [sets.packed.file]
         # pages that are mapped would stay
-        dataset.sets.packed.bytes._mmap.madvise(mmap.MADV_DONTNEED)
-    for path in dataset.sets.all_files():
+        sets.packed.bytes._mmap.madvise(mmap.MADV_DONTNEED)
+    for path in files:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

@@ -119,12 +119,12 @@ def test_swinir_state_dict_has_the_computed_buffers_and_no_mean():
     assert state["layers.0.residual_group.blocks.0.attn.relative_position_index"].dtype == torch.int64
     assert not any("mean" in k for k in state)
     index = state["layers.0.residual_group.blocks.0.attn.relative_position_index"]
-    # by hand
+    # {(i, j): index}, worked out by hand
     known = {(0, 0): 7 * 15 + 7, (0, 1): 7 * 15 + 6, (8, 0): 8 * 15 + 7, (0, 63): 0, (63, 0): 224}
     assert {ij: index[ij].item() for ij in known} == known
     mask = state["layers.1.residual_group.blocks.1.attn_mask"]
     assert mask.shape == (4, 64, 64) and set(mask.unique().tolist()) == {-100.0, 0.0}
-    # no border in the first window, two in the last
+    # the first window has no border, the last has two
     assert (mask[0] == 0).all() and (mask[3] == 0).float().mean() == 1 / 4
     net = archs.create("swinir-small").to(torch.float64)
     assert net.mean.dtype == torch.float64
@@ -202,7 +202,7 @@ def test_real_nets_load_and_equal_spandrel_on_a_photo(name):
         ours, expected = net(x), client(x)
     assert (ours - expected).abs().max() < 1e-5
     down = F.interpolate(ours, x.shape[2:], mode="area")
-    # it does enlarge this photo
+    # shrunk again it is the photo
     assert (down - x).abs().mean() < 0.03
 
 
@@ -267,7 +267,7 @@ def test_masks_are_made_once_per_size():
         assert made == [(16, 16, 8, 4), (24, 16, 8, 4)]
         for side in range(32, 96, 8):
             net(image(1, 3, 8, side))
-        # many sizes do not fill the memory
+        # the masks of many sizes do not fill the memory
         assert len(net.masks) <= 4
     finally:
         archs.shift_mask = real
@@ -295,7 +295,7 @@ def test_padding_modes_differ_only_near_the_right_and_bottom_border():
         hggt = net(x)
         net.pad_mode = "swinir"
         difference = (hggt - net(x)).abs().amax((0, 1))
-    # windows, shifted windows, convolutions
+    # the reach of windows, shifted windows and convolutions, in HR pixels
     near = 4 * (8 + 4 + 8)
     assert difference.max() > 1e-3 and difference[:-near, :-near].max() < 1e-5
     assert difference[:, -4:].max() > 1e-3 and difference[-4:].max() > 1e-3
@@ -331,7 +331,7 @@ def test_stochastic_depth_has_linear_rates_own_draws_per_branch_and_unit_expecta
         assert ((keep[block] == 0).double().mean(0) - rate).abs().max() < 4 * math.sqrt(0.25 / n)
         assert (keep[block].mean(0) - 1).abs().max() < 0.06
     both = (keep[4] == 0).all(1).double().mean()
-    # independent branches: 0.4 * 0.4
+    # the branches are independent: 0.4 * 0.4
     assert abs(both - 0.16) < 0.03
     assert torch.equal(keep[:, 7], torch.stack(net.mask_and_keep(torch.empty(1, 3, 16, 16), [7])[1])[:, 0].double())
 
@@ -463,7 +463,7 @@ def vgg(tmp_path_factory):
     """torchvision's vgg19 with random weights, and files of it in both layouts."""
     with torch.device("meta"):
         net = vgg19()
-    # 124 of the 144 million parameters
+    # no classifier: it has 124 of the 144 million parameters
     net.classifier = torch.nn.Sequential()
     net = randomise(net.to_empty(device="cpu"))
     folder = tmp_path_factory.mktemp("vgg")
@@ -652,7 +652,7 @@ def test_load_generator_recognises_every_size(arch, sizes, scale, tmp_path):
     torch.save({"params_ema": net.state_dict()}, tmp_path / "g.pth")
     loaded, info = archs.load_generator(tmp_path / "g.pth")
     if arch == "swinir":
-        # hidden / embed_dim
+        # a quotient, hidden / embed_dim
         info["sizes"]["mlp_ratio"] = round(info["sizes"]["mlp_ratio"], 6)
     assert info == dict(arch=arch, key="params_ema", scale=scale, parameters=count(net), sizes=sizes)
     assert not loaded.training
@@ -759,7 +759,7 @@ def test_tile_weights_sum_to_one_and_tiles_cover_the_image(size, tile, overlap):
 
 @pytest.mark.fast
 def test_tiles_give_the_untiled_pixels_once_the_overlap_exceeds_the_field_of_view():
-    # sees 4 pixels in every direction
+    # a network that sees 4 pixels in every direction
     net = randomise(SRVGGNetCompact(8, 2))
     x = image(1, 3, 61, 83)
     whole = archs.upscale_tiled(net, x, tile=0)
@@ -767,7 +767,7 @@ def test_tiles_give_the_untiled_pixels_once_the_overlap_exceeds_the_field_of_vie
         assert torch.equal(whole, net(x))
     assert (archs.upscale_tiled(net, x, tile=40, overlap=16) - whole).abs().max() < 1e-5
     narrow = (archs.upscale_tiled(net, x, tile=24, overlap=2) - whole).abs().amax((0, 1))
-    # the comparison can tell
+    # so the comparison can tell a seam
     assert narrow.max() > 1e-3
     # far from every seam
     assert narrow[:4 * 15, :4 * 15].max() < 1e-5

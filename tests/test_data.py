@@ -93,7 +93,7 @@ def edit(key, field, value):
 @pytest.mark.parametrize("change, message", [
     (edit("Picture_3", "File", "07"), "Picture_3 has File '07'"),
     (edit("Picture_3", "File", None), "Picture_3 has File None"),
-    # doubled
+    # this version is named twice
     (edit("Picture_3", "File", "01"), "Picture_3 has File '01'.*once"),
     (edit("Picture_1", "File", "04"), "names 'a-0-0.png', which is not version '04'"),
     (edit("Picture_3", "Name", "b-0-0_02.png"), "names 'b-0-0_02.png', which is not version '02' of a-0-0"),
@@ -143,7 +143,7 @@ def test_only_upos_and_smp_drop_sets_without_a_positive(sets):
         needs = sampler in ("upos", "smp")
         assert (len(kept), kept.dropped) == ((2, 1) if needs else (3, 0)), sampler
         if needs:
-            # scores follow their sets
+            # the scores follow their sets
             assert kept.stems == ["cat-0-0", "dog-0-0"] and torch.equal(kept.scores, scores[[0, 2]])
     with pytest.raises(ValueError, match="no quintuplet is left.*upos"):
         plain(sets, "upos", labels=torch.full((3, 5), SIMILAR))
@@ -232,14 +232,14 @@ def test_draws_are_the_inverse_of_the_cumulated_probabilities_and_stay_inside_th
         for u in (0.1, 0.35, 0.5, 0.77, 0.93):
             assert pick_gt(sampler, mask, SCORES[None], 10.0, np.array([u])).item() == \
                 next(k for k in range(5) if u < sum(probs[:k + 1])), (bits, u)
-    # what rounds to zero is never drawn
+    # a version whose probability rounds to zero is never drawn
     far = torch.tensor([[9000.0, 0, 0], [0, 9000, 0]])
     for u in (0.0, 1 - 2 ** -53):
         assert pick_gt("sma", torch.ones(2, 3, dtype=torch.bool), far, 10.0, np.full(2, u)).tolist() == [0, 1]
 
 
 def test_amo_takes_the_best_candidate_and_ties_go_to_the_original():
-    # many ties
+    # rounded, so that there are many ties
     scores = torch.rand(200, 5, generator=torch.Generator().manual_seed(1)).mul(4).round()
     picks = pick_gt("amo", data.candidates_for("amo", torch.zeros(200, 5)), scores).tolist()
     assert picks == [max(range(5), key=lambda k: (row[k], -k)) for row in scores.tolist()]
@@ -267,7 +267,7 @@ def test_all_five_versions_share_one_flip_window_and_crop(sets, load_size):
         stem, flipped, (left, top), crops = places(sample)
         h, w = (load_size, load_size) if load_size else (64, 96)
         y, x = sample["where"].tolist()
-        # every image cut out of its file by hand
+        # every image, cut out of its file by hand
         for v in range(5):
             image = coordinates(64, 96, v, stem)[:, top:top + h, left:left + w]
             image = torch.from_numpy(image.numpy()[:, :, ::-1].copy()) if flipped else image
@@ -293,7 +293,7 @@ def test_sizes_that_are_no_multiple_of_4_lose_their_last_pixels(tmp_path):
     for lane in range(4):
         sample = plain(sets, crop=48).sample(1, lane)
         assert sample["original"].shape == (3, 48, 60) and sample["crops"].shape == (5, 3, 48, 48)
-        # cut before the flip: the same pixels
+        # the image is cut before the flip, so both have the same pixels
         assert int(sample["original"][0].max()) == 59
 
 
@@ -304,7 +304,7 @@ def test_lanes_of_a_group_share_the_crop_position_and_groups_differ(sets):
         where = [tuple(dataset.sample(step, lane)["where"].tolist()) for lane in range(8)]
         assert len(set(where[:4])) == len(set(where[4:])) == 1
         same += where[0] == where[4]
-    # 153 positions
+    # there are 153 positions, so few coincide by chance
     assert same < 5
 
 
@@ -441,7 +441,7 @@ def test_pool_passes_the_filling_phase_through_and_gives_every_pair_back_once():
         # a lane keeps its own pairs
         assert set(out[:, lane].div(1000, rounding_mode="floor").tolist()) == {lane}
         assert all(times[s] == 2 for s in range(1, slots + 1)) and all(times[s] == 1 for s in range(slots + 1, 350))
-        # one per slot still waits
+        # one pair per slot still waits
         assert max(times.values()) == 2 and len(times) == 400 - slots
 
 
@@ -461,7 +461,7 @@ def test_pool_continues_from_its_saved_state_also_on_another_number_of_processes
     state = torch.load(tmp_path / "pool.pt", weights_only=True)
     assert [t.dtype for t in state] == [torch.int64, torch.uint8] and state[1].shape == (8, 4, 3, 2, 2)
     assert torch.equal(drive(TrainingPool(32, 8, range(8), SEEDS, state), range(8, 40), range(8)), expected)
-    # the pool above wrote into the other copy
+    # read again: the pool above wrote into its copy
     state = torch.load(tmp_path / "pool.pt", weights_only=True)
     halves = [drive(TrainingPool(32, 8, lanes, SEEDS, state), range(8, 40), lanes)
               for lanes in (range(0, 4), range(4, 8))]
@@ -480,7 +480,7 @@ def test_waiting_times_are_those_of_shuffling_one_big_pool():
     size, batch, steps, tail = 32, 8, 1200, 80
     out = drive(TrainingPool(size, batch, range(batch), SEEDS), range(1, steps), range(batch))
     made = out - 1000 * torch.arange(batch)
-    # of the step at which a pair was made: neither while the pool fills, nor so late that it may still wait
+    # pairs are counted that were made neither while the pool fills, nor so late that they may still wait
     counted = range(size // batch + 1, steps - tail)
     ours = [step - m for step, row in enumerate(made.tolist(), 1) for m in row if m in counted and step > m]
     rng, pool, hggts = np.random.default_rng(0), np.repeat(np.arange(1, size // batch + 1), batch), []

@@ -211,7 +211,7 @@ def test_two_steps_of_equation_5_by_hand(base, tmp_path, vgg_file, monkeypatch):
     archs.load_weights(net, runs.find_weights(base, ""))
     start = {k: v.clone() for k, v in net.state_dict().items()}
     torch.manual_seed(7)
-    # the draws before A's
+    # finetune_lora.py creates the network first, which draws before A does
     archs.create("compact-small")
     A = [torch.empty(3, 32 * 9) for _ in ADAPTED]
     for a in A:
@@ -233,7 +233,7 @@ def test_two_steps_of_equation_5_by_hand(base, tmp_path, vgg_file, monkeypatch):
     content = torch.load(tmp_path / "out" / "lora" / "adapter.pth", weights_only=True)
     for i, name in enumerate(ADAPTED):
         for key, values, average in (("lora_A", A, ema), ("lora_B", B, ema[len(A):])):
-            # steps are 1e-2 and 5e-3
+            # the two steps are 1e-2 and 5e-3 long, so a wrong one shows
             assert torch.allclose(content["lora"][f"{name}.{key}"], values[i], atol=2e-4)
             assert torch.allclose(content["lora_ema"][f"{name}.{key}"], average[i], atol=2e-4)
 

@@ -22,7 +22,7 @@ import train
 from losses import adversarial_loss
 
 aten = torch.ops.aten
-# the operations whose answer a program waits for on a GPU
+# operations that return a value and so wait for the GPU
 READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.equal, aten.is_nonzero}
 # (file, function) of reads that are of CPU tensors also in a run on a GPU
 ON_THE_CPU_ANYWAY = {

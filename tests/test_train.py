@@ -352,7 +352,7 @@ def test_two_steps_written_out_by_hand(quintuplets, init, rewards, vgg_file, tmp
         ema = [0.9 * e + 0.1 * p.detach() for e, p in zip(ema, g.parameters())]
         real = d(gt)
         terms["D_real"] = bce(real, torch.ones_like(real))
-        # before the second pass moves the spectral norm
+        # before the second forward pass moves the spectral norm
         grads = torch.autograd.grad(terms["D_real"], list(d.parameters()))
         fake = d(sr.detach())
         terms["D_fake"] = bce(fake, torch.zeros_like(fake))
@@ -368,7 +368,7 @@ def test_two_steps_written_out_by_hand(quintuplets, init, rewards, vgg_file, tmp
         assert all(torch.allclose(v, saved[key][k], rtol=1e-4, atol=2e-6) for k, v in net.state_dict().items())
     assert all(torch.allclose(e, saved["ema"][k], rtol=1e-4, atol=2e-6) for e, (k, _) in zip(ema, g.named_parameters()))
     assert not any(torch.equal(saved["ema"][k], saved["net_g"][k]) for k, _ in g.named_parameters())
-    # too small an effect to see above
+    # the effect of the betas is too small to see above
     assert all(saved[opt]["param_groups"][0]["betas"] == (0.9, 0.99) for opt in ("opt_g", "opt_d"))
 
 
@@ -468,7 +468,7 @@ def test_ten_kills_leave_the_run_bitwise_as_if_undisturbed(quintuplets, init, re
     whole, killed = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("whole", "killed"))
     assert whole.pop("args") | {"out": ""} == killed.pop("args") | {"out": ""} and whole["step"] == 12
     assert equal(whole, killed)
-    # averages of a window survive, none is missing or doubled
+    # averages of a log interval survive; none is missing or doubled
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
     assert not list((tmp_path / "whole").rglob("*.tmp"))
 
@@ -531,7 +531,7 @@ def test_a_wrong_size_or_mode_anywhere_is_refused_before_the_first_step(
     shutil.copytree(quintuplets, tmp_path / "set")
     sets = data.find_sets(tmp_path / "set", "Train")
     dataset = data.TrainingSet(sets, "amo", functools.partial(runs.sample_seed, 0), 4, 2, 32)
-    # not in the first batch
+    # an image that is not in the first batch
     last = ({*sets.stems} - {*dataset.names(1)}).pop()
     Image.new(mode, size).save(sets.path(last, "03"))
     with pytest.raises(ValueError, match=f"{last}_03.png: {message}"):
@@ -644,7 +644,7 @@ def test_training_with_an_atlas_needs_no_reward_and_is_amo_on_its_grid(quintuple
     with pytest.raises(ValueError, match="tau None -> 5.0"):
         train_with([*words, "--resume", "--tau", "5"])
     train_with(flags(root, init, tmp_path / "soft", sampler="amo", total_steps=6, atlas=file, load_size=0, tau=10))
-    # without the atlas it would go on by other ground truths
+    # without the atlas the run would continue with other ground truths
     with pytest.raises(ValueError, match="chosen_by .* -> 'online'"):
         train_with([*flags(root, init, tmp_path / "soft", sampler="amo", total_steps=8, load_size=0), "--resume"])
     assert len([v for v, n in events(tmp_path / "soft")[-1]["picked"].items() if n]) > 2
