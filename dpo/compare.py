@@ -78,7 +78,7 @@ import torch
 import metrics
 from dpo import candidates, flow, preference
 from images import load_image, save_image
-from report import pictures, tables
+from report import pictures, style, tables
 
 # the crops of --hr are always the same
 SEED = 0
@@ -271,20 +271,31 @@ def table(summary):
 
 
 def draw_curves(summary, path):
-    """Best, mean and worst of k seeds against k, one colour per row."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    for n, (row, v) in enumerate(summary["rows"].items()):
-        for kind, style in (("best", "-"), ("mean", "--"), ("worst", ":")):
-            axis.plot(summary["k"], v["curve"][kind], style, color=f"C{n}", label=row if kind == "best" else None)
-    axis.set(xscale="log", xlabel="k, seeds", ylabel=f"reward ({summary['reward']})")
-    axis.set_xticks(summary["k"], summary["k"])
-    axis.minorticks_off()
-    axis.legend(fontsize=8, title="solid: best of k, dashed: mean, dotted: worst", title_fontsize=8)
-    runs.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-    plt.close(figure)
+    """Left: best, mean and worst of k seeds against k, one colour per row. Right: gains over the first row at all k.
+
+    summary: as eval.json; of its rows "curve" and "minus_first" are read.
+    """
+    drawing, (left, right) = style.figure(columns=2, height=4.2)
+    rows, kinds = list(summary["rows"].items()), ("best", "mean", "worst")
+    for n, (row, v) in enumerate(rows):
+        for kind, line in zip(kinds, ("-", "--", ":")):
+            left.plot(summary["k"], v["curve"][kind], line, color=style.COLOURS[n % len(style.COLOURS)],
+                      label=row if kind == "best" else None)
+    left.set(xscale="log", xlabel="k, number of seeds", ylabel=f"reward ({summary['reward']}), higher is better",
+             title="Solid: best of k seeds,\ndashed: mean, dotted: worst")
+    left.set_xticks(summary["k"], summary["k"])
+    left.minorticks_off()
+    columns = [f"best@{summary['k'][-1]}", "reward", f"worst@{summary['k'][-1]}"]
+    right.axhline(0, color="grey", linewidth=0.8)
+    for n, (_, v) in enumerate(rows[1:], 1):
+        gains = [v["minus_first"][column] for column in columns]
+        mean, low, high = np.array([[gain[key] for key in ("mean", "low", "high")] for gain in gains]).T
+        style.interval(right, np.arange(3) + 0.6 * (n / len(rows) - 0.5), mean, y_ends=(low, high),
+                       colour=style.COLOURS[n % len(style.COLOURS)])
+    right.set(xticks=range(3), xticklabels=kinds, xlabel=f"of {summary['k'][-1]} seeds",
+              title=f"Gain over {rows[0][0]},\n95 % intervals over photographs")
+    style.legend(drawing, left)
+    style.save(drawing, path)
 
 
 def draw_sheet(path, items, files, rewards):

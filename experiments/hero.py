@@ -28,6 +28,7 @@ import data
 import iqa
 from images import load_image
 from prepare.demo_set import build_demo
+from report import style
 
 DEMO, SIDE = Path("datasets/demo"), 96
 # of results/experiment.png: the second row, cells of 256 pixels below strips of 16 with gaps of 4
@@ -55,19 +56,16 @@ def effect():
 
 
 def main(args):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 5, figsize=(10, 4.5), layout="constrained")
+    # wider than other pictures: five cells with their names
+    drawing, axes = style.figure(2, 5, height=4.5, width=10)
     for row, cells in zip(axes, (idea(args.set, *args.crop), effect())):
         for axis, (image, label, chosen) in zip(row, cells):
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set_title(label + (" ✓" if chosen else ""), fontsize=11, fontweight="bold" if chosen else "normal")
+            axis.set_title(label + (" ✓" if chosen else ""), fontweight="bold" if chosen else "normal")
             axis.set(xticks=[], yticks=[])
             for edge in axis.spines.values():
                 edge.set(visible=chosen, color="tab:green", linewidth=4)
-    runs.write_atomic(args.out, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
-    plt.close(figure)
+    style.save(drawing, args.out)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ def parse_args(argv=None):
                         "lora_tuning in samplers.py's --work")
     p.add_argument("--samplers", default="", metavar="'FLAGS'",
                    help="flags that samplers.py was given: --work, --seeds, --vgg-weights, --jobs, ...")
+    p.add_argument("--redraw", type=Path, metavar="FILE.json",
+                   help="draw the plot of an earlier report's strengths beside it again, and do nothing else")
     args = p.parse_args(argv)
     args.stages = args.stages or list(STAGES)
     args.tune = TUNE + shlex.split(args.tune)
@@ -72,7 +74,7 @@ import metrics
 from experiments import jobs, samplers
 from experiments.sampler_report import label
 from images import list_images
-from report import pictures, tables
+from report import pictures, style, tables
 
 
 def base_of(exp, seed):
@@ -204,7 +206,7 @@ def report(args, exp):
         "grey_levels_differences": differences(strong), "strength": strength(exp)}
     runs.save_json(args.results.with_suffix(".json"), summary)
     print(all_tables(summary))
-    strength_plot(summary["strength"], exp.rewards[0], args.results.with_name(f"{args.results.name}-strength.png"))
+    strength_plot(summary, args.results)
     picture(args, exp)
 
 
@@ -255,19 +257,20 @@ def strength(exp):
     return points
 
 
-def strength_plot(points, reward, path):
-    from report import style
+def strength_plot(summary, results):
+    """STEM-strength.png of STEM.json, whose first metric is the reward."""
+    points, reward = summary["strength"], summary["metrics"][0]
     drawing, axes = style.figure(columns=2, height=3.4)
-    labels = {"psnr": "PSNR in dB, higher is better", "vgg": "VGG distance, lower is better"}
+    labels = {"psnr": "PSNR, dB (higher is better)", "vgg": "VGG distance (lower is better)"}
     for axis, (name, text) in zip(axes, labels.items()):
         axis.plot([point["reward"] for point in points], [point[name] for point in points], "o-")
         for point in points:
             place = point["reward"], point[name]
-            axis.annotate(f"{point['scale']:g}", place, textcoords="offset points", xytext=(4, 4))
-        axis.margins(0.12)
-        axis.set(xlabel=f"{tables.SHOWN.get(reward, reward)}, the reward of the tuning", ylabel=text)
-    drawing.suptitle("Strength of one adapter: 0 is the network before, 1 as tuned")
-    style.save(drawing, path)
+            axis.annotate(f"{point['scale']:g}", place, textcoords="offset points", xytext=(5, 4))
+        axis.margins(0.14)
+        axis.set(xlabel=f"{tables.SHOWN.get(reward, reward)}, the reward", ylabel=text)
+    drawing.suptitle("Strength of one adapter (0: before tuning, 1: as tuned)", fontsize=style.FONT)
+    style.save(drawing, results.with_name(f"{results.name}-strength.png"))
 
 
 @torch.no_grad()
@@ -299,6 +302,9 @@ def picture(args, exp, side=64):
 
 def main(args, exp):
     """exp: flags of samplers.py."""
+    if args.redraw:
+        strength_plot(json.loads(args.redraw.read_text()), args.redraw.with_suffix(""))
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     args.results = args.results or exp.work / "lora_tuning"
     for seed in exp.seeds:

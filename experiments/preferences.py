@@ -42,6 +42,9 @@ VARIANTS = {
     "nr": ("--top 4 --reward nr", "--hpo both")}
 # in curves and contact sheet
 SHOWN = ("best-worst", "1 of 2", "HPO")
+# names in pictures
+NAMES = {"base": "before tuning", "best-worst": "best against worst", "HPO": "1 of 4, weighted (HPO)",
+         "fr": "full-reference reward", "nr": "no-reference reward"}
 # pairs beside each variant against the untuned generator
 PAIRS = [("1 of 4", "best-worst"), ("1 of 4", "1 of 8"), ("1 of 4", "1 of 2"), ("HPO", "best-worst"),
          ("HPO", "1 of 4"), ("HPO", "fr"), ("HPO", "nr")]
@@ -97,6 +100,8 @@ def parse_args(argv=None):
     g.add_argument("--work", type=Path, default=Path("runs/dpo-experiment"), metavar="DIR", help="runs and data sets")
     g.add_argument("--results", type=Path, metavar="STEM",
                    help="leaves STEM.json, STEM-curves.png, STEM-steps.png, STEM-grid.png; default: WORK/dpo")
+    g.add_argument("--redraw", type=Path, metavar="FILE.json",
+                   help="draw the plots of an earlier report beside it again, and do nothing else")
     args = p.parse_args(argv)
     args.stages = args.stages or list(STAGES)
     for stage in args.stages:
@@ -119,7 +124,7 @@ import numpy as np
 from dpo import compare, pool
 from experiments import jobs
 from images import list_images
-from report import tables
+from report import style, tables
 
 
 def metric_files(args):
@@ -231,31 +236,44 @@ def report(args):
                      for name, lines in events.items()}}
     runs.save_json(args.results.with_suffix(".json"), summary)
 
-    def plot(name):
-        return args.results.with_name(f"{args.results.name}-{name}.png")
-    shown = {row: {"curve": v} for row, v in summary["curves"].items() if row == "base" or row in SHOWN}
-    compare.draw_curves({"rows": shown, "k": summary["k"], "reward": "hybrid"}, plot("curves"))
-    draw_steps(summary, plot("steps"))
+    draw(summary, args.results)
     grid = (folder(args, "eval", args.seeds[0]) / "grid.png").read_bytes()
-    runs.write_atomic(plot("grid"), partial(Path.write_bytes, data=grid))
+    runs.write_atomic(picture(args.results, "grid"), partial(Path.write_bytes, data=grid))
     print(markdown_tables(summary))
 
 
+def picture(results, name):
+    """STEM-<name>.png"""
+    return results.with_name(f"{results.name}-{name}.png")
+
+
+def draw(summary, results):
+    """Both plots of a report."""
+    shown = {}
+    for row in ("base", *(variant for variant in SHOWN if variant in summary["variants"])):
+        shown[NAMES.get(row, row)] = {"curve": summary["curves"][row],
+                                      "minus_first": summary["differences"].get(f"{row} - base")}
+    compare.draw_curves({"rows": shown, "k": summary["k"], "reward": "hybrid"}, picture(results, "curves"))
+    draw_steps(summary, picture(results, "steps"))
+
+
 def draw_steps(summary, path):
-    """Held-out reward against steps, mean over seeds, minus that of step 0; fr and nr by their own reward."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name in summary["variants"]:
-        watched = [summary["watched"][f"{name}-{seed}"] for seed in summary["seeds"]]
-        curves = np.array([[reward for _, reward in of_seed] for of_seed in watched])
-        axis.plot([step for step, _ in watched[0]], (curves - curves[:, :1]).mean(0), "o-", markersize=3, label=name)
-    axis.axhline(0, color="grey", linewidth=0.8)
-    axis.set(xlabel="step", ylabel="gain of the run's own reward, held-out images")
-    axis.legend(fontsize=8)
-    runs.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-    plt.close(figure)
+    """Held-out reward against steps minus that of step 0, by variant; fr and nr by their own reward."""
+    variants = summary["variants"]
+    rows = -(-len(variants) // 2)
+    drawing, axes = style.figure(rows, 2, height=1.0 + 1.7 * rows, sharex=True, sharey=True, squeeze=False)
+    for variant, axis in zip(variants, axes.flat):
+        watched = [summary["watched"][f"{variant}-{seed}"] for seed in summary["seeds"]]
+        rewards = np.array([[reward for _, reward in of_seed] for of_seed in watched])
+        axis.axhline(0, color="grey", linewidth=0.8)
+        style.seeds(axis, [step for step, _ in watched[0]], rewards - rewards[:, :1])
+        axis.set_title(NAMES.get(variant, variant))
+    for axis in axes.flat[len(variants):]:
+        axis.remove()
+    drawing.supxlabel("training steps", fontsize=style.FONT)
+    drawing.supylabel("gain of the run's own reward on held-out images", fontsize=style.FONT)
+    drawing.suptitle(f"Thick: mean of {len(summary['seeds'])} generators, thin: each of them", fontsize=style.FONT)
+    style.save(drawing, path)
 
 
 def markdown_tables(summary):
@@ -273,6 +291,9 @@ def markdown_tables(summary):
 
 
 def main(args):
+    if args.redraw:
+        draw(json.loads(args.redraw.read_text()), args.redraw.with_suffix(""))
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if "vgg" in args.fr and not args.vgg_weights.is_file():
         raise runs.UserError(f"--vgg-weights {args.vgg_weights}: no such file; python -m prepare.vgg19 makes it")

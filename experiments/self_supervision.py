@@ -48,6 +48,8 @@ PAIRS = [("controller", "baseline"), ("FAR", "baseline"), ("both", "baseline"), 
          ("both-noise1", "controller-noise1"), ("both-noise1", "LWay"), ("both-noise1", "flipped-noise1")]
 FIGURES = {"fig7": ("baseline", "controller"), "fig7-noise1": ("controller-noise1",), "fig8": ("FAR", "both"),
            "fig8-noise1": ("both-noise1",)}
+# of Fig. 8, in its plots
+NETWORKS = {"FAR": "FAR alone", "both": "FAR and controller", "both-noise1": "FAR and controller, noise 1"}
 # CHOICE: sized for two cores
 COMMON = ("--patch 32 --load-size 160 --degradation blur --batch-size 4 --group-size 2 --val-photos 6 --deg-enc bands "
           "--size small --distance vgg --vgg-stages 2 --far-enc vgg --n-std 0.1 --total-steps 2000 --lr 1e-3 "
@@ -86,7 +88,9 @@ def parse_args(argv=None):
     g.add_argument("--work", type=Path, default=Path("runs/selfsup-experiment"), metavar="DIR",
                    help="runs and data sets")
     g.add_argument("--results", type=Path, metavar="STEM",
-                   help="leaves STEM.json and the probes' plots, STEM-fig7.png and others; default: WORK/selfsup")
+                   help="leaves STEM.json and plots of the probes, STEM-fig7.png and others; default: WORK/selfsup")
+    g.add_argument("--redraw", type=Path, metavar="FILE.json",
+                   help="draw the plots of an earlier report beside it again, and do nothing else")
     args = p.parse_args(argv)
     args.stages = args.stages or list(STAGES)
     for stage in args.stages:
@@ -108,7 +112,8 @@ import numpy as np
 
 from experiments import jobs
 from images import list_images
-from report import tables
+from report import page, tables
+from selfsup import probe as probes
 
 
 def prepare(args):
@@ -230,16 +235,35 @@ def report(args):
     for figure, keys in (("fig7", ("half_minus_clean", "psnr", "distance", "photos", "crops")),
                          ("fig8", ("auc", "photos", "crops", "far_enc"))):
         summary[figure] = [probed(args, figure, seed, keys) for seed in args.seeds]
-    for figure in FIGURES:
-        plot = (args.work / "probe" / f"{figure}-{args.seeds[0]}.png").read_bytes()
-        copy = args.results.with_name(f"{args.results.name}-{figure}.png")
-        runs.write_atomic(copy, partial(Path.write_bytes, data=plot))
     summary["pretraining"] = {f"{name}-{seed}": events(args.work / "rec" / f"{name}-{seed}", "val")[-1]
                               for name in PRETRAIN for seed in args.seeds}
     summary["tuning"] = {f"{name}-{seed}": events(args.work / "tuned" / f"{name}-{seed}", "ema")
                          for name in FINETUNE for seed in args.seeds}
     runs.save_json(args.results.with_suffix(".json"), summary)
+    draw(summary, args.results)
     print(markdown_tables(summary))
+
+
+def without_seed(lines):
+    """A line of Fig. 7 is called <network>-<seed>, <rule>, and one of Fig. 8 <network>-<seed>."""
+    parted = [(*line.partition(","), values) for line, values in lines.items()]
+    return {f"{network.rpartition('-')[0]}{comma}{rule}": values for network, comma, rule, values in parted}
+
+
+def draw(summary, results):
+    """STEM-fig7.png and the others of FIGURES, with all seeds."""
+    shares = np.linspace(0, 1, 11).tolist()
+    for figure, names in FIGURES.items():
+        by_seed = [{name: values for name, values in without_seed(lines).items() if name.partition(",")[0] in names}
+                   for lines in summary[figure.partition("-")[0]]]
+        path = results.with_name(f"{results.name}-{figure}.png")
+        if figure.startswith("fig7"):
+            distance = shlex.split(summary["pretrain"])
+            more = {"i": shares, "distance_name": distance[distance.index("--distance") + 1]}
+            probes.draw7(path, [{name.replace("-noise1", ", noise 1"): values | more
+                                 for name, values in lines.items()} for lines in by_seed])
+        else:
+            probes.draw_areas(path, {NETWORKS[name]: [lines[name]["auc"] for lines in by_seed] for name in names})
 
 
 def markdown_tables(summary):
@@ -258,10 +282,6 @@ def markdown_tables(summary):
         value, low, high = (format(v, form) for v in values)
         return f"{value} [{low}, {high}]"
 
-    def without_seed(lines):
-        """A line is called <network>-<seed>, <rule>."""
-        parted = [(*line.partition(","), values) for line, values in lines.items()]
-        return {f"{network.rsplit('-', 1)[0]},{rule}": values for network, _, rule, values in parted}
     lines = [without_seed(lines) for lines in summary["fig7"]]
     rows = [[name, *(with_interval(of_seed[name]["half_minus_clean"], "+.2f") for of_seed in lines)]
             for name in lines[0]]
@@ -276,6 +296,9 @@ def markdown_tables(summary):
 
 
 def main(args):
+    if args.redraw:
+        draw(json.loads(args.redraw.read_text()), args.redraw.with_suffix(""))
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if not args.vgg_weights.is_file():
         raise runs.UserError(f"--vgg-weights {args.vgg_weights}: no such file; python -m prepare.vgg19 makes it")

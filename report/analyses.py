@@ -8,6 +8,8 @@
     disagree     a sheet of the pairs on which two metrics disagree most; the only one that reads images
 
 Each function takes the arguments of its command. The statistics are in agreement.py.
+
+    python -m report.analyses FILE.json       draws the plot of sbs, complement, hggt or bapps beside it again
 """
 import json
 import os
@@ -33,6 +35,10 @@ SET_RULE = ("SRC: mean over sets of Spearman's correlation of scores with labels
 INDEPENDENT = "Wilson and McNemar (exact), pairs taken as independent"
 CLUSTERED = "Wilson, widened where needed to t over photos, and t over photos: pairs of one photo are not independent"
 MEASURES = {"src": "rank correlation (SRC)", "pm": "positive misalignment (PM)", "nm": "negative misalignment (NM)"}
+
+# the published files of BAPPS's votes, by the end of their names
+BAPPS_NAMES = {f"{net}_{kind}": f"{words}, {name}" for net, name in (("alex", "AlexNet"), ("vgg", "VGG"))
+               for kind, words in (("vanilla", "LPIPS"), ("shift_tolerant", "shift-tolerant LPIPS"))}
 
 
 # Reading and writing
@@ -145,28 +151,20 @@ def wrapped(text, width=60):
     return textwrap.fill(text, width)
 
 
-def plot_intervals(axis, values, heights, label, colour):
-    """Points with their intervals, one per height. values: (n, 3) of mean, low, high"""
-    for k, (mean, low, high) in enumerate(np.asarray(values, dtype=float)):
-        # rounding may leave an end on the wrong side of the mean
-        style.interval(axis, mean, heights[k], x_ends=(min(low, mean), max(high, mean)), colour=colour,
-                       label="_nolegend_" if k else label)
-
-
 def plot_accuracy(path, result, title, truth, reported):
     """A point and an interval per metric; reported: the paper's per cent by metric, drawn as crosses."""
-    figure, axis = style.figure(height=2 + 0.28 * len(result))
-    heights = np.arange(len(result))
-    plot_intervals(axis, 100 * result[["accuracy", "low", "high"]], heights, "here", style.COLOURS[0])
+    drawing, axis = style.figure(height=2.0 + 0.26 * len(result))
+    rows = 100 * result[["accuracy", "low", "high"]][::-1]
+    style.interval(axis, rows.accuracy.to_numpy(), np.arange(len(rows)), (rows.low.to_numpy(), rows.high.to_numpy()),
+                   label="here")
     if reported:
-        values = [reported.get(m, np.nan) for m in result.index]
-        axis.plot(values, heights, "x", label="paper", color=style.COLOURS[1])
-        axis.legend()
-    axis.axvline(50, color="grey", linewidth=1)
-    axis.set(yticks=heights, yticklabels=map(shown, result.index), title=title,
-             xlabel=f"accuracy on pairs, %, with 95 % intervals (line: chance)\n{wrapped(truth)}")
-    axis.invert_yaxis()
-    style.save(figure, path)
+        axis.plot([reported.get(m, np.nan) for m in rows.index], range(len(rows)), "x", label="paper")
+        style.legend(drawing, axis)
+    axis.axvline(50, color="grey", linewidth=0.8)
+    axis.set(yticks=range(len(rows)), yticklabels=[BAPPS_NAMES.get(m, shown(m)) for m in rows.index], title=title,
+             xlabel=f"accuracy on pairs, %, with 95 % intervals (grey line: chance)\n{wrapped(truth)}")
+    axis.margins(y=0.2 if len(rows) < 8 else 0.05)
+    style.save(drawing, path)
 
 
 # Pairs
@@ -282,20 +280,20 @@ def complement(args):
 
 def plot_shares(path, share, title):
     """The matrix of agreement.complement as a heat map, with numbers where it has at most 20 metrics."""
-    figure, axis = style.figure(height=3.5 + 0.35 * len(share), width=max(style.WIDTH, 3.5 + 0.4 * len(share)))
+    side = max(style.WIDTH, 3 + 0.3 * len(share))
+    drawing, axis = style.figure(height=0.85 * side, width=side)
     values, names = 100 * share.to_numpy(copy=True), list(map(shown, share.index))
     np.fill_diagonal(values, np.nan)
     image = axis.imshow(values, cmap="viridis", vmin=0, vmax=100)
-    figure.colorbar(image, label="agreement with the preferences, %")
+    drawing.colorbar(image, label="agreement with the preferences, %")
     for i, j in np.argwhere(~np.isnan(values)) if len(names) <= 20 else []:
         colour = "black" if values[i, j] > 60 else "white"
         axis.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", color=colour)
     axis.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names,
-             xlabel="agreement of this metric", ylabel="on pairs where this metric fails")
-    axis.set_title(wrapped(title), fontsize=style.FONT - 2)
+             xlabel="agreement of this metric", ylabel="on pairs where this metric fails", title=wrapped(title, 55))
     axis.tick_params(axis="x", rotation=90)
     axis.grid(False)
-    style.save(figure, path)
+    style.save(drawing, path)
 
 
 def bapps(args):
@@ -497,16 +495,15 @@ def picked_labels(labels, quality):
 
 def plot_misalignment(path, result, title, truth):
     """SRC, PM and NM of every metric with their intervals."""
-    figure, axis = style.figure(height=3 + 0.5 * len(result))
-    heights = np.arange(len(result))
+    drawing, axis = style.figure(height=2.6 + 0.5 * len(result))
     for k, (key, label) in enumerate(MEASURES.items()):
-        values = [of_metric[key] for of_metric in result.values()]
-        plot_intervals(axis, values, heights + 0.2 * (k - 1), label, style.COLOURS[k])
-    axis.set(yticks=heights, yticklabels=map(shown, result), title=title,
+        mean, low, high = np.array([values[key] for values in result.values()]).T
+        style.interval(axis, mean, np.arange(len(mean)) + 0.2 * (k - 1), (low, high), label=label)
+    axis.set(yticks=range(len(result)), yticklabels=map(shown, result), title=title,
              xlabel=f"mean correlation, or share of quintuplets, with 95 % intervals\n{wrapped(truth)}")
     axis.invert_yaxis()
-    figure.legend(loc="outside upper center", ncols=2)
-    style.save(figure, path)
+    style.legend(drawing, axis, columns=2)
+    style.save(drawing, path)
 
 
 # Both
@@ -570,3 +567,38 @@ def recommend(args):
                 "than the best one that is.")
     report.record |= {"train": train, "keep": keep, "table": json.loads(table.to_json(orient="index"))}
     report.save()
+
+
+# Plots again
+
+def redraw(path):
+    """The plot of <analysis>.json that an analysis of one folder left, without its statistics. -> its path"""
+    record, folder = json.loads(path.read_text()), path.resolve().parent
+    truth = "; ".join(dict.fromkeys(record["truth"]))
+    out = path.with_suffix(".png")
+    if path.stem == "sbs" and len(record["accuracy"]) == 1:
+        about = json.loads((folder / "about.json").read_text())
+        out, result = path.with_name(f"sbs-{folder.name}.png"), pd.DataFrame.from_dict(record["accuracy"][0], "index")
+        plot_accuracy(out, result, f"{folder.name}: agreement with the majority", truth,
+                      agreement.paper_accuracy(about.get("paper")))
+    elif path.stem == "complement":
+        name, share = list(record["share"].items())[-1]
+        plot_shares(out, pd.DataFrame.from_dict(share, "index"), f"{name}: {truth}")
+    elif path.stem == "hggt":
+        plot_misalignment(out, record["result"]["similar"], f"{folder.name}: the original counts as similar", truth)
+    elif path.stem == "bapps":
+        plot_accuracy(out, pd.DataFrame.from_dict(record["accuracy"], "index"), "BAPPS: agreement with the majority",
+                      "people's votes", {})
+    else:
+        raise runs.UserError(f"{path}: give sbs.json (of one folder), complement.json, hggt.json or bapps.json")
+    return out
+
+
+def main():
+    p = runs.Parser(description=__doc__)
+    p.add_argument("file", type=Path, metavar="FILE.json", help="of python analyze_iqa.py")
+    print(f"wrote {redraw(p.parse_args().file)}")
+
+
+if __name__ == "__main__":
+    runs.cli(main)

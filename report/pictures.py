@@ -34,6 +34,7 @@ def parse_args(argv=None):
     c.add_argument("x", metavar="METRIC")
     c.add_argument("y", metavar="METRIC")
     c.add_argument("out", type=Path, metavar="OUT.png")
+    c.add_argument("--names", nargs="+", metavar="TEXT", help="of the rows in the picture, in the order of the table")
     args = p.parse_args(argv)
     if args.out.suffix.lower() != ".png":
         p.error(f"{args.out}: a PNG is written: name a file that ends in .png")
@@ -210,20 +211,27 @@ def without_empty(lines):
 
 # One metric against another
 
-def front(result, x, y, path):
-    """PNG: each row's mean of one metric against another, with 95 % intervals."""
+def front(result, x, y, path, names=None):
+    """PNG: each row's mean of one metric against another, with 95 % intervals. names: of the rows; None: their own."""
     for metric in (x, y):
         if metric not in result["lower_is_better"]:
             raise runs.UserError(f"{metric}: not among the metrics ({', '.join(result['lower_is_better'])})")
-    drawing, axis = style.figure(height=4.0)
-    for row, cells in tables.means_of(result).items():
+    rows = tables.means_of(result)
+    names = names or list(rows)
+    if len(names) != len(rows):
+        raise runs.UserError(f"--names: {len(names)} names for {len(rows)} rows ({', '.join(rows)})")
+    drawing, axis = style.figure(height=5.0)
+    for name, cells in zip(names, rows.values()):
         if x in cells and y in cells:
             ends = [(cells[m]["low"], cells[m]["high"]) for m in (x, y)]
-            style.interval(axis, cells[x]["mean"], cells[y]["mean"], *ends, label=row)
-    drawing.legend(loc="outside right center")
-    lower = result["lower_is_better"]
-    axis.set(xlabel=tables.heading(x, lower[x]), ylabel=tables.heading(y, lower[y]),
-             title=f"means of {result['images']} images, 95 % intervals")
+            style.interval(axis, cells[x]["mean"], cells[y]["mean"], *ends, label=name)
+    style.legend(drawing, axis)
+
+    def text(metric):
+        better = "lower is better" if result["lower_is_better"][metric] else "higher is better"
+        return f"{tables.SHOWN.get(metric, metric)}{', dB' * (metric == 'psnr')} ({better})"
+    axis.set(xlabel=text(x), ylabel=text(y),
+             title=f"Means of {result['images']} images with 95 % intervals")
     style.save(drawing, path)
 
 
@@ -233,7 +241,7 @@ def main(args):
     if args.command == "grid":
         grid(result, args.out, args.images, args.crop, args.inset)
     else:
-        front(result, args.x, args.y, args.out)
+        front(result, args.x, args.y, args.out, args.names)
     print(f"wrote {args.out}")
 
 

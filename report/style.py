@@ -3,6 +3,7 @@
     drawing, axes = style.figure(columns=2, height=3.5)
     style.interval(axes[0], x, y, y_ends=(low, high), label="amo")
     style.seeds(axes[1], steps, curves, label="amo")             curves: (seeds, steps)
+    style.legend(drawing, axes[1], columns=2)                    below all axes, over none
     style.save(drawing, path)
 """
 import numpy as np
@@ -12,7 +13,9 @@ import runs
 # a picture of 1050 pixels, of which GitHub shows about 830: 11 points are 18 pixels there
 WIDTH, DPI, FONT = 7.0, 150, 11
 # Okabe and Ito's colours, distinct for colour-blind readers
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
+# points of different rows differ in shape as well
+MARKERS = "osD^vP*X"
 
 
 def figure(rows=1, columns=1, height=4.0, width=WIDTH, **options):
@@ -30,10 +33,11 @@ def figure(rows=1, columns=1, height=4.0, width=WIDTH, **options):
 
 
 def interval(axis, x, y, x_ends=None, y_ends=None, label=None, colour=None):
-    """A point with the ends (low, high) of its intervals."""
+    """A point, or points (n,), with the ends (low, high) of the intervals. Every call has a marker of its own."""
     def lengths(value, ends):
-        return None if ends is None else [[value - ends[0]], [ends[1] - value]]
-    axis.errorbar(x, y, lengths(y, y_ends), lengths(x, x_ends), fmt="o", markersize=6, elinewidth=1.2, capsize=3,
+        return None if ends is None else np.maximum(0, [np.atleast_1d(value - ends[0]), np.atleast_1d(ends[1] - value)])
+    marker = MARKERS[len(axis.containers) % len(MARKERS)]
+    axis.errorbar(x, y, lengths(y, y_ends), lengths(x, x_ends), fmt=marker, markersize=6, elinewidth=1.2, capsize=3,
                   label=label, color=colour)
 
 
@@ -43,6 +47,13 @@ def seeds(axis, x, curves, label=None, colour=None):
     line, = axis.plot(x, curves.mean(0), label=label, color=colour)
     if len(curves) > 1:
         axis.plot(x, curves.T, color=line.get_color(), linewidth=0.7, alpha=0.5)
+
+
+def legend(drawing, axis, columns=2, title=None):
+    """The labels of one axis, below all axes of the figure."""
+    handles, labels = axis.get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), title=title,
+                   title_fontsize=FONT - 1)
 
 
 def save(drawing, path):

@@ -67,11 +67,14 @@ import data
 import degradations
 import metrics
 from images import list_images, load_image
-from report import tables
+from report import style, tables
 from selfsup import encoders
 from selfsup import networks as rec
 
 DEGRADED = ("blur", "noise", "jpeg", "as in pre-training")
+# names in plots; others as in tables
+NAMES = {"jpeg": "JPEG", "rec": "reconstruction loss", "d": "quality distance d", "s": "controller s", "far": "FAR",
+         "drift": "drift of colours, grey levels", "psnr": "PSNR, dB", "distance": "distance to truth"}
 
 
 def open_networks(paths, device):
@@ -144,16 +147,20 @@ def figure7(recs, hr, crops, device, vgg_weights=None):
     return lines
 
 
-def draw7(plt, lines):
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+def draw7(path, probes):
+    """PNG. probes: figure7's dictionaries, one for every seed, with the same names of lines."""
+    drawing, axes = style.figure(columns=2, height=4.4)
+    lines = probes[0]
     distance = next(iter(lines.values()))["distance_name"]
-    labels = {"psnr": "PSNR of the reconstruction, dB", "distance": f"distance of the reconstruction ({distance})"}
-    for axis, (metric, label) in zip(axes, labels.items()):
+    titles = {"psnr": ("PSNR of the reconstruction, dB", "higher is better"),
+              "distance": (f"{tables.SHOWN.get(distance, distance)} of the reconstruction", "lower is better")}
+    for axis, (metric, (title, better)) in zip(axes, titles.items()):
         for name, line in lines.items():
-            axis.plot(line["i"], line[metric], "o-", markersize=3, label=name)
-        axis.set(xlabel="i: share of the enlarged LR image in Y", ylabel=label)
-    axes[0].legend(fontsize=8)
-    return figure
+            style.seeds(axis, line["i"], [of_seed[name][metric] for of_seed in probes], label=name)
+        axis.set(xlabel="share i of the enlarged LR image in Y", ylabel=better, title=title)
+    seeds = f"thick: mean of {len(probes)} seeds, thin: each of them" if len(probes) > 1 else None
+    style.legend(drawing, axes[0], columns=1, title=seeds)
+    style.save(drawing, path)
 
 
 # Figure 8
@@ -258,22 +265,40 @@ def figure8(recs, hr, crops, device, vgg_weights=None, clip_weights=None, far_sr
     return results
 
 
-def draw8(plt, results):
+def draw8(path, results):
+    """PNG: for every network, which share of the crops has a FAR below a value."""
     from matplotlib import ticker
-    figure, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 4), layout="constrained", squeeze=False)
+    drawing, axes = style.figure(columns=len(results), height=4.6, width=max(style.WIDTH, 3.5 * len(results)),
+                                 sharey=True, squeeze=False)
     for axis, (name, values) in zip(axes[0], results.items()):
-        shown = {k: v for k, v in values.items() if isinstance(v, list)}
-        edges = np.geomspace(min(map(min, shown.values())), max(map(max, shown.values())), 30)
-        for k, v in shown.items():
-            label = f"{k}, AUC {values['auc'][k][0]:.2f}" if k in values["auc"] else k
-            axis.hist(v, edges, histtype="step", density=True, linewidth=2 if k == "clean" else 1.2, label=label)
-        axis.set_xscale("log")
+        for k, v in values.items():
+            if isinstance(v, list):
+                label = f"{k}, area {values['auc'][k][0]:.2f}" if k in values["auc"] else k
+                axis.ecdf(v, label=label, linewidth=2.6 if k == "clean" else 1.4)
+        axis.set(xscale="log", xlabel=f"FAR ({values['far_enc']})", title=name)
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(ticker.ScalarFormatter())
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-        axis.set(xlabel=f"FAR ({values['far_enc']})", ylabel="density", title=name)
-        axis.legend(fontsize=8)
-    return figure
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axes[0][0].set_ylabel("share of crops below this value")
+    style.save(drawing, path)
+
+
+def draw_areas(path, networks):
+    """PNG: areas under the ROC curve with their intervals. networks: {name: ["auc" of figure8, for every seed]}"""
+    drawing, axes = style.figure(columns=len(networks), height=3.6, sharex=True, sharey=True, squeeze=False)
+    for axis, (name, seeds) in zip(axes[0], networks.items()):
+        axis.axvline(0.5, color="grey", linewidth=0.8)
+        for k, areas in enumerate(seeds):
+            area, low, high = np.array(list(areas.values())).T
+            y = np.arange(len(areas)) + 0.5 * ((k + 0.5) / len(seeds) - 0.5)
+            style.interval(axis, area, y, (low, high), label=f"seed {k}")
+        axis.set(title=name, yticks=range(len(areas)), yticklabels=[NAMES.get(kind, kind) for kind in areas])
+    axes[0][0].invert_yaxis()
+    drawing.supxlabel("area under the ROC curve, 95 % intervals over photographs\n"
+                      "above 0.5 (grey line): FAR is larger for degraded photographs", fontsize=style.FONT)
+    style.legend(drawing, axes[0][0], columns=3)
+    style.save(drawing, path)
 
 
 # Figure 9
@@ -295,25 +320,29 @@ def figure9(folders):
     return curves
 
 
-def draw9(plt, curves):
+def draw9(path, curves):
+    """PNG of every logged metric against steps."""
     def has(parts, metric):
         """Not where a run was continued without --gt-dir."""
         return all(metric in event for events in parts.values() for event in events)
     logged = dict.fromkeys(metric for parts in curves.values() for metric in parts["ema"][0])
     names = [metric for metric in logged if metric not in ("step", "split", "l1", "percep")
              and any(has(parts, metric) for parts in curves.values())]
-    rows, columns = -(-len(names) // 4), min(4, len(names))
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), layout="constrained", squeeze=False)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    drawing, axes = style.figure(rows, columns, height=1.0 + 2.0 * rows, squeeze=False)
     for axis, metric in zip(axes.flat, names):
         for k, (run, parts) in enumerate(curves.items()):
-            for which, style in (("ema", "-"), ("raw", ":")) if has(parts, metric) else ():
+            for which, line in (("ema", "-"), ("raw", ":")) if has(parts, metric) else ():
                 steps, values = ([event[key] for event in parts[which]] for key in ("step", metric))
-                axis.plot(steps, values, style, color=f"C{k}", label=run if which == "ema" else None)
-        axis.set(xlabel="step", ylabel=tables.SHOWN.get(metric, metric))
+                axis.plot(steps, values, line, color=style.COLOURS[k % len(style.COLOURS)],
+                          label=run if which == "ema" else None)
+        axis.set_title(NAMES.get(metric, tables.SHOWN.get(metric, metric)))
     for axis in list(axes.flat)[len(names):]:
         axis.remove()
-    axes.flat[0].legend(fontsize=8, title="solid: EMA, dotted: raw", title_fontsize=8)
-    return figure
+    drawing.supxlabel("training steps", fontsize=style.FONT)
+    style.legend(drawing, axes.flat[0], title="solid: averaged weights (EMA), dotted: raw weights")
+    style.save(drawing, path)
 
 
 def main(args):
@@ -332,11 +361,7 @@ def main(args):
                               args.far_sr, args.sr, args.lr_dir), draw8
     else:
         lines, draw = figure9(args.runs), draw9
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure = draw(plt, lines)
-    runs.write_atomic(args.out.with_name(args.out.name + ".png"), partial(figure.savefig, format="png", dpi=120))
+    draw(args.out.with_name(args.out.name + ".png"), [lines] if args.figure == "fig7" else lines)
     record = {"figure": args.figure, **runs.describe_machine(), "lines": lines}
     runs.save_json(args.out.with_name(args.out.name + ".json"), record)
     print(f"wrote {args.out}.png and .json")
