@@ -572,15 +572,16 @@ def recommend(args):
 # Plots again
 
 def redraw(path):
-    """The plot of <analysis>.json that an analysis of one folder left, without its statistics. -> its path"""
+    """The plot of <analysis>.json that an analysis of one folder left, without its statistics."""
     record, folder = json.loads(path.read_text()), path.resolve().parent
     truth = "; ".join(dict.fromkeys(record["truth"]))
     out = path.with_suffix(".png")
     if path.stem == "sbs" and len(record["accuracy"]) == 1:
         about = json.loads((folder / "about.json").read_text())
-        out, result = path.with_name(f"sbs-{folder.name}.png"), pd.DataFrame.from_dict(record["accuracy"][0], "index")
+        result, reported = pd.DataFrame.from_dict(record["accuracy"][0], "index"), about.get("paper")
+        out = path.with_name(f"sbs-{folder.name}.png")
         plot_accuracy(out, result, f"{folder.name}: agreement with the majority", truth,
-                      agreement.paper_accuracy(about.get("paper")))
+                      agreement.paper_accuracy(reported))
     elif path.stem == "complement":
         name, share = list(record["share"].items())[-1]
         plot_shares(out, pd.DataFrame.from_dict(share, "index"), f"{name}: {truth}")
@@ -591,13 +592,13 @@ def redraw(path):
                       "people's votes", {})
     else:
         raise runs.UserError(f"{path}: give sbs.json (of one folder), complement.json, hggt.json or bapps.json")
-    return out
+    print(f"wrote {out}")
 
 
 def main():
     p = runs.Parser(description=__doc__)
     p.add_argument("file", type=Path, metavar="FILE.json", help="of python analyze_iqa.py")
-    print(f"wrote {redraw(p.parse_args().file)}")
+    redraw(p.parse_args().file)
 
 
 if __name__ == "__main__":
