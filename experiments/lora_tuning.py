@@ -266,7 +266,7 @@ def strength_plot(summary, results):
         axis.plot([point["reward"] for point in points], [point[name] for point in points], "o-")
         for point in points:
             place = point["reward"], point[name]
-            axis.annotate(f"{point['scale']:g}", place, textcoords="offset points", xytext=(5, 4))
+            axis.annotate(f"{point['scale']:g}", place, textcoords="offset points", xytext=(-6, -8), ha="right")
         axis.margins(0.14)
         axis.set(xlabel=f"{tables.SHOWN.get(reward, reward)}, the reward", ylabel=text)
     drawing.suptitle("Strength of one adapter (0: before tuning, 1: as tuned)", fontsize=style.FONT)

@@ -43,7 +43,7 @@ VARIANTS = {
 # in curves and contact sheet
 SHOWN = ("best-worst", "1 of 2", "HPO")
 # names in pictures
-NAMES = {"base": "before tuning", "best-worst": "best against worst", "HPO": "1 of 4, weighted (HPO)",
+NAMES = {"base": "untuned generator", "best-worst": "best against worst", "HPO": "1 of 4, weighted (HPO)",
          "fr": "full-reference reward", "nr": "no-reference reward"}
 # pairs beside each variant against the untuned generator
 PAIRS = [("1 of 4", "best-worst"), ("1 of 4", "1 of 8"), ("1 of 4", "1 of 2"), ("HPO", "best-worst"),
@@ -268,6 +268,8 @@ def draw_steps(summary, path):
         axis.axhline(0, color="grey", linewidth=0.8)
         style.seeds(axis, [step for step, _ in watched[0]], rewards - rewards[:, :1])
         axis.set_title(NAMES.get(variant, variant))
+    for axis in axes.flat[max(0, len(variants) - 2):len(variants)]:
+        axis.tick_params(labelbottom=True)
     for axis in axes.flat[len(variants):]:
         axis.remove()
     drawing.supxlabel("training steps", fontsize=style.FONT)

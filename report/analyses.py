@@ -569,8 +569,6 @@ def recommend(args):
     report.save()
 
 
-# Plots again
-
 def redraw(path):
     """The plot of <analysis>.json that an analysis of one folder left, without its statistics."""
     record, folder = json.loads(path.read_text()), path.resolve().parent

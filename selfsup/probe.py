@@ -293,11 +293,11 @@ def draw_areas(path, networks):
             area, low, high = np.array(list(areas.values())).T
             y = np.arange(len(areas)) + 0.5 * ((k + 0.5) / len(seeds) - 0.5)
             style.interval(axis, area, y, (low, high), label=f"seed {k}")
-        axis.set(title=name, yticks=range(len(areas)), yticklabels=[NAMES.get(kind, kind) for kind in areas])
+        axis.set(title=name, yticks=range(len(areas)), xlabel="area under the ROC curve",
+                 yticklabels=[NAMES.get(kind, kind) for kind in areas])
     axes[0][0].invert_yaxis()
-    drawing.supxlabel("area under the ROC curve, 95 % intervals over photographs\n"
-                      "above 0.5 (grey line): FAR is larger for degraded photographs", fontsize=style.FONT)
-    style.legend(drawing, axes[0][0], columns=3)
+    style.legend(drawing, axes[0][0], columns=3,
+                 title="95 % intervals over photographs; above 0.5 (grey line): FAR is larger for degraded ones")
     style.save(drawing, path)
 
 
@@ -330,17 +330,16 @@ def draw9(path, curves):
              and any(has(parts, metric) for parts in curves.values())]
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    drawing, axes = style.figure(rows, columns, height=1.0 + 2.0 * rows, squeeze=False)
+    drawing, axes = style.figure(rows, columns, height=1.0 + 2.2 * rows, squeeze=False)
     for axis, metric in zip(axes.flat, names):
         for k, (run, parts) in enumerate(curves.items()):
             for which, line in (("ema", "-"), ("raw", ":")) if has(parts, metric) else ():
                 steps, values = ([event[key] for event in parts[which]] for key in ("step", metric))
                 axis.plot(steps, values, line, color=style.COLOURS[k % len(style.COLOURS)],
                           label=run if which == "ema" else None)
-        axis.set_title(NAMES.get(metric, tables.SHOWN.get(metric, metric)))
+        axis.set(title=NAMES.get(metric, tables.SHOWN.get(metric, metric)), xlabel="training steps")
     for axis in list(axes.flat)[len(names):]:
         axis.remove()
-    drawing.supxlabel("training steps", fontsize=style.FONT)
     style.legend(drawing, axes.flat[0], title="solid: averaged weights (EMA), dotted: raw weights")
     style.save(drawing, path)
 
