@@ -74,7 +74,7 @@ from selfsup import networks as rec
 DEGRADED = ("blur", "noise", "jpeg", "as in pre-training")
 # names in plots; others as in tables
 NAMES = {"jpeg": "JPEG", "rec": "reconstruction loss", "d": "quality distance d", "s": "controller s", "far": "FAR",
-         "drift": "drift of colours, grey levels", "psnr": "PSNR, dB", "distance": "distance to truth"}
+         "drift": "drift of colours", "psnr": "PSNR, dB", "distance": "distance to truth"}
 
 
 def open_networks(paths, device):
@@ -273,7 +273,7 @@ def draw8(path, results):
     for axis, (name, values) in zip(axes[0], results.items()):
         for k, v in values.items():
             if isinstance(v, list):
-                label = f"{k}, area {values['auc'][k][0]:.2f}" if k in values["auc"] else k
+                label = NAMES.get(k, k) + (f", ROC area {values['auc'][k][0]:.2f}" if k in values["auc"] else "")
                 axis.ecdf(v, label=label, linewidth=2.6 if k == "clean" else 1.4)
         axis.set(xscale="log", xlabel=f"FAR ({values['far_enc']})", title=name)
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))

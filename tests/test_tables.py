@@ -8,7 +8,7 @@ import torch
 
 import runs
 from images import image_size, load_image, save_image
-from report import pictures, style, tables
+from report import analyses, pictures, style, tables
 
 
 def result_of(scores, lower, against=None, **more):
@@ -156,6 +156,8 @@ def test_results_of_earlier_commits_still_open(tmp_path):
     assert against in result["scores"] and f"minus {against}" in tables.text(result)
     first, second, *_ = result["lower_is_better"]
     pictures.front(result, first, second, tmp_path / "front.png")
+    with pytest.raises(runs.UserError, match="--names: 1 names for 8 rows"):
+        pictures.front(result, first, second, tmp_path / "front.png", ["one"])
     with pytest.raises(runs.UserError, match="no outputs were kept: call evaluate.py with --save"):
         pictures.grid(result, tmp_path / "grid.png")
     older = {key: value for key, value in result.items() if key != "intervals"}
@@ -342,6 +344,22 @@ def test_plots_have_one_size_and_resolution(tmp_path):
     with Image.open(tmp_path / "f.png") as image:
         assert image.size == (round(style.WIDTH * style.DPI), 4 * style.DPI)
         assert round(image.info["dpi"][0]) == style.DPI == 150
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", ["bapps/bapps.json", "synthetic-vgg/sbs.json", "synthetic-vgg/hggt.json",
+                                  "synthetic-vgg/complement.json"])
+def test_committed_analyses_are_drawn_again_without_a_change(name, tmp_path, capsys):
+    source, out = runs.REPO / "results" / "analysis" / name, tmp_path / name
+    out.parent.mkdir()
+    for file in source.parent.glob("*.json"):
+        (out.parent / file.name).write_bytes(file.read_bytes())
+    analyses.redraw(out)
+    picture = Path(capsys.readouterr().out.removeprefix("wrote ").strip())
+    assert image_size(picture)[0] == style.WIDTH * style.DPI
+    assert out.read_bytes() == source.read_bytes()
+    with pytest.raises(runs.UserError, match="give sbs.json"):
+        analyses.redraw(source.parents[1] / "synthetic-vgg" / "recommend.json")
 
 
 @pytest.mark.fast
