@@ -112,7 +112,7 @@ import numpy as np
 
 from experiments import jobs
 from images import list_images
-from report import page, tables
+from report import tables
 from selfsup import probe as probes
 
 

@@ -35,7 +35,6 @@ SET_RULE = ("SRC: mean over sets of Spearman's correlation of scores with labels
 INDEPENDENT = "Wilson and McNemar (exact), pairs taken as independent"
 CLUSTERED = "Wilson, widened where needed to t over photos, and t over photos: pairs of one photo are not independent"
 MEASURES = {"src": "rank correlation (SRC)", "pm": "positive misalignment (PM)", "nm": "negative misalignment (NM)"}
-
 # the published files of BAPPS's votes, by the end of their names
 BAPPS_NAMES = {f"{net}_{kind}": f"{words}, {name}" for net, name in (("alex", "AlexNet"), ("vgg", "VGG"))
                for kind, words in (("vanilla", "LPIPS"), ("shift_tolerant", "shift-tolerant LPIPS"))}
@@ -570,16 +569,14 @@ def recommend(args):
 
 
 def redraw(path):
-    """The plot of <analysis>.json that an analysis of one folder left, without its statistics."""
+    """The plot of <analysis>.json that an analysis of one folder left, from the numbers in it."""
     record, folder = json.loads(path.read_text()), path.resolve().parent
-    truth = "; ".join(dict.fromkeys(record["truth"]))
-    out = path.with_suffix(".png")
+    truth, out = "; ".join(dict.fromkeys(record["truth"])), path.with_suffix(".png")
     if path.stem == "sbs" and len(record["accuracy"]) == 1:
-        about = json.loads((folder / "about.json").read_text())
-        result, reported = pd.DataFrame.from_dict(record["accuracy"][0], "index"), about.get("paper")
-        out = path.with_name(f"sbs-{folder.name}.png")
-        plot_accuracy(out, result, f"{folder.name}: agreement with the majority", truth,
-                      agreement.paper_accuracy(reported))
+        about, out = json.loads((folder / "about.json").read_text()), path.with_name(f"sbs-{folder.name}.png")
+        plot_accuracy(out, pd.DataFrame.from_dict(record["accuracy"][0], "index"),
+                      f"{folder.name}: agreement with the majority", truth,
+                      agreement.paper_accuracy(about.get("paper")))
     elif path.stem == "complement":
         name, share = list(record["share"].items())[-1]
         plot_shares(out, pd.DataFrame.from_dict(share, "index"), f"{name}: {truth}")
