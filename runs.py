@@ -142,14 +142,15 @@ class Parser(argparse.ArgumentParser):
     """Flags without abbreviations, shown by Help; an error is two lines, without the usage of every flag."""
 
     def __init__(self, *names, allow_abbrev=False, formatter_class=Help, **options):
-        options = {"prog": program()} | options
+        name = program()
+        options = {"prog": name if name.endswith(".py") else f"python -m {name}"} | options
         super().__init__(*names, allow_abbrev=allow_abbrev, formatter_class=formatter_class, **options)
 
     def error(self, message):
-        command = self.prog if self.prog.partition(" ")[0].endswith(".py") else f"python -m {self.prog}"
         # under torchrun every process meets the same error
         first = os.environ.get("LOCAL_RANK", "0") == "0"
-        self.exit(2, f"{self.prog}: error: {message}\nsee {command} --help\n" if first else None)
+        name = self.prog.removeprefix("python -m ")
+        self.exit(2, f"{name}: error: {message}\nsee {self.prog} --help\n" if first else None)
 
 
 def number(kind, low=-math.inf, high=math.inf, above=False, below=False):

@@ -35,9 +35,9 @@ def make_demo_start(world, last, total_steps=None):
 def parser(script, text, commands=None, demo=True):
     """The parser of a script of this folder, or, with `commands`, of a stage of it (script: "dpo.pool sample")."""
     if commands:
-        p = commands.add_parser(script.split()[-1], prog=script, help=text, description=text)
+        p = commands.add_parser(script.split()[-1], help=text, description=text)
     else:
-        p = runs.Parser(prog=script, description=text)
+        p = runs.Parser(prog=f"python -m {script}", description=text)
     if demo:
         p.add_argument("--demo", action="store_true",
                        help="on the demo set, small and short, with the same code; a missing start is made first")
