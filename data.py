@@ -180,7 +180,7 @@ def find_folders(root, split):
     """
     root = Path(root)
     if not root.is_dir():
-        raise runs.UserError(f"{root}: no such data set; README says how to get HGGT (--data DIR), "
+        raise runs.UserError(f"{root}: no such data set; docs/data.md says how to get HGGT (--data DIR), "
                              "--demo needs no download")
     base = root / "Train" if split == "Train" else root / "Test" / "GT"
 

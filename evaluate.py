@@ -70,7 +70,7 @@ def parse_args(argv=None):
     g.add_argument("--lq", type=Path, metavar="DIR", help="folder of low-resolution images, instead of --data")
     g.add_argument("--gt", type=Path, metavar="DIR",
                    help="folder of references of the same names; without --lq: of sharp photographs, for --degradation")
-    g.add_argument("--degradation", choices=["bicubic", "one-round", "two-round", "realesrgan"],
+    g.add_argument("--degradation", choices=["bicubic", *runs.literal("degradations", "PRESETS")],
                    help="make the LR images from the originals, always the same; default: those of the set. bicubic: "
                         "MATLAB's, antialiased")
     g.add_argument("--only", type=Path, metavar="FILE", help="text file of the images to score, a name per line")
@@ -157,7 +157,7 @@ def find_items(args, world):
         return {stem: {"lq": lq, "refs": [gt], "versions": []} for stem, (lq, gt) in pairs.items()}
     if not (args.data / "Test").is_dir() and (args.protocol == "realsr" or args.data.name.lower().startswith("realsr")):
         raise runs.UserError(f"--data {args.data}: no RealSR v3 there (<camera>/Test/4/*_LR4.png and *_HR.png); "
-                             "README says where it is found")
+                             "docs/evaluation.md says where it is found")
     sets = data.find_sets(args.data, "Test")
     if sets is None:
         raise runs.UserError(f"{args.data}: no Test split of HGGT's layout and no RealSR; "

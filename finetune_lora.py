@@ -255,11 +255,12 @@ def sample_grid(base, net, sets, degradation, seeds, device, path, rows=4, side=
 
 def with_demo_base(args):
     """The same arguments; where the run that the demo tunes is missing, it is made, and its flags are the defaults."""
-    if not (args.demo and args.base == Path("runs") / f"{args.arch}-{args.sampler}" and not args.base.exists()):
+    default = Path("runs") / f"{args.arch}-{args.sampler}"
+    if not args.demo or args.base != default or (args.base / "weights").exists():
         return args
     shorter = ["--total-steps", args.total_steps] if args.total_steps != DEMO["total_steps"] else []
     world = runs.start_world(args.device, args.threads)
-    words = ["--demo", "--sampler", args.sampler, "--arch", args.arch, *shorter]
+    words = ["--demo", "--sampler", args.sampler, "--arch", args.arch, "--resume", "auto", *shorter]
     runs.make_missing(args.base, world, "train.py", *words)
     return parse_args(args.words)
 
@@ -343,7 +344,7 @@ def main(args):
     batches = data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda")
     batches = data.prefetch(batches, device)
     if run.start_step < args.total_steps:
-        # a first batch that cannot be read leaves no folder
+        # read now, so that a first batch that cannot be read leaves no folder behind
         batches = itertools.chain([next(batches)], batches)
     lambdas = {name: value for name, value in vars(args).items() if name.startswith("lambda_")}
     if weight_q == "auto":
@@ -357,14 +358,14 @@ def main(args):
             f"{world.size} process(es) on {device}; "
             f"{f'from step {run.start_step}' if run.checkpoint else f'start from {init}, key {key}'}")
     run.say(f"values {args.sources}")
-    # the pool's copy alone may be 100 MB
+    # free the loaded checkpoint: its copy of the pool alone may be 100 MB
     state = run.checkpoint = None
 
     def compiled(net):
         return torch.compile(net) if args.compile else net
     net_g, judge = world.parallel(compiled(raw_g.train())), None
     if raw_d is not None:
-        # D of the generator's loss: without DDP
+        # the generator's loss uses D without DDP
         judge = compiled(raw_d.train())
         net_d = world.parallel(judge)
 
@@ -472,7 +473,7 @@ def main(args):
             counts = dict(zip(sets.versions, world.reduce(picked.clone()).tolist()))
             run.progress(step, args.total_steps, meter, lr, counts)
         stopping = stop.requested(step)
-        # before saving: a finished run has its last validation
+        # validate before saving, so that a finished run has its last validation
         if due(step, args.val_every):
             look(step)
         if due(step, args.save_every) or due(step, args.val_every) or stopping:

@@ -421,7 +421,9 @@ def score(rows, items, metrics, folder, world, protocol, degradation=None, gold=
     """
     libraries, by_stem = versions(), {}
     with iqa.ScoreCache(folder, "scores", world.rank) as cache:
-        for stem, item in tqdm(list(items.items())[world.rank::world.size], unit="img", disable=not world.is_main):
+        # a bar only where the output is a terminal
+        hidden = None if world.is_main else True
+        for stem, item in tqdm(list(items.items())[world.rank::world.size], unit="img", disable=hidden):
             keys = score_keys(stem, item, rows, metrics, protocol, degradation, gold, libraries)
             todo = [k for k, key in keys.items() if key not in cache.scores]
             if todo or save:

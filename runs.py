@@ -115,8 +115,11 @@ def python(script, *words, processes=1):
 
 
 def make_missing(path, world, script, *words):
-    """Unless `path` is there, rank 0 runs the script of this repository that leaves it: what a demo starts from."""
-    if world.is_main and not path.exists():
+    """Unless `path` is there, rank 0 runs the script of this repository that leaves it: what a demo starts from.
+
+    A run folder is there when it has weights.
+    """
+    if world.is_main and not (path.exists() and (path.suffix or (path / "weights").is_dir())):
         shown = " ".join(["python", *([] if script.endswith(".py") else ["-m"]), script, *map(str, words)])
         print(f"{path} is missing and made first: {shown}", flush=True)
         of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE")
@@ -507,7 +510,7 @@ def save_json(path, value):
 
 
 def read_record(path):
-    """A run's args.json. ValueError when it is damaged."""
+    """A run's args.json. UserError when it is damaged."""
     try:
         record = json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -546,7 +549,7 @@ def find_discriminator(run):
 
 
 def load_checkpoint(path):
-    """A dict saved by `torch.save` through write_atomic, on the CPU. ValueError when it is damaged."""
+    """A dict saved by `torch.save` through write_atomic, on the CPU. UserError when it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -725,10 +728,12 @@ class Run:
         terms, speed, waiting = meter.read()
         loss = " ".join(f"{k} {v:.3g}" for k, v in terms.items() if k != "score" and not k.startswith("D_"))
         if "D_real" in terms:
-            loss += f" | D {terms['D_real']:.2f} {terms['D_fake']:.2f}"
-        left = timedelta(seconds=round((total - step) / speed))
-        self.say(f"{time.strftime('%H:%M:%S')} step {step}/{total} | {loss} | lr {lr:.0e} | {speed:.2f} it/s"
-                 + (f" | wait {waiting:.0%}" if waiting >= 0.1 else "") + f" | eta {left}", quiet=True)
+            loss += f" D {terms['D_real']:.2f} {terms['D_fake']:.2f}"
+        minutes, seconds = divmod(round((total - step) / speed), 60)
+        # at most 110 characters; the learning rate, which seldom changes, is in the event
+        line = f"{time.strftime('%H:%M:%S')} step {step}/{total} | {loss} {speed:.3g} it/s"
+        line += f" wait {waiting:.0%}" if waiting >= 0.1 else ""
+        self.say(f"{line} eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}", quiet=True)
         if self.bar is not None:
             self.bar.set_postfix_str(loss)
         if len(picked) > 1:
@@ -785,7 +790,7 @@ class Meter:
             self.first_bad[name] = torch.minimum(self.first_bad[name], bad) if name in self.first_bad else bad
 
     def check_finite(self, describe):
-        """Raise FloatingPointError naming the first non-finite term and its step; describe(step) names the samples."""
+        """Raise UserError naming the first non-finite term and its step; describe(step) names the samples."""
         for name, first in self.first_bad.items():
             # a device sync
             step = int(self.world.reduce(first.clone(), "MIN").item())

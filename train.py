@@ -50,7 +50,7 @@ def parse_args(argv=None):
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
     g.add_argument("--out", type=Path, help="run folder (default: runs/<arch>-<sampler>, runs/<arch>-psnr)")
-    # explicit flags still win
+    # usm: sharpen the targets, as HGGT's psnr stage of RRDBNet does; what set_defaults says, explicit flags change
     p.set_defaults(arch=arch, usm=False)
     p.set_defaults(**ARCHS[arch]["train"] | (PSNR if psnr else {}) | ARCHS[arch][first.stage])
     if first.demo:
@@ -179,7 +179,8 @@ def make_demo_start(args, world):
     """The demo's L1 stage, where the run that the GAN stage starts from is missing."""
     if args.demo and args.init == Path("runs") / f"{args.arch}-psnr":
         shorter = ["--total-steps", args.total_steps] if args.total_steps != DEMO["gan"]["total_steps"] else []
-        runs.make_missing(args.init, world, "train.py", "--demo", "--stage", "psnr", "--arch", args.arch, *shorter)
+        words = ["--demo", "--stage", "psnr", "--arch", args.arch, "--resume", "auto", *shorter]
+        runs.make_missing(args.init, world, "train.py", *words)
 
 
 def main(args):
@@ -239,7 +240,7 @@ def main(args):
     batches = data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda")
     batches = data.prefetch(batches, device)
     if run.start_step < args.total_steps:
-        # a first batch that cannot be read leaves no folder
+        # read now, so that a first batch that cannot be read leaves no folder behind
         batches = itertools.chain([next(batches)], batches)
     lambdas = {name: value for name, value in vars(args).items() if name.startswith("lambda_")}
     run.open()
@@ -248,14 +249,14 @@ def main(args):
             f"{f'from step {run.start_step}' if run.checkpoint else start}")
     if args.demo and args.lambda_p == args.lambda_a == 0:
         run.say("demo: L1 alone; VGG19 would be a download, and rounding decides what a GAN does in so few steps")
-    # the pool's copy alone may be 100 MB
+    # free the loaded checkpoint: its copy of the pool alone may be 100 MB
     state = run.checkpoint = None
 
     def compiled(net):
         return torch.compile(net) if args.compile else net
     net_g, judge = world.parallel(compiled(raw_g.train())), None
     if raw_d is not None:
-        # D of the generator's loss: without DDP
+        # the generator's loss uses D without DDP
         judge = compiled(raw_d.train())
         net_d = world.parallel(judge)
 
@@ -353,7 +354,7 @@ def main(args):
             counts = dict(zip(sets.versions, world.reduce(picked.clone()).tolist()))
             run.progress(step, args.total_steps, meter, lr, counts)
         stopping = stop.requested(step)
-        # before saving: a finished run has its last validation
+        # validate before saving, so that a finished run has its last validation
         if due(step, args.val_every):
             look(step)
         if due(step, args.save_every) or due(step, args.val_every) or stopping:

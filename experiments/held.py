@@ -1,4 +1,4 @@
-"""The memory that a process of torchrun keeps for networks and optimisers, measured against what bench.py counts.
+"""The memory that a process of torchrun keeps for networks and optimisers, against what experiments.bench counts.
 
     torchrun --nproc_per_node 2 -m experiments.held --json runs/bench/held.json
 

@@ -41,7 +41,7 @@ def parse_args(argv=None):
     g.add_argument("--hr", type=Path, default=Path("datasets/DIV2K_train_HR"), metavar="DIR",
                    help="sharp photographs (PAPER: DIV2K's training images)")
     g.add_argument("--val-photos", type=runs.SIZE, default=8, help="photographs held out for the checks (CHOICE)")
-    g.add_argument("--degradation", choices=["one-round", "two-round", "realesrgan", "blur"], default="realesrgan",
+    g.add_argument("--degradation", choices=runs.literal("degradations", "PRESETS"), default="realesrgan",
                    help="preset of degradations.py (PAPER: second order)")
     g.add_argument("--load-size", type=runs.SIZE, default=400,
                    help="window of the photograph that is degraded, in HR pixels (Real-ESRGAN)")

@@ -655,7 +655,7 @@ def test_references_without_an_image_are_a_remark_and_a_missing_realsr_is_named(
     assert call(pairs)["images"] == 3
     assert "remark: 1 references in --gt" in capsys.readouterr().out
     for words in (["--data", pairs / "RealSR"], ["--data", pairs / "nowhere", "--protocol", "realsr"]):
-        with pytest.raises(runs.UserError, match="no RealSR v3 there .*README says where"):
+        with pytest.raises(runs.UserError, match="no RealSR v3 there .*docs/evaluation.md says where"):
             run(pairs, *words)
 
 

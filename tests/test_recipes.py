@@ -90,11 +90,12 @@ def use(root, run, name):
 
 
 def test_a_further_loss_with_a_flag_is_logged_by_both_trainings(copy):
-    _, run = copy
+    root, run = copy
     log = run("train.py", "--demo", "--lambda-f", 0.1, "--total-steps", 2, "--log-every", 1, "--out", "runs/fourier")
     assert log.count("fourier") >= 2
     tuned = run("finetune_lora.py", "--demo", "--base", "runs/fourier", "--total-steps", 2, "--log-every", 1)
     assert tuned.count("fourier") >= 2 and "lambda_f" in tuned.split("values of")[1].split("; given")[0]
+    use(root, run, "fourier")
 
 
 def test_a_loss_in_place_of_another(copy):
@@ -104,3 +105,5 @@ def test_a_loss_in_place_of_another(copy):
     other = run("train.py", "--demo", "--total-steps", 2, "--log-every", 2, "--out", "runs/charbonnier")
     values = [float(re.search(r"pix ([\d.]+)", text)[1]) for text in (log, other)]
     assert 0 < values[1] - values[0] < 2e-3
+    run("finetune_lora.py", "--demo", "--base", "runs/charbonnier", "--total-steps", 2)
+    use(root, run, "charbonnier")

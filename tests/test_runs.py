@@ -148,6 +148,21 @@ def test_user_errors_are_one_line_and_all_others_keep_their_traceback(tmp_path):
         assert result.returncode == 1 and "Traceback" in result.stderr, bug
 
 
+@pytest.mark.parametrize("step, total, terms, lr, speed", [
+    (299_900, 300_000, {"adv": 0.0812}, 1e-4, 12.123), (100, 300_000, {"adv": 10.812, "q": -65.4321}, 2.5e-6, 0.71)])
+def test_a_progress_line_has_at_most_110_characters(tmp_path, capsys, monkeypatch, step, total, terms, lr, speed):
+    run = runs.Run(tmp_path / "run", {}, ALONE)
+    run.open()
+    meter = runs.Meter(ALONE)
+    terms = {"pix": 0.03123, "percep": 1.1043, **terms, "D_real": 0.6234, "D_fake": 0.4123, "score": 61.3}
+    monkeypatch.setattr(meter, "read", lambda: (terms, speed, 0.12))
+    run.progress(step, total, meter, lr, {"original": 3, "01": 97})
+    first, second = capsys.readouterr().out.splitlines()
+    assert len(first) <= 110 and f"step {step}/{total} |" in first
+    assert first.endswith("eta 0:00:08" if step > 100 else "eta 117:19:54"), first
+    assert second.strip() == "chosen so far: original 3% 01 97%; score of the fresh pairs 61.3"
+
+
 LAUNCHED = """
 import os, sys, time
 import runs
