@@ -590,11 +590,11 @@ def redraw(path):
     print(f"wrote {out}")
 
 
-def main():
+def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
     p.add_argument("file", type=Path, metavar="FILE.json", help="of python analyze_iqa.py")
-    redraw(p.parse_args().file)
+    return p.parse_args(argv)
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    runs.cli(lambda: redraw(parse_args().file))
