@@ -261,7 +261,7 @@ def with_demo_base(args):
     shorter = ["--total-steps", args.total_steps] if args.total_steps != DEMO["total_steps"] else []
     world = runs.start_world(args.device, args.threads)
     words = ["--demo", "--sampler", args.sampler, "--arch", args.arch, "--resume", "auto", *shorter]
-    runs.make_missing(args.base, world, "train.py", *words)
+    runs.make_missing(args.base / "weights", world, "train.py", *words)
     return parse_args(args.words)
 
 

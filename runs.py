@@ -117,9 +117,9 @@ def python(script, *words, processes=1):
 def make_missing(path, world, script, *words):
     """Unless `path` is there, rank 0 runs the script of this repository that leaves it: what a demo starts from.
 
-    A run folder is there when it has weights.
+    path: of a run its folder weights, which an interrupted run lacks.
     """
-    if world.is_main and not (path.exists() and (path.suffix or (path / "weights").is_dir())):
+    if world.is_main and not path.exists():
         shown = " ".join(["python", *([] if script.endswith(".py") else ["-m"]), script, *map(str, words)])
         print(f"{path} is missing and made first: {shown}", flush=True)
         of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE")

@@ -180,7 +180,7 @@ def make_demo_start(args, world):
     if args.demo and args.init == Path("runs") / f"{args.arch}-psnr":
         shorter = ["--total-steps", args.total_steps] if args.total_steps != DEMO["gan"]["total_steps"] else []
         words = ["--demo", "--stage", "psnr", "--arch", args.arch, "--resume", "auto", *shorter]
-        runs.make_missing(args.init, world, "train.py", *words)
+        runs.make_missing(args.init / "weights", world, "train.py", *words)
 
 
 def main(args):
