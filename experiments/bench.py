@@ -78,6 +78,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -111,20 +112,26 @@ def untrained_fused(device):
 def synthetic_sets(root, count=24, side=512):
     """Quintuplets of coloured noise with structure of every size, in HGGT's layout, under root."""
     rng = np.random.default_rng(0)
-    for n in range(count):
-        sizes = [max(2, side // k) for k in (128, 32, 8, 2)]
-        grids = [torch.from_numpy(rng.random((1, 3, size, size))).float() for size in sizes]
-        base = sum(F.interpolate(grid, (side, side), mode="bicubic") for grid in grids)[0] / len(grids)
-        for k, version in enumerate(("original", "01", "02", "03", "04")):
-            image = (base + 0.02 * k * torch.from_numpy(rng.standard_normal((3, side, side))).float()).clamp(0, 1)
-            name = data.file_stem(f"photo{n}-0-0", version)
-            save_image(root / "Train" / "images" / "0" / version / f"{name}.png", image)
+    with ThreadPoolExecutor(8) as pool:
+        saved = []
+        for n in range(count):
+            sizes = [max(2, side // k) for k in (128, 32, 8, 2)]
+            grids = [torch.from_numpy(rng.random((1, 3, size, size))).float() for size in sizes]
+            base = sum(F.interpolate(grid, (side, side), mode="bicubic") for grid in grids)[0] / len(grids)
+            for k, version in enumerate(("original", "01", "02", "03", "04")):
+                image = (base + 0.02 * k * torch.from_numpy(rng.standard_normal((3, side, side))).float()).clamp(0, 1)
+                name = data.file_stem(f"photo{n}-0-0", version)
+                path = root / "Train" / "images" / "0" / version / f"{name}.png"
+                saved.append(pool.submit(save_image, path, image))
+        for save in saved:
+            # raises what went wrong
+            save.result()
 
 
 # Whole steps
 
-def whole_steps(flags, args, steps, processes=1, windows=2, script="train.py"):
-    """The script itself with these flags, of which args is made.
+def whole_steps(flags, args, steps, processes=1, windows=2, script="train.py", inside=False):
+    """The script itself with these flags, of which args is made; inside: in this process instead of one of its own.
 
     -> [{"ms" per step, "wait": share of waiting for data, "memory": peak in GiB}] of each window of so many steps but
     the first
@@ -141,13 +148,18 @@ def whole_steps(flags, args, steps, processes=1, windows=2, script="train.py"):
                 net_d = archs.UNetDiscriminatorSN(args.d_features)
                 runs.save_weights(Path(folder) / "net_d.pth", net_d.state_dict())
                 start += ["--d-init", f"{folder}/net_d.pth"]
-        command = runs.python(script, *flags, *start, "--out", f"{folder}/run", "--total-steps", windows * steps,
-                              "--log-every", steps, "--save-every", 0, "--val-every", 0, processes=processes)
-        done = subprocess.run(command, capture_output=True, text=True, env=runs.python_path())
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no output"]
-            last = ([line for line in lines if "error:" in line] or lines)[-1]
-            raise runs.UserError(f"{script} ended with {done.returncode}: {last}")
+        words = [str(word) for word in [*flags, *start, "--out", f"{folder}/run", "--total-steps", windows * steps,
+                                        "--log-every", steps, "--save-every", 0, "--val-every", 0]]
+        if inside:
+            module = finetune_lora if script == "finetune_lora.py" else train
+            module.main(module.parse_args(words))
+        else:
+            done = subprocess.run(runs.python(script, *words, processes=processes), capture_output=True, text=True,
+                                  env=runs.python_path())
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or ["no output"]
+                last = ([line for line in lines if "error:" in line] or lines)[-1]
+                raise runs.UserError(f"{script} ended with {done.returncode}: {last}")
         events = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
         measured = [event for event in events if event["split"] == "train"][1:]
         keep = ("wait", "memory")
@@ -189,7 +201,8 @@ def print_parts(record, parts, work, peak, batch, alone=False):
 def bench_step(args, flags, options, record):
     """The step of train.py or, for the command finetune, of finetune_lora.py: its parts, then whole."""
     tune = options.command == "finetune"
-    world, parts, work = step_parts(args, options.repeats, tune)
+    world, parts, work, busy = step_parts(args, options.repeats, tune)
+    record["busy"] = busy
     record["peak_memory_parts"] = runs.peak_memory(world.device)
     peak = peak_flops(world.device, args.precision)
     print_parts(record, parts, work, peak, args.batch_size)
@@ -312,7 +325,7 @@ def bench_grow(args, flags, options, record):
             synthetic_sets(Path(made), count, size)
             changed = [*without(flags, "--data", *changes[::2]), "--data", made, *changes]
             whole = whole_steps(changed, args, options.steps)[0]
-            _, parts, _ = step_parts(train.parse_args(changed), options.repeats, False)
+            _, parts, _, _ = step_parts(train.parse_args(changed), options.repeats, False)
         print(f"{axis} x{factor}: {whole['ms']:.1f} ms, {whole['memory']:.2f} GiB", file=sys.stderr)
         shown = {name: parts[name] for name in ("decode, one worker", "degradation", "scoring") if name in parts}
         return {"whole step": whole["ms"], **shown, "memory": whole["memory"]}

@@ -36,6 +36,18 @@ def timed(function, repeats, device):
     return statistics.median(times[1:])
 
 
+def computing(function, device):
+    """ms of function() in which the GPU computes; its longest kernels are printed. 0 on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        sync(device)
+    averages = profile.key_averages()
+    print(averages.table(sort_by="self_cuda_time_total", row_limit=8, max_name_column_width=90))
+    return sum(event.self_device_time_total for event in averages) / 1000
+
+
 def flops(function):
     """Floating-point operations of function(): matrix products, convolutions and attention, forward and backward."""
     with FlopCounterMode(display=False) as counter:
@@ -87,9 +99,9 @@ class Step:
 
 
 def step_parts(args, repeats, tune):
-    """{part: ms per step} on one batch and {part: FLOPs} of train.py's step, or with tune of finetune_lora.py's.
+    """Of train.py's step, or with tune of finetune_lora.py's, on one batch: {part: ms}, {part: FLOPs}, {part: busy}.
 
-    --compile compiles what they compile; FLOPs are counted eager.
+    --compile compiles what they compile; FLOPs are counted eager. busy: share of its time in which the GPU computes.
     """
     step = Step(args, tune)
     vgg, reward = step.vgg, step.reward
@@ -98,17 +110,26 @@ def step_parts(args, repeats, tune):
         return torch.compile(net) if args.compile and net is not None else net
     net_g, net_d = compiled(step.net_g), compiled(step.net_d)
     device, lanes = step.world.device, range(args.batch_size)
-    measure, parts, work = partial(timed, repeats=repeats, device=device), {}, {}
+    parts, work, busy = {}, {}, {}
+
+    def measure(name, function, counted=None):
+        """Time of a part; counted: the same uncompiled, where its work is counted."""
+        parts[name] = timed(function, repeats, device)
+        if device.type == "cuda":
+            print(f"# {name}")
+            busy[name] = computing(function, device) / parts[name]
+        if counted:
+            work[name] = flops(counted)
 
     # data
     def decode():
         return [step.dataset.sample(1, lane) for lane in lanes]
-    parts["decode, one worker"] = measure(decode)
+    measure("decode, one worker", decode)
     batch = data.collate(decode())
 
     def moved():
         return [batch[name].to(device).float() / 255 for name in ("original", "crops")]
-    parts["to the device"] = measure(moved)
+    measure("to the device", moved)
     original, crops = moved()
     draws = ([step.seeds(1, lane, "degrade") for lane in lanes],
              [step.seeds(1, lane // args.group_size, "degrade-group") for lane in lanes])
@@ -116,13 +137,13 @@ def step_parts(args, repeats, tune):
     def degrade():
         image = degradations.usm_sharpen(original) if args.usm else original
         return degradations.degrade(image, args.degradation, *draws)
-    parts["degradation"] = measure(degrade)
+    measure("degradation", degrade)
     lq, gt = data.crop_like(degrade(), batch["where"], args.crop), crops[:, 0]
     if args.sampler == "amo" and crops.shape[1] > 1:
         @torch.no_grad()
         def score():
             return step.chooser(crops.flatten(0, 1))
-        parts["scoring"], work["scoring"] = measure(score), flops(score)
+        measure("scoring", score, score)
 
     # generator, forward and through L1
     def generator(net, backward=True):
@@ -131,9 +152,9 @@ def step_parts(args, repeats, tune):
         if backward:
             F.l1_loss(sr.float(), gt).backward()
         return sr
-    parts["G forward"] = measure(lambda: generator(net_g, False))
-    parts["G backward, L1"] = max(0.0, measure(lambda: generator(net_g)) - parts["G forward"])
-    work["G"] = flops(lambda: generator(step.net_g))
+    measure("G forward", lambda: generator(net_g, False))
+    measure("G", lambda: generator(net_g), lambda: generator(step.net_g))
+    parts["G backward, L1"] = max(0.0, parts.pop("G") - parts["G forward"])
     fake = generator(step.net_g, False).detach()
 
     # the other losses, from the SR image on
@@ -145,11 +166,11 @@ def step_parts(args, repeats, tune):
     if vgg is not None:
         def perceptual():
             through(lambda sr: vgg(sr, gt))
-        parts["perceptual"], work["perceptual"] = measure(perceptual), flops(perceptual)
+        measure("perceptual", perceptual, perceptual)
     if tune and reward is not None:
         def rewarded():
             through(lambda sr: -reward(sr.clamp(0, 1)).mean())
-        parts["reward with gradient"], work["reward with gradient"] = measure(rewarded), flops(rewarded)
+        measure("reward with gradient", rewarded, rewarded)
     if net_d is not None:
         def adversarial(net):
             step.net_d.requires_grad_(False)
@@ -162,7 +183,7 @@ def step_parts(args, repeats, tune):
                     loss = adversarial_loss(net(images), real)
                 loss.backward()
         for name, part in (("D in G's loss", adversarial), ("D", discriminator)):
-            parts[name], work[name] = measure(partial(part, net_d)), flops(partial(part, step.net_d))
+            measure(name, partial(part, net_d), partial(part, step.net_d))
 
     # optimisers, whose learning rate of almost 0 leaves the weights as they are
     ema = copy.deepcopy(step.net_g).requires_grad_(False)
@@ -173,5 +194,5 @@ def step_parts(args, repeats, tune):
         for optimiser in optimisers:
             optimiser.step()
         runs.update_ema(ema, step.net_g, 0.999)
-    parts["optimiser, EMA"] = measure(update)
-    return step.world, parts, work
+    measure("optimiser, EMA", update)
+    return step.world, parts, work, busy

@@ -503,7 +503,8 @@ def test_vgg_loss_equals_one_written_with_torchvision(vgg, layout):
         assert loss(sr, sr).item() == 0
         with torch.autocast("cpu", torch.bfloat16):
             inside = loss(sr, gt)
-    assert inside.dtype == torch.float32 and inside.item() == pytest.approx(expected.item(), rel=1e-5)
+    # differences are taken in fp32, of features with the 8 bits of bf16
+    assert inside.dtype == torch.float32 and inside.item() == pytest.approx(expected.item(), rel=0.02) != expected
     assert any((tap < 0).any() for tap in loss.taps(sr)) and all((tap < 0).any() for tap in loss.taps(sr))
 
 

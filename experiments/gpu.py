@@ -1,0 +1,393 @@
+"""Everything worth measuring on a CUDA machine, best first, within ten minutes: what `make gpu` runs.
+
+    python -m experiments.gpu                                eight minutes: device, checks, speed, exact
+    python -m experiments.gpu --only speed --minutes 4       one job
+    python -m experiments.gpu --device cpu --minutes 1       a rehearsal in small
+
+Needs PyTorch, torchvision, SciPy, scikit-image and pytest only, and downloads nothing. Every job is a process of its
+own with a time limit, and writes its file again after each of its parts, so that what is cut off costs itself alone.
+OUT gets device.json, checks.json, speed.json, exact.json, summary.md (what to read), log.txt, pictures.zip.
+
+Without --data the quintuplets are made up (512 x 512 pixels, packed); without --vgg-weights VGG19 has random weights,
+and MUSIQ always has: their speed does not depend on them. Batches are those of one of the paper's four GPUs.
+"""
+import sys
+from pathlib import Path
+
+import runs
+
+# {job: (share of the minutes, what it does)}, in order of value
+JOBS = {
+    "device": (0.04, "matrix products per second in each precision, bandwidth of a copy"),
+    "checks": (0.24, "tests/test_gpu*.py: CPU against CUDA, no waiting, resume"),
+    "speed": (0.54, "training, fine-tuning, inference: images/s, share of the peak, memory, where the time goes"),
+    "exact": (0.18, "bitwise resume, operations without a deterministic form, 500 steps in bf16"),
+}
+
+
+def parse_args(argv=None):
+    p = runs.Parser(description=__doc__)
+    p.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for the results")
+    p.add_argument("--only", nargs="+", choices=list(JOBS), default=list(JOBS), metavar="JOB",
+                   help=f"some of {', '.join(JOBS)}; default: all")
+    p.add_argument("--minutes", type=runs.RATE, default=8.0, help="for all jobs together; each has its share")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu: a rehearsal with small networks")
+    p.add_argument("--data", type=Path, metavar="DIR", help="quintuplets, packed or not; default: made up")
+    p.add_argument("--vgg-weights", type=Path, metavar="FILE",
+                   help="as train.py takes it, or in 8 bits as prepare.vgg19 takes it; default: random weights")
+    # what the jobs' processes are told
+    p.add_argument("--job", choices=list(JOBS), help="run this job in this process, within --minutes")
+    return p.parse_args(argv)
+
+
+# before the imports that take seconds, so that --help answers at once
+ARGS = parse_args() if __name__ == "__main__" else None
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+import traceback
+import warnings
+import zipfile
+from functools import partial
+from xml.etree import ElementTree
+
+# cuBLAS reads it once, before its first product; it needs it for results that are bitwise the same
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+
+import archs
+import finetune_lora
+import train
+from experiments import bench
+from experiments.steps import peak_flops, step_parts, timed
+from prepare import atlas, demo_set, pack, vgg19
+
+# flags of the trainings whose speed is measured: one GPU's share of the paper's batch, group and pool
+FULL = {
+    "swinir": ["--arch", "swinir", "--batch-size", 8, "--group-size", 8, "--pool-size", 160],
+    "rrdbnet": ["--arch", "rrdbnet", "--batch-size", 12, "--group-size", 12, "--pool-size", 180],
+}
+TINY = ["--batch-size", 2, "--group-size", 2, "--pool-size", 4, "--crop", 32, "--d-features", 4, "--lambda-p", 0]
+SMALL = {"swinir": ["--arch", "swinir-small", *TINY], "rrdbnet": ["--arch", "rrdbnet-small", *TINY]}
+REWARDS = {"fp32": "rewards.musiq:untrained", "tf32": "rewards.musiq:untrained", "bf16": "rewards.musiq:untrained_bf16"}
+
+
+class Report:
+    """The file of a job: {"machine": ..., part: its result, or why there is none}, written again after every part."""
+
+    def __init__(self, file, seconds):
+        self.file, self.end = file, time.monotonic() + seconds
+        self.record = {"machine": runs.describe_machine(), "command": sys.argv}
+
+    def part(self, name, function, need=0):
+        """Run a part that is expected to take `need` seconds, if there is time. -> its result, or None"""
+        started, result = time.monotonic(), None
+        print(f"\n## {name}", flush=True)
+        if started + need > self.end:
+            self.record[name] = {"skipped": f"no time left ({need} s are needed)"}
+        else:
+            try:
+                result = function()
+                self.record[name] = result | {"seconds": round(time.monotonic() - started, 1)}
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self.record[name] = {"skipped": f"does not fit into memory ({' '.join(str(error).split())[:120]})"}
+            except Exception as error:
+                traceback.print_exc()
+                self.record[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        if torch.cuda.is_available():
+            # after the handler, which held the tensors of a failed part
+            torch.cuda.empty_cache()
+        print(json.dumps(self.record[name])[:2000], flush=True)
+        runs.save_json(self.file, self.record)
+        return result
+
+
+# (a) the device
+
+def job_device(args, report, work):
+    device = torch.device(args.device)
+    for precision in ("bf16", "tf32", "fp32"):
+        def product(precision=precision):
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+            return {"flops": peak_flops(device, precision)}
+        report.part(f"matrix product, {precision}", product)
+
+    def copy():
+        source = torch.rand(2 ** 28 if device.type == "cuda" else 2 ** 24, device=device)
+        target = torch.empty_like(source)
+        ms = timed(lambda: target.copy_(source), 5, device)
+        return {"bytes_per_s": 2 * source.numel() * source.element_size() / (ms / 1000)}
+    report.part("copy", copy)
+    if device.type == "cuda":
+        report.part("memory", lambda: {"gib": torch.cuda.get_device_properties(0).total_memory / 2 ** 30})
+
+
+# (b) tests on the device
+
+def job_checks(args, report, work):
+    def tests():
+        files = sorted(str(file) for file in Path("tests").glob("test_gpu*.py"))
+        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10",
+                 f"--junitxml={work / 'tests.xml'}", *files]
+        subprocess.run(words, env=runs.python_path(), timeout=max(1.0, report.end - time.monotonic()))
+        outcomes, measured, seconds = {}, {}, {}
+        for case in ElementTree.parse(work / "tests.xml").iter("testcase"):
+            state = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+            outcomes.setdefault(state, []).append(case.get("name"))
+            seconds[case.get("name")] = float(case.get("time"))
+            values = {p.get("name"): float(p.get("value")) for p in case.iter("property")}
+            measured |= {case.get("name"): values} if values else {}
+        return {"counts": {state: len(names) for state, names in outcomes.items()}, "measured": measured,
+                "failed_tests": outcomes.get("failure", []) + outcomes.get("error", []), "seconds_of": seconds}
+    report.part("tests", tests)
+
+
+# (c) speed
+
+def measured(args, words, steps, compiled=False, tune=False, parts=False):
+    """{"images_per_s", "ms", "wait", "memory", ...} of train.py, or with tune finetune_lora.py, with these flags.
+
+    parts: measure the parts of a step as well, one by one, and of each the share of its time in which the GPU computes.
+    """
+    words = [str(word) for word in words] + (["--compile"] if compiled else [])
+    module = finetune_lora if tune else train
+    flags = module.parse_args([*words, "--base", "none"] if tune else words)
+    record = {"flags": words}
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if parts:
+        _, record["parts_ms"], record["flops"], record["busy"] = step_parts(flags, 3, tune)
+        print(json.dumps(record["parts_ms"], indent=1))
+    whole = bench.whole_steps(words, flags, steps, script="finetune_lora.py" if tune else "train.py", inside=True)[0]
+    return record | whole | {"images_per_s": 1000 * flags.batch_size / whole["ms"]}
+
+
+def job_speed(args, report, work):
+    cuda = args.device == "cuda"
+    arguments = FULL if cuda else SMALL
+    steps = 20 if cuda else 2
+    common = ["--data", work / "data", "--vgg-weights", work / "vgg19.pth", "--device", args.device,
+              "--workers", 8 if cuda else 0]
+
+    def words(arch, precision, *more):
+        return [*arguments[arch], *common, "--precision", precision, "--reward", REWARDS[precision], *more]
+    for precision in ("bf16", "tf32"):
+        for arch in arguments:
+            run = partial(measured, args, words(arch, precision), steps, parts=True)
+            report.part(f"train {arch}-amo, {precision}", run, 20 * cuda)
+    # Supp. 8.3: batch 32; micro-batches of one GPU's share
+    batch = ["--batch-size", 32 if cuda else 4, "--accumulate", 4 if cuda else 2]
+    for precision in ("bf16", "tf32"):
+        run = partial(measured, args, words("swinir", precision, *batch), steps // 2, tune=True, parts=True)
+        report.part(f"finetune swinir lora, batch 32, {precision}", run, 25 * cuda)
+    for arch in arguments:
+        run = partial(measured, args, words(arch, "bf16"), steps, compiled=True)
+        report.part(f"train {arch}-amo, bf16, compiled", run, 50 * cuda)
+
+    def from_atlas():
+        file = work / "atlas.npy"
+        atlas.main(atlas.parse_args([str(work / "data"), "--reward", "ranker", "--crop", "256" if cuda else "32",
+                                     "--stride", "64", "--device", args.device, "--out", str(file)]))
+        plain = [*arguments["swinir"], *common, "--precision", "bf16", "--atlas", file, "--reward", "none"]
+        rand = [*arguments["swinir"], *common, "--precision", "bf16", "--sampler", "rand", "--reward", "none"]
+        # in turn, so that a drift of the clock is seen
+        times = {"atlas": [], "rand": []}
+        for _ in range(2):
+            for name, flags in (("atlas", plain), ("rand", rand)):
+                times[name].append(measured(args, flags, steps)["ms"])
+        return {"ms": times, "atlas_over_rand": statistics.median(times["atlas"]) / statistics.median(times["rand"])}
+    report.part("train swinir, bf16, atlas and rand", from_atlas, 35 * cuda)
+    report.part("inference", partial(inference, args), 15 * cuda)
+    for arch in arguments:
+        report.part(f"train {arch}-amo, fp32", partial(measured, args, words(arch, "fp32"), steps // 2), 20 * cuda)
+    for precision in ("bf16", "tf32"):
+        run = partial(measured, args, words("rrdbnet", precision, "--no-channels-last"), steps)
+        report.part(f"train rrdbnet-amo, {precision}, not channels_last", run, 15 * cuda)
+
+
+def inference(args):
+    """{network: {precision: ms of one LR image of 128 x 128 pixels}}"""
+    device, result = torch.device(args.device), {}
+    lq = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).to(device)
+    for arch in ("swinir", "rrdbnet", "compact") if args.device == "cuda" else ("compact-small",):
+        net, result[arch] = archs.create(arch).to(device).eval(), {}
+        if archs.is_convolutional(net):
+            net = net.to(memory_format=torch.channels_last)
+        for precision in ("fp32", "tf32", "bf16"):
+            _, _, autocast = runs.start_training(args.device, 0, 0, precision)
+            with autocast():
+                result[arch][precision] = timed(partial(archs.upscale_tiled, net, lq), 5, device)
+    return {"ms": result}
+
+
+# (d) exactness
+
+def last_state(folder):
+    """{name: tensor} of everything in a run's checkpoint."""
+    def walk(value, path):
+        if torch.is_tensor(value):
+            yield path, value
+        elif isinstance(value, (dict, list, tuple)):
+            for key, inner in (value.items() if isinstance(value, dict) else enumerate(value)):
+                yield from walk(inner, f"{path}/{key}")
+    return dict(walk(runs.load_checkpoint(folder / "ckpt" / "last.pt"), ""))
+
+
+def largest_difference(a, b):
+    """The largest difference between two checkpoints; None: bitwise equal."""
+    a, b = last_state(a), last_state(b)
+    if a.keys() != b.keys():
+        raise RuntimeError(f"the checkpoints hold different tensors: {sorted(a.keys() ^ b.keys())[:4]}")
+    unequal = [(a[name].double() - b[name].double()).abs().max().item() for name in a
+               if not torch.equal(a[name], b[name])]
+    return max(unequal, default=None)
+
+
+def job_exact(args, report, work):
+    cuda = args.device == "cuda"
+    demo = work / "demo"
+    demo_set.build_demo(demo)
+    # nothing is validated
+    shutil.rmtree(demo / "Test")
+    common = ["--data", demo, "--vgg-weights", work / "vgg19.pth", "--device", args.device, "--load-size", 128,
+              "--crop", 64, "--log-every", 4, "--val-every", 0, "--workers", 2, "--reward", "ranker",
+              *([] if cuda else TINY)]
+
+    def run(out, steps, *words):
+        train.main(train.parse_args([str(word) for word in [*common, *words, "--out", work / out,
+                                                            "--total-steps", steps, "--resume", "auto"]]))
+
+    def resumed(arch, precision):
+        runs.save_weights(work / f"{arch}.pth", archs.create(arch).state_dict())
+        words = ["--arch", arch, *(["--d-features", 16] if cuda else []), "--init", work / f"{arch}.pth", "--precision", precision]
+        result = {}
+        for mode in (False, True):
+            torch.use_deterministic_algorithms(mode, warn_only=True)
+            name = f"{arch}-{precision}-{mode}"
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                run(f"{name}-a", 8, *words)
+                run(f"{name}-b", 4, *words)
+                run(f"{name}-b", 8, *words)
+            torch.use_deterministic_algorithms(False)
+            key = "deterministic" if mode else "plain"
+            result[key] = {"largest_difference": largest_difference(work / f"{name}-a", work / f"{name}-b")}
+            if mode:
+                lines = {str(w.message).splitlines()[0] for w in caught if "deterministic" in str(w.message)}
+                result["without_deterministic_form"] = sorted(lines)
+        return result
+    for arch in ("swinir-small", "rrdbnet-small", "compact-small") if cuda else ("compact-small",):
+        for precision in ("fp32", "bf16"):
+            report.part(f"resume, {arch}, {precision}", partial(resumed, arch, precision), 10 * cuda)
+
+    def finite(arch):
+        steps = 500 if cuda else 5
+        name = (FULL if cuda else SMALL)[arch][1]
+        runs.save_weights(work / "init.pth", archs.create(name).state_dict())
+        sizes = ["--batch-size", 4, "--group-size", 4, "--pool-size", 40, "--crop", 128] if cuda else []
+        # the last flag of a name counts
+        words = ["--arch", name, *sizes, "--init", work / "init.pth", "--precision", "bf16", "--reward",
+                 REWARDS["bf16"], "--log-every", steps // 5, "--save-every", 0]
+        run(f"finite-{arch}", steps, *words)
+        events = [json.loads(line) for line in (work / f"finite-{arch}" / "metrics.jsonl").read_text().splitlines()]
+        # a term that is not finite would have ended the run
+        return {"steps": steps, "losses": [event for event in events if event["split"] == "train"]}
+    for arch in ("swinir", "rrdbnet"):
+        report.part(f"bf16, {arch}", partial(finite, arch), 30 * cuda)
+    with zipfile.ZipFile(args.out / "pictures.zip", "w") as pictures:
+        for file in sorted(work.glob("finite-*/samples/*.png")):
+            pictures.write(file, f"{file.parent.parent.name}-{file.name}")
+
+
+# all jobs
+
+def prepare(args, work):
+    """What the jobs read: work/data (quintuplets, packed) and work/vgg19.pth."""
+    if args.data:
+        (work / "data").symlink_to(args.data.resolve())
+    else:
+        bench.synthetic_sets(work / "data", *((16, 512) if args.device == "cuda" else (4, 96)))
+        pack.main(pack.parse_args([str(work / "data")]))
+    if args.vgg_weights is None:
+        from torchvision.models import vgg19 as network
+        torch.manual_seed(0)
+        torch.save(network(weights=None).features.state_dict(), work / "vgg19.pth")
+    elif any(value.dtype == torch.uint8 for value in archs.read_file(args.vgg_weights).values()):
+        vgg19.main(vgg19.parse_args([str(args.vgg_weights), str(work / "vgg19.pth")]))
+    else:
+        (work / "vgg19.pth").symlink_to(args.vgg_weights.resolve())
+
+
+def summary(out, lines):
+    """summary.md: every part of every job in a line."""
+    rows = []
+    for name in JOBS:
+        file = out / f"{name}.json"
+        record = json.loads(file.read_text()) if file.exists() else {}
+        for part, result in record.items():
+            if part in ("machine", "command"):
+                continue
+            shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in result.items()
+                     if isinstance(v, (int, float, str)) or k in ("counts", "failed_tests", "plain", "deterministic")}
+            rows.append([name, part, "; ".join(f"{k} {v}" for k, v in shown.items())])
+    machine = next((json.loads((out / f"{name}.json").read_text())["machine"] for name in JOBS
+                    if (out / f"{name}.json").exists()), {})
+    text = "\n".join([f"# {machine.get('device', 'no device')}", "", *(f"{k}: {v}  " for k, v in machine.items()), "",
+                      *lines, "", runs.markdown(["job", "part", "result"], rows), ""])
+    runs.write_atomic(out / "summary.md", lambda temporary: temporary.write_text(text))
+    return [row for row in rows if row[2].startswith("failed")]
+
+
+def main(args):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise runs.UserError("this PyTorch sees no GPU; --device cpu rehearses in small")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.job:
+        work, report = args.data, Report(args.out / f"{args.job}.json", 60 * args.minutes)
+        globals()[f"job_{args.job}"](args, report, work)
+        return
+    started, lines, left = time.monotonic(), [], 0.0
+    total = sum(JOBS[name][0] for name in args.only)
+    with tempfile.TemporaryDirectory() as folder, open(args.out / "log.txt", "w") as log:
+        work = Path(folder)
+        prepare(args, work)
+        left -= time.monotonic() - started
+        for name in args.only:
+            # what a job leaves of its time is the next one's
+            left += 60 * args.minutes * JOBS[name][0] / total
+            begun, limit = time.monotonic(), max(left, 10.0)
+            words = ["--job", name, "--out", args.out, "--device", args.device, "--data", work,
+                     "--minutes", 0.93 * limit / 60]
+            print(f"{name}: {JOBS[name][1]}; at most {limit:.0f} s", flush=True)
+            child = subprocess.Popen(runs.python("experiments.gpu", *words), stdout=log, stderr=log,
+                                     env=runs.python_path(), start_new_session=True)
+            try:
+                status = f"ended with {child.wait(limit)}"
+            except subprocess.TimeoutExpired:
+                status = f"was stopped at its limit of {limit:.0f} s"
+            finally:
+                # its data workers and tests, too
+                try:
+                    os.killpg(child.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+                child.wait()
+            seconds = time.monotonic() - begun
+            left -= seconds
+            lines.append(f"- {name} {status} after {seconds:.0f} s")
+            print(lines[-1], flush=True)
+            failed = summary(args.out, lines)
+    print((args.out / "summary.md").read_text())
+    if failed or any("ended with 0" not in line for line in lines):
+        raise runs.UserError(f"some parts failed: {args.out / 'log.txt'}")
+
+
+if __name__ == "__main__":
+    runs.cli(partial(main, ARGS))
