@@ -273,7 +273,8 @@ def create_judges(reward, watch, device):
 
 def main(args):
     args = with_demo_base(args)
-    world, seeds, autocast = runs.start_training(args.device, args.threads, args.seed, args.precision)
+    world, seeds, autocast = runs.start_training(args.device, args.threads, args.seed, args.precision,
+                                                 args.deterministic)
     device, lanes = world.device, world.lanes(args.batch_size)
     if len(lanes) % args.accumulate:
         raise runs.UserError(f"--accumulate {args.accumulate} does not divide the {len(lanes)} crops of one process")

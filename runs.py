@@ -260,6 +260,8 @@ def add_training(p, leave_out=()):
         help="how MUSIQ scores crops: fused is rewards/musiq.py, equal to pyiqa's in 1e-5 and faster; fused-bf16 is "
              "close only; pyiqa its own code")
     add(g, "--compile", action=onoff, default=False, help="torch.compile generator and discriminator")
+    add(g, "--deterministic", action=onoff, default=False,
+        help="CUDA too computes bitwise the same again, so that a resumed run equals an uninterrupted one; slower")
     g = p.add_argument_group("output")
     add(g, "--log-every", type=SIZE, default=100, help="steps between progress lines")
     add(g, "--save-every", type=COUNT, default=5_000,
@@ -398,11 +400,20 @@ def start_world(device="auto", threads=0):
     return World(rank, size, torch.device(device))
 
 
-def start_training(device, threads, seed, precision):
-    """The beginning of every training. -> world, seeds(step, lane, purpose), autocast(): where networks run."""
+def start_training(device, threads, seed, precision, deterministic=False):
+    """The beginning of every training. -> world, seeds(step, lane, purpose), autocast(): where networks run.
+
+    deterministic: CUDA computes bitwise the same again, as a CPU does anyway; PyTorch raises RuntimeError for an
+    operation of which it has no such form.
+    """
+    if deterministic:
+        # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     world = start_world(device, threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = True
+    # it times the algorithms of cuDNN, so that the next process may take others, which round otherwise
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     autocast = partial(torch.autocast, world.device.type, torch.bfloat16, enabled=precision == "bf16")
     return world, partial(sample_seed, seed), autocast
 

@@ -184,7 +184,8 @@ def make_demo_start(args, world):
 
 
 def main(args):
-    world, seeds, autocast = runs.start_training(args.device, args.threads, args.seed, args.precision)
+    world, seeds, autocast = runs.start_training(args.device, args.threads, args.seed, args.precision,
+                                                 args.deterministic)
     device, lanes = world.device, world.lanes(args.batch_size)
     if len(lanes) % args.accumulate:
         raise runs.UserError(f"--accumulate {args.accumulate} does not divide the {len(lanes)} crops of one process")

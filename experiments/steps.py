@@ -72,7 +72,7 @@ class Step:
     """The rewards, data, networks and weights to train of train.py or, with tune, finetune_lora.py."""
 
     def __init__(self, args, tune):
-        start = runs.start_training(args.device, args.threads, args.seed, args.precision)
+        start = runs.start_training(args.device, args.threads, args.seed, args.precision, args.deterministic)
         self.world, self.seeds, self.autocast = start
         device = self.world.device
 

@@ -1,7 +1,7 @@
 """Between log steps nothing waits for the GPU: neither a value that is read back nor a copy that waits.
 
 On a CPU, PyTorch's dispatcher catches every value that a whole run reads, and the parts that copy numbers to the device
-run on fake CUDA tensors, which know their device and hold no data. The tests marked gpu let CUDA itself complain.
+run on fake CUDA tensors, which know their device and hold no data. tests/test_gpu.py lets CUDA itself complain.
 """
 import contextlib
 import traceback
@@ -222,27 +222,3 @@ def test_losses_choice_and_meter_read_nothing_on_a_gpu(fake_cuda):
     with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
         # a log step does this
         meter.check_finite(str)
-
-
-@pytest.fixture
-def cuda_complains(monkeypatch):
-    """CUDA raises an error for anything that waits between the log steps of the runs that follow."""
-    between_logs(monkeypatch, lambda: torch.cuda.set_sync_debug_mode("error"),
-                 lambda: torch.cuda.set_sync_debug_mode("default"))
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("more", [dict(reward="ranker"), dict(arch="swinir-small", drop_path=0.5, precision="bf16"),
-                                  dict(sampler="rand", accumulate=2, workers=2)])
-def test_cuda_is_never_waited_for_between_log_steps(
-        quintuplets, init, rewards, tmp_path, cuda_complains, more):  # noqa: F811
-    run_training(quintuplets, init, tmp_path, device="cuda", **more)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_is_never_waited_for_in_tuning(base, tmp_path, cuda_complains):  # noqa: F811
-    run_tuning(base, tmp_path, "--device", "cuda")

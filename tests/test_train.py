@@ -35,7 +35,7 @@ TINY = ["--arch", "compact-small", "--batch-size", "4", "--group-size", "2", "--
 def init(tmp_path_factory):
     """{arch: random weight file} of the small nets."""
     folder, files = tmp_path_factory.mktemp("init"), {}
-    for arch in ("compact-small", "swinir-small"):
+    for arch in ("compact-small", "rrdbnet-small", "swinir-small"):
         torch.manual_seed(0)
         files[arch] = folder / f"{arch}.pth"
         runs.save_weights(files[arch], archs.create(arch).state_dict())
@@ -539,6 +539,22 @@ def test_a_wrong_size_or_mode_anywhere_is_refused_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
+def test_deterministic_changes_nothing_on_a_cpu(quintuplets, init, rewards, vgg_file, tmp_path, monkeypatch):
+    """On CUDA tests/test_gpu.py lets such a run be continued."""
+    words = dict(arch="swinir-small", total_steps=3, lambda_p=1, vgg_weights=vgg_file)
+    train_with(flags(quintuplets, init, tmp_path / "plain", **words))
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        train_with(flags(quintuplets, init, tmp_path / "deterministic", deterministic=True, **words))
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    plain, deterministic = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("plain", "deterministic"))
+    assert all(equal(plain[k], deterministic[k]) for k in plain if k != "args")
+
+
 def test_a_second_start_into_a_run_is_refused_and_resume_needs_a_checkpoint(quintuplets, init, rewards, tmp_path):
     words = flags(quintuplets, init, tmp_path / "run", total_steps=1)
     with pytest.raises(ValueError, match="--resume auto"):
@@ -618,16 +634,6 @@ def test_an_unwritable_output_is_refused(quintuplets, init, rewards, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises((OSError, ValueError), match="cannot be written"):
         train_with(flags(quintuplets, init, tmp_path / "file" / "run", total_steps=1))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_gpu_run_resumes_and_stays_finite(quintuplets, init, rewards, tmp_path, precision):
-    words = dict(precision=precision, device="cuda")
-    train_with(flags(quintuplets, init, tmp_path / "run", total_steps=3, **words))
-    train_with(flags(quintuplets, init, tmp_path / "run", total_steps=6, **words) + ["--resume"])
-    assert len(losses(tmp_path / "run")) == 6
 
 
 def test_training_with_an_atlas_needs_no_reward_and_is_amo_on_its_grid(quintuplets, init, tmp_path, rewards):
