@@ -76,6 +76,7 @@ FULL = {
 }
 TINY = ["--batch-size", 2, "--group-size", 2, "--pool-size", 4, "--crop", 32, "--d-features", 4, "--lambda-p", 0]
 SMALL = {"swinir": ["--arch", "swinir-small", *TINY], "rrdbnet": ["--arch", "rrdbnet-small", *TINY]}
+# MUSIQ with random weights, in the precision of the networks
 REWARDS = {"fp32": "rewards.musiq:untrained", "tf32": "rewards.musiq:untrained", "bf16": "rewards.musiq:untrained_bf16"}
 
 
@@ -172,42 +173,43 @@ def measured(args, words, steps, compiled=False, tune=False, parts=False):
 def job_speed(args, report, work):
     cuda = args.device == "cuda"
     arguments = FULL if cuda else SMALL
-    steps = 20 if cuda else 2
+    steps, fast, exact = (20, "bf16", "tf32") if cuda else (2, "fp32", "fp32")
     common = ["--data", work / "data", "--vgg-weights", work / "vgg19.pth", "--device", args.device,
               "--workers", 8 if cuda else 0]
 
     def words(arch, precision, *more):
-        return [*arguments[arch], *common, "--precision", precision, "--reward", REWARDS[precision], *more]
-    for precision in ("bf16", "tf32"):
+        reward = REWARDS[precision] if cuda else "ranker"
+        return [*arguments[arch], *common, "--precision", precision, "--reward", reward, *more]
+    for precision in dict.fromkeys((fast, exact)):
         for arch in arguments:
             run = partial(measured, args, words(arch, precision), steps, parts=True)
             report.part(f"train {arch}-amo, {precision}", run, 20 * cuda)
     # Supp. 8.3: batch 32; micro-batches of one GPU's share
     batch = ["--batch-size", 32 if cuda else 4, "--accumulate", 4 if cuda else 2]
-    for precision in ("bf16", "tf32"):
+    for precision in dict.fromkeys((fast, exact)):
         run = partial(measured, args, words("swinir", precision, *batch), steps // 2, tune=True, parts=True)
         report.part(f"finetune swinir lora, batch 32, {precision}", run, 25 * cuda)
     for arch in arguments:
-        run = partial(measured, args, words(arch, "bf16"), steps, compiled=True)
-        report.part(f"train {arch}-amo, bf16, compiled", run, 50 * cuda)
+        run = partial(measured, args, words(arch, fast), steps, compiled=True)
+        report.part(f"train {arch}-amo, {fast}, compiled", run, 50 * cuda)
 
     def from_atlas():
         file = work / "atlas.npy"
         atlas.main(atlas.parse_args([str(work / "data"), "--reward", "ranker", "--crop", "256" if cuda else "32",
                                      "--stride", "64", "--device", args.device, "--out", str(file)]))
-        plain = [*arguments["swinir"], *common, "--precision", "bf16", "--atlas", file, "--reward", "none"]
-        rand = [*arguments["swinir"], *common, "--precision", "bf16", "--sampler", "rand", "--reward", "none"]
+        plain = [*arguments["swinir"], *common, "--precision", fast, "--atlas", file, "--reward", "none"]
+        rand = [*arguments["swinir"], *common, "--precision", fast, "--sampler", "rand", "--reward", "none"]
         # in turn, so that a drift of the clock is seen
         times = {"atlas": [], "rand": []}
         for _ in range(2):
             for name, flags in (("atlas", plain), ("rand", rand)):
                 times[name].append(measured(args, flags, steps)["ms"])
         return {"ms": times, "atlas_over_rand": statistics.median(times["atlas"]) / statistics.median(times["rand"])}
-    report.part("train swinir, bf16, atlas and rand", from_atlas, 35 * cuda)
+    report.part(f"train swinir, {fast}, atlas and rand", from_atlas, 35 * cuda)
     report.part("inference", partial(inference, args), 15 * cuda)
-    for arch in arguments:
-        report.part(f"train {arch}-amo, fp32", partial(measured, args, words(arch, "fp32"), steps // 2), 20 * cuda)
-    for precision in ("bf16", "tf32"):
+    for arch in arguments if cuda else ():
+        report.part(f"train {arch}-amo, fp32", partial(measured, args, words(arch, "fp32"), steps // 2), 20)
+    for precision in dict.fromkeys((fast, exact)):
         run = partial(measured, args, words("rrdbnet", precision, "--no-channels-last"), steps)
         report.part(f"train rrdbnet-amo, {precision}, not channels_last", run, 15 * cuda)
 
@@ -287,20 +289,21 @@ def job_exact(args, report, work):
         for precision in ("fp32", "bf16"):
             report.part(f"resume, {arch}, {precision}", partial(resumed, arch, precision), 10 * cuda)
 
+    steps, precision = (500, "bf16") if cuda else (5, "fp32")
+
     def finite(arch):
-        steps = 500 if cuda else 5
         name = (FULL if cuda else SMALL)[arch][1]
         runs.save_weights(work / "init.pth", archs.create(name).state_dict())
         sizes = ["--batch-size", 4, "--group-size", 4, "--pool-size", 40, "--crop", 128] if cuda else []
         # the last flag of a name counts
-        words = ["--arch", name, *sizes, "--init", work / "init.pth", "--precision", "bf16", "--reward",
-                 REWARDS["bf16"], "--log-every", steps // 5, "--save-every", 0]
+        words = ["--arch", name, *sizes, "--init", work / "init.pth", "--precision", precision, "--reward",
+                 REWARDS[precision], "--log-every", steps // 5, "--save-every", 0]
         run(f"finite-{arch}", steps, *words)
         events = [json.loads(line) for line in (work / f"finite-{arch}" / "metrics.jsonl").read_text().splitlines()]
         # a term that is not finite would have ended the run
         return {"steps": steps, "losses": [event for event in events if event["split"] == "train"]}
     for arch in ("swinir", "rrdbnet"):
-        report.part(f"bf16, {arch}", partial(finite, arch), 30 * cuda)
+        report.part(f"{precision}, {arch}", partial(finite, arch), 30 * cuda)
     with zipfile.ZipFile(args.out / "pictures.zip", "w") as pictures:
         for file in sorted(work.glob("finite-*/samples/*.png")):
             pictures.write(file, f"{file.parent.parent.name}-{file.name}")
