@@ -114,7 +114,6 @@ class _Fused(nn.Module):
 
     def __init__(self, metric, bf16):
         super().__init__()
-        # imports pyiqa
         from rewards import musiq
         self.metric, self.fused = metric, musiq.FusedMUSIQ.from_pyiqa(metric.net, bf16)
         # part of the identity; in fp32 the scores are those of the metric

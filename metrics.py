@@ -5,6 +5,7 @@
     score(rows, items, metrics, cache, world, protocol)      {row: {stem: {metric: value}}}, each computed once
 """
 import importlib.metadata
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -390,8 +391,9 @@ def saved_files(folder, stem, item, rows):
 # Scores
 
 def versions():
-    """Libraries that scores depend on, and the version of our own scoring."""
-    libraries = ("torch", "torchvision", "pyiqa", "scikit-image")
+    """Installed libraries that scores depend on, and the version of our own scoring."""
+    modules = {"torch": "torch", "torchvision": "torchvision", "pyiqa": "pyiqa", "scikit-image": "skimage"}
+    libraries = [name for name, module in modules.items() if importlib.util.find_spec(module)]
     return {name: importlib.metadata.version(name) for name in libraries} | {"scoring": iqa.SCORING_VERSION}
 
 

@@ -76,13 +76,15 @@ import sys
 
 import numpy as np
 import psutil
-import pyvips
 import torch
 from tqdm import tqdm
 
 import archs
 import lora
 from images import IMAGE_SUFFIXES
+
+# where it is missing this file can still be imported
+pyvips = runs.Lazy("pyvips")
 
 # pixels: beyond twice Image.MAX_IMAGE_PIXELS Pillow refuses to open an image
 PILLOW_LIMIT = 178_956_970

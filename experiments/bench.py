@@ -9,8 +9,8 @@
     python -m experiments.bench ranks                                   memory and communication of a process, counted
     python -m experiments.bench compare before.json after.json          ratios, part by part
 
---reward experiments.bench:untrained_musiq is MUSIQ's architecture without its weights, for times only
-(untrained_fused: the same through rewards/musiq.py).
+--reward rewards.musiq:untrained (or :untrained_bf16) is MUSIQ's architecture without its weights, for times only;
+experiments.bench:untrained_musiq is pyiqa's own.
 
 `train` and `finetune` measure the parts one by one on the tensors of one batch (medians), and the whole step as the
 script runs it, in a process of its own that leaves nothing behind but static scores in runs/scores (sma, smp). Without
@@ -97,16 +97,10 @@ from images import save_image
 
 
 def untrained_musiq(device):
-    """A reward of MUSIQ's architecture with random weights: costs what MUSIQ costs, means nothing."""
+    """A reward of pyiqa's MUSIQ with random weights: costs what MUSIQ costs there, means nothing."""
     from pyiqa.archs.musiq_arch import MUSIQ
     torch.manual_seed(0)
     return MUSIQ(pretrained=False).to(device).eval()
-
-
-def untrained_fused(device):
-    """The same through rewards/musiq.py."""
-    from rewards.musiq import FusedMUSIQ
-    return FusedMUSIQ.from_pyiqa(untrained_musiq(device))
 
 
 def synthetic_sets(root, count=24, side=512):

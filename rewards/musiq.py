@@ -2,8 +2,11 @@
 
     fused = FusedMUSIQ.from_pyiqa(pyiqa.create_metric("musiq").net)              (B, 3, S, S) RGB in [0, 1] -> (B,)
 
-pyiqa's MUSIQ (Ke et al., ICCV 2021) stays the reference; its weights, resize and positions are used and nothing in it
-is patched. Importing this file imports pyiqa, which takes seconds.
+The network of Ke et al., "MUSIQ: Multi-scale Image Quality Transformer", ICCV 2021: the image at several sizes is cut
+into patches; a ResNet's first layers and a linear layer make a token of each; embeddings say where in the image and at
+which scale it lies; a transformer's class token becomes the score. pyiqa's MUSIQ stays the reference: its weights are
+loaded, the tests compare both. This file needs no pyiqa, and `--reward rewards.musiq:untrained` (or :untrained_bf16)
+measures MUSIQ's times where there are no weights.
 
 Speed on five 256 x 256 crops, random weights, CPU x86_64 (AMD EPYC, shared with other jobs), 1 thread, torch 2.15,
 commit a7065ea. Milliseconds of wall time and speed-up, medians and range of n = 10 alternating runs; the ranges are
@@ -23,16 +26,15 @@ Gradients: pyiqa's own in fp32 is 2e-3 (relative, random pixels) from its own in
 and maxima near a tie. The one here differs from pyiqa's by 1.6e-6 where convolutions round alike (NCHW, this CPU), by
 1e-14 in float64.
 """
-import copy
 import math
+import re
 
 import torch
 import torch.nn.functional as F
-from pyiqa.archs.arch_util import dist_to_mos
-from pyiqa.archs.musiq_arch import MUSIQ
-from pyiqa.data.multiscale_trans_util import get_multiscale_patches, resize_preserve_aspect_ratio
 from torch import nn
 
+# of the paper's network: pixels of a patch's side, width of a token, heads, cells of the position grid's side, scales
+PATCH, WIDTH, HEADS, GRID, SCALES = 32, 384, 6, 10, 3
 # so many patches, at most, go through the convolutions at a time on a CPU
 PATCHES = 32
 # so many image sizes have their embeddings kept
@@ -42,48 +44,76 @@ SIZES = 8
 class FusedMUSIQ(nn.Module):
     """Frozen MUSIQ for batches of square images: (B, 3, S, S) RGB in [0, 1] -> (B,) float32, higher is better.
 
-    Scores have the units of the head.
-    A square image is resized to L x L for every L of pyiqa's `longer_side_lengths` and cut into ceil(L / 32)^2 patches,
-    exactly the number that pyiqa pads to, and of the original all patches are taken (`max_seq_len_from_original_res` is
-    -1). So pyiqa's mask is all ones at every S, also where S is no multiple of 32, since pyiqa pads the pixels then.
-    That is verified once per S. The weights are those of the moment of from_pyiqa. Differentiable with respect to the
-    pixels; always in eval mode.
-    bf16: matrix products and convolutions in bfloat16 (autocast); input, resize, residuals, last norm, head and output
-    stay float32.
-    Raises ValueError for another shape, or where pyiqa's options do mask or cut patches of this S: use pyiqa's model
-    there.
+    Scores have the units of the head: `classes` 1 gives the score itself, 10 a distribution over 1 to 10 (AVA), whose
+    mean is the score.
+    A square image is resized to L x L for every L of `lengths` and cut into ceil(L / 32)^2 patches, exactly the number
+    that pyiqa pads to. `original` is pyiqa's max_seq_len_from_original_res: -1 takes all patches of the image at its
+    own size as well, None takes none, a number wants exactly that many. So pyiqa's mask of patches is all ones, also
+    where S is no multiple of 32, since pixels are padded then. Differentiable with respect to the pixels; always in
+    eval mode.
+    bf16: matrix products and convolutions in bfloat16 (autocast); input, resize, residuals, norms, head and output stay
+    float32.
+    Raises ValueError for another shape, or where pyiqa would mask or cut patches of this S: use pyiqa's model there.
     """
 
-    def __init__(self, net, bf16=False):
+    def __init__(self, classes=1, layers=14, lengths=(224, 384), original=-1, bf16=False):
         super().__init__()
-        if not isinstance(net, MUSIQ):
-            raise ValueError(f"FusedMUSIQ is made from pyiqa's MUSIQ, the .net of its metric; got {type(net).__name__}")
-        net = copy.deepcopy(net)
-        self.bf16, self.options, self.side = bf16, net.data_preprocess_opts, net.patch_size
-        self.gn_root, self.block, self.embedding = net.gn_root, net.block1, net.embedding
-        self.encoder, self.head = net.transformer_encoder, net.head
+        self.lengths, self.original, self.bf16 = sorted(lengths), original, bf16
+        self.conv_root, self.gn_root = nn.Conv2d(3, 64, 7, stride=2, bias=False), nn.GroupNorm(32, 64, eps=1e-6)
+        self.conv1, self.gn1 = nn.Conv2d(64, 64, 1, bias=False), nn.GroupNorm(32, 64, eps=1e-4)
+        self.conv2, self.gn2 = nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.GroupNorm(32, 64, eps=1e-4)
+        self.conv3, self.gn3 = nn.Conv2d(64, 256, 1, bias=False), nn.GroupNorm(32, 256, eps=1e-4)
+        self.conv_proj, self.gn_proj = nn.Conv2d(64, 256, 1, bias=False), nn.GroupNorm(32, 256, eps=1e-4)
+        self.embedding = nn.Linear(256 * (PATCH // 4) ** 2, WIDTH)
+        self.position_emb = nn.Parameter(torch.zeros(1, GRID * GRID, WIDTH))
+        self.scale_emb = nn.Parameter(torch.zeros(SCALES, WIDTH))
+        self.cls = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+        self.encoder_norm = nn.LayerNorm(WIDTH, eps=1e-6)
+        self.head = nn.Linear(WIDTH, classes)
+        self.register_buffer("ratings", torch.arange(1.0, classes + 1), persistent=False)
         self.requires_grad_(False)
         self.eval()
-        block = net.block1
-        convs = {"root": net.conv_root, "conv1": block.conv1, "conv2": block.conv2, "conv3": block.conv3,
-                 "proj": block.conv_proj}
-        for name, conv in convs.items():
-            # standardised, as in pyiqa's StdConv
-            weight = conv.weight.detach()
-            weight = weight - weight.mean((1, 2, 3), keepdim=True)
-            self.register_buffer(name, weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5))
-        del block.conv1, block.conv2, block.conv3, block.conv_proj
-        if bf16:
-            # autocast would cast frozen weights again at every call
-            for module in [self.embedding] + [m for m in self.encoder.modules() if isinstance(m, nn.Linear)]:
-                module.bfloat16()
-        # (S, device, dtype) -> (1, 1 + tokens, C)
+        # (S, device, dtype) -> (1, 1 + tokens, WIDTH)
         self._embeddings = {}
 
     @classmethod
     def from_pyiqa(cls, net, bf16=False):
-        """From a pyiqa MUSIQ with any head, which is copied and left alone."""
-        return cls(net, bf16)
+        """From a pyiqa MUSIQ with any head, which is left alone; the weights are those of this moment."""
+        from pyiqa.archs.musiq_arch import MUSIQ
+        if not isinstance(net, MUSIQ):
+            raise ValueError(f"FusedMUSIQ is made from pyiqa's MUSIQ, the .net of its metric; got {type(net).__name__}")
+        nested = r"block1\.|transformer_encoder\.|posembed_input\.|scaleembed_input\.|attention\.|mlp\.|(?<=head\.)0\."
+        weights = {re.sub(nested, "", name).replace("transformer.encoderblock_", "blocks."): w
+                   for name, w in net.state_dict().items()}
+        options, encoder = net.data_preprocess_opts, net.transformer_encoder
+        if not encoder.use_scale_emb:
+            weights["scale_emb"] = torch.zeros_like(weights["scale_emb"])
+        heads = {block.attention.num_heads for block in encoder.transformer.values()}
+        own = cls(len(weights["head.bias"]), len(encoder.transformer), options["longer_side_lengths"],
+                  options["max_seq_len_from_original_res"], bf16)
+        shapes = {name: w.shape for name, w in own.state_dict().items()}
+        if heads - {HEADS} or shapes != {name: w.shape for name, w in weights.items()}:
+            raise ValueError("FusedMUSIQ has the paper's widths, heads and scales, this network has others: use "
+                             "pyiqa's MUSIQ")
+        return own.load(weights)
+
+    def load(self, weights):
+        """{name: tensor} of this module's parameters -> self, with their dtype and on their device.
+
+        Filters are standardised, once and not at every call: mean 0 and standard deviation 1.
+        """
+        def standardised(w):
+            w = w - w.mean((1, 2, 3), keepdim=True)
+            return w / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+        self.to(weights["cls"])
+        self.load_state_dict({name: standardised(w) if w.ndim == 4 else w for name, w in weights.items()})
+        if self.bf16:
+            # autocast would cast frozen weights again at every call
+            for module in self.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)) and module is not self.head:
+                    module.bfloat16()
+        return self
 
     def train(self, mode=True):
         return super().train(False)
@@ -93,79 +123,99 @@ class FusedMUSIQ(nn.Module):
             raise ValueError(f"FusedMUSIQ wants square (B, 3, S, S) RGB, got {tuple(x.shape)}: use pyiqa's MUSIQ")
         with torch.autocast(x.device.type, enabled=False):
             embeddings = self.embeddings(x.shape[2], x.device)
-            patches = self.patches((x.to(self.root.dtype) - 0.5) * 2)  # (B, tokens, 3, 32, 32)
+            patches = self.patches((x.to(self.cls.dtype) - 0.5) * 2).flatten(0, 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            patches = patches.flatten(0, 1)
             parts = patches.tensor_split(math.ceil(len(patches) / PATCHES) if x.device.type == "cpu" else 1)
             tokens = self.embedding(torch.cat([self.features(part) for part in parts]))
-            tokens = tokens.view(len(x), -1, embeddings.shape[2]).to(self.root.dtype)
-            tokens = torch.cat([self.encoder.cls.expand(len(x), -1, -1), tokens], 1) + embeddings
-            cls = self.transform(tokens)
+            tokens = tokens.view(len(x), -1, WIDTH).to(self.cls.dtype)
+            tokens = torch.cat([self.cls.expand(len(x), -1, -1), tokens], 1) + embeddings
+            for block in self.blocks[:-1]:
+                tokens = block(tokens)
+            # the head reads the class token: the last block computes nothing else
+            quality = self.blocks[-1](tokens, 1)[:, 0]
         with torch.autocast(x.device.type, enabled=False):
-            return dist_to_mos(self.head(self.encoder.encoder_norm(cls)))[:, 0]
+            y = self.head(self.encoder_norm(quality))
+            return y[:, 0] if len(self.ratings) == 1 else (y.softmax(1) * self.ratings).sum(1)
+
+    def sides(self, size):
+        """Sides of the square images that an S x S image is seen as, in pixels, the original last."""
+        return self.lengths + [size] * (self.original is not None)
 
     def embeddings(self, size, device):
         """Position plus scale embedding of every token, zero for the class token: (1, 1 + tokens, C). Kept per size."""
-        key = size, device, self.root.dtype
+        key = size, device, self.cls.dtype
         if key not in self._embeddings:
+            counts = [math.ceil(side / PATCH) for side in self.sides(size)]
+            if self.original is not None and 0 <= self.original != counts[-1] ** 2:
+                raise ValueError(f"FusedMUSIQ: pyiqa masks or cuts patches of {size}x{size} images, of which it wants "
+                                 f"{self.original}: use pyiqa's MUSIQ")
             with torch.inference_mode(False), torch.no_grad():
-                # position, scale, mask of every token
-                layout = get_multiscale_patches(torch.zeros(1, 3, size, size), **self.options)[0, :, -3:]
-                scales = sorted(self.options["longer_side_lengths"]) + [size] * self.sees_original
-                if not layout[:, 2].all() or len(layout) != sum(math.ceil(side / self.side) ** 2 for side in scales):
-                    raise ValueError(f"FusedMUSIQ: pyiqa masks or cuts patches of {size}x{size} images with "
-                                     f"{self.options}: use pyiqa's MUSIQ")
-                position, scale = layout[:, :2].long().to(device).unbind(1)
-                embedding = self.encoder.posembed_input.position_emb[0][position]
-                if self.encoder.use_scale_emb:
-                    embedding = embedding + self.encoder.scaleembed_input.scale_emb[scale]
+                position = torch.cat([hashed_positions(count) for count in counts])
+                scale = torch.cat([torch.full((count ** 2,), k) for k, count in enumerate(counts)])
+                embedding = self.position_emb[0][position.to(device)] + self.scale_emb[scale.to(device)]
                 if len(self._embeddings) >= SIZES:
                     self._embeddings.pop(next(iter(self._embeddings)))
                 self._embeddings[key] = F.pad(embedding, (0, 0, 1, 0))[None]
         return self._embeddings[key]
 
-    @property
-    def sees_original(self):
-        """Is the image at its own size one of the scales?"""
-        return self.options["max_seq_len_from_original_res"] is not None
-
     def patches(self, x):
-        """(B, 3, S, S) in [-1, 1] -> (B, tokens, 3, 32, 32): the scales in pyiqa's order, the original last."""
-        size, side, patches = x.shape[2], self.side, []
-        lengths = sorted(self.options["longer_side_lengths"])
-        scales = [resize_preserve_aspect_ratio(x, size, size, length)[0] for length in lengths]
-        for image in scales + [x] * self.sees_original:
-            pad = -image.shape[2] % side
-            image = F.pad(image, (pad // 2, pad - pad // 2) * 2)
-            n = image.shape[2] // side
-            image = image.view(len(x), 3, n, side, n, side).permute(0, 2, 4, 1, 3, 5)
-            patches.append(image.reshape(len(x), n * n, 3, side, side))
+        """(B, 3, S, S) in [-1, 1] -> (B, tokens, 3, 32, 32): row by row, scale by scale (Section 3.2)."""
+        size, patches = x.shape[2], []
+        for k, side in enumerate(self.sides(size)):
+            image = x if k == len(self.lengths) else F.interpolate(x, (side, side), mode="bicubic")
+            pad = -side % PATCH
+            image = F.pad(image, (pad // 2, pad - pad // 2) * 2) if pad else image
+            image = image.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))
+            patches.append(image.permute(0, 2, 4, 1, 3, 5).flatten(1, 2))
         return torch.cat(patches, 1)
 
     def features(self, x):
-        """(N, 3, 32, 32) -> (N, 8 * 8 * 256) in pyiqa's (TensorFlow's) order."""
+        """(N, 3, 32, 32) -> (N, 8 * 8 * 256): root convolution and one bottleneck of a ResNet, channels last."""
         # elsewhere it is slower, or its rounding moves ReLUs and maxima
         if x.device.type == "cpu" and not self.bf16 and not x.requires_grad:
             x = x.contiguous(memory_format=torch.channels_last)
-        block = self.block
-        x = F.conv2d(F.pad(x, (2, 3, 2, 3)), self.root, stride=2)
+        x = self.conv_root(F.pad(x, (2, 3, 2, 3)))
         # zero padding changes no maximum
         x = F.max_pool2d(F.relu(self.gn_root(x), inplace=True), 3, 2, ceil_mode=True)
-        y = F.relu(block.gn1(F.conv2d(x, self.conv1)), inplace=True)
-        y = F.relu(block.gn2(F.conv2d(y, self.conv2, padding=1)), inplace=True)
-        y = block.gn3(F.conv2d(y, self.conv3)) + block.gn_proj(F.conv2d(x, self.proj))
+        y = F.relu(self.gn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.gn2(self.conv2(y)), inplace=True)
+        y = self.gn3(self.conv3(y)) + self.gn_proj(self.conv_proj(x))
         return F.relu(y, inplace=True).permute(0, 2, 3, 1).flatten(1)
 
-    def transform(self, x):
-        """(B, 1 + tokens, C) -> (B, C), the class token after all blocks; the last one computes nothing else."""
-        blocks = list(self.encoder.transformer.values())
-        for block in blocks:
-            attention, y = block.attention, block.norm1(x)
-            query = y
-            if block is blocks[-1]:
-                query, x = y[:, :1], x[:, :1]
-            q, k, v = (layer(z).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
-                       for layer, z in ((attention.query, query), (attention.key, y), (attention.value, y)))
-            x = x + attention.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-            x = x + block.mlp(block.norm2(x))
-        return x[:, 0]
+
+class Block(nn.Module):
+    """Transformer block, norms first: (B, N, C) -> (B, N, C), or (B, count, C), the first ones only."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH, eps=1e-6), nn.LayerNorm(WIDTH, eps=1e-6)
+        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH)
+
+    def forward(self, x, count=None):
+        y = self.norm1(x)
+        q, k, v = (layer(z).unflatten(2, (HEADS, -1)).transpose(1, 2)
+                   for layer, z in ((self.query, y[:, :count]), (self.key, y), (self.value, y)))
+        x = x[:, :count] + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def hashed_positions(count):
+    """Cells of the GRID x GRID position embeddings for count x count patches, row by row: (count^2,) (Section 3.3)."""
+    # floor(k * GRID / count), in the rounding of pyiqa's: whole numbers differ for some images of 6,560 pixels and more
+    cell = F.interpolate(torch.arange(float(GRID))[None, None], count, mode="nearest")[0, 0].long()
+    return (cell[:, None] * GRID + cell).flatten()
+
+
+def untrained(device, bf16=False):
+    """MUSIQ with random weights (seed 0) of a trained one's scale, for times: costs what MUSIQ costs, means nothing."""
+    net, generator = FusedMUSIQ(bf16=bf16), torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(w.shape, generator=generator) / math.sqrt(w[0].numel()) if w.ndim > 1
+               # norms and biases
+               else torch.full_like(w, float(name.endswith("weight"))) for name, w in net.state_dict().items()}
+    return net.load(weights).to(device)
+
+
+def untrained_bf16(device):
+    """The same in bfloat16."""
+    return untrained(device, bf16=True)

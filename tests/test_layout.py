@@ -135,6 +135,30 @@ def copy_tree(target, without=()):
             shutil.copy2(REPO / name, target / name)
 
 
+WITHOUT = """
+import importlib, sys
+sys.path.insert(0, {repo!r})
+sys.modules.update(dict.fromkeys({absent!r}))
+for name in {modules!r}:
+    importlib.import_module(name)
+import torch, iqa, metrics
+reward = iqa.create_reward(["ranker", "rewards.musiq:untrained"], need_gradient=True)
+print(reward(torch.rand(2, 3, 32, 32)).shape, *metrics.versions())
+"""
+
+
+def test_all_modules_are_imported_and_rewards_of_our_own_made_without_optional_packages():
+    """A machine with PyTorch, torchvision, scipy, scikit-image, pandas, matplotlib, tqdm and psutil trains."""
+    absent = ("pyiqa", "lpips", "pyvips", "spandrel", "diffusers", "transformers", "accelerate", "loralib", "peft",
+              "icecream", "playwright", "xdist", "tensorboard", "safetensors", "timm", "pywt", "cv2")
+    modules = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in PYTHON
+               if not name.startswith("tests/")]
+    code = WITHOUT.format(repo=str(REPO), absent=absent, modules=modules)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-2] == "torch.Size([2]) torch torchvision scikit-image scoring"
+
+
 @pytest.mark.slow
 def test_a_fork_without_the_further_methods_runs(tmp_path):
     """Without selfsup/, dpo/, study/, experiments/ and their tests: the others are collected, the four demos run."""
