@@ -42,10 +42,7 @@ def noiseless(monkeypatch):
 @pytest.mark.parametrize("arch", SMALL)
 def test_three_steps_log_the_losses_of_the_cpu(
         quintuplets, init, rewards, vgg_file, noiseless, tmp_path, arch):  # noqa: F811
-    """To 1e-3: rounding moves ReLUs and the signs that Adam's first steps consist of.
-
-    On a CPU another memory format, which rounds otherwise, moves them by TOLD at most.
-    """
+    """To 1e-3: rounding moves ReLUs, JPEG's coefficients, and the signs that Adam's first steps consist of."""
     for device in ("cpu", "cuda"):
         train_with(flags(quintuplets, init, tmp_path / device, arch=arch, total_steps=3, device=device, lambda_p=1,
                          vgg_weights=vgg_file))

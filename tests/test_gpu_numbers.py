@@ -82,7 +82,7 @@ def test_networks_and_gradients_in_float64(vgg_file, name):
     assert max(apart(result[key], value) for key, value in expected.items()) < 1e-9
 
 
-# |difference| of (output, gradients) from float64. A moved ReLU is a jump of the gradient: these limits are two to three
+# |difference| of (output, gradients) from float64. A moved ReLU is a jump of the gradient. The limits are two to three
 # times what fp32, emulated TF32 and bf16 were measured to differ by on a CPU (fp32 there moved none: 3e-6, 6e-6).
 LIMITS = {"fp32": (1e-4, 1e-2), "tf32": (5e-3, 0.1), "bf16": (4e-2, 0.3)}
 
@@ -101,7 +101,7 @@ def test_networks_and_gradients_by_precision(vgg_file, name, precision):
 
 
 def test_channels_last_changes_rounding_only(vgg_file):
-    for name in NETWORKS[1:3] + NETWORKS[4:8]:
+    for name in [name for name in NETWORKS if not name.startswith(("swinir", "ranker", "musiq"))]:
         net, x = network(name, vgg_file)
         expected = computed(name, copy.deepcopy(net).double(), x.double())
         result = computed(name, net.to("cuda", memory_format=torch.channels_last),
@@ -178,7 +178,7 @@ def test_merged_adapters(tmp_path, arch):
         adapted = on_gpu(x.cuda())
         again = lora.merge_lora(on_gpu)(x.cuda())
         assert apart(again, adapted) < 1e-6
-        assert apart(adapted, net(x)) < 1e-5 and apart(adapted, plain(x)) > 1e-3
+        assert apart(adapted, net(x)) < 1e-4 and apart(adapted, plain(x)) > 1e-3
         # the file of a network on the GPU, for one on the CPU
         lora.load_lora(plain, tmp_path / "adapter.pth")
-        assert apart(plain(x), adapted) < 1e-5
+        assert apart(plain(x), adapted) < 1e-4
