@@ -82,8 +82,8 @@ def test_networks_and_gradients_in_float64(vgg_file, name):
     assert max(apart(result[key], value) for key, value in expected.items()) < 1e-9
 
 
-# |difference| of (output, gradients) from float64. A moved ReLU is a jump of the gradient. The limits are two to three
-# times what fp32, emulated TF32 and bf16 were measured to differ by on a CPU (fp32 there moved none: 3e-6, 6e-6).
+# |difference| of (output, gradients) from float64. A moved ReLU is a jump of the gradient. The limits of TF32 and bf16
+# are about twice what was measured on a CPU (TF32 emulated); fp32 moved no ReLU there (3e-6, 6e-6), its limits allow one.
 LIMITS = {"fp32": (1e-4, 1e-2), "tf32": (5e-3, 0.1), "bf16": (4e-2, 0.3)}
 
 
@@ -91,12 +91,14 @@ LIMITS = {"fp32": (1e-4, 1e-2), "tf32": (5e-3, 0.1), "bf16": (4e-2, 0.3)}
     *((name, precision) for name in NETWORKS for precision in ("fp32", "tf32")),
     # what a training runs under autocast
     *((name, "bf16") for name in (*GENERATORS, "discriminator"))])
-def test_networks_and_gradients_by_precision(vgg_file, name, precision):
+def test_networks_and_gradients_by_precision(vgg_file, record_property, name, precision):
     net, x = network(name, vgg_file)
     expected = computed(name, copy.deepcopy(net).double(), x.double())
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     result = computed(name, net.cuda(), x.cuda(), precision == "bf16")
     for key, value in expected.items():
+        # for the file that make gpu writes
+        record_property(key, apart(result[key], value))
         assert apart(result[key], value) < LIMITS[precision][key != "output"], key
 
 
@@ -169,7 +171,7 @@ def test_merged_adapters(tmp_path, arch):
     net = copy.deepcopy(plain)
     lora.add_lora(net, lora.default_targets(net), rank=4)
     for adapter in lora.adapted(net).values():
-        torch.nn.init.normal_(adapter.lora_B, std=0.1)
+        torch.nn.init.normal_(adapter.lora_B)
     on_gpu, x = copy.deepcopy(net).cuda(), photos(16)[:2]
     expected, merged = lora.merged_state_dict(net), lora.merged_state_dict(on_gpu)
     assert max(apart(merged[f"{name}.weight"], expected[f"{name}.weight"]) for name in lora.adapted(net)) < 1e-6
