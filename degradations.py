@@ -166,7 +166,7 @@ def _degrade_group(x, samples, group, jpeg_table):
     if first["blur"]:
         x = blur(x, np.stack(kernels[0]))
     if first["resize"] != "keep":
-        x = F.interpolate(x, scale_factor=first["scale"], mode=first["mode"])
+        x = _resize(x, first["scale"], first["mode"])
     x = jpeg(_add_noise(x, samples, group, 0), qualities[0], jpeg_table)
     if len(group["rounds"]) == 1:
         # HGGT reuses the first resize's mode
@@ -185,6 +185,15 @@ def _degrade_group(x, samples, group, jpeg_table):
         x = jpeg(x, qualities[1], jpeg_table)
         x = blur(F.interpolate(x, size=small, mode=group["final_mode"]), final_kernels)
     return to_8bit(x)
+
+
+def _resize(x, scale, mode):
+    """x enlarged or shrunk by a factor, to sides rounded down; where they do not change it stays as it is.
+
+    So it does on CUDA, where HGGT ran, in every mode; PyTorch's code for CPUs would stretch it in bicubic mode.
+    """
+    size = [int(side * scale) for side in x.shape[2:]]
+    return x if size == list(x.shape[2:]) else F.interpolate(x, scale_factor=scale, mode=mode)
 
 
 def _add_noise(x, samples, group, n):

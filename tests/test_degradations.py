@@ -107,6 +107,8 @@ def resize_matrix(old, new, mode, scale):
 
 def slow_resize(image, h, w, mode, scale=None):
     _, old_h, old_w = image.shape
+    if (h, w) == (old_h, old_w):
+        return image
     rows, columns = (resize_matrix(old, new, mode, scale or new / old) for old, new in ((old_h, h), (old_w, w)))
     return rows @ image @ columns.T
 

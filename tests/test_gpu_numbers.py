@@ -42,7 +42,9 @@ def network(name, vgg_file):
     if name == "ranker":
         return load_ranker().requires_grad_(False), photos(64)[2:4]
     from rewards import musiq
-    return musiq.untrained("cpu"), photos(64)[2:4]
+    # in flat parts of a photograph maxima tie, and CUDA gives the gradient to another pixel than the CPU
+    noise = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) / 10
+    return musiq.untrained("cpu"), photos(64)[2:4] * 0.9 + noise
 
 
 def computed(name, net, x, autocast=False):
@@ -83,7 +85,7 @@ def test_networks_and_gradients_in_float64(vgg_file, name):
 
 
 # |difference| of (output, gradients) from float64. A moved ReLU is a jump of the gradient. The limits of TF32 and bf16
-# are about twice what was measured on a CPU (TF32 emulated); fp32 moved no ReLU there (3e-6, 6e-6), its limits allow one.
+# are about twice what was measured on a CPU (TF32 emulated). fp32 moved no ReLU there (3e-6, 6e-6).
 LIMITS = {"fp32": (1e-4, 1e-2), "tf32": (5e-3, 0.1), "bf16": (4e-2, 0.3)}
 
 
