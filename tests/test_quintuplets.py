@@ -257,7 +257,7 @@ def test_a_set_is_dropped_where_no_network_did_more_than_interpolate(photos, enh
     # less than a grey level more than interpolation
     versions["02"] = partial(shifted, levels=0.6)
     real = quintuplets.load_enhancers
-    monkeypatch.setattr(quintuplets, "load_enhancers", lambda paths, device: (versions, real(paths, device)[1]))
+    monkeypatch.setattr(quintuplets, "load_enhancers", lambda *words: (versions, real(*words)[1]))
     with pytest.raises(ValueError, match="no set is left .*not enhanced"):
         build(photos, enhancers[:2], tmp_path / "none", "--shrink", 0.25)
     versions["02"] = partial(shifted, levels=3)
