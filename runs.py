@@ -425,8 +425,8 @@ def precision_remark(device, precision, arch):
     file = REPO / "results" / "bench" / f"precision-{unit}.json"
     found = json.loads(file.read_text())["found"].get(arch) if file.exists() else None
     if unit == "none":
-        times = f"{1 / found['faster']:.0f} times as slow" if found else "slower"
-        return f"--precision bf16: {times} as fp32 on a CPU without units for it ({' and '.join(BF16_UNITS)} are such)"
+        than = f"fp32 is about {1 / found['faster']:.0f} times as fast (measured)" if found else "fp32 is faster"
+        return f"--precision bf16: {than} on a CPU without units for it ({' and '.join(BF16_UNITS)} are such)"
     if not found:
         return f"--precision bf16 may be faster, this CPU has {unit}: python -m experiments.precision measures"
     largest = f", differences of up to {found['largest']:.1f} grey levels" if "largest" in found else ""

@@ -303,6 +303,14 @@ def test_what_cannot_become_a_set_is_refused_in_one_line(photos, enhancers, tmp_
     build(photos, enhancers[:2], tmp_path / "mine")
     refused("begun with other settings .*shrink 0.75 -> 0.5", "--shrink", 0.5)
     refused("begun with other settings .*tile 256 -> 0", "--tile", 0)
+    refused("begun with other settings .*precision 'fp32' -> 'bf16'", "--precision", "bf16")
+    settings = tmp_path / "mine" / "records" / "settings.json"
+    # as earlier commits wrote it
+    runs.save_json(settings, {k: v for k, v in json.loads(settings.read_text()).items() if k != "precision"})
+    build(photos, enhancers[:2], tmp_path / "mine")
+    build(photos, enhancers[:2], tmp_path / "coarse", "--precision", "bf16")
+    settings = json.loads((tmp_path / "coarse" / "quintuplets.json").read_text())["settings"]
+    assert settings["precision"] == "bf16"
     record = tmp_path / "full" / "records" / "photo-coffee.json"
     whole = record.read_bytes()
     record.write_bytes(whole[:40])

@@ -48,6 +48,29 @@ def test_precision_is_what_was_asked_for(precision, tf32, dtype):
         cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = original
 
 
+FOUND = {"swinir": {"faster": 3.21, "largest": 1.62}, "rrdbnet": {"faster": 0.25}}
+
+
+@pytest.mark.parametrize("flags, precision, arch, remark", [
+    (["avx512f", "amx_bf16"], "fp32", "swinir",
+     "about 3.2 times as fast on a CPU with amx_bf16 (measured), differences of up to 1.6 grey levels"),
+    (["amx_bf16"], "fp32", "compact", "may be faster, this CPU has amx_bf16"),
+    (["avx512_bf16"], "tf32", "swinir", "may be faster, this CPU has avx512_bf16"),
+    (["amx_bf16"], "bf16", "swinir", ""),
+    (["avx2", "avx512f"], "fp32", "swinir", ""),
+    ([], "bf16", "rrdbnet", "fp32 is about 4 times as fast (measured) on a CPU without"),
+    ([], "bf16", "swinir", "fp32 is faster on a CPU without")])
+def test_what_bf16_would_gain_or_costs_on_this_cpu(monkeypatch, tmp_path, flags, precision, arch, remark):
+    for unit in ("amx_bf16", "none"):
+        found = FOUND if unit == "amx_bf16" else {"rrdbnet": FOUND["rrdbnet"]}
+        runs.save_json(tmp_path / "results" / "bench" / f"precision-{unit}.json", {"found": found})
+    monkeypatch.setattr(runs, "REPO", tmp_path)
+    monkeypatch.setattr(runs, "cpu_flags", lambda: flags)
+    said = runs.precision_remark(torch.device("cpu"), precision, arch)
+    assert remark in said and bool(said) == bool(remark)
+    assert runs.precision_remark(torch.device("cuda"), precision, arch) == ""
+
+
 def test_peak_memory_is_this_process_own():
     """Started by a process that holds 600 MB."""
     ballast = np.ones(75_000_000)
