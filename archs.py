@@ -487,7 +487,7 @@ def within(autocast, net):
 def ready(net, device, precision):
     """A network for inference: on its device, in the precision of --precision, in the memory format that suits it."""
     memory = torch.channels_last if precision == "bf16" and is_convolutional(net) else torch.contiguous_format
-    return within(runs.set_precision(device, precision), net.to(device, memory_format=memory))
+    return within(partial(runs.in_precision, device, precision), net.to(device, memory_format=memory))
 
 
 def create(arch, **options):

@@ -403,14 +403,23 @@ def start_world(device="auto", threads=0):
 def start_training(device, threads, seed, precision):
     """The beginning of every training. -> world, seeds(step, lane, purpose), autocast(): where networks run."""
     world = start_world(device, threads)
-    torch.backends.cudnn.benchmark = True
-    return world, partial(sample_seed, seed), set_precision(world.device, precision)
-
-
-def set_precision(device, precision):
-    """fp32, tf32 or bf16, of --precision. -> autocast(): where networks run."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+    torch.backends.cudnn.benchmark = True
+    autocast = partial(torch.autocast, world.device.type, torch.bfloat16, enabled=precision == "bf16")
+    return world, partial(sample_seed, seed), autocast
+
+
+@contextlib.contextmanager
+def in_precision(device, precision):
+    """Networks inside run in fp32, tf32 or bf16, as --precision says; nothing outside does."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def precision_remark(device, precision, arch):

@@ -7,7 +7,8 @@
 process       upscale.py against a script that reads, enlarges and writes by Pillow and spandrel: one checkpoint, one
               image, the whole process; wall time, processor time, peak memory, largest difference of the two outputs
 networks      forward and backward of the same weights: generators against spandrel's classes, D against BasicSR's; ours
-              in train.py's memory format. `apart`: largest difference of the image's gradients over the largest one
+              also in channels_last, as train.py uses it. `apart`: largest difference of the image's gradients over the
+              largest one
 degradations  ours against BasicSR's, one by one, and Real-ESRGAN's whole sequence (feed_data of its model, with USM;
               its kernels are drawn beforehand, ours in the call). Random settings differ in every call
 
@@ -40,6 +41,7 @@ def parse_args(argv=None):
 # --help needs no torch: seconds
 ARGS = parse_args() if __name__ == "__main__" else None
 
+import copy
 import importlib
 import os
 import statistics
@@ -102,8 +104,8 @@ def processes(args):
         pairs = [(peer[k], ours[k]) for peer, ours in zip(values["peer"][1:], values["ours"][1:])]
         ratios = sorted(peer / ours for peer, ours in pairs)
         medians = [statistics.median(column) for column in zip(*pairs)]
-        rows.append({"what": f"process, {quantity}", "peer": "spandrel", "faster": medians[0] / medians[1],
-                     "least": ratios[0], "most": ratios[-1], "n": len(pairs),
+        rows.append({"what": f"process, {quantity}", "trick": "ours", "peer": "spandrel",
+                     "faster": medians[0] / medians[1], "least": ratios[0], "most": ratios[-1], "n": len(pairs),
                      "grey_levels_apart": int(abs(one - other).max())})
     return rows
 
@@ -152,17 +154,20 @@ def networks(m, peers):
             with tempfile.TemporaryDirectory() as folder:
                 torch.save({"params": ours.state_dict()}, Path(folder) / "net.pth")
                 peer = spandrel.ModelLoader().load_from_file(Path(folder) / "net.pth").model.requires_grad_(True)
-        memory = torch.channels_last if archs.is_convolutional(ours) else torch.contiguous_format
+        nets = {"peer": (peer, torch.contiguous_format), "ours": (ours, torch.contiguous_format)}
+        if archs.is_convolutional(ours):
+            nets["ours, channels_last"] = copy.deepcopy(ours), torch.channels_last
         x, calls = torch.rand(batch, 3, side, side), {}
-        for name, net, memory_format in (("peer", peer, torch.contiguous_format), ("ours", ours, memory)):
+        for name, (net, memory) in nets.items():
             # SwinIR without stochastic depth, D with its power iteration
-            net = net.train(is_d).to(memory_format=memory_format)
-            own = x.clone().contiguous(memory_format=memory_format).requires_grad_()
+            net = net.train(is_d).to(memory_format=memory)
+            own = x.clone().contiguous(memory_format=memory).requires_grad_()
             calls[name] = partial(tricks.gradients, net, own)
         # of the image: the order of the weights may differ
-        gap = tricks.apart(*(call()[:1] for call in calls.values()))
-        m.compare(f"{arch}, {batch} crops of {side}", calls,
-                  ours={"peer": "basicsr" if is_d else "spandrel", "apart": gap})
+        expected, *found = (call()[:1] for call in calls.values())
+        more = {name: {"peer": "basicsr" if is_d else "spandrel", "apart": tricks.apart(expected, value)}
+                for name, value in zip(list(calls)[1:], found)}
+        m.compare(f"{arch}, {batch} crops of {side}", calls, **more)
 
 
 # Degradations
@@ -195,7 +200,7 @@ def degrade(m, peers, batch=4, side=256):
     compare("Gaussian noise", lambda: peers.noise.add_gaussian_noise_pt(gt, torch.full((batch,), 10.0)),
             gaussian_noise, exact=False)
     flags = torch.tensor(gray).float()
-    compare("Poisson noise", lambda: peers.noise.add_poisson_noise_pt(gt, torch.ones(batch), flags),
+    compare("Poisson noise", lambda: peers.noise.add_poisson_noise_pt(gt, torch.ones(batch), gray_noise=flags),
             lambda: degradations.add_poisson_noise(gt, 1.0, gray, seeds), exact=False)
 
     first, second = preset["rounds"]
@@ -232,9 +237,10 @@ def main(args):
     networks(m, peers)
     degrade(m, peers)
     rows += m.rows
-    print(runs.markdown(["", "peer", "faster", "range", "n", "apart"], [
-        [row["what"], row["peer"], f"{row['faster']:.2f}", f"{row['least']:.2f} to {row['most']:.2f}", row["n"],
-         f"{row['apart']:.0e}" if "apart" in row else ""] for row in rows]))
+    lines = [[row["what"], row["trick"], row["peer"], f"{row['faster']:.2f}",
+              f"{row['least']:.2f} to {row['most']:.2f}", row["n"], f"{row['apart']:.0e}" if "apart" in row else ""]
+             for row in rows]
+    print(runs.markdown(["", "", "peer", "faster", "range", "n", "apart"], lines))
     if args.json:
         runs.save_json(args.json, {"command": sys.argv, **runs.describe_machine(), "found": rows})
 

@@ -65,7 +65,7 @@ def networks(files):
 def variants(net, device):
     """{name: function of an LR batch}; the first is the reference."""
     def used(net, precision, memory):
-        return archs.within(runs.set_precision(device, precision), net.to(memory_format=memory))
+        return archs.within(partial(runs.in_precision, device, precision), net.to(memory_format=memory))
     cast = copy.deepcopy(net)
     for layer in [m for m in cast.modules() if isinstance(m, (nn.Conv2d, nn.Linear))][:-1]:
         layer.to(torch.bfloat16)

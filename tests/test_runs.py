@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+import archs
 import runs
 
 pytestmark = pytest.mark.fast
@@ -46,6 +47,25 @@ def test_precision_is_what_was_asked_for(precision, tf32, dtype):
         assert seeds(1, 2, "crop") == runs.sample_seed(3, 1, 2, "crop") and world.size == 1
     finally:
         cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = original
+
+
+@pytest.mark.parametrize("precision, tf32, dtype", [
+    ("fp32", False, torch.float32), ("tf32", True, torch.float32), ("bf16", False, torch.bfloat16)])
+def test_networks_for_inference_run_in_a_precision_and_nothing_else_does(precision, tf32, dtype):
+    flags, seen = (torch.backends.cuda.matmul, torch.backends.cudnn), []
+
+    class Net(torch.nn.Conv2d):
+        def forward(self, x):
+            y = super().forward(x)
+            seen.append((y.dtype, *(flag.allow_tf32 for flag in flags)))
+            return y
+    runs.start_world("cpu", 0)
+    net = archs.ready(Net(3, 3, 1), torch.device("cpu"), precision)
+    net(torch.rand(1, 3, 8, 8))
+    with pytest.raises(RuntimeError):
+        net(torch.rand(1, 5, 8, 8))
+    assert seen == [(dtype, tf32, tf32)] and not any(flag.allow_tf32 for flag in flags)
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
 FOUND = {"swinir": {"faster": 3.21, "largest": 1.62}, "rrdbnet": {"faster": 0.25}}
