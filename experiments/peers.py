@@ -133,9 +133,11 @@ def load_peers(basicsr, realesrgan):
     process, jpeg, noise, discriminator = (importlib.import_module(f"basicsr.{name}") for name in names)
     sys.modules["basicsr.utils"].DiffJPEG = jpeg.DiffJPEG
     sys.modules["basicsr.utils"].USMSharp = process.USMSharp
-    model = importlib.import_module("realesrgan.models.realesrgan_model").RealESRGANModel
+    whole = importlib.import_module("realesrgan.models.realesrgan_model")
+    # with PyTorch 2.14 it cannot view what its JPEG and a resize leave in another memory format
+    whole.filter2D = lambda image, kernel: process.filter2D(image.contiguous(), kernel)
     return SimpleNamespace(filter2D=process.filter2D, USMSharp=process.USMSharp, DiffJPEG=jpeg.DiffJPEG, noise=noise,
-                           D=discriminator.UNetDiscriminatorSN, model=model)
+                           D=discriminator.UNetDiscriminatorSN, model=whole.RealESRGANModel)
 
 
 # Networks
