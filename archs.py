@@ -481,6 +481,20 @@ def is_convolutional(net):
     return not isinstance(net, SwinIR)
 
 
+def within(autocast, net):
+    """The network, called within autocast(), in a form that upscale_tiled takes."""
+    def call(x):
+        with autocast():
+            return net(x)
+    return call
+
+
+def ready(net, device, precision):
+    """A network for inference: on its device, in the precision of --precision, in the memory format that suits it."""
+    memory = torch.channels_last if precision == "bf16" and is_convolutional(net) else torch.contiguous_format
+    return within(partial(runs.in_precision, device, precision), net.to(device, memory_format=memory))
+
+
 def create(arch, **options):
     """The generator `arch` of ARCHS with random weights. options: keywords of its class, which win over its sizes."""
     return globals()[ARCHS[arch]["class"]](**ARCHS[arch]["sizes"] | options)

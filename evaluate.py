@@ -86,6 +86,8 @@ def parse_args(argv=None):
     g.add_argument("--tile", type=runs.TILE, metavar="SIDE",
                    help="LR tile in pixels; 0: whole image, as HGGT tests; default: 0 with --protocol realsr, else 256 "
                         "(HGGT's test images have 128, so they stay whole); halved where memory does not suffice")
+    g.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
+                   help="of the networks; bf16 keeps weights, last convolution, blending and metrics in fp32")
     g.add_argument("--batch-size", type=runs.SIZE, default=8, help="outputs of one image that a metric sees at a time")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     g.add_argument("--threads", type=runs.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
@@ -219,6 +221,14 @@ def remark_cut(items):
               f"at the right and at the bottom, first {cut[0]}")
 
 
+def remark_precision(args, rows, device):
+    """Say once, of the first network, what bf16 would gain or costs on this CPU."""
+    architectures = [row.record["arch"] for row in rows.values() if row.record and row.files is None]
+    remark = architectures and runs.precision_remark(device, args.precision, architectures[0])
+    if remark:
+        print(f"remark: {remark}")
+
+
 # Rows
 
 def find_rows(args, items, device):
@@ -237,11 +247,14 @@ def find_rows(args, items, device):
                 net, info = archs.load_x4(path, "--weights", args.weights_key, args.pad_mode)
             made = {"hash": lora.base_hash(net)[:24], "pad_mode": getattr(net, "pad_mode", None), "tile": args.tile,
                     "overlap": archs.OVERLAP}
+            # scores of earlier commits, which had fp32 alone, stay valid
+            made |= {} if args.precision == "fp32" else {"precision": args.precision}
             name = args.names[k] if args.names else row_name(path)
             if adapter and (len(args.scale) > 1 or not args.names):
                 name += f" x{scale:g}"
-            network = partial(archs.upscale_tiled, net.to(device), tile=args.tile)
-            add_row(rows, name, metrics.Row(network, identity=runs.digest(made), record=info | made))
+            network = partial(archs.upscale_tiled, archs.ready(net, device, args.precision), tile=args.tile)
+            record = info | made | {"precision": args.precision}
+            add_row(rows, name, metrics.Row(network, identity=runs.digest(made), record=record))
     for folder in args.images:
         files = match_images(folder, items, "--images")
         hashes = runs.digest([runs.digest(files[stem]) for stem in items])
@@ -405,6 +418,7 @@ def main(args):
     check_sizes(rows, items, judges)
     if world.is_main:
         remark_cut(items)
+        remark_precision(args, rows, world.device)
 
     common = (args.cache, world, PROTOCOLS[args.protocol])
     gold = "gold" in args.baselines

@@ -386,16 +386,18 @@ def main(args):
                 runs.save_weights(args.out / "weights" / f"net_d_{step:07d}.pth", raw_d.state_dict())
         run.save(step, state)
 
+    shown = archs.within(autocast, base), archs.within(autocast, ema)
+
     def look(step):
         nonlocal before, after
         if val_sets is not None:
-            after = validate(base, ema, val_sets, judges, args.degradation, seeds, world)
+            after = validate(*shown, val_sets, judges, args.degradation, seeds, world)
             before = before or after
             run.say(f"step {step} validation, {len(val_sets.stems)} images: {verdict(before, after, judges)}")
             run.event(step, "val", **after)
         if step and world.is_main:
             path = args.out / "samples" / f"{step:07d}.png"
-            sample_grid(base, ema, val_sets or sets, args.degradation, seeds, device, path)
+            sample_grid(*shown, val_sets or sets, args.degradation, seeds, device, path)
 
     def gained_enough():
         return args.stop_gain and after and after["reward"] - before["reward"] >= args.stop_gain

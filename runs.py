@@ -49,6 +49,8 @@ REPO = Path(__file__).resolve().parent
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # instructions that decide how PyTorch computes on a CPU, as /proc/cpuinfo calls them
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "avx_vnni", "avx512_vnni")
+# those that compute in bf16
+BF16_UNITS = ("amx_bf16", "avx512_bf16")
 
 
 class UserError(ValueError):
@@ -418,6 +420,39 @@ def start_training(device, threads, seed, precision, deterministic=False):
     return world, partial(sample_seed, seed), autocast
 
 
+@contextlib.contextmanager
+def in_precision(device, precision):
+    """Networks inside run in fp32, tf32 or bf16, as --precision says; nothing outside does."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def precision_remark(device, precision, arch):
+    """What bf16 gains or costs on this CPU, where that is not what was chosen; else "".
+
+    The numbers are those of results/bench/precision-<unit>.json (experiments/precision.py), where there is one.
+    """
+    flags = cpu_flags()
+    unit = next((flag for flag in BF16_UNITS if flag in flags), "none")
+    if device.type != "cpu" or (precision == "bf16") == (unit != "none"):
+        return ""
+    file = REPO / "results" / "bench" / f"precision-{unit}.json"
+    found = json.loads(file.read_text())["found"].get(arch) if file.exists() else None
+    if unit == "none":
+        than = f"fp32 is about {1 / found['faster']:.0f} times as fast (measured)" if found else "fp32 is faster"
+        return f"--precision bf16: {than} on a CPU without units for it ({' and '.join(BF16_UNITS)} are such)"
+    if not found:
+        return f"--precision bf16 may be faster, this CPU has {unit}: python -m experiments.precision measures"
+    largest = f", differences of up to {found['largest']:.1f} grey levels" if "largest" in found else ""
+    return f"--precision bf16: about {found['faster']:.1f} times as fast on a CPU with {unit} (measured){largest}"
+
+
 def update_ema(ema, net, decay):
     """ema <- decay * ema + (1 - decay) * net, over the parameters.
 
@@ -571,6 +606,13 @@ def load_checkpoint(path):
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error)[:80]})") from error
 
 
+def cpu_flags():
+    """Those of CPU_FLAGS that this CPU has; numbers differ in their last digits between CPUs of other instructions."""
+    info = Path("/proc/cpuinfo")
+    known = re.search(r"^flags\s*:(.*)", info.read_text() if info.exists() else "", re.MULTILINE)
+    return [flag for flag in CPU_FLAGS if known and flag in known[1].split()]
+
+
 def describe_machine():
     """Commit, versions and hardware, as recorded beside every number."""
     def git(*words):
@@ -584,12 +626,8 @@ def describe_machine():
         commit += "+dirty"
     cpu = f"CPU {platform.machine()}, {os.cpu_count()} cores"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    # numbers differ in their last digits between CPUs of other instructions and between numbers of threads
-    info = Path("/proc/cpuinfo")
-    known = re.search(r"^flags\s*:(.*)", info.read_text() if info.exists() else "", re.MULTILINE)
-    flags = [flag for flag in CPU_FLAGS if known and flag in known[1].split()]
     return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device,
-            "cpu_flags": flags, "threads": torch.get_num_threads()}
+            "cpu_flags": cpu_flags(), "threads": torch.get_num_threads()}
 
 
 def peak_memory(device):

@@ -274,15 +274,17 @@ def main(args):
                 runs.save_weights(args.out / "weights" / f"net_d_{step:07d}.pth", raw_d.state_dict())
         run.save(step, state)
 
+    shown_net = archs.within(autocast, ema)
+
     def look(step):
         if val_sets is not None:
-            values = validate(ema, val_sets, args.degradation, reward, seeds, world)
+            values = validate(shown_net, val_sets, args.degradation, reward, seeds, world)
             shown = " ".join(f"{k} {v:.3f}" for k, v in values.items())
             run.say(f"step {step} validation, {len(val_sets.stems)} images: {shown}")
             run.event(step, "val", **values)
         if step and world.is_main:
             path = args.out / "samples" / f"{step:07d}.png"
-            sample_grid(ema, shown_set, pairs, reward, path)
+            sample_grid(shown_net, shown_set, pairs, reward, path)
 
     def due(step, every):
         return runs.due(step, args.total_steps, every)

@@ -53,6 +53,8 @@ def parse_args(argv=None):
                         "Halved where memory does not suffice")
     p.add_argument("--overlap", type=runs.COUNT, default=64,
                    help="of tiles, LR pixels (CHOICE: seams are below one grey level)")
+    p.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
+                   help="of the network; bf16 keeps weights, last convolution and blending in fp32")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     p.add_argument("--threads", type=runs.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
     args = p.parse_args(argv)
@@ -286,10 +288,13 @@ def main(args):
         net, info = lora.load_tuned(args.lora, args.scale, args.weights, args.weights_key, args.pad_mode, "--weights")
     else:
         net, info = archs.load_run(args.weights, "--weights", args.weights_key, args.pad_mode)
-    net = net.to(world.device)
+    remark = runs.precision_remark(world.device, args.precision, info["arch"])
+    net = archs.ready(net, world.device, args.precision)
     adapter = f" + {args.scale:g} x {args.lora}" if args.lora else ""
     if world.is_main:
         print(f"{info['file']}: {info['arch']} x{info['scale']}, key {info['key']}{adapter}")
+        if remark:
+            print(remark, file=sys.stderr)
     # without it a signal that arrives within libvips would be lost
     failed, stop = 0, runs.StopSignal(world)
     for path in tqdm(paths[world.rank::world.size], unit="img", disable=not world.is_main):

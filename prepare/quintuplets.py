@@ -52,6 +52,8 @@ def parse_args(argv=None):
     p.add_argument("--tile", type=runs.TILE, default=256,
                    help="LR tile of the enhancers in pixels, more than 128; 0: whole photo")
     p.add_argument("--tile-batch", type=runs.SIZE, default=1, help="tiles enhanced at a time")
+    p.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
+                   help="of the enhancers; bf16 keeps weights, last convolution and blending in fp32")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     p.add_argument("--threads", type=runs.COUNT, default=0, help="CPU threads per process; 0: PyTorch's choice")
     args = p.parse_args(argv)
@@ -65,6 +67,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 import errno
 import hashlib
 import json
+import sys
 from collections import Counter
 from functools import partial
 from itertools import combinations, product
@@ -132,7 +135,7 @@ def enhance(photo, net, args):
     return degradations.to_8bit(sr)[0]
 
 
-def load_enhancers(paths, device):
+def load_enhancers(paths, device, precision):
     """-> {version: net}, {version: {"file", "sha256", "arch"}}.
 
     UserError for another scale than x4 and for a checkpoint that is given twice.
@@ -146,7 +149,7 @@ def load_enhancers(paths, device):
                 raise runs.UserError(f"--enhancers: {path} is the same file as {other['file']}: "
                                      "every version needs an enhancer of its own")
         version = f"{k:02d}"
-        nets[version] = net.to(device)
+        nets[version] = archs.ready(net, device, precision)
         sources[version] = {"file": str(path), "sha256": digest, "arch": info["arch"]}
     return nets, sources
 
@@ -268,16 +271,17 @@ def build(args, world):
     """Make or continue the set args.out. -> the content of quintuplets.json, on rank 0."""
     if not args.photos.is_dir():
         raise runs.UserError(f"--photos {args.photos}: no such folder")
-    nets, sources = load_enhancers(args.enhancers, world.device)
+    nets, sources = load_enhancers(args.enhancers, world.device, args.precision)
     keys = ("shrink", "soften", "tile", "patch", "step", "jitter", "min_std", "min_laplacian", "min_change", "similar",
-            "seed")
+            "seed", "precision")
     settings = {key: getattr(args, key) for key in keys} | {"overlap": archs.OVERLAP}
     settings["enhancers"] = {version: source["sha256"] for version, source in sources.items()}
     records, started = args.out / "records", args.out / "records" / "settings.json"
     # else nothing was written that could be mixed up
     begun = (args.out / "Train").exists()
     if started.exists():
-        changed = runs.changes(read_record(started), settings)
+        # earlier commits had fp32 alone
+        changed = runs.changes({"precision": "fp32"} | read_record(started), settings)
         if changed and begun:
             raise runs.UserError(f"{args.out} was begun with other settings ({'; '.join(changed.values())}): "
                                  "choose another --out")
@@ -287,6 +291,9 @@ def build(args, world):
         runs.check_writable(args.out, "--out")
     # of the contact sheet, which comes last: refuse a wrong one now
     reward = iqa.create_reward([args.reward], world.device)
+    remark = runs.precision_remark(world.device, args.precision, next(iter(sources.values()))["arch"])
+    if world.is_main and remark:
+        print(remark, file=sys.stderr)
     photos, dropped_photos = survey(args, world)
     done = {file.stem.removeprefix("photo-"): read_record(file) for file in records.glob("photo-*.json") if begun}
     gone = sorted(set(done) - set(photos))

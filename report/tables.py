@@ -173,7 +173,10 @@ def groups_line(result):
 
 def title_of(result):
     """The protocol in words, and the number of images."""
-    return f"protocol {result['protocol']['name']}: {result['protocol']['says']}; mean of {result['images']} images"
+    title = f"protocol {result['protocol']['name']}: {result['protocol']['says']}; mean of {result['images']} images"
+    # earlier commits had fp32 alone
+    precisions = {record.get("precision", "fp32") for record in result.get("weights", {}).values()} - {"fp32"}
+    return title + "".join(f"; networks in {precision}" for precision in sorted(precisions))
 
 
 # Cells
@@ -321,7 +324,7 @@ FORMATS = {"text": text, "markdown": markdown, "latex": latex, "csv": to_csv}
 
 # identity: in files of older commits
 MADE_BY = {"hash": "hash of weights (or of ready-made images)", "identity": "weights", "tile": "tile",
-           "overlap": "overlap of tiles", "pad_mode": "padding"}
+           "overlap": "overlap of tiles", "pad_mode": "padding", "precision": "precision"}
 
 
 def explain(a, b):
@@ -352,7 +355,9 @@ def explain(a, b):
             records = [result.get("weights", {}).get(row, {}) for result in (a, b)]
             for key, subject in MADE_BY.items():
                 if any(key in record for record in records):
-                    compare(f"{row}: {subject}", *(record.get(key, absent) for record in records))
+                    # earlier commits had fp32 alone
+                    otherwise = "fp32" if key == "precision" else absent
+                    compare(f"{row}: {subject}", *(record.get(key, otherwise) for record in records))
             lines += score_changes(row, a["scores"][row], b["scores"][row], a["lower_is_better"])
     for name, own, other in (("first", a["scores"], b["scores"]), ("second", b["scores"], a["scores"])):
         only = [row for row in own if row not in other]

@@ -501,6 +501,23 @@ def test_scores_of_other_tiles_and_overlaps_are_not_used(pairs, monkeypatch):
 
 
 @pytest.mark.fast
+def test_the_precision_is_recorded_and_scores_of_another_are_not_used(pairs, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "cpu_flags", lambda: ["amx_bf16"])
+    exact = call(pairs)
+    assert capsys.readouterr().out.count("remark: --precision bf16") == 1
+    before = cached(pairs)
+    coarse = call(pairs, "--precision", "bf16")
+    out = capsys.readouterr().out
+    assert "mean of 3 images; networks in bf16" in out and "remark" not in out
+    # bicubic, which is no network, is not computed again
+    assert len(cached(pairs).splitlines()) == len(before.splitlines()) + 3
+    assert [result["weights"]["net"]["precision"] for result in (exact, coarse)] == ["fp32", "bf16"]
+    (one, other) = ([s["psnr"] for s in result["scores"]["net"].values()] for result in (exact, coarse))
+    assert one != other and one == pytest.approx(other, abs=0.02)
+    assert call(pairs)["scores"] == exact["scores"]
+
+
+@pytest.mark.fast
 def test_the_overlap_in_the_identity_is_the_one_that_is_used(pairs, monkeypatch):
     seen, tiled = [], archs.upscaled_rows
 

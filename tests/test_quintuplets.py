@@ -257,7 +257,7 @@ def test_a_set_is_dropped_where_no_network_did_more_than_interpolate(photos, enh
     # less than a grey level more than interpolation
     versions["02"] = partial(shifted, levels=0.6)
     real = quintuplets.load_enhancers
-    monkeypatch.setattr(quintuplets, "load_enhancers", lambda paths, device: (versions, real(paths, device)[1]))
+    monkeypatch.setattr(quintuplets, "load_enhancers", lambda *words: (versions, real(*words)[1]))
     with pytest.raises(ValueError, match="no set is left .*not enhanced"):
         build(photos, enhancers[:2], tmp_path / "none", "--shrink", 0.25)
     versions["02"] = partial(shifted, levels=3)
@@ -303,6 +303,14 @@ def test_what_cannot_become_a_set_is_refused_in_one_line(photos, enhancers, tmp_
     build(photos, enhancers[:2], tmp_path / "mine")
     refused("begun with other settings .*shrink 0.75 -> 0.5", "--shrink", 0.5)
     refused("begun with other settings .*tile 256 -> 0", "--tile", 0)
+    refused("begun with other settings .*precision 'fp32' -> 'bf16'", "--precision", "bf16")
+    settings = tmp_path / "mine" / "records" / "settings.json"
+    # as earlier commits wrote it
+    runs.save_json(settings, {k: v for k, v in json.loads(settings.read_text()).items() if k != "precision"})
+    build(photos, enhancers[:2], tmp_path / "mine")
+    build(photos, enhancers[:2], tmp_path / "coarse", "--precision", "bf16")
+    settings = json.loads((tmp_path / "coarse" / "quintuplets.json").read_text())["settings"]
+    assert settings["precision"] == "bf16"
     record = tmp_path / "full" / "records" / "photo-coffee.json"
     whole = record.read_bytes()
     record.write_bytes(whole[:40])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+import archs
 import runs
 
 pytestmark = pytest.mark.fast
@@ -46,6 +47,48 @@ def test_precision_is_what_was_asked_for(precision, tf32, dtype):
         assert seeds(1, 2, "crop") == runs.sample_seed(3, 1, 2, "crop") and world.size == 1
     finally:
         cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = original
+
+
+@pytest.mark.parametrize("precision, tf32, dtype", [
+    ("fp32", False, torch.float32), ("tf32", True, torch.float32), ("bf16", False, torch.bfloat16)])
+def test_networks_for_inference_run_in_a_precision_and_nothing_else_does(precision, tf32, dtype):
+    flags, seen = (torch.backends.cuda.matmul, torch.backends.cudnn), []
+
+    class Net(torch.nn.Conv2d):
+        def forward(self, x):
+            y = super().forward(x)
+            seen.append((y.dtype, *(flag.allow_tf32 for flag in flags)))
+            return y
+    runs.start_world("cpu", 0)
+    net = archs.ready(Net(3, 3, 1), torch.device("cpu"), precision)
+    net(torch.rand(1, 3, 8, 8))
+    with pytest.raises(RuntimeError):
+        net(torch.rand(1, 5, 8, 8))
+    assert seen == [(dtype, tf32, tf32)] and not any(flag.allow_tf32 for flag in flags)
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+FOUND = {"swinir": {"faster": 3.21, "largest": 1.62}, "rrdbnet": {"faster": 0.25}}
+
+
+@pytest.mark.parametrize("flags, precision, arch, remark", [
+    (["avx512f", "amx_bf16"], "fp32", "swinir",
+     "about 3.2 times as fast on a CPU with amx_bf16 (measured), differences of up to 1.6 grey levels"),
+    (["amx_bf16"], "fp32", "compact", "may be faster, this CPU has amx_bf16"),
+    (["avx512_bf16"], "tf32", "swinir", "may be faster, this CPU has avx512_bf16"),
+    (["amx_bf16"], "bf16", "swinir", ""),
+    (["avx2", "avx512f"], "fp32", "swinir", ""),
+    ([], "bf16", "rrdbnet", "fp32 is about 4 times as fast (measured) on a CPU without"),
+    ([], "bf16", "swinir", "fp32 is faster on a CPU without")])
+def test_what_bf16_would_gain_or_costs_on_this_cpu(monkeypatch, tmp_path, flags, precision, arch, remark):
+    for unit in ("amx_bf16", "none"):
+        found = FOUND if unit == "amx_bf16" else {"rrdbnet": FOUND["rrdbnet"]}
+        runs.save_json(tmp_path / "results" / "bench" / f"precision-{unit}.json", {"found": found})
+    monkeypatch.setattr(runs, "REPO", tmp_path)
+    monkeypatch.setattr(runs, "cpu_flags", lambda: flags)
+    said = runs.precision_remark(torch.device("cpu"), precision, arch)
+    assert remark in said and bool(said) == bool(remark)
+    assert runs.precision_remark(torch.device("cuda"), precision, arch) == ""
 
 
 def test_peak_memory_is_this_process_own():

@@ -176,6 +176,13 @@ def test_diff_tells_weights_tile_padding_images_and_commit_apart(file, tmp_path,
     second = json.loads(json.dumps(first))
     second["protocol"]["says"] = "other words"
     assert tables.explain(first, second) == []
+    # earlier commits did not record fp32
+    second["weights"]["net"]["precision"] = "fp32"
+    assert tables.explain(first, second) == [] and "networks in" not in tables.title_of(second)
+    second["weights"]["net"]["precision"] = "bf16"
+    assert tables.explain(first, second) == ["net: precision is 'fp32' in the first, 'bf16' in the second"]
+    assert tables.title_of(second).endswith("; networks in bf16")
+    second["weights"]["net"]["precision"] = "fp32"
     second = second | {"commit": "def", "files": {"a": {"lq": "2"}}, "versions": {"torch": "2.14"}}
     second["weights"]["net"] |= {"tile": 128, "pad_mode": "swinir"}
     second["scores"]["net"]["a"]["psnr"] += 1

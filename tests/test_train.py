@@ -386,6 +386,19 @@ def test_validation_is_of_the_ema(quintuplets, init, rewards, tmp_path):
     assert abs(psnr["ema"] - psnr["net_g"]) > 1e-2
 
 
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_validation_runs_in_the_runs_precision(quintuplets, init, rewards, tmp_path, monkeypatch, precision, dtype):
+    seen, forward = set(), archs.SRVGGNetCompact.forward
+
+    def watched(net, x):
+        if not net.training:
+            seen.add(net.body[0](x).dtype)
+        return forward(net, x)
+    monkeypatch.setattr(archs.SRVGGNetCompact, "forward", watched)
+    train_with(flags(quintuplets, init, tmp_path / "run", total_steps=1, val_photos=1, precision=precision))
+    assert seen == {dtype} and events(tmp_path / "run", "val")
+
+
 # One process and two
 
 def test_two_processes_give_the_losses_of_one(quintuplets, init, rewards, tmp_path, script):

@@ -66,6 +66,35 @@ def test_the_pixels_are_spandrels(weights, photo, tmp_path):
 
 
 @pytest.mark.fast
+def test_bf16_is_close_to_fp32_and_convolutions_run_in_it(weights, photo, tmp_path, monkeypatch):
+    for name in "ab":
+        Image.fromarray(photo).save(tmp_path / f"{name}.png")
+    seen, forward = set(), archs.SRVGGNetCompact.forward
+
+    def watched(net, x):
+        seen.add((net.body[0](x).dtype, net.body[0].weight.is_contiguous(memory_format=torch.channels_last)))
+        return forward(net, x)
+    monkeypatch.setattr(archs.SRVGGNetCompact, "forward", watched)
+    pixels = {}
+    for precision in ("fp32", "bf16"):
+        seen.clear()
+        run(weights, tmp_path / "a.png", tmp_path / "b.png", "--out", tmp_path / precision, "--precision", precision)
+        pixels[precision] = np.array(Image.open(tmp_path / precision / "a.png")).astype(int)
+        assert seen == {(torch.float32, False) if precision == "fp32" else (torch.bfloat16, True)}
+    assert 0 < abs(pixels["fp32"] - pixels["bf16"]).max() <= 2
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("flags, said", [(["amx_bf16", "avx2"], 1), (["avx2"], 0)])
+def test_bf16_is_named_once_where_the_cpu_has_it(weights, photo, tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.setattr(runs, "cpu_flags", lambda: flags)
+    for name in "ab":
+        Image.fromarray(photo).save(tmp_path / f"{name}.png")
+    run(weights, tmp_path / "a.png", tmp_path / "b.png", "--out", tmp_path / "sr")
+    assert capsys.readouterr().err.count("--precision bf16") == said
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("mode, suffix", [("L", ".png"), ("LA", ".png"), ("RGB", ".png"), ("RGBA", ".png"),
                                           ("P", ".png"), ("1", ".png"), ("RGBA", ".webp"), ("L", ".tif"),
                                           ("RGBA", ".tiff"), ("L", ".jpg"), ("RGB", ".webp")])
