@@ -403,7 +403,8 @@ def synthetic(args):
     sets = pd.DataFrame(sets, columns=["set", "version", "image", "label", "photo"])
     analyses.write_csv(args.out / "sets.csv", sets, index=False)
     text = f"{agreement.SYNTHETIC}: preferred is what is nearer to {args.gt} by {args.truth}"
-    runs.save_json(args.out / "about.json", {"truth": text, "metrics": {}, "left_out": [], "identity": truth.identity})
+    runs.save_json(args.out / "about.json", {"command": sys.argv, **runs.describe_machine(), "truth": text,
+                                             "metrics": {}, "left_out": [], "identity": truth.identity})
     print(f"{text}: {len(pairs)} pairs, {len(originals)} sets in {args.out}; "
           f"next: python analyze_iqa.py score --out {args.out} --metrics ...")
 

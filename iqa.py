@@ -100,6 +100,7 @@ class Reward(nn.Module):
 
 def tensors_hash(model, source=b""):
     """Hash over the tensors that a model computes with, and over `source`, the text of its program."""
+    # tensor by tensor, and 16 digits, unlike runs.digest: atlases, pools and caches of scores hold it
     digest = hashlib.sha256(source)
     # NIQE and BRISQUE keep their parameters as plain attributes
     attributes = {f"{path}.{key}".lstrip("."): value for path, module in model.named_modules()

@@ -140,6 +140,7 @@ def base_state_dict(net):
 
 def base_hash(net):
     """SHA-256 over names, shapes and values of the base's parameters: identifies the base of an adapter."""
+    # tensor by tensor, and all digits, unlike runs.digest: adapter files hold it
     digest = hashlib.sha256()
     names = {name.replace(".parametrizations.weight.original", ".weight") for name, _ in net.named_parameters()}
     for key, value in sorted(base_state_dict(net).items()):

@@ -547,9 +547,12 @@ def check_output(path, flag):
 
 
 def digest(value):
-    """Hash of a file's bytes (of a Path), or of plain values."""
-    content = value.read_bytes() if isinstance(value, Path) else json.dumps(value, sort_keys=True).encode()
-    return hashlib.sha256(content).hexdigest()[:24]
+    """Hash of a file's bytes (of a Path), of bytes or a memoryview, or of plain values: 24 digits of its SHA-256."""
+    if isinstance(value, Path):
+        value = value.read_bytes()
+    elif not isinstance(value, bytes | memoryview):
+        value = json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(value).hexdigest()[:24]
 
 
 def save_json(path, value):

@@ -127,7 +127,8 @@ class LatentSR:
 
     def settings(self):
         """Everything beside the weights that sampling depends on, as plain values."""
-        prompts = self.prompts and hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:16]
+        # of this text and this long: the pools of earlier commits hold it
+        prompts = self.prompts and runs.digest(json.dumps(self.prompts).encode())[:16]
         return {"model": type(self).__name__, "prediction": self.prediction, "steps": self.steps,
                 "guidance": self.guidance, "negative": self.NEGATIVE, "adain": self.adain,
                 "dtype": str(self.dtype).removeprefix("torch."), "prompts": prompts}

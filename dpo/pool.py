@@ -156,7 +156,7 @@ def curate(pool, out, reward="hybrid", norm_scope="pool", norm_file=None, top=8,
     else:
         scale = preference.fit_norm(raw, judges, lower)
         norm = {"metrics": {m: about[m] | ends for m, ends in scale.items()}, "groups": len(names),
-                "candidates": raw.shape[1]}
+                "candidates": raw.shape[1], **runs.describe_machine()}
     if norm_scope == "group":
         full_reference = [v["full_reference"] for v in about.values()]
         rewards = preference.reward(preference.normalise_groups(raw, judges, lower), full_reference, reward)

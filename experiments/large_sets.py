@@ -20,7 +20,6 @@ def parse_args(argv=None):
 # --help needs no torch: seconds
 ARGS = parse_args() if __name__ == "__main__" else None
 
-import hashlib
 import json
 import pickle
 import statistics
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 
 import data
-from prepare.atlas import Atlas
+from prepare.atlas import Atlas, table_hash
 from prepare.pack import Packed
 
 VERSIONS, SIDE, STRIDE, CROP = ["original", "01", "02", "03", "04"], 512, 32, 256
@@ -59,7 +58,7 @@ def write(root, stems):
     table = np.lib.format.open_memmap(root / "atlas.npy", mode="w+", dtype=np.float32, shape=tuple(shape))
     about = {"reward": {"none": {"weight": 1.0, "hash": ""}}, "crop": CROP, "stride": STRIDE, "signature": "none",
              "versions": VERSIONS, "stems": stems, "shape": shape, "finished": True,
-             "table": hashlib.sha256(table.reshape(-1)).hexdigest()[:12]}
+             "table": table_hash(table)}
     (root / "atlas.json").write_text(json.dumps(about))
 
 

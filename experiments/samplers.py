@@ -92,7 +92,6 @@ def parse_args(argv=None):
 # --help needs no torch: seconds
 ARGS = parse_args() if __name__ == "__main__" else None
 
-import hashlib
 import json
 import signal
 import sys
@@ -364,14 +363,15 @@ def report(args):
 
 def check_settings(args):
     """UserError unless the inputs are those of earlier results, whose hashes are in RESULTS-settings.json."""
-    def digest(path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    # 16 digits: the settings of results/experiment have so many
+    def digest(value):
+        return runs.digest(value)[:16]
 
     def folders(paths):
         return {f"{path.name}_{file.name}": digest(file) for path in paths for file in list_images(path).values()}
     # of the tensors: a file's bytes hold its name
     vgg = sorted(archs.read_file(args.vgg_weights).items())
-    vgg = hashlib.sha256(b"".join(value.numpy().tobytes() for _, value in vgg)).hexdigest()[:16]
+    vgg = digest(b"".join(value.numpy().tobytes() for _, value in vgg))
     settings = {"train": args.train, "quintuplets": QUINTUPLETS, "init": digest(args.init),
                 "enhancers": [digest(path) for path in args.enhancers], "vgg": vgg, "photos": folders(args.photos),
                 "test_photos": folders(args.test_photos), "rewards": args.rewards, "unseen": args.unseen}

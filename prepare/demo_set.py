@@ -161,7 +161,7 @@ def write_demo(work):
                         save_image(lq_folder / f"{stem}.png", lq)
                     kept += 1
             record["photos"][name] = {"split": split, "source": f"skimage.data.{name}", "patches": kept}
-    runs.save_json(work / "quintuplets.json", record)
+    runs.save_json(work / "quintuplets.json", record | runs.describe_machine())
     return record
 
 

@@ -155,6 +155,7 @@ def load_enhancers(paths, device, precision):
 
 
 def sha256(path):
+    # the whole of it, unlike runs.digest: the records of sets that were begun earlier hold it
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -16,7 +16,6 @@ Not detected: a copy of a training patch that is shifted by more than 1/16 of it
 scaled by 2 % or more; a wrong LR image or version that resembles its original in light and shade by chance. Patches of
 one periodic facade may be reported as near-duplicates.
 """
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -153,7 +152,7 @@ def decode(path):
             raise runs.UserError("truncated: its end is missing; fetch or make it again")
     except (ValueError, OSError) as error:
         return None, None, None, " ".join(str(error).split()).removeprefix(f"{path}: ")
-    pixels = hashlib.sha256(image.numpy().tobytes()).digest()
+    pixels = runs.digest(image.numpy().tobytes())
     return (image.shape[2], image.shape[1]), thumbnail(image), pixels, None
 
 
@@ -345,8 +344,8 @@ def main(args):
     summary = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""
     print(f"defects: {len(report.defects)}{summary}")
     if args.out_json:
-        runs.save_json(args.out_json, {"command": sys.argv, "data": str(args.data), "counts": report.counts,
-                                       "defects": report.defects})
+        runs.save_json(args.out_json, {"command": sys.argv, **runs.describe_machine(), "data": str(args.data),
+                                       "counts": report.counts, "defects": report.defects})
     if report.defects:
         sys.exit(1)
 

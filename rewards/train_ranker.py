@@ -12,7 +12,6 @@ loss (Burges et al., ICML 2005) with soft labels. If the order of a chain is kno
 that order. The photographs are those in scikit-image's wheel. Clean ones are reduced by x1.6 or more, mostly by x2, so
 that they are sharp at the pixel level.
 """
-import hashlib
 import io
 import math
 import sys
@@ -415,7 +414,7 @@ def evaluate(args):
             rho[task].append(float(np.mean(per_crop)))
             agree[task].append(float(np.mean(per_crop_agree)) if per_crop_agree else None)
     result = {"command": sys.argv, **runs.describe_machine(), "weights": args.weights.name,
-              "sha256": hashlib.sha256(args.weights.read_bytes()).hexdigest()[:16], "folder": args.evaluate.name,
+              "sha256": runs.digest(args.weights), "folder": args.evaluate.name,
               "photos": len(paths), "reduce": args.reduce, "crops": args.crops, "repeats": args.repeats,
               "levels": len(u), "seed": args.seed, "against": args.against,
               "severity": {k: [round(a * (b / a) ** v, 3) for v in u[1:]] for k, (a, b) in FAMILIES.items()},

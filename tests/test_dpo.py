@@ -417,7 +417,9 @@ def test_the_stages_leave_plain_files(stages):
     assert image.shape == (3, 32, 32) and rows[3]["test_rewards:brightness"] == pytest.approx(brightness, abs=1e-3)
     pairs = read_lines(folder / "pairs.jsonl")
     assert len(pairs) == 5 and all(row["R_w"] > row["R_l"] for row in pairs)
-    norm = json.loads((folder / "norm.json").read_text())["metrics"]
+    norm = json.loads((folder / "norm.json").read_text())
+    assert {"commit", "torch", "device", "threads"} < set(norm)
+    norm = norm["metrics"]
     assert norm["ssim"]["high"] == max(row["ssim"] for row in rows) and norm["ssim"]["full_reference"]
     names = list_images(folder / "lq")
     assert {data.photo_of(name) for name in names} <= {"photo0", "photo1", "photo2"}

@@ -138,7 +138,8 @@ def test_the_script_exits_with_1_for_defects_and_2_without_a_data_set(root, scri
     sound = script("prepare.verify", root, "--out-json", tmp_path / "out.json")
     assert "defects: 0" in sound.stdout
     assert "Train: 1 of 6 sets have no positive: upos and smp leave them out" in sound.stdout
-    assert json.loads((tmp_path / "out.json").read_text())["counts"]["Train"]["positive"] == 10
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["counts"]["Train"]["positive"] == 10 and {"commit", "torch", "device", "threads"} < set(written)
     (root / "Train" / "images" / "x" / "01" / "photo0-0-0_01.png").unlink()
     bad = script("prepare.verify", root, check=False)
     assert bad.returncode == 1 and "photo0-0-0_01.png: missing" in bad.stdout and "defects: 1 (1 missing)" in bad.stdout

@@ -41,6 +41,7 @@ def test_the_demo_set_has_hggts_layout_without_labels(demo):
     assert gt.shape == (3, 192, 192) and lq.shape == (3, 48, 48)
     record = json.loads((demo / "quintuplets.json").read_text())
     assert sum(p["patches"] for p in record["photos"].values()) == len(train.stems) + len(test.stems)
+    assert {"commit", "torch", "device", "threads"} < set(record)
 
 
 def test_no_photo_and_no_scene_is_in_both_splits(demo):

@@ -26,6 +26,15 @@ def test_seeds_differ_in_every_argument_and_are_the_same_everywhere():
     assert int(other.stdout) == seeds[0]
 
 
+def test_a_digest_is_that_of_the_bytes_wherever_they_are(tmp_path):
+    (tmp_path / "file").write_bytes(b"[1, 2]")
+    table = np.arange(6, dtype=np.float32)
+    digest = runs.digest(tmp_path / "file")
+    assert digest == runs.digest(b"[1, 2]") == runs.digest([1, 2]) == "3a316d6d3226f84c1e46e444"
+    assert runs.digest(table.data) == runs.digest(table.tobytes()) != digest
+    assert runs.digest({"b": 1, "a": 2}) == runs.digest({"a": 2, "b": 1})
+
+
 def test_first_draws_of_neighbouring_seeds_are_uniform_and_uncorrelated():
     u = np.array([[np.random.default_rng(runs.sample_seed(0, step, lane, "crop")).random() for lane in range(8)]
                   for step in range(250)])
