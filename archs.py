@@ -121,7 +121,7 @@ class WindowAttention(nn.Module):
             q, k, v = qkv.flatten(2, 3)  # (B, nW * heads, N, width)
             bias = (bias + mask[:, None]).flatten(0, 1)[None]  # (1, nW * heads, N, N)
         # Against attention written out, on a CPU (experiments/tricks.py): 1.07 times as fast forward, 0.94 times with
-        # backward, so no gain. Not measured on CUDA
+        # backward, so no gain
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=width ** -0.5)[..., :width]
         return self.proj(x.reshape(b, nw, self.heads, n, width).transpose(2, 3).reshape(b, nw, n, c))
 
@@ -184,8 +184,7 @@ class ResidualSwinGroup(nn.Module):
 class SwinIR(nn.Module):
     """SwinIR (Liang et al., 2021); the defaults are HGGT's x4 generator.
 
-    forward(x, drop_path_seeds=None): (B, 3, h, w) RGB in [0, 1], any size -> (B, 3, upscale * h, upscale * w), not
-    clamped.
+    forward(x, keep=None): (B, 3, h, w) RGB in [0, 1], any size -> (B, 3, upscale * h, upscale * w), not clamped.
 
     upscale:    2, 3, 4 or 8 with upsampler "pixelshuffle" (HGGT, classical SR), 2 or 4 with "nearest+conv" (public
                 real-SR files)
@@ -196,10 +195,10 @@ class SwinIR(nn.Module):
                 Outputs differ near the right and bottom border, so a checkpoint belongs to one of the two
     drop_path:  stochastic depth: the rate of the last block, falling linearly to 0 at the first. Each of a block's two
                 branches is dropped on its own, and scaled by 1 / (1 - rate) when kept. Only in train mode, where every
-                forward needs drop_path_seeds, B ints: they alone decide what each sample drops, so the batch around it
-                has no influence (HGGT draws from the global generator). The attribute may be changed at any time;
-                0 switches it off
-    Raises ValueError on bad options and on missing or miscounted seeds.
+                forward needs keep = draw_keep(seeds), B ints: they alone decide what each sample drops, so the batch
+                around it has no influence (HGGT draws from the global generator). The attribute may be changed at any
+                time; 0 switches it off
+    Raises ValueError on bad options and on a missing or miscounted keep.
     """
 
     def __init__(self, upscale=4, img_size=64, window=8, depths=(6,) * 6, embed_dim=180, heads=(6,) * 6, mlp_ratio=2.0,
@@ -251,11 +250,16 @@ class SwinIR(nn.Module):
             elif isinstance(module, WindowAttention):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
-    def forward(self, x, drop_path_seeds=None):
+    def forward(self, x, keep=None):
         h, w = x.shape[2:]
         padding = [self.window - n % self.window if self.pad_mode == "hggt" else -n % self.window for n in (h, w)]
         x = pad_reflect(x, *padding)
-        mask, keep = self.mask_and_keep(x, drop_path_seeds)
+        mask, blocks = self.mask(x), sum(self.depths)
+        if not self.training or self.drop_path == 0:
+            keep = [None] * blocks
+        elif keep is None or keep.shape != (blocks, len(x), 2):
+            raise ValueError(f"SwinIR with drop_path {self.drop_path} in train mode needs keep, {(blocks, len(x), 2)}, "
+                             f"got {None if keep is None else tuple(keep.shape)}: net(x, net.draw_keep(seeds))")
 
         x = self.conv_first(x - self.mean)  # (B, C, H, W)
         y = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (B, H, W, C)
@@ -276,27 +280,23 @@ class SwinIR(nn.Module):
         x = to_rgb(self.conv_last, x) + self.mean
         return x[:, :, :h * self.upscale, :w * self.upscale]
 
-    # not for a compiler: a dict and NumPy, which cost little in Python
-    @torch.compiler.disable
-    def mask_and_keep(self, x, seeds):
-        """-> the shift mask (nW, N, N) of this image size; for each block None or (B, 2), its branches' scales."""
+    def mask(self, x):
+        """The shift mask (nW, N, N) of this image size."""
         key = (*x.shape[2:], self.mean.device, self.mean.dtype)
         if key not in self.masks:
             # four at most: a mask has 16 KB per window, 67 MB for a 512 x 512 input
             if len(self.masks) >= 4:
                 self.masks.pop(next(iter(self.masks)))
             self.masks[key] = shift_mask(*x.shape[2:], self.window, self.window // 2).to(self.mean)
+        return self.masks[key]
+
+    def draw_keep(self, seeds):
+        """(blocks, B, 2): by what each block's two branches are multiplied for B samples, 0 or 1 / (1 - rate)."""
         blocks = sum(self.depths)
-        if not self.training or self.drop_path == 0:
-            return self.masks[key], [None] * blocks
-        if seeds is None or len(seeds) != len(x):
-            raise ValueError(f"SwinIR with drop_path {self.drop_path} in train mode needs drop_path_seeds, one int per "
-                             f"sample: {len(x)} samples, {'no' if seeds is None else len(seeds)} seeds")
         rates = np.linspace(0, self.drop_path, blocks)[:, None, None]
         draws = np.stack([np.random.default_rng(int(seed)).random((blocks, 2)) for seed in seeds], axis=1)
-        keep = (draws >= rates) / (1 - rates)  # (blocks, B, 2)
-        keep = runs.to_device(torch.from_numpy(keep).to(self.mean.dtype), self.mean.device)
-        return self.masks[key], keep.unbind(0)
+        keep = (draws >= rates) / (1 - rates)
+        return runs.to_device(torch.from_numpy(keep).to(self.mean.dtype), self.mean.device)
 
 
 # RRDBNet (ESRGAN, Wang et al., 2018; Real-ESRGAN, Wang et al., 2021)
@@ -493,6 +493,16 @@ def ready(net, device, precision):
     """A network for inference: on its device, in the precision of --precision, in the memory format that suits it."""
     memory = torch.channels_last if precision == "bf16" and is_convolutional(net) else torch.contiguous_format
     return within(partial(runs.in_precision, device, precision), net.to(device, memory_format=memory))
+
+
+def compile_blocks(net):
+    """Compile, in place, the blocks that a generator repeats; of one that repeats none, all.
+
+    The compiler then takes half a minute instead of minutes, and the code is nearly as fast (docs/speed.md).
+    """
+    blocks = [module for module in net.modules() if isinstance(module, (SwinBlock, ResidualDenseBlock))]
+    for module in blocks or [net]:
+        module.compile()
 
 
 def create(arch, **options):

@@ -91,6 +91,12 @@ class Reward(nn.Module):
     def forward(self, x):
         return sum(self.weights[name] * score for name, score in self.each(x).items())
 
+    def compile_blocks(self):
+        """Compile, in place, what rewards/musiq.py repeats; other models stay as they are."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "compile_blocks"):
+                module.compile_blocks()
+
     def identity(self):
         """{name: {"weight", "hash"}}: the hash is over the model's tensors, and over a user's own source file."""
         return {name: {"weight": self.weights[name],

@@ -30,6 +30,16 @@ def generator_terms(sr, gt, lambdas, vgg=None, net_d=None, reward=None):
     return terms
 
 
+def compile_parts(net_g, vgg=None, reward=None):
+    """What --compile compiles of a training step, in place. Not the discriminator, which it slows down (docs/speed.md).
+    """
+    archs.compile_blocks(net_g)
+    if vgg is not None:
+        vgg.compile()
+    if reward is not None:
+        reward.compile_blocks()
+
+
 def adversarial_loss(logits, real):
     """Vanilla GAN loss, binary cross-entropy with logits against 1 (real) or 0, averaged over the logit map (HGGT)."""
     target = torch.full_like(logits, float(real), dtype=torch.float32)

@@ -261,7 +261,10 @@ def add_training(p, leave_out=()):
     add(g, "--musiq", choices=literal("iqa", "MUSIQ"), default="fused",
         help="how MUSIQ scores crops: fused is rewards/musiq.py, equal to pyiqa's in 1e-5 and faster; fused-bf16 is "
              "close only; pyiqa its own code")
-    add(g, "--compile", action=onoff, default=False, help="torch.compile generator and discriminator")
+    add(g, "--compile", action=onoff, default=False,
+        help="torch.compile the generator's blocks, VGG19 and MUSIQ (not the discriminator, which it slows down)")
+    add(g, "--cuda-graph", action=onoff, default=False,
+        help="record a step of one CUDA process and replay it: the same numbers, and the CPU hardly counts")
     add(g, "--deterministic", action=onoff, default=False,
         help="CUDA too computes bitwise the same again, so that a resumed run equals an uninterrupted one; slower")
     g = p.add_argument_group("output")
@@ -463,9 +466,16 @@ def update_ema(ema, net, decay):
 
 
 def adam(weights, lr):
-    """HGGT's Adam. On CUDA all weights change in one kernel."""
+    """HGGT's Adam. On CUDA all weights change in a few kernels."""
     weights = list(weights)
     return torch.optim.Adam(weights, lr=lr, betas=(0.9, 0.99), fused=weights[0].is_cuda or None)
+
+
+def load_adam(optimiser, state):
+    """Take up the state of a checkpoint; how the weights are changed is this device's way."""
+    for group, here in zip(state["param_groups"], optimiser.param_groups):
+        group["fused"] = here["fused"]
+    optimiser.load_state_dict(state)
 
 
 def learning_rate(step, lr, milestones):
@@ -481,6 +491,56 @@ def due(step, total, every):
 def to_device(tensor, device):
     """Copy a CPU tensor to the device; through pinned memory, since a plain copy waits until the GPU is done."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class Graphed:
+    """A training step of one CUDA process, recorded once and replayed: thousands of kernels start with one call.
+
+    step(*tensors) -> {name: 0-d tensor} must be the same work at every call: shapes stay, no value is read back,
+    nothing is drawn on the host. The first calls run as they are, while cuDNN chooses, compilers compile and Adam makes
+    its moments. A changed learning rate is recorded anew. UserError where a step cannot be recorded.
+    """
+
+    def __init__(self, step, optimisers):
+        self.step, self.optimisers, self.plain_calls, self.rates = step, optimisers, 3, None
+
+    def __call__(self, *inputs):
+        if self.plain_calls:
+            self.plain_calls -= 1
+            # not on the default stream, of which nothing can be recorded
+            side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                result = self.step(*inputs)
+            main.wait_stream(side)
+            return result
+        rates = [group["lr"] for optimiser in self.optimisers for group in optimiser.param_groups]
+        if rates != self.rates:
+            self.record(inputs)
+            self.rates = rates
+        for kept, given in zip(self.inputs, inputs):
+            kept.copy_(given)
+        self.graph.replay()
+        # the next replay writes to the same places
+        return {name: value.clone() for name, value in self.result.items()}
+
+    def record(self, inputs):
+        groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
+        # the memory of an earlier record goes first
+        self.graph = self.result = None
+        self.graph, self.inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
+        for group in groups:
+            group["capturable"] = True
+        try:
+            # data workers' threads may allocate pinned memory meanwhile
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.result = self.step(*self.inputs)
+        except RuntimeError as error:
+            raise UserError(f"--cuda-graph: this step cannot be recorded ({' '.join(str(error).split())[:200]}): leave "
+                            "the flag out") from error
+        finally:
+            for group in groups:
+                group["capturable"] = False
 
 
 class StopSignal:

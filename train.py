@@ -189,6 +189,8 @@ def main(args):
     device, lanes = world.device, world.lanes(args.batch_size)
     if len(lanes) % args.accumulate:
         raise runs.UserError(f"--accumulate {args.accumulate} does not divide the {len(lanes)} crops of one process")
+    if args.cuda_graph and (device.type != "cuda" or world.size > 1):
+        raise runs.UserError(f"--cuda-graph is for one process on CUDA; here are {world.size} on {device.type}")
 
     # cheap checks first, so that a bad command fails before anything is loaded
     record = vars(args) | {"discriminator": args.lambda_a > 0}
@@ -228,10 +230,10 @@ def main(args):
     if run.checkpoint:
         raw_g.load_state_dict(state["net_g"])
         ema.load_state_dict(state["ema"])
-        opt_g.load_state_dict(state["opt_g"])
+        runs.load_adam(opt_g, state["opt_g"])
         if raw_d is not None:
             raw_d.load_state_dict(state["net_d"])
-            opt_d.load_state_dict(state["opt_d"])
+            runs.load_adam(opt_d, state["opt_d"])
     pool = data.TrainingPool(args.pool_size, args.batch_size, lanes, seeds, state["pool"], device, not args.usm)
     meter = runs.Meter(world, state["meter"])
     # how often each version was chosen
@@ -253,12 +255,12 @@ def main(args):
     # free the loaded checkpoint: its copy of the pool alone may be 100 MB
     state = run.checkpoint = None
 
-    def compiled(net):
-        return torch.compile(net) if args.compile else net
-    net_g, judge = world.parallel(compiled(raw_g.train())), None
+    if args.compile:
+        losses.compile_parts(raw_g, vgg, reward)
+    net_g, judge = world.parallel(raw_g.train()), None
     if raw_d is not None:
         # the generator's loss uses D without DDP
-        judge = compiled(raw_d.train())
+        judge = raw_d.train()
         net_d = world.parallel(judge)
 
     def save(step, weights):
@@ -291,27 +293,9 @@ def main(args):
 
     def no_sync(net, last):
         return net.no_sync() if world.size > 1 and not last else contextlib.nullcontext()
-    stop = runs.StopSignal(world)
-    if run.start_step == 0:
-        look(0)
-    for step in run.steps(args.total_steps):
-        with meter.waiting():
-            try:
-                batch = next(batches)
-            except runs.UserError:
-                # an image that cannot be read; with more processes the others wait elsewhere
-                if world.size == 1 and step > run.start_step + 1:
-                    save(step - 1, weights=False)
-                raise
-        lr = runs.learning_rate(step, args.lr, args.milestones)
-        for group in opt_g.param_groups + (opt_d.param_groups if raw_d is not None else []):
-            group["lr"] = lr
 
-        lq, gt, version, score = pairs(batch, step, lanes)
-        picked.scatter_add_(0, version, torch.ones_like(version, dtype=picked.dtype))
-        # training-pair pool: the winner only
-        lq, gt = pool.swap((lq, gt), step)
-        lq, gt = lq.contiguous(memory_format=memory_g), gt.contiguous(memory_format=memory)
+    def optimise(lq, gt, *keep):
+        """One step of the networks on this process's pairs -> {term: its mean}. keep: SwinIR's, with --drop-path."""
         share = len(lanes) // args.accumulate
         parts = [slice(i, i + share) for i in range(0, len(lanes), share)]
         logged, fakes = Counter(), []
@@ -321,12 +305,9 @@ def main(args):
             raw_d.requires_grad_(False)
         opt_g.zero_grad(set_to_none=True)
         for part in parts:
-            drop = {}
-            if args.drop_path:
-                drop = {"drop_path_seeds": [seeds(step, lane, "drop-path") for lane in lanes[part]]}
             with no_sync(net_g, part is parts[-1]):
                 with autocast():
-                    sr = net_g(lq[part], **drop)
+                    sr = net_g(lq[part], *(scales[:, part] for scales in keep))
                     terms = losses.generator_terms(sr, gt[part], lambdas, vgg, judge)
                 loss_g = sum(weight * value for weight, value in terms.values())
                 (loss_g / len(parts)).backward()
@@ -348,7 +329,33 @@ def main(args):
                         (loss_d / len(parts)).backward()
                     logged.update({name: loss_d.detach() / len(parts)})
             opt_d.step()
+        return logged
 
+    if args.cuda_graph:
+        optimise = runs.Graphed(optimise, [opt_g] if raw_d is None else [opt_g, opt_d])
+    stop = runs.StopSignal(world)
+    if run.start_step == 0:
+        look(0)
+    for step in run.steps(args.total_steps):
+        with meter.waiting():
+            try:
+                batch = next(batches)
+            except runs.UserError:
+                # an image that cannot be read; with more processes the others wait elsewhere
+                if world.size == 1 and step > run.start_step + 1:
+                    save(step - 1, weights=False)
+                raise
+        lr = runs.learning_rate(step, args.lr, args.milestones)
+        for group in opt_g.param_groups + (opt_d.param_groups if raw_d is not None else []):
+            group["lr"] = lr
+
+        lq, gt, version, score = pairs(batch, step, lanes)
+        picked.scatter_add_(0, version, torch.ones_like(version, dtype=picked.dtype))
+        # training-pair pool: the winner only
+        lq, gt = pool.swap((lq, gt), step)
+        lq, gt = lq.contiguous(memory_format=memory_g), gt.contiguous(memory_format=memory)
+        keep = [raw_g.draw_keep([seeds(step, lane, "drop-path") for lane in lanes])] if args.drop_path else []
+        logged = optimise(lq, gt, *keep)
         if score is not None:
             logged["score"] = score.mean()
         meter.add(step, **logged)

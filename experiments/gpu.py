@@ -18,10 +18,10 @@ import runs
 
 # {job: (share of the minutes, what it does)}, in order of value
 JOBS = {
-    "device": (0.04, "matrix products per second in each precision, bandwidth of a copy"),
-    "checks": (0.24, "tests/test_gpu*.py: CPU against CUDA, no waiting, resume"),
-    "speed": (0.54, "training, fine-tuning, inference: images/s, share of the peak, memory, where the time goes"),
-    "exact": (0.18, "bitwise resume, operations without a deterministic form, 500 steps in bf16"),
+    "device": (0.06, "matrix products per second in each precision, bandwidth of a copy"),
+    "checks": (0.15, "tests/test_gpu*.py: CPU against CUDA, no waiting, resume"),
+    "speed": (0.6, "training, fine-tuning, inference: images/s, share of the peak, memory, where the time goes"),
+    "exact": (0.19, "bitwise resume, operations without a deterministic form, 500 steps in bf16"),
 }
 
 
@@ -135,12 +135,15 @@ def job_device(args, report, work):
 
 def job_checks(args, report, work):
     def tests():
-        files = sorted(str(file) for file in Path("tests").glob("test_gpu*.py"))
-        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10",
-                 f"--junitxml={work / 'tests.xml'}", *files]
-        subprocess.run(words, env=runs.python_path(), timeout=max(1.0, report.end - time.monotonic()))
+        # a process for each file, all at once
+        files = {file: work / f"{file.stem}.xml" for file in sorted(Path("tests").glob("test_gpu*.py"))}
+        running = [subprocess.Popen([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5",
+                                     f"--junitxml={result}", file], env=runs.python_path())
+                   for file, result in files.items()]
+        for process in running:
+            process.wait(max(1.0, report.end - time.monotonic()))
         outcomes, measured, seconds = {}, {}, {}
-        for case in ElementTree.parse(work / "tests.xml").iter("testcase"):
+        for case in (case for result in files.values() for case in ElementTree.parse(result).iter("testcase")):
             state = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
             outcomes.setdefault(state, []).append(case.get("name"))
             seconds[case.get("name")] = float(case.get("time"))
@@ -153,22 +156,23 @@ def job_checks(args, report, work):
 
 # (c) speed
 
-def measured(args, words, steps, compiled=False, tune=False, parts=False):
+def measured(args, words, steps, tune=False, parts=False):
     """{"images_per_s", "ms", "wait", "memory", ...} of train.py, or with tune finetune_lora.py, with these flags.
 
     parts: measure the parts of a step as well, one by one, and of each the share of its time in which the GPU computes.
     """
-    words = [str(word) for word in words] + (["--compile"] if compiled else [])
+    words = [str(word) for word in words]
     if tune:
         # of the run that is tuned
         words = [*bench.without(words, "--group-size", "--d-features"), "--base", "none"]
     flags = (finetune_lora if tune else train).parse_args(words)
     record = {"flags": words}
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     if parts:
         _, record["parts_ms"], record["flops"], record["busy"] = step_parts(flags, 3, tune)
         print(json.dumps(record["parts_ms"], indent=1))
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     whole = bench.whole_steps(words, flags, steps, script="finetune_lora.py" if tune else "train.py", inside=True)[0]
     return record | whole | {"images_per_s": 1000 * flags.batch_size / whole["ms"]}
 
@@ -176,33 +180,43 @@ def measured(args, words, steps, compiled=False, tune=False, parts=False):
 def job_speed(args, report, work):
     cuda = args.device == "cuda"
     arguments = FULL if cuda else SMALL
-    steps, fast, exact = (20, "bf16", "tf32") if cuda else (2, "fp32", "fp32")
+    # the networks' precision in which most is measured, and the other one
+    steps, fast, exact = (12, "bf16", "tf32") if cuda else (2, "fp32", "fp32")
     common = ["--data", work / "data", "--vgg-weights", work / "vgg19.pth", "--device", args.device,
               "--workers", 8 if cuda else 0]
+    # on a CPU there are no graphs, and the compiler takes minutes
+    ways = {"": [], ", graph": ["--cuda-graph"], ", graph, compiled": ["--cuda-graph", "--compile"]} if cuda else {"": []}
 
-    def words(arch, precision, *more):
+    def train_part(arch, precision, way="", *more, need=15, parts=False):
         reward = REWARDS[precision] if cuda else "ranker"
-        return [*arguments[arch], *common, "--precision", precision, "--reward", reward, *more]
-    for precision in dict.fromkeys((fast, exact)):
+        words = [*arguments[arch], *common, "--precision", precision, "--reward", reward, *ways[way], *more]
+        name = " ".join([f"train {arch}-amo, {precision}{way}", *map(str, more)])
+        report.part(name, partial(measured, args, words, steps, parts=parts), need * cuda)
+    for arch in arguments:
+        train_part(arch, fast, need=20, parts=True)
+    for way in list(ways)[1:]:
         for arch in arguments:
-            run = partial(measured, args, words(arch, precision), steps, parts=True)
-            report.part(f"train {arch}-amo, {precision}", run, 20 * cuda)
+            train_part(arch, fast, way, need=40 if "compiled" in way else 12)
     # Supp. 8.3: batch 32; micro-batches of one GPU's share
     batch = ["--batch-size", 32 if cuda else 4, "--accumulate", 4 if cuda else 2]
-    for precision in dict.fromkeys((fast, exact)):
-        run = partial(measured, args, words("swinir", precision, *batch), steps // 2, tune=True, parts=True)
-        report.part(f"finetune swinir lora, batch 32, {precision}", run, 25 * cuda)
-    # on a CPU the compiler takes minutes
-    for arch in arguments if cuda else ():
-        run = partial(measured, args, words(arch, fast), steps, compiled=True)
-        report.part(f"train {arch}-amo, {fast}, compiled", run, 50)
 
+    def tune_part(precision, way):
+        reward = REWARDS[precision] if cuda else "ranker"
+        words = [*arguments["swinir"], *common, "--precision", precision, "--reward", reward, *ways[way], *batch]
+        run = partial(measured, args, words, max(2, steps // 2), tune=True)
+        report.part(f"finetune swinir lora, batch 32, {precision}{way}", run, 25 * cuda)
+    tune_part(fast, list(ways)[-1])
+    for precision in dict.fromkeys((fast, exact)):
+        tune_part(precision, list(ways)[min(1, len(ways) - 1)])
+    if cuda:
+        for arch in arguments:
+            train_part(arch, exact, ", graph")
     def from_atlas():
         file = work / "atlas.npy"
         atlas.main(atlas.parse_args([str(work / "data"), "--reward", "ranker", "--crop", "256" if cuda else "32",
                                      "--stride", "64", "--device", args.device, "--out", str(file)]))
-        plain = [*arguments["swinir"], *common, "--precision", fast, "--atlas", file, "--reward", "none"]
-        rand = [*arguments["swinir"], *common, "--precision", fast, "--sampler", "rand", "--reward", "none"]
+        same = [*arguments["swinir"], *common, "--precision", fast, "--reward", "none", *ways[list(ways)[-1]]]
+        plain, rand = [*same, "--atlas", file], [*same, "--sampler", "rand"]
         # in turn, so that a drift of the clock is seen
         times = {"atlas": [], "rand": []}
         for _ in range(2):
@@ -211,11 +225,11 @@ def job_speed(args, report, work):
         return {"ms": times, "atlas_over_rand": statistics.median(times["atlas"]) / statistics.median(times["rand"])}
     report.part(f"train swinir, {fast}, atlas and rand", from_atlas, 35 * cuda)
     report.part("inference", partial(inference, args), 15 * cuda)
-    for arch in arguments if cuda else ():
-        report.part(f"train {arch}-amo, fp32", partial(measured, args, words(arch, "fp32"), steps // 2), 20)
-    for precision in dict.fromkeys((fast, exact)):
-        run = partial(measured, args, words("rrdbnet", precision, "--no-channels-last"), steps)
-        report.part(f"train rrdbnet-amo, {precision}, not channels_last", run, 15 * cuda)
+    if cuda:
+        for arch in arguments:
+            train_part(arch, exact, ", graph, compiled", need=40)
+            train_part(arch, "fp32", ", graph", need=20)
+    train_part("rrdbnet", fast, list(ways)[min(1, len(ways) - 1)], "--no-channels-last")
 
 
 def inference(args):

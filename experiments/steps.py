@@ -14,6 +14,7 @@ import degradations
 import finetune_lora
 import iqa
 import lora
+import losses
 import runs
 import train
 from losses import VGGFeatureLoss, adversarial_loss
@@ -50,7 +51,7 @@ def computing(function, device):
 
 def flops(function):
     """Floating-point operations of function(): matrix products, convolutions and attention, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
@@ -106,30 +107,30 @@ def step_parts(args, repeats, tune):
     step = Step(args, tune)
     vgg, reward = step.vgg, step.reward
 
-    def compiled(net):
-        return torch.compile(net) if args.compile and net is not None else net
-    net_g, net_d = compiled(step.net_g), compiled(step.net_d)
+    net_g, net_d = step.net_g, step.net_d
+    if args.compile:
+        losses.compile_parts(net_g, vgg, reward)
     device, lanes = step.world.device, range(args.batch_size)
     parts, work, busy = {}, {}, {}
 
-    def measure(name, function, counted=None):
-        """Time of a part; counted: the same uncompiled, where its work is counted."""
+    def measure(name, function, counted=True):
+        """Time of a part; counted: its work as well."""
         parts[name] = timed(function, repeats, device)
         if device.type == "cuda":
             print(f"# {name}")
             busy[name] = computing(function, device) / parts[name]
         if counted:
-            work[name] = flops(counted)
+            work[name] = flops(function)
 
     # data
     def decode():
         return [step.dataset.sample(1, lane) for lane in lanes]
-    measure("decode, one worker", decode)
+    measure("decode, one worker", decode, counted=False)
     batch = data.collate(decode())
 
     def moved():
         return [batch[name].to(device).float() / 255 for name in ("original", "crops")]
-    measure("to the device", moved)
+    measure("to the device", moved, counted=False)
     original, crops = moved()
     draws = ([step.seeds(1, lane, "degrade") for lane in lanes],
              [step.seeds(1, lane // args.group_size, "degrade-group") for lane in lanes])
@@ -137,25 +138,25 @@ def step_parts(args, repeats, tune):
     def degrade():
         image = degradations.usm_sharpen(original) if args.usm else original
         return degradations.degrade(image, args.degradation, *draws)
-    measure("degradation", degrade)
+    measure("degradation", degrade, counted=False)
     lq, gt = data.crop_like(degrade(), batch["where"], args.crop), crops[:, 0]
     if args.sampler == "amo" and crops.shape[1] > 1:
         @torch.no_grad()
         def score():
             return step.chooser(crops.flatten(0, 1))
-        measure("scoring", score, score)
+        measure("scoring", score)
 
     # generator, forward and through L1
-    def generator(net, backward=True):
+    def generator(backward=True):
         with step.autocast():
-            sr = net(lq, **({"drop_path_seeds": list(lanes)} if args.drop_path else {}))
+            sr = net_g(lq, **({"keep": step.net_g.draw_keep(lanes)} if args.drop_path else {}))
         if backward:
             F.l1_loss(sr.float(), gt).backward()
         return sr
-    measure("G forward", lambda: generator(net_g, False))
-    measure("G", lambda: generator(net_g), lambda: generator(step.net_g))
+    measure("G forward", lambda: generator(False), counted=False)
+    measure("G", generator)
     parts["G backward, L1"] = max(0.0, parts.pop("G") - parts["G forward"])
-    fake = generator(step.net_g, False).detach()
+    fake = generator(False).detach()
 
     # the other losses, from the SR image on
     def through(loss):
@@ -166,24 +167,24 @@ def step_parts(args, repeats, tune):
     if vgg is not None:
         def perceptual():
             through(lambda sr: vgg(sr, gt))
-        measure("perceptual", perceptual, perceptual)
+        measure("perceptual", perceptual)
     if tune and reward is not None:
         def rewarded():
             through(lambda sr: -reward(sr.clamp(0, 1)).mean())
-        measure("reward with gradient", rewarded, rewarded)
+        measure("reward with gradient", rewarded)
     if net_d is not None:
-        def adversarial(net):
-            step.net_d.requires_grad_(False)
-            through(lambda sr: adversarial_loss(net(sr), True))
-            step.net_d.requires_grad_(True)
+        def adversarial():
+            net_d.requires_grad_(False)
+            through(lambda sr: adversarial_loss(net_d(sr), True))
+            net_d.requires_grad_(True)
 
-        def discriminator(net):
+        def discriminator():
             for images, real in ((gt, True), (fake, False)):
                 with step.autocast():
-                    loss = adversarial_loss(net(images), real)
+                    loss = adversarial_loss(net_d(images), real)
                 loss.backward()
-        for name, part in (("D in G's loss", adversarial), ("D", discriminator)):
-            measure(name, partial(part, net_d), partial(part, step.net_d))
+        measure("D in G's loss", adversarial)
+        measure("D", discriminator)
 
     # optimisers, whose learning rate of almost 0 leaves the weights as they are
     ema = copy.deepcopy(step.net_g).requires_grad_(False)
@@ -194,5 +195,5 @@ def step_parts(args, repeats, tune):
         for optimiser in optimisers:
             optimiser.step()
         runs.update_ema(ema, step.net_g, 0.999)
-    measure("optimiser, EMA", update)
+    measure("optimiser, EMA", update, counted=False)
     return step.world, parts, work, busy

@@ -118,6 +118,12 @@ class FusedMUSIQ(nn.Module):
                     module.bfloat16()
         return self
 
+    def compile_blocks(self):
+        """Compile, in place, the convolutions and the transformer's blocks."""
+        self.features = torch.compile(self.features)
+        for block in self.blocks:
+            block.compile()
+
     def train(self, mode=True):
         return super().train(False)
 

@@ -305,18 +305,20 @@ def test_padding_modes_differ_only_near_the_right_and_bottom_border():
 def test_stochastic_depth_of_a_sample_depends_on_its_own_seed_alone():
     net = randomise(SwinIR(**TINY, drop_path=0.5)).train()
     x, seeds = image(4, 3, 16, 16), [11, 12, 13, 2 ** 63]
-    together = net(x, seeds)
-    assert torch.equal(net(x, seeds), together)
+    def run(x, seeds):
+        return net(x, net.draw_keep(seeds))
+    together = run(x, seeds)
+    assert torch.equal(run(x, seeds), together)
     torch.manual_seed(5)
     np.random.seed(5)
     order = [2, 0, 3, 1]
-    assert (net(x[order], [seeds[i] for i in order]) - together[order]).abs().max() < 1e-5
+    assert (run(x[order], [seeds[i] for i in order]) - together[order]).abs().max() < 1e-5
     for i in range(4):
-        assert (net(x[i:i + 1], seeds[i:i + 1]) - together[i:i + 1]).abs().max() < 1e-5
-    changed = (net(x, [11, 12, 99, 2 ** 63]) - together).abs().amax((1, 2, 3)) > 1e-3
+        assert (run(x[i:i + 1], seeds[i:i + 1]) - together[i:i + 1]).abs().max() < 1e-5
+    changed = (run(x, [11, 12, 99, 2 ** 63]) - together).abs().amax((1, 2, 3)) > 1e-3
     assert changed.tolist() == [False, False, True, False]
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    net(x, seeds)
+    run(x, seeds)
     assert torch.equal(state[0], torch.get_rng_state()) and (state[1] == np.random.get_state()[1]).all()
 
 
@@ -324,8 +326,7 @@ def test_stochastic_depth_of_a_sample_depends_on_its_own_seed_alone():
 def test_stochastic_depth_has_linear_rates_own_draws_per_branch_and_unit_expectation():
     net = SwinIR(**TINY, drop_path=0.4).train()
     n = 4000
-    _, keep = net.mask_and_keep(torch.empty(n, 3, 16, 16), range(n))
-    keep = torch.stack(keep).double()  # (5 blocks, n samples, 2 branches)
+    keep = net.draw_keep(range(n)).double()  # (5 blocks, n samples, 2 branches)
     for block, rate in enumerate([0.0, 0.1, 0.2, 0.3, 0.4]):
         assert sorted(keep[block].unique().tolist()) == pytest.approx([0, 1 / (1 - rate)] if rate else [1], rel=1e-6)
         assert ((keep[block] == 0).double().mean(0) - rate).abs().max() < 4 * math.sqrt(0.25 / n)
@@ -333,7 +334,7 @@ def test_stochastic_depth_has_linear_rates_own_draws_per_branch_and_unit_expecta
     both = (keep[4] == 0).all(1).double().mean()
     # the branches are independent: 0.4 * 0.4
     assert abs(both - 0.16) < 0.03
-    assert torch.equal(keep[:, 7], torch.stack(net.mask_and_keep(torch.empty(1, 3, 16, 16), [7])[1])[:, 0].double())
+    assert torch.equal(keep[:, 7], net.draw_keep([7])[:, 0].double())
 
 
 @pytest.mark.fast
@@ -351,14 +352,14 @@ def test_a_dropped_branch_leaves_the_residual_alone_and_a_kept_one_is_scaled():
 
 
 @pytest.mark.fast
-def test_stochastic_depth_needs_seeds_in_training_and_ignores_them_in_evaluation():
+def test_stochastic_depth_needs_draws_in_training_and_ignores_them_in_evaluation():
     net = randomise(archs.create("swinir-small"))
     x = image(2, 3, 16, 16)
-    assert torch.equal(net(x), net(x, [1, 2]))
+    assert torch.equal(net(x), net(x, net.draw_keep([1, 2])))
     net.train()
-    for seeds, message in ((None, "2 samples, no seeds"), ([1], "2 samples, 1 seeds")):
+    for keep, message in ((None, "got None"), (net.draw_keep([1]), r"needs keep, \(4, 2, 2\), got \(4, 1, 2\)")):
         with pytest.raises(ValueError, match=message):
-            net(x, seeds)
+            net(x, keep)
     net.drop_path = 0
     assert torch.equal(net(x), net.eval()(x))
 
@@ -385,19 +386,22 @@ def test_generators_keep_float_images_under_bf16_autocast():
         assert len(sr.unique()) > 0.9 * sr.numel()
 
 
-def test_swinir_trains_through_torch_compile_without_recompiling_for_new_seeds():
+@pytest.mark.parametrize("name, kinds", [("swinir-small", 2), ("rrdbnet-small", 1), ("compact-small", 1)])
+def test_blocks_are_compiled_once_for_all_of_a_kind(name, kinds, monkeypatch):
+    """Shifted and unshifted blocks of SwinIR are two kinds; new draws of its stochastic depth compile nothing again."""
     import torch._dynamo.testing
     torch._dynamo.reset()
-    net = randomise(archs.create("swinir-small", drop_path=0.3)).train()
-    counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(net, backend=counter)
-    frames = []
+    plain = randomise(archs.create(name)).train()
+    plain.drop_path = 0.3
+    net, counter = copy.deepcopy(plain), torch._dynamo.testing.CompileCounter()
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=counter))
+    archs.compile_blocks(net)
     for step in range(3):
-        compiled(image(2, 3, 16, 16), [step, 7 ** step])
-        frames.append(counter.frame_count)
-    assert frames[0] == frames[2]
-    x = image(2, 3, 16, 16)
-    assert (compiled(x, [3, 4]) - net(x, [3, 4])).abs().max() < 1e-6
+        x = image(2, 3, 16, 16, seed=step)
+        draws = [net.draw_keep([step, 7 ** step])] if name == "swinir-small" else []
+        assert (net(x, *draws) - plain(x, *draws)).abs().max() < 1e-6
+        assert counter.frame_count == kinds
     torch._dynamo.reset()
 
 

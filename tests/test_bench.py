@@ -107,20 +107,19 @@ def test_a_fine_tuning_of_a_run_takes_its_values(quintuplets, tmp_path, script):
     assert record["images"] == 2 and record["whole"]["ms"] > 0
 
 
-def test_compile_applies_to_the_parts_and_work_is_counted_eager(quintuplets, capsys, monkeypatch):
-    compiled, called = [], []
+def test_compile_applies_to_the_parts_and_work_is_counted_eager(quintuplets, tmp_path, capsys, monkeypatch):
+    compiled, compile_module = [], torch.nn.Module.compile
 
-    def compile_later(net):
-        compiled.append(type(net).__name__)
-
-        def call(*args, **options):
-            called.append(net)
-            return net(*args, **options)
-        return call
-    monkeypatch.setattr(torch, "compile", compile_later)
-    run("train", *SMALL, "--data", quintuplets, "--repeats", 1, "--steps", 0, "--compile")
-    assert compiled == ["SRVGGNetCompact", "UNetDiscriminatorSN"] and len(called) == 2 * (1 + 1 + 1 + 2)
-    assert "parts compiled, fp32" in capsys.readouterr().out
+    def compile_eagerly(module):
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    for on in (False, True):
+        run("train", *SMALL, "--data", quintuplets, "--repeats", 1, "--steps", 0, "--json", tmp_path / f"{on}.json",
+            *["--compile"] * on)
+    assert compiled == ["SRVGGNetCompact"] and "parts compiled, fp32" in capsys.readouterr().out
+    eager, both = (json.loads((tmp_path / f"{on}.json").read_text()) for on in (False, True))
+    assert eager["flops"] == both["flops"] and eager["flops"]["G"] > 0
 
 
 def test_growth_is_measured_in_turn(tmp_path, capsys, monkeypatch):

@@ -2,10 +2,6 @@
 
 Needs PyTorch, torchvision, NumPy, SciPy, scikit-image, Pillow and tqdm, no network, and none of pyiqa, spandrel, peft.
 """
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -59,25 +55,6 @@ def test_a_run_resumes_and_stays_finite(quintuplets, init, rewards, tmp_path, pr
     train_with(flags(quintuplets, init, tmp_path / "run", total_steps=3, **words))
     train_with(flags(quintuplets, init, tmp_path / "run", total_steps=6, **words) + ["--resume"])
     assert [event["step"] for event in events(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.parametrize("arch, precision", [*((arch, "fp32") for arch in SMALL), ("rrdbnet-small", "tf32"),
-                                             ("swinir-small", "bf16")])
-def test_a_deterministic_run_resumes_bitwise(
-        quintuplets, init, rewards, vgg_file, tmp_path, arch, precision):  # noqa: F811
-    """3 + 3 steps equal 6. In a process of its own, since --deterministic holds for the whole process."""
-    def words(name, steps, *more):
-        return [*flags(quintuplets, init, tmp_path / name, arch=arch, precision=precision, total_steps=steps,
-                       device="cuda", reward="ranker", lambda_p=1, vgg_weights=vgg_file, deterministic=True), *more]
-    code = "import json, sys, train\nfor words in json.loads(sys.argv[1]):\n    train.main(train.parse_args(words))"
-    trainings = json.dumps([words("whole", 6), words("halves", 3), words("halves", 6, "--resume")])
-    environment = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
-    result = subprocess.run([sys.executable, "-c", code, trainings], cwd=runs.REPO, capture_output=True, text=True,
-                            timeout=300, env=environment | {"PYTHONPATH": str(runs.REPO)})
-    assert result.returncode == 0, result.stderr
-    whole, halves = (runs.load_checkpoint(tmp_path / name / "ckpt" / "last.pt") for name in ("whole", "halves"))
-    assert [name for name in whole if name != "args" and not equal(whole[name], halves[name])] == []
-    assert whole["step"] == 6 and not equal(whole["net_g"], runs.load_checkpoint(init[arch])["params"])
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def computed(name, net, x, autocast=False):
             # its forward computes in fp32
             y = torch.cat([taps.flatten() for taps in net.taps(x)])
         else:
-            y = net(x, **({"drop_path_seeds": [1, 2]} if isinstance(net, archs.SwinIR) else {}))
+            y = net(x, *([net.draw_keep([1, 2])] if isinstance(net, archs.SwinIR) else []))
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     weights = [p for p in net.parameters() if p.requires_grad]
     of_x, *of_weights = torch.autograd.grad((y.double() * direction.to(y.device)).sum(), [x, *weights])

@@ -332,3 +332,19 @@ def test_on_cuda_a_call_waits_for_nothing(build):
     assert torch.allclose(scores, expected, rtol=0, atol=1e-3)
     on_cpu, tolerance = build("cpu")(crops(2, 96)), 1e-3 if build is musiq.untrained else 0.1
     assert torch.allclose(expected.cpu(), on_cpu, rtol=0, atol=tolerance)
+
+
+def test_compiled_blocks_give_the_same_scores_and_gradients(monkeypatch):
+    net, scores = musiq.untrained("cpu"), []
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    compile_module, compile_function = torch.nn.Module.compile, torch.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda function: compile_function(function, backend="eager"))
+    for compiled in (False, True):
+        if compiled:
+            iqa.Reward({"musiq": net}, {"musiq": 1.0}).compile_blocks()
+        image = x.clone().requires_grad_()
+        score = net(image)
+        scores.append((score.detach(), *torch.autograd.grad(score.sum(), image)))
+    assert net.blocks[0]._compiled_call_impl is not None
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(*scores))

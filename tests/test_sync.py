@@ -194,7 +194,7 @@ def test_swinirs_stochastic_depth_copies_its_draws_without_waiting(fake_cuda):
     net = copy_to(net, fake_cuda)
     # made once per size: that copy waits
     net.masks = {key: torch.zeros(value.shape, device=fake_cuda) for key, value in mask.items()}
-    assert net(torch.zeros(2, 3, 16, 16, device=fake_cuda), drop_path_seeds=[1, 2]).device == fake_cuda
+    assert net(torch.zeros(2, 3, 16, 16, device=fake_cuda), net.draw_keep([1, 2])).device == fake_cuda
 
 
 def copy_to(net, device):

@@ -304,14 +304,24 @@ def test_accumulation_gives_the_same_losses(quintuplets, init, rewards, tmp_path
         assert a["pix"] == pytest.approx(b["pix"], rel=1e-5)
 
 
-def test_compiled_networks_give_the_same_losses(quintuplets, init, rewards, tmp_path, monkeypatch):
-    compiled, compile_net = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or compile_net(net, backend="eager"))
+def test_compiled_networks_give_the_same_losses(quintuplets, init, rewards, vgg_file, tmp_path, monkeypatch):
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def compile_eagerly(module):
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     for on in (True, False):
-        train_with(flags(quintuplets, init, tmp_path / str(on), total_steps=3) + ["--compile"] * on)
-    assert [type(net).__name__ for net in compiled] == ["SRVGGNetCompact", "UNetDiscriminatorSN"]
+        train_with(flags(quintuplets, init, tmp_path / str(on), total_steps=3, lambda_p=1, vgg_weights=vgg_file)
+                   + ["--compile"] * on)
+    assert compiled == ["SRVGGNetCompact", "VGGFeatureLoss"]
     for a, b in zip(losses(tmp_path / "True"), losses(tmp_path / "False")):
         assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_a_cuda_graph_needs_cuda(quintuplets, init, rewards, tmp_path):
+    with pytest.raises(runs.UserError, match="--cuda-graph is for one process on CUDA; here are 1 on cpu"):
+        train_with(flags(quintuplets, init, tmp_path / "run", total_steps=1, cuda_graph=True))
 
 
 @pytest.mark.parametrize("more", [dict(precision="bf16"), dict(pool_size=0), dict(arch="swinir-small", workers=2)])
