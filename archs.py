@@ -271,8 +271,9 @@ class SwinIR(nn.Module):
         x = to_rgb(self.conv_last, x) + self.mean
         return x[:, :, :h * self.upscale, :w * self.upscale]
 
-    # not for a compiler: a dict and NumPy, which cost little in Python
-    @torch.compiler.disable
+    # not for a compiler: a dict and NumPy, which cost little in Python. torch.compiler.disable would import dynamo with
+    # this file, 1.6 s of every start; this one, which PyTorch's optimizers use, does so when it is called
+    @torch._disable_dynamo
     def mask_and_keep(self, x, seeds):
         """-> the shift mask (nW, N, N) of this image size; for each block None or (B, 2), its branches' scales."""
         key = (*x.shape[2:], self.mean.device, self.mean.dtype)
