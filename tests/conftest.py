@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -79,11 +80,14 @@ def script(rewards):
     """Run one of the repository's scripts as a user would -> CompletedProcess.
 
     script("train.py", "--demo", ...), script("selfsup.finetune", ..., processes=2). check: fail if the script does.
+    fresh: in a new Python, not in a child of forked.py's server.
     """
-    def call(name, *words, processes=1, cwd=REPO, timeout=300, check=True):
+    def call(name, *words, processes=1, cwd=REPO, timeout=300, check=True, fresh=False):
+        # nothing on CUDA survives a fork
+        run = subprocess.run if fresh or torch.cuda.is_available() else forked.run
         environment = {**os.environ, "PYTHONPATH": f"{rewards}{os.pathsep}{REPO}", "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(runs.python(name, *words, processes=processes), capture_output=True, text=True,
-                                cwd=cwd, timeout=timeout, env=environment)
+        result = run(runs.python(name, *words, processes=processes), capture_output=True, text=True, cwd=cwd,
+                     timeout=timeout, env=environment)
         if check and result.returncode:
             raise AssertionError(f"{name} exited {result.returncode}:\n{result.stdout}\n{result.stderr}")
         return result

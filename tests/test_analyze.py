@@ -384,7 +384,7 @@ def test_help_is_quick():
 
 @pytest.mark.fast
 def test_help_names_the_commands(script):
-    text = script("analyze_iqa.py", "--help").stdout
+    text = script("analyze_iqa.py", "--help", fresh=True).stdout
     for command in ("score", "sbs", "complement", "hggt", "recommend", "disagree", "bapps", "synthetic"):
         assert command in text
     assert "(default: 7)" in script("analyze_iqa.py", "score", "--help").stdout

@@ -191,7 +191,7 @@ def test_musiqs_architecture_without_weights_is_a_reward():
 
 @pytest.mark.fast
 def test_help_and_unknown_flags(script):
-    assert "--steps" in script("experiments.bench", "train", "--help").stdout
+    assert "--steps" in script("experiments.bench", "train", "--help", fresh=True).stdout
     done = script("experiments.bench", "train", "--arch", "compact-small", "--no-such-flag", check=False)
     assert done.returncode == 2 and "unrecognized arguments: --no-such-flag" in done.stderr
 

@@ -958,7 +958,7 @@ def test_the_settings_of_a_demo_are_flags(parse, demo):
                                   "dpo.pool curate", "dpo.tune", "dpo.compare"])
 def test_help_answers_at_once(script, name):
     module, *stage = name.split()
-    text = script(module, *stage, "--help", timeout=20).stdout
+    text = script(module, *stage, "--help", timeout=20, fresh=True).stdout
     assert text.startswith(f"usage: python -m {name} ")
 
 

@@ -185,7 +185,7 @@ def test_training_writes_a_loadable_file_twice_the_same_and_leaves_the_committed
 @pytest.mark.fast
 def test_help_answers_at_once(script):
     start = time.perf_counter()
-    text = script("rewards.train_ranker", "--help").stdout
+    text = script("rewards.train_ranker", "--help", fresh=True).stdout
     assert "--evaluate" in text and "(default: 2000)" in text
     assert time.perf_counter() - start < 2
 

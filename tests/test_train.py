@@ -132,7 +132,7 @@ def test_explicit_flags_win_over_presets():
                                   "experiments.lora_tuning", "upscale.py"])
 def test_help_answers_at_once_with_defaults(script, name):
     began = time.monotonic()
-    text = script(*name.split(), "--help").stdout
+    text = script(*name.split(), "--help", fresh=True).stdout
     assert time.monotonic() - began < 2 and "default:" in text
 
 
