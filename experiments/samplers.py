@@ -34,6 +34,8 @@ SHRINKS = (0.25, 0.375, 0.5, 0.75)
 # (--soften, every n-th photo, patch)
 SOFTENED = ((1, 3, 320), (2, 6, 512))
 QUINTUPLETS = "--soften 2 --patch 192 --step 192".split()
+# random crops by which the choices of the rewards are compared
+CROPS = 400
 TRAIN = """--arch compact --total-steps 200 --batch-size 8 --group-size 4 --pool-size 32 --crop 96 --load-size 128
            --lr 2e-4 --milestones 140 170 --lambda-p 0.03 --lambda-a 0.01 --d-features 8 --ema-decay 0.98 --workers 0
            --log-every 40 --save-every 40 --val-every 0""".split()
@@ -224,21 +226,21 @@ def prepare(args):
     picks = {name: rewards_choice(name, sets, crops, world) for name in args.rewards}
     runs.save_json(file, {"command": sys.argv, **runs.describe_machine(), "sets": len(sets.stems),
                           "photos": len(record["photos"]), "dropped": record["dropped"], "settings": record["settings"],
-                          "crops": 400, "rewards": picks})
+                          "crops": CROPS, "rewards": picks})
 
 
 @torch.no_grad()
-def rewards_choice(name, sets, crops, world, count=400):
+def rewards_choice(name, sets, crops, world):
     """Shares of each version as the best of a crop, the best whole patch, and by the probabilities of sma."""
     reward, online = iqa.create_reward([name]), Counter()
     paths = [sets.path(stem, version) for stem in sets.stems for version in sets.versions]
     whole = iqa.score_images(paths, reward, SCORES, world).view(len(sets.stems), -1)
-    for k in tqdm(range(count), desc=f"{name}: crops", unit="crop"):
+    for k in tqdm(range(CROPS), desc=f"{name}: crops", unit="crop"):
         # the very crops that the first seed trains on
         sample = crops.sample(1 + k // crops.batch_size, k % crops.batch_size)
         online[int(reward(sample["crops"].float() / 255).argmax())] += 1
     soft = data.sampling_probs(whole, torch.ones_like(whole, dtype=torch.bool), 10.0)
-    return {"best crop (amo)": {version: online[i] / count for i, version in enumerate(sets.versions)},
+    return {"best crop (amo)": {version: online[i] / CROPS for i, version in enumerate(sets.versions)},
             "best whole patch": {version: (whole.argmax(1) == i).double().mean().item()
                                  for i, version in enumerate(sets.versions)},
             "probability (sma)": dict(zip(sets.versions, soft.mean(0).tolist()))}

@@ -179,6 +179,7 @@ def small(tmp_path_factory, vgg_file):
         patch.setattr(samplers, "TRAIN", small_flags(samplers.TRAIN))
         quintuplets = "--soften 1 --patch 96 --step 96 --min-std 0 --min-laplacian 0".split()
         patch.setattr(samplers, "QUINTUPLETS", quintuplets)
+        patch.setattr(samplers, "CROPS", 40)
         patch.setattr(samplers, "SHRINKS", (0.25, 0.5))
         patch.setattr(samplers, "SOFTENED", ((1, 1, 96),))
         enhancers = [folder / f"enhancer{k}.pth" for k in range(2)]

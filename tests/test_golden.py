@@ -1,6 +1,7 @@
 """experiments/golden.py: equal trees are called equal, a changed training is not, and its commands exist."""
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,15 @@ from experiments import golden
 
 @pytest.fixture
 def copy(tmp_path):
-    """This working tree as a repository of its own with one commit."""
+    """This working tree as a repository of its own with one commit, and with a demo set of two photographs."""
     tree = tmp_path / "tree"
     ignored = shutil.ignore_patterns(".git", ".venv", "runs", "datasets", "results", "tests", "docs", "__pycache__")
     shutil.copytree(runs.REPO, tree, ignore=ignored)
+    demo_set = tree / "prepare" / "demo_set.py"
+    text, count = re.subn(r"^(TRAIN_PHOTOS|TEST_PHOTOS) = .*\n", "", demo_set.read_text(), flags=re.MULTILINE)
+    assert count == 2
+    few = 'TRAIN_PHOTOS, TEST_PHOTOS = ("rocket",), ("chelsea",)\n'
+    demo_set.write_text(text.replace("\nPATCH, ", f"\n{few}PATCH, "))
     git(tree, "init", "-q")
     commit(tree)
     return tree

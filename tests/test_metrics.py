@@ -139,14 +139,15 @@ def test_psnr_and_ssim_are_the_published_values_of_five_tid2013_pairs():
 
 
 @needs_calibration
-def test_ilniqe_is_the_published_one_of_five_tid2013_images():
+def test_ilniqe_is_the_published_one_of_two_tid2013_images():
     """Values of pyiqa 0.1.16 (shared/data/README.md): the published ones of MATLAB differ from pyiqa's by up to 4 %."""
     metric = metrics.create_metric("ilniqe", CPU, CALIBRATION.parent / "weights/iqa/ILNIQE_templateModel.mat")
     assert metric.lower_is_better and not metric.full_reference
-    images = [load_image(CALIBRATION / "dist" / f"{name}.bmp")[None].float() / 255 for name in NAMES]
+    # the worst and the best of the five: an image takes 20 s
+    images = [load_image(CALIBRATION / "dist" / f"{name}.bmp")[None].float() / 255 for name in (NAMES[0], NAMES[2])]
     scores = [metric(image, None).item() for image in images]
-    assert scores == pytest.approx([115.6177, 24.0712, 19.7533, 22.3366, 54.8366], rel=0.002)
-    assert scores == pytest.approx(published("ilniqe"), rel=0.04)
+    assert scores == pytest.approx([115.6177, 19.7533], rel=0.002)
+    assert scores == pytest.approx(published("ilniqe")[0:3:2], rel=0.04)
 
 
 LPIPS = """
