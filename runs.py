@@ -254,10 +254,9 @@ def add_training(p, leave_out=()):
     add(g, "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     add(g, "--threads", type=COUNT, default=0, help="CPU threads per process; 0: PyTorch's choice")
     add(g, "--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
-        help="bf16 keeps losses, reward and weights in fp32")
+        help="of the networks and VGG19; bf16 keeps weights, reward and the differences of the losses in fp32")
     add(g, "--channels-last", action=onoff, default=True,
-        help="memory format of the convolutional networks, so not of SwinIR; on a CPU 1.1 to 1.6 times faster "
-             "(experiments/tricks.py), unmeasured on CUDA")
+        help="memory format of the convolutional networks, so not of SwinIR: 1.1 to 1.6 times faster (docs/speed.md)")
     add(g, "--musiq", choices=literal("iqa", "MUSIQ"), default="fused",
         help="how MUSIQ scores crops: fused is rewards/musiq.py, equal to pyiqa's in 1e-5 and faster; fused-bf16 is "
              "close only; pyiqa its own code")
@@ -676,8 +675,8 @@ def cpu_flags():
     return [flag for flag in CPU_FLAGS if known and flag in known[1].split()]
 
 
-def describe_machine():
-    """Commit, versions and hardware, as recorded beside every number."""
+def describe_machine(on_cpu=False):
+    """Commit, versions and hardware, as recorded beside every number. on_cpu: a GPU, if there is one, has no part."""
     def git(*words):
         try:
             done = subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True, check=True)
@@ -688,7 +687,7 @@ def describe_machine():
     if commit and git("status", "--porcelain", "--untracked-files=no"):
         commit += "+dirty"
     cpu = f"CPU {platform.machine()}, {os.cpu_count()} cores"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and not on_cpu else cpu
     return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device,
             "cpu_flags": cpu_flags(), "threads": torch.get_num_threads()}
 

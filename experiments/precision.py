@@ -119,7 +119,7 @@ def main(args):
         print(arch, found[arch], file=sys.stderr)
     print(runs.markdown(["", "variant", "faster", "range"], rows))
     if args.json:
-        runs.save_json(args.json, {"command": sys.argv, **runs.describe_machine(), "n": args.repeats,
+        runs.save_json(args.json, {"command": sys.argv, **runs.describe_machine(on_cpu=True), "n": args.repeats,
                                    "side": args.side, "photo": str(args.photo), "found": found})
 
 
