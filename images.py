@@ -1,55 +1,136 @@
-"""The one reader and writer of images: files of 8-bit RGB as (3, H, W) uint8, their sizes, folders of them by name."""
+"""The one reader and writer of images: their pixels, sizes, and folders of them by name.
+
+What every script takes: one picture per file (not several pages or frames), at most one gigapixel, upright as EXIF says
+it stands. load_image reads 8-bit RGB as (3, H, W) uint8, with Pillow. read_any reads grey and RGB of 8 and 16 bit, with
+or without alpha, and the metadata, with libvips; upscale.py keeps all of it.
+"""
 import contextlib
 import hashlib
+import os
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import runs
 
+# upscale.py needs it
+pyvips = runs.Lazy("pyvips")
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# CHOICE: pixels of an image; the header says how many there are
+LARGEST = 10 ** 9
+# Pillow's own limit, at which it warns, and twice as much, at which it stops: ours is in check_whole
+Image.MAX_IMAGE_PIXELS = None
+# what is done to the pixels of each EXIF orientation
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
+# a TIFF may hold RGB as YCbCr, as every JPEG does
+RGB_MODES = ("RGB", "YCbCr")
 
 
 # Files
 
 @contextlib.contextmanager
 def open_image(path):
-    """Pillow's image of a file. Raises UserError for a missing or damaged file, also where the pixels are read."""
+    """Pillow's image of a file, not yet upright. UserError for a missing or damaged file, also where it is decoded.
+
+    UserError also for several frames and for more than LARGEST pixels.
+    """
     try:
         with Image.open(path) as image:
+            # the second picture of an MPO (phones write them) is a thumbnail or a map
+            check_whole(path, image.size, 1 if image.format == "MPO" else getattr(image, "n_frames", 1))
             yield image
     except FileNotFoundError:
         raise runs.UserError(f"{path}: no such image") from None
+    except runs.UserError:
+        raise
     # all that Pillow raises for a damaged file
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         # an errno is not the image's fault: permission, disk
         if getattr(error, "errno", None):
             raise
         raise runs.UserError(f"{path}: damaged image ({error}): fetch or make it again") from None
 
 
+def orientation(image):
+    """EXIF's orientation of Pillow's image, 1 to 8. A header is enough, and libvips sees the same.
+
+    1 for a TIFF, which Pillow turns by itself, and for an EXIF block that is damaged.
+    """
+    exif = Image.Exif()
+    with contextlib.suppress(SyntaxError, struct.error):
+        exif.load(image.info.get("exif", b""))
+    return exif.get(ExifTags.Base.Orientation, 1)
+
+
+def decoded(image):
+    """(H, W) or (H, W, C) uint8 array of Pillow's image, upright; YCbCr becomes RGB."""
+    if image.mode == "YCbCr":
+        image = image.convert("RGB")
+    turn = TURNS.get(orientation(image))
+    return np.array(image if turn is None else image.transpose(turn))
+
+
 def image_size(path, only_rgb=False):
-    """(width, height) from the file's header. only_rgb: raise UserError unless it is 8-bit RGB."""
+    """(width, height) of the upright image, from the file's header. only_rgb: UserError unless it is 8-bit RGB."""
     with open_image(path) as image:
-        mode, size = image.mode, image.size
+        mode, size, turned = image.mode, image.size, orientation(image) >= 5
     if only_rgb:
         check_mode(path, mode)
-    return size
+    return size[::-1] if turned else size
 
 
 def load_image(path):
-    """An 8-bit RGB file as (3, H, W) uint8. Raises UserError for a damaged file and for grey, alpha or palette images.
+    """An 8-bit RGB file as (3, H, W) uint8, upright. Raises UserError for a damaged file, grey, alpha and palette.
 
     Pillow reads a 16-bit colour PNG as the upper bytes of its values.
     """
     with open_image(path) as image:
-        mode = image.mode
-        pixels = np.array(image) if mode == "RGB" else None
-    check_mode(path, mode)
+        check_mode(path, image.mode)
+        pixels = decoded(image)
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def read_any(path):
+    """A file as a pyvips image, upright: grey or RGB, with or without alpha, 8 or 16 bit. UserError for other files."""
+    if not path.exists():
+        raise runs.UserError(f"{path}: a link to a file that is not there")
+    try:
+        image = pyvips.Image.new_from_file(str(path), fail_on="error")
+        pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
+        animated = image.get("vips-loader") == "pngload" and is_animated_png(path)
+        check_whole(path, (image.width, image.height), 2 if animated else pages)
+        if image.interpretation == "cmyk":
+            image = image.icc_transform("srgb", embedded=True, input_profile="cmyk")
+        # decodes the whole image, so that damage shows here
+        image = image.autorot().copy_memory()
+    except pyvips.Error as error:
+        if not os.access(path, os.R_OK):
+            raise runs.UserError(f"{path}: you may not read it") from None
+        reason = (error.detail.strip().splitlines() or ["unreadable"])[0]
+        raise runs.UserError(f"{path}: not a readable image ({reason})") from None
+    known = image.interpretation in ("b-w", "grey16", "srgb", "rgb16", "rgb") and image.format in ("uchar", "ushort")
+    if not known or image.bands - image.hasalpha() not in (1, 3):
+        raise runs.UserError(f"{path}: {image.bands} bands of {image.format} ({image.interpretation}); "
+                             "expected grey or RGB of 8 or 16 bit")
+    return image
+
+
+def is_animated_png(path):
+    """libvips reads the first frame of an animated PNG silently; its animation control chunk precedes the pixels."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
+            if head[4:] == b"acTL":
+                return True
+            file.seek(int.from_bytes(head[:4]) + 4, 1)
+    return False
 
 
 def save_image(path, image):
@@ -81,8 +162,17 @@ def sample_hash(files):
 
 # Checks; all raise UserError. Sizes are (width, height)
 
+def check_whole(path, size, frames):
+    """size: (width, height)"""
+    if size[0] * size[1] > LARGEST:
+        raise runs.UserError(f"{path}: {size[0]}x{size[1]} pixels, more than the limit of one gigapixel: "
+                             "cut it into parts")
+    if frames > 1:
+        raise runs.UserError(f"{path}: several pages or frames: save the one you want as a file of its own")
+
+
 def check_mode(path, mode):
-    if mode != "RGB":
+    if mode not in RGB_MODES:
         raise runs.UserError(f"{path}: image mode {mode}, expected 8-bit RGB: "
                              "convert it (Pillow: image.convert('RGB')) or remove it")
 

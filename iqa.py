@@ -32,8 +32,9 @@ from images import load_image
 MUSIQ = ("fused", "fused-bf16", "pyiqa")
 # pyiqa lists them as NR; they judge sets of images
 SET_LEVEL = ("fid", "sfid", "fid_dinov2", "inception_score")
-# raise by hand whenever a change of our code changes a score: those kept on disk are then computed again
-SCORING_VERSION = 1
+# raise by hand whenever a change of our code changes a score: those kept on disk are then computed again.
+# 2: photographs are upright
+SCORING_VERSION = 2
 
 
 def parse_rewards(words):

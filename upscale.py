@@ -83,7 +83,7 @@ from tqdm import tqdm
 
 import archs
 import lora
-from images import IMAGE_SUFFIXES
+from images import IMAGE_SUFFIXES, read_any
 
 # where it is missing this file can still be imported
 pyvips = runs.Lazy("pyvips")
@@ -106,7 +106,7 @@ def find_images(words):
             if not paths:
                 raise runs.UserError(f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}) directly in it")
         elif os.path.lexists(path):
-            # or a broken link: read_image says so
+            # or a broken link: read_any says so
             paths = [path]
         else:
             paths = [Path(p) for p in sorted(glob.glob(word))]
@@ -116,43 +116,6 @@ def find_images(words):
     if not images:
         raise runs.UserError(f"{' '.join(words)}: only folders there, no images")
     return list(dict.fromkeys(images))
-
-
-def read_image(path):
-    """A file as a pyvips image, upright: grey or RGB, with or without alpha, 8 or 16 bit. UserError for other files."""
-    if not path.exists():
-        raise runs.UserError(f"{path}: a link to a file that is not there")
-    try:
-        image = pyvips.Image.new_from_file(str(path), fail_on="error")
-        pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
-        if pages > 1 or image.get("vips-loader") == "pngload" and is_animated_png(path):
-            count = f"{pages} pages or" if pages > 1 else "several"
-            raise runs.UserError(f"{path}: {count} frames: save the one you want as a file of its own")
-        if image.interpretation == "cmyk":
-            image = image.icc_transform("srgb", embedded=True, input_profile="cmyk")
-        # decodes the whole image, so that damage shows here
-        image = image.autorot().copy_memory()
-    except pyvips.Error as error:
-        if not os.access(path, os.R_OK):
-            raise runs.UserError(f"{path}: you may not read it") from None
-        reason = (error.detail.strip().splitlines() or ["unreadable"])[0]
-        raise runs.UserError(f"{path}: not a readable image ({reason})") from None
-    known = image.interpretation in ("b-w", "grey16", "srgb", "rgb16", "rgb") and image.format in ("uchar", "ushort")
-    if not known or image.bands - image.hasalpha() not in (1, 3):
-        raise runs.UserError(f"{path}: {image.bands} bands of {image.format} ({image.interpretation}); "
-                             "expected grey or RGB of 8 or 16 bit")
-    return image
-
-
-def is_animated_png(path):
-    """libvips reads the first frame of an animated PNG silently; its animation control chunk precedes the pixels."""
-    with open(path, "rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
-            if head[4:] == b"acTL":
-                return True
-            file.seek(int.from_bytes(head[:4]) + 4, 1)
-    return False
 
 
 def enlarge(net, image, factor, tile, overlap, device, stop):
@@ -236,7 +199,7 @@ def upscale_file(net, path, target, factor, args, device, stop):
         return "was there"
     if target.exists() and not args.overwrite:
         raise runs.UserError(f"{target} exists: --overwrite replaces it, --skip leaves it, --out names another folder")
-    image = read_image(path)
+    image = read_any(path)
     check_result(path, image, factor, target.suffix, free_memory(torch.device("cpu")))
     tile = auto_tile(device, args.overlap) if args.tile == "auto" else args.tile
     try:

@@ -75,14 +75,13 @@ from itertools import combinations, product
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps
 from tqdm import tqdm
 
 import archs
 import data
 import degradations
 import iqa
-from images import list_images, load_image, open_image, save_image
+from images import RGB_MODES, decoded, list_images, load_image, open_image, save_image
 from prepare import verify
 from prepare.demo_set import has_texture
 from report import pictures
@@ -96,9 +95,9 @@ def read_photo(path, args):
     with open_image(path) as image:
         if image.mode in ("L", "1", "I", "F", "LA") or image.mode.startswith("I;"):
             return None, "grey"
-        if image.mode != "RGB":
+        if image.mode not in RGB_MODES:
             return None, "alpha, palette or CMYK"
-        pixels = np.array(ImageOps.exif_transpose(image))
+        pixels = decoded(image)
     if (np.ptp(pixels.astype(np.int16), axis=2) <= 2).all():
         return None, "grey"
     photo = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255

@@ -26,9 +26,11 @@ def parse_args(argv=None):
 def encode(file):
     """An image file as the data URL of a lossless WebP."""
     from PIL import Image
+
+    from images import load_image
     buffer = io.BytesIO()
-    with Image.open(file) as image:
-        image.convert("RGB").save(buffer, "WEBP", lossless=True, quality=50)
+    image = load_image(file).permute(1, 2, 0).numpy()
+    Image.fromarray(image).save(buffer, "WEBP", lossless=True, quality=50)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -82,7 +82,7 @@ from tqdm import tqdm
 
 import degradations
 import iqa
-from images import open_image
+from images import decoded, open_image
 from rewards.ranker import Ranker, load_ranker
 
 # Degradations with a severity
@@ -192,7 +192,7 @@ def read_photos(paths):
     photos = []
     for path in paths:
         with open_image(path) as image:
-            photos.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255)
+            photos.append(torch.from_numpy(decoded(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255)
     return photos
 
 

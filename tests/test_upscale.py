@@ -190,7 +190,7 @@ def test_broken_images_do_not_stop_the_others(weights, photo, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "sr").iterdir()) == ["dot.png", "good.png", "line.png"]
     assert Image.open(tmp_path / "sr" / "dot.png").size == (4, 4)
     for name, reason in {"cut.jpg": "not a readable image", "empty.png": "not a readable image",
-                         "text.png": "not a readable image", "moving.webp": "3 pages or frames",
+                         "text.png": "not a readable image", "moving.webp": "several pages or frames",
                          "float.tif": "1 bands of float"}.items():
         assert re.search(f"error: .*{re.escape(name)}: {reason}", printed.err), name
     assert "3 of 8 images written" in printed.out and "5 failed" in printed.out
@@ -277,7 +277,7 @@ def test_damaged_tiff_animated_png_and_links_to_nothing(weights, photo, tmp_path
     run(weights, folder, "--out", tmp_path / "sr", code=1)
     printed = capsys.readouterr()
     for name, reason in (("cut.tif", "not a readable image"), ("packed.tif", "not a readable image"),
-                         ("moving.png", "several frames"), ("gone.png", "a link to a file that is not there")):
+                         ("moving.png", "several pages or frames"), ("gone.png", "a link to a file that is not there")):
         assert f"{name}: {reason}" in printed.err
     assert [p.name for p in (tmp_path / "sr").iterdir()] == ["plain.tif"] and "1 of 5 images written" in printed.out
     with pytest.raises(runs.UserError, match="folder.png: no images"):
