@@ -102,6 +102,8 @@ def read_any(path):
     if not path.exists():
         raise runs.UserError(f"{path}: a link to a file that is not there")
     try:
+        if (image := by_pillow(path)) is not None:
+            return image
         image = pyvips.Image.new_from_file(str(path), fail_on="error")
         pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
         animated = image.get("vips-loader") == "pngload" and is_animated_png(path)
@@ -119,6 +121,29 @@ def read_any(path):
     if not known or image.bands - image.hasalpha() not in (1, 3):
         raise runs.UserError(f"{path}: {image.bands} bands of {image.format} ({image.interpretation}); "
                              "expected grey or RGB of 8 or 16 bit")
+    return image
+
+
+def by_pillow(path):
+    """The pyvips image of a BMP, which libvips cannot read, or of a TIFF of which it shows YCbCr as RGB; else None."""
+    try:
+        with Image.open(path) as header:
+            # PhotometricInterpretation and YCbCrSubSampling; where colours are subsampled libvips is right
+            ycbcr = header.format == "TIFF" and (header.tag_v2.get(262), header.tag_v2.get(530)) == (6, (1, 1))
+            if header.format != "BMP" and not ycbcr:
+                return None
+    except (OSError, SyntaxError, ValueError):
+        # libvips reads more formats, and says what is wrong
+        return None
+    with open_image(path) as image:
+        pixels = decoded(image.convert({"1": "L", "P": "RGB"}.get(image.mode, image.mode)))
+        # of a file that does not say: libvips' own, a pixel per mm
+        across, down = (dots / 25.4 for dots in image.info.get("dpi", (25.4, 25.4)))
+        profile = image.info.get("icc_profile")
+    image = pyvips.Image.new_from_array(pixels, interpretation="b-w" if pixels.ndim == 2 else "srgb")
+    image = image.copy(xres=across, yres=down)
+    if profile:
+        image.set_type(pyvips.GValue.blob_type, "icc-profile-data", profile)
     return image
 
 

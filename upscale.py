@@ -4,10 +4,10 @@
     python upscale.py --weights W.pth --out big scans 'more/*.tif'                 a folder, a pattern
     python upscale.py --lora runs/swinir-amo+musiq --scale 0.7 photo.jpg           an adapter, at 0.7 of its strength
 
-Architecture, size and factor come from the checkpoint. Kept: grey, 16 bit (PNG, TIFF), transparency (enlarged
-bicubically), ICC profile, EXIF, XMP, IPTC, resolution. Photographs that EXIF calls rotated come out upright; CMYK comes
-out as sRGB. Tiles overlap and are blended. If an image cannot be read or written, the script says so, does the others,
-and ends with exit code 1. torchrun shares the images over its processes.
+Architecture, size and factor come from the checkpoint. Written are PNG, JPEG, WebP, TIFF and BMP. Kept: grey, 16 bit
+(PNG, TIFF), transparency (enlarged bicubically), ICC profile, EXIF, XMP, IPTC, resolution. Photographs that EXIF calls
+rotated come out upright; CMYK comes out as sRGB. Tiles overlap and are blended. If an image cannot be read or written,
+the script says so, does the others, and ends with exit code 1. torchrun shares the images over its processes.
 """
 from pathlib import Path
 
@@ -15,7 +15,10 @@ import runs
 
 # options of libvips' savers
 FORMATS = {".png": {"compression": 6}, ".jpg": {"Q": 95}, ".jpeg": {"Q": 95}, ".webp": {"Q": 95},
-           ".tif": {"compression": "deflate"}, ".tiff": {"compression": "deflate"}}
+           ".tif": {"compression": "deflate"}, ".tiff": {"compression": "deflate"},
+           # libvips has no saver: Pillow writes it
+           ".bmp": None}
+OPAQUE = (".jpg", ".jpeg", ".bmp")
 
 
 def tile(text):
@@ -79,6 +82,7 @@ import sys
 import numpy as np
 import psutil
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import archs
@@ -166,6 +170,8 @@ def check_result(path, image, factor, suffix, free):
         raise runs.UserError(f"{path}: the result has {width}x{height} pixels, and {suffix[1:]} ends at {limit}: "
                              "take --format png or tif")
     need = width * height * image.bands * (1 + (image.format == "ushort"))
+    if suffix == ".bmp" and need >= 2 ** 32:
+        raise runs.UserError(f"{path}: the result takes {need / 2**30:.1f} GiB, and bmp ends at 4: take --format png")
     if need > free:
         raise runs.UserError(f"{path}: the result takes {need / 2**30:.1f} GiB, free are {free / 2**30:.1f}: "
                              "cut the image into parts")
@@ -210,13 +216,16 @@ def upscale_file(net, path, target, factor, args, device, stop):
     if image.format == "ushort" and target.suffix not in (".png", ".tif", ".tiff"):
         remarks.append(f"{target.suffix[1:]} has 8 bit only")
         result = (result / 257 + 0.5).cast("uchar").copy(interpretation="b-w" if result.bands < 3 else "srgb")
-    if result.hasalpha() and target.suffix in (".jpg", ".jpeg"):
-        remarks.append("jpeg has no transparency: on white")
+    if result.hasalpha() and target.suffix in OPAQUE:
+        remarks.append(f"{target.suffix[1:]} has no transparency: on white")
         result = result.flatten(background=255)
     if result.width * result.height > PILLOW_LIMIT:
         remarks.append("Pillow opens it only with Image.MAX_IMAGE_PIXELS = None")
 
     def write(temporary):
+        if target.suffix == ".bmp":
+            Image.fromarray(result.numpy()).save(temporary, "BMP", dpi=(25.4 * result.xres, 25.4 * result.yres))
+            return
         result.write_to_target(pyvips.Target.new_to_file(str(temporary)), target.suffix, **FORMATS[target.suffix])
     try:
         runs.write_atomic(target, write)

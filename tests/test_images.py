@@ -124,3 +124,26 @@ def test_the_page_shows_a_turned_photograph_upright(photo, tmp_path):
     Image.fromarray(photo).save(tmp_path / "a.jpg", exif=exif(8))
     shown = Image.open(io.BytesIO(base64.b64decode(page.encode(tmp_path / "a.jpg").partition(",")[2])))
     assert shown.size == (24, 36)
+
+
+@pytest.mark.fast
+def test_a_tiff_in_ycbcr_is_rgb_to_all_readers(photo, tmp_path):
+    image = Image.fromarray(photo).convert("YCbCr")
+    image.save(tmp_path / "a.tif")
+    right = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(load_image(tmp_path / "a.tif"), right) and torch.equal(read_vips(tmp_path / "a.tif"), right)
+    assert image_size(tmp_path / "a.tif", only_rgb=True) == (36, 24)
+
+
+@pytest.mark.fast
+def test_a_tiff_in_subsampled_ycbcr(tmp_path):
+    """Of one colour, written by hand: no library at hand writes it without JPEG."""
+    luma, *chroma = Image.new("RGB", (1, 1), (200, 40, 90)).convert("YCbCr").getpixel((0, 0))
+    pixels = bytes([*[luma] * 4, *chroma]) * 64
+    tags = [(256, 3, 1, 16), (257, 3, 1, 16), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 6), (273, 4, 1, 140),
+            (277, 3, 1, 3), (278, 3, 1, 16), (279, 4, 1, len(pixels)), (530, 3, 2, 2 | 2 << 16)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries
+                                     + struct.pack("<IHHH", 0, 8, 8, 8) + pixels)
+    colours = read_any(tmp_path / "a.tif").numpy()[..., :3].astype(int)
+    assert colours.shape == (16, 16, 3) and abs(colours - (200, 40, 90)).max() <= 2

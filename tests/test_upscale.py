@@ -117,6 +117,57 @@ def test_modes_are_kept(weights, photo, tmp_path, mode, suffix):
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("compression, orientation", [(None, 1), (None, 6), ("tiff_lzw", 1), ("jpeg", 1)])
+def test_a_tiff_in_ycbcr_has_the_right_colours(weights, photo, tmp_path, compression, orientation):
+    """Right is what the network makes of the same picture in RGB."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    # coloured, and the same in blocks of 2x2, as YCbCr may keep it
+    image = Image.fromarray(np.kron(photo[::2, ::2] // (1, 2, 4), np.ones((2, 2, 1), np.uint8)).astype(np.uint8))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.convert("YCbCr").save(tmp_path / "a.tif", compression=compression, exif=exif, icc_profile=profile)
+    run(weights, tmp_path / "a.tif", "--out", tmp_path / "sr")
+    pixels = np.array(image.convert("YCbCr").convert("RGB")) / 255
+    right = expected(weights, np.rot90(pixels, -1).copy() if orientation == 6 else pixels)
+    sr = Image.open(tmp_path / "sr" / "a.tif")
+    assert sr.info["icc_profile"] == profile
+    sr = np.array(sr.convert("RGB")) / 255
+    assert sr.shape == right.shape and np.abs(sr - right).mean() < (1 if compression != "jpeg" else 6) / 255
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_bmp_is_read_and_written(weights, photo, tmp_path, mode):
+    image = Image.fromarray(photo).convert(mode)
+    image.save(tmp_path / "a.BMP", dpi=(300, 300))
+    run(weights, tmp_path / "a.BMP", "--out", tmp_path / "sr")
+    with Image.open(tmp_path / "sr" / "a.bmp") as sr:
+        assert sr.format == "BMP" and sr.mode == {"P": "RGB", "1": "L"}.get(mode, mode)
+        assert sr.info["dpi"][0] == pytest.approx(300, abs=0.1)
+        pixels = np.array(sr.convert("RGB")) / 255
+    colour = expected(weights, np.array(image.convert("RGB")) / 255)
+    colour = colour if mode in ("RGB", "P") else colour.mean(2, keepdims=True)
+    assert np.abs(pixels - colour).max() <= 0.51 / 255
+
+
+@pytest.mark.fast
+def test_any_image_becomes_a_bmp_and_a_damaged_bmp_is_named(weights, photo, tmp_path, capsys):
+    image = Image.fromarray(photo)
+    image.putalpha(0)
+    image.save(tmp_path / "clear.png")
+    Image.fromarray(photo).save(tmp_path / "cut.bmp")
+    (tmp_path / "cut.bmp").write_bytes((tmp_path / "cut.bmp").read_bytes()[:-900])
+    Image.fromarray(photo[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    names = ("cut.bmp", "clear.png", "deep.png")
+    run(weights, *(tmp_path / name for name in names), "--format", "bmp", "--out", tmp_path / "sr", code=1)
+    printed = capsys.readouterr()
+    assert "cut.bmp: damaged image" in printed.err and "2 of 3 images written" in printed.out
+    assert "bmp has no transparency: on white" in printed.out and "bmp has 8 bit only" in printed.out
+    assert np.array(Image.open(tmp_path / "sr" / "clear.bmp")).min() == 255
+    assert Image.open(tmp_path / "sr" / "deep.bmp").mode == "L"
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize("grey", [False, True])
 def test_sixteen_bits_stay_sixteen_bits(weights, photo, tmp_path, suffix, grey):
