@@ -83,6 +83,7 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
+from scipy import ndimage
 from tqdm import tqdm
 
 import archs
@@ -122,8 +123,18 @@ def find_images(words):
     return list(dict.fromkeys(images))
 
 
+def fill_hidden(pixels, hidden):
+    """Give each hidden pixel the colour of the nearest one that is not. pixels: (H, W, C); hidden: (H, W) bool."""
+    if hidden.all() or not hidden.any():
+        return pixels
+    rows, columns = ndimage.distance_transform_edt(hidden, return_distances=False, return_indices=True)
+    return pixels[rows, columns]
+
+
 def enlarge(net, image, factor, tile, overlap, device, stop):
     """pyvips image -> pyvips image: colours by the network, alpha bicubically; bit depth, profile, metadata are kept.
+
+    Colours that nobody sees (alpha 0) do not reach the network: at edges it would mix them with those beside them.
 
     UserError where the network's output is not finite; KeyboardInterrupt when stop.received, between rows of tiles.
     """
@@ -131,6 +142,8 @@ def enlarge(net, image, factor, tile, overlap, device, stop):
     if image.hasalpha():
         alpha, colour = image[image.bands - 1], image[:image.bands - 1]
     pixels, top = colour.numpy().reshape(image.height, image.width, -1), 255 if image.format == "uchar" else 65_535
+    if alpha is not None:
+        pixels = fill_hidden(pixels, alpha.numpy() == 0)
     lq = torch.from_numpy(pixels.astype(np.float32) / top).permute(2, 0, 1)[None].expand(1, 3, -1, -1).to(device)
     sr = np.empty((image.height * factor, image.width * factor, pixels.shape[2]), pixels.dtype)
 

@@ -116,6 +116,66 @@ def test_modes_are_kept(weights, photo, tmp_path, mode, suffix):
         assert alpha[:, :4].max() < 20 and alpha[:, -4:].min() > 235 and (np.diff(alpha[80].astype(int)) >= -1).all()
 
 
+def cutout(photo):
+    """The photo behind a disc with a soft edge: (40, 50, 4)"""
+    y, x = np.mgrid[:40, :50]
+    alpha = np.clip(12 - np.hypot(y - 20, x - 25), 0, 1) * 255
+    return np.dstack([photo, alpha.astype(np.uint8)])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mode, suffix", [("RGBA", ".png"), ("LA", ".png"), ("RGBA", ".webp"), ("RGBA", ".tif"),
+                                          ("RGBA16", ".png")])
+def test_colours_under_alpha_0_do_not_show(weights, photo, tmp_path, mode, suffix):
+    """Whatever lies there, black, white or noise, the result is the same."""
+    import cv2
+    image, seen = cutout(photo), []
+    hidden = image[..., 3] == 0
+    for k, colour in enumerate((0, 255, np.random.default_rng(0).integers(0, 256, (hidden.sum(), 3)))):
+        image[hidden, :3] = colour
+        file = tmp_path / f"{k}{suffix}"
+        if mode == "RGBA16":
+            cv2.imwrite(str(file), image.astype(np.uint16) * 257)
+        else:
+            Image.fromarray(image).convert(mode).save(file, **({"lossless": True, "exact": True} if suffix == ".webp"
+                                                               else {}))
+        run(weights, file, "--out", tmp_path / "sr", "--format", "png")
+        seen.append(cv2.imread(str(tmp_path / "sr" / f"{k}.png"), cv2.IMREAD_UNCHANGED))
+    assert all(np.array_equal(one, seen[0]) for one in seen) and seen[0].shape[0] == 160
+    assert 0 == seen[0][..., -1].min() and seen[0][..., -1].max() >= 254
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_a_white_cutout_on_transparent_black_stays_white(tmp_path, monkeypatch, mode):
+    """As ../shared/cases/cutout_black.png: on white paper its darkest pixel was 143."""
+    class Bicubic(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.interpolate(x, scale_factor=4, mode="bicubic")
+    monkeypatch.setattr(archs, "load_run", lambda *words: (Bicubic(), dict(file="", arch="", scale=4, key=None)))
+    image = Image.new("RGBA", (48, 32), (0, 0, 0, 0))
+    image.paste((255, 255, 255, 255), (12, 8, 36, 24))
+    if mode == "P":
+        image = Image.fromarray(np.array(image)[..., 3] // 255, "L").convert("P")
+        image.putpalette([0, 0, 0, 255, 255, 255])
+        image.info["transparency"] = 0
+    image.save(tmp_path / "a.png")
+    run("x", tmp_path / "a.png", "--out", tmp_path / "sr")
+    sr = Image.open(tmp_path / "sr" / "a.png")
+    paper = Image.new("RGBA", sr.size, "white")
+    paper.alpha_composite(sr)
+    assert sr.mode == "RGBA" and sr.size == (192, 128) and np.array(paper)[..., :3].min() == 255
+
+
+@pytest.mark.fast
+def test_an_image_of_which_nothing_shows(weights, photo, tmp_path):
+    image = Image.fromarray(photo)
+    image.putalpha(0)
+    image.save(tmp_path / "a.png")
+    run(weights, tmp_path / "a.png", "--out", tmp_path / "sr")
+    assert np.array(Image.open(tmp_path / "sr" / "a.png"))[..., 3].max() == 0
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("compression, orientation", [(None, 1), (None, 6), ("tiff_lzw", 1), ("jpeg", 1)])
 def test_a_tiff_in_ycbcr_has_the_right_colours(weights, photo, tmp_path, compression, orientation):
