@@ -47,8 +47,9 @@ def parse_args(argv=None):
     g = p.add_argument_group("rows")
     g.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH",
                    help="weight files, run folders, adapter.pth files of finetune_lora.py")
-    g.add_argument("--weights-key", choices=["params_ema", "params"],
-                   help="key to take; default params_ema, else params, else bare")
+    g.add_argument("--weights-key", metavar="KEY",
+                   help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
+                        "state_dict, model_state_dict, model, else the file itself")
     g.add_argument("--pad-mode", choices=["hggt", "swinir"],
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for "
                         "nearest+conv files")

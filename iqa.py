@@ -267,10 +267,13 @@ def _check_weights_file(path, flag):
     if not Path(path).is_file():
         raise runs.UserError(f"{flag}{path}: no such file")
     try:
-        loadmat(path) if Path(path).suffix == ".mat" else torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix.lower() == ".mat":
+            loadmat(path)
+        else:
+            torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, TypeError, ValueError, KeyError, RuntimeError, EOFError, zlib.error, pickle.UnpicklingError,
             matlab.MatReadError) as error:
-        raise runs.UserError(f"{flag}{path}: not a plain weight file ({' '.join(str(error).split())[:80]})") from None
+        raise runs.UserError(f"{flag}{path}: not a plain weight file ({runs.first_sentence(error)})") from None
 
 
 def _probe(reward, name, device, need_gradient, flag):

@@ -45,8 +45,9 @@ def parse_args(argv=None):
     g = p.add_argument_group("start and continue")
     g.add_argument("--init", type=Path, metavar="FILE",
                    help="generator weights, or a run folder; gan default runs/<arch>-psnr; psnr default: none, random")
-    g.add_argument("--weights-key", choices=["params_ema", "params"],
-                   help="key to take from --init; default params_ema, else params, else bare")
+    g.add_argument("--weights-key", metavar="KEY",
+                   help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
+                        "state_dict, model_state_dict, model, else the file itself")
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
     g.add_argument("--out", type=Path, help="run folder (default: runs/<arch>-<sampler>, runs/<arch>-psnr)")
@@ -213,10 +214,16 @@ def main(args):
     # initial weights; nothing else uses this state
     torch.manual_seed(args.seed)
     drop_path = {"drop_path": args.drop_path} if "drop_path" in ARCHS[args.arch]["train"] else {}
-    raw_g = archs.create(args.arch, **drop_path)
+    # other sizes than --arch's: those of --init, kept with the run
+    sizes = run.checkpoint["args"].get("sizes", {}) if run.checkpoint else {}
+    if init is None:
+        raw_g = archs.create(args.arch, **sizes, **drop_path)
+    else:
+        raw_g, info = archs.load_start(init, "--init", args.arch, args.weights_key, **drop_path)
+        start, sizes = f"start from {init}, key {info['key']}", info["sizes"]
+    if sizes:
+        run.pin(sizes=sizes)
     raw_d = archs.UNetDiscriminatorSN(args.d_features) if args.lambda_a > 0 else None
-    if init is not None:
-        start = f"start from {init}, key {archs.load_weights(raw_g, init, args.weights_key)}"
     memory = torch.channels_last if args.channels_last else torch.contiguous_format
     memory_g = memory if archs.is_convolutional(raw_g) else torch.contiguous_format
     raw_g = raw_g.to(device, memory_format=memory_g)
