@@ -765,16 +765,19 @@ def load_x4(path, flag, key=None, pad_mode=None):
     return net, info
 
 
-def load_start(path, flag, arch, key=None, **options):
-    """load_generator for training: a x4 network of `arch`'s class, in the sizes of the file. -> (net, info)
+def load_start(path, flag, arch, key=None, sizes=None, **options):
+    """A x4 network to train, in the sizes of its file, where they win over those of `arch`. -> (net, info)
 
+    path None: random weights, in `sizes`. info: sizes, and start, a phrase.
     UserError, which names `flag`, for a network of another class or scale.
     """
+    if path is None:
+        return create(arch, **sizes or {}, **options), {"sizes": sizes, "start": "random start"}
     net, info = load_generator(path, key, **options)
     if ARCHS[info["arch"]]["class"] != ARCHS[arch]["class"] or info["scale"] != 4:
         raise runs.UserError(f"{flag} {path}: the file is {info['arch']} x{info['scale']}, and --arch {arch} is "
                              f"{ARCHS[arch]['class']} x4: name a file of it, or another --arch")
-    return net, info
+    return net, info | {"start": f"start from {path}, key {info['key']}"}
 
 
 # Large images

@@ -145,7 +145,7 @@ import archs
 import data
 import lora
 import metrics
-from images import find_realsr, image_size, list_images, match_images
+from images import find_realsr, image_size, list_images, match_images, nfc, without_scale
 
 # Test images: {stem: {"lq": path or None, "refs": [path], "versions": [path]}}; lq None: made from versions[0]
 
@@ -189,15 +189,18 @@ def find_pairs(args, world):
     if args.gt:
         check_folder(args.gt)
         references = list_images(args.gt)
-        missing = [stem for stem in images if stem not in references]
-        unused = [stem for stem in references if stem not in images]
+        # DIV2K's 0001x4.png belongs to 0001.png
+        shorter = {without_scale(stem): stem for stem in references}
+        names = {stem: stem if stem in references else shorter.get(without_scale(stem)) for stem in images}
+        missing = [stem for stem, name in names.items() if name is None]
+        unused = sorted(set(references) - set(names.values()))
         if missing:
             raise runs.UserError(f"{args.gt}: no reference for {len(missing)} of {len(images)} images, "
                                  f"first {missing[0]}")
         if unused and world.is_main:
             print(f"remark: {len(unused)} references in --gt {args.gt} have no image in --lq {args.lq} "
                   f"and are left out, first {unused[0]}")
-    return {stem: {"lq": path, "refs": [references[stem]] if references else [], "versions": []}
+    return {stem: {"lq": path, "refs": [references[names[stem]]] if references else [], "versions": []}
             for stem, path in images.items()}
 
 
@@ -205,7 +208,9 @@ def choose(items, file):
     """The items that --only FILE names."""
     if not file.is_file():
         raise runs.UserError(f"--only {file}: no such file")
-    names = file.read_text().split()
+    # a name that is not UTF-8 is compared by its bytes
+    lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    names = [nfc(line.strip()) for line in lines if line.strip()]
     unknown = [name for name in names if name not in items]
     if unknown or not names:
         problem = f"no image is called {unknown[0]}" if unknown else "names no image"
@@ -311,7 +316,7 @@ def create_metrics(args, device):
     """{name: Metric}. Raises one UserError that names every metric that could not be created, before any work."""
     files, judges, problems = {}, {}, []
     for word in args.metric_weights:
-        name, _, file = word.rpartition("=")
+        name, _, file = word.partition("=")
         if name not in args.metrics:
             raise runs.UserError(f"--metric-weights {word}: write NAME=FILE with a NAME of --metrics "
                                  f"({', '.join(args.metrics)})")

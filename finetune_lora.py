@@ -310,7 +310,6 @@ def main(args):
     torch.manual_seed(args.seed)
     drop_path = {"drop_path": args.drop_path} if "drop_path" in ARCHS[args.arch]["train"] else {}
     base, info = archs.load_start(init, "--base", args.arch, args.weights_key, **drop_path)
-    used = info["key"]
     run.pin(base_sha256=lora.base_hash(base), sizes=info["sizes"])
     memory = torch.channels_last if args.channels_last else torch.contiguous_format
     memory_g = memory if archs.is_convolutional(base) else torch.contiguous_format
@@ -360,7 +359,7 @@ def main(args):
     run.say(f"{args.arch}, {args.tune}: {count:,} of {total:,} weights{adapters}, lambda_q {weight_q:.4g}; "
             f"sampler {args.sampler}, {len(dataset)} sets; "
             f"{world.size} process(es) on {device}; "
-            f"{f'from step {run.start_step}' if run.checkpoint else f'start from {init}, key {used}'}")
+            f"{f'from step {run.start_step}' if run.checkpoint else info['start']}")
     run.say(f"values {args.sources}")
     # free the loaded checkpoint: its copy of the pool alone may be 100 MB
     state = run.checkpoint = None

@@ -7,7 +7,9 @@ or without alpha, and the metadata, with libvips; upscale.py keeps all of it.
 import contextlib
 import hashlib
 import os
+import re
 import struct
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -99,6 +101,7 @@ def load_image(path):
 
 def read_any(path):
     """A file as a pyvips image, upright: grey or RGB, with or without alpha, 8 or 16 bit. UserError for other files."""
+    check_name(path)
     if not path.exists():
         raise runs.UserError(f"{path}: a link to a file that is not there")
     try:
@@ -238,32 +241,63 @@ def crop_like(lq, where, size, scale=4):
 
 # Folders
 
+def nfc(name):
+    """A name as it is compared: macOS writes letters and their accents as two characters, others as one."""
+    return unicodedata.normalize("NFC", name)
+
+
+def visible(paths):
+    """Sorted, without hidden files: macOS leaves ._<name> beside every file on other file systems."""
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
+def image_paths(folder):
+    """The image files of a folder, sorted by name."""
+    return [path for path in visible(Path(folder).iterdir())
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
+
+
+def check_name(path):
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise runs.UserError(f"{shown}: its name is not UTF-8: rename it") from None
+
+
 def list_images(folder):
     """{stem: path} of a folder's image files, sorted by name. Raises UserError if two share a stem or there is none."""
     files = {}
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
-            if path.stem in files:
-                raise runs.UserError(f"{path} and {files[path.stem].name}: two images of one name in {folder}: "
-                                     "rename one")
-            files[path.stem] = path
+    for path in image_paths(folder):
+        check_name(path)
+        stem = nfc(path.stem)
+        if stem in files:
+            raise runs.UserError(f"{path} and {files[stem].name}: two images of one name in {folder}: rename one")
+        files[stem] = path
     if not files:
         raise runs.UserError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) directly in it "
                              "(folders inside it are not searched)")
     return files
 
 
+def without_scale(stem):
+    """0001x4 -> 0001: low-resolution images of public sets are named so."""
+    return re.sub(r"(?<=.)[_-]?[xX]4$", "", stem)
+
+
 def match_images(folder, stems, flag):
     """{stem: path} of a folder's images: <stem>.png, otherwise the one file <stem>_<anything>.png.
 
-    Raises UserError, which names `flag`, where there is none or several. Any image suffix will do.
+    0001x4 and 0001 are one name. Raises UserError, which names `flag`, where there is none or several. Any image
+    suffix will do.
     """
     if not folder.is_dir():
         raise runs.UserError(f"{flag} {folder}: no such folder")
     files, matches = list_images(folder), {}
     for stem in stems:
         fitting = [files[stem]] if stem in files else [
-            path for name, path in files.items() if stem == name.rpartition("_")[0]]
+            path for name, path in files.items()
+            if without_scale(stem) in (without_scale(name), without_scale(name.rpartition("_")[0]))]
         if len(fitting) != 1:
             raise runs.UserError(f"{flag} {folder}: {len(fitting)} files for image {stem} "
                                  f"({', '.join(path.name for path in fitting) or 'none'}); "
@@ -278,7 +312,7 @@ def find_realsr(root):
     The files are <root>/<camera>/Test/4/<name>_LR4.png and <name>_HR.png.
     """
     pairs = {}
-    for hr in sorted(Path(root).glob("*/Test/4/*_HR.png")):
+    for hr in visible(Path(root).glob("*/Test/4/*_HR.png")):
         name = hr.name.removesuffix("_HR.png")
         lq = hr.with_name(f"{name}_LR4.png")
         if not lq.exists():

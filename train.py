@@ -210,19 +210,13 @@ def main(args):
                     sampler=args.sampler, tau=args.tau)
 
     # networks: raw_* are the plain modules that are saved, net_* what the loop calls
-    start = "random start"
     # initial weights; nothing else uses this state
     torch.manual_seed(args.seed)
     drop_path = {"drop_path": args.drop_path} if "drop_path" in ARCHS[args.arch]["train"] else {}
-    # other sizes than --arch's: those of --init, kept with the run
-    sizes = run.checkpoint["args"].get("sizes", {}) if run.checkpoint else {}
-    if init is None:
-        raw_g = archs.create(args.arch, **sizes, **drop_path)
-    else:
-        raw_g, info = archs.load_start(init, "--init", args.arch, args.weights_key, **drop_path)
-        start, sizes = f"start from {init}, key {info['key']}", info["sizes"]
-    if sizes:
-        run.pin(sizes=sizes)
+    # a resumed run keeps the sizes that it began with
+    sizes = run.checkpoint and run.checkpoint["args"].get("sizes")
+    raw_g, info = archs.load_start(init, "--init", args.arch, args.weights_key, sizes, **drop_path)
+    run.pin(sizes=info["sizes"])
     raw_d = archs.UNetDiscriminatorSN(args.d_features) if args.lambda_a > 0 else None
     memory = torch.channels_last if args.channels_last else torch.contiguous_format
     memory_g = memory if archs.is_convolutional(raw_g) else torch.contiguous_format
@@ -256,7 +250,7 @@ def main(args):
     run.open()
     run.say(f"{args.arch}, sampler {args.sampler}: {len(dataset)} sets of {len(sets.versions)} versions "
             f"({dataset.dropped} dropped), {world.size} process(es) on {device}; "
-            f"{f'from step {run.start_step}' if run.checkpoint else start}")
+            f"{f'from step {run.start_step}' if run.checkpoint else info['start']}")
     if args.demo and args.lambda_p == args.lambda_a == 0:
         run.say("demo: L1 alone; VGG19 would be a download, and rounding decides what a GAN does in so few steps")
     # free the loaded checkpoint: its copy of the pool alone may be 100 MB

@@ -89,7 +89,7 @@ from tqdm import tqdm
 
 import archs
 import lora
-from images import IMAGE_SUFFIXES, read_any
+from images import IMAGE_SUFFIXES, image_paths, nfc, read_any
 
 # where it is missing this file can still be imported
 pyvips = runs.Lazy("pyvips")
@@ -108,7 +108,7 @@ def find_images(words):
     for word in words:
         path = Path(word)
         if path.is_dir():
-            paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
+            paths = image_paths(path)
             if not paths:
                 raise runs.UserError(f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}) directly in it")
         elif os.path.lexists(path):
@@ -257,9 +257,10 @@ def find_targets(paths, out, suffix):
     for path in paths:
         own = path.suffix.lower()
         targets[path] = target = out / (path.stem + (suffix or (own if own in FORMATS else ".png")))
-        if owners.setdefault(target, path) != path:
-            raise runs.UserError(f"{owners[target]} and {path} would both become {target}: give them different names, "
-                                 "or take two calls with --out")
+        other = owners.setdefault(nfc(str(target)), path)
+        if other != path:
+            raise runs.UserError(f"{other} and {path} would both become {target}: give them different names, or take "
+                                 "two calls with --out")
         if target.resolve() == path.resolve():
             raise runs.UserError(f"--out {out}: {path} would be replaced by its result: name another folder")
     return targets

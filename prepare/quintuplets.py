@@ -81,7 +81,7 @@ import archs
 import data
 import degradations
 import iqa
-from images import RGB_MODES, decoded, list_images, load_image, open_image, save_image
+from images import RGB_MODES, decoded, list_images, load_image, open_image, save_image, visible
 from prepare import verify
 from prepare.demo_set import has_texture
 from report import pictures
@@ -186,7 +186,7 @@ def survey(args, world):
     problems = {name: reason for part in world.gather_objects(problems) for name, reason in part.items()}
 
     images = set(paths.values())
-    files = sorted(path for path in args.photos.iterdir() if path.is_file())
+    files = [path for path in visible(args.photos.iterdir()) if path.is_file()]
     dropped = {path.name: "not an image" for path in files if path not in images}
     dropped |= {paths[name].name: problems[name] for name in names if name in problems}
     usable, kept = [name for name in names if name in thumbnails], []

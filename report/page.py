@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+import re
 from pathlib import Path
 
 import runs
@@ -50,8 +51,8 @@ def write(result, path, count=24):
     parts = {"TITLE": html.escape(f"{', '.join(scores)}: {tables.title_of(result)}"), "TABLE": table(result),
              "CONTENT": json.dumps(content).replace("<", "\\u003c")}
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    for name, part in parts.items():
-        text = text.replace(f"<!--{name}-->", part)
+    # in one pass: a part may hold the name of another
+    text = re.sub("<!--([A-Z]+)-->", lambda found: parts[found[1]], text)
     runs.write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

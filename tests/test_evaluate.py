@@ -643,6 +643,46 @@ def test_all_metrics_that_cannot_be_created_are_named_at_once(pairs, monkeypatch
 
 
 @pytest.mark.fast
+def test_only_takes_a_line_as_one_name(pairs):
+    for folder in ("lq", "gt"):
+        (pairs / folder / "0.png").rename(pairs / folder / "my photo.png")
+        (pairs / folder / "1.png").rename(pairs / folder / "cafe\u0301.png")
+    # Windows' editor: a mark at the beginning, two signs at the end of a line
+    (pairs / "only.txt").write_text("\ufeffmy photo\r\n\r\n  caf\u00e9  \r\n", encoding="utf-8", newline="")
+    result = call(pairs, "--only", pairs / "only.txt", "--save", pairs / "kept")
+    assert list(result["scores"]["net"]) == ["my photo", "caf\u00e9"]
+    for text, error in (("my", "is called my$"), ("\n \n", "names no image"), ("my photo 2", "called my photo 2")):
+        (pairs / "only.txt").write_text(text)
+        with pytest.raises(runs.UserError, match=error):
+            call(pairs, "--only", pairs / "only.txt")
+    (pairs / "only.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(runs.UserError, match="no image is called caf"):
+        call(pairs, "--only", pairs / "only.txt")
+
+
+@pytest.mark.fast
+def test_a_path_with_a_sign_of_equality_to_metric_weights(pairs, vgg_file):
+    folder = pairs / "lr=1e-4"
+    folder.mkdir()
+    shutil.copy(vgg_file, folder / "vgg=1.pth")
+    one, two = (call(pairs, "--metrics", "vgg", "--metric-weights", f"vgg={file}")["scores"]["net"]
+                for file in (folder / "vgg=1.pth", vgg_file))
+    assert one == two
+    with pytest.raises(runs.UserError, match="write NAME=FILE with a NAME of --metrics"):
+        call(pairs, "--metrics", "vgg", "--metric-weights", f"lr=1e-4/vgg={vgg_file}")
+
+
+@pytest.mark.fast
+def test_div2ks_names_are_pairs(pairs):
+    """0001x4.png belongs to 0001.png."""
+    for k in range(3):
+        (pairs / "lq" / f"{k}.png").rename(pairs / "lq" / f"{k}x4.png")
+    result = call(pairs, "--images", pairs / "gt")
+    assert list(result["scores"]["gt"]) == ["0x4", "1x4", "2x4"]
+    assert all(scores["psnr"] == 100 for scores in result["scores"]["gt"].values())
+
+
+@pytest.mark.fast
 def test_an_exact_name_wins_over_one_with_an_ending(tmp_path):
     for name in ("a", "a_1", "b_x", "c_x", "c_y"):
         save_image(tmp_path / f"{name}.png", torch.zeros(3, 4, 4))

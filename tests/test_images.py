@@ -2,6 +2,7 @@
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 import runs
-from images import image_size, load_image, read_any
+from images import find_realsr, image_size, list_images, load_image, match_images, read_any, save_image
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 ORIENTATION = 0x0112
@@ -147,3 +148,107 @@ def test_a_tiff_in_subsampled_ycbcr(tmp_path):
                                      + struct.pack("<IHHH", 0, 8, 8, 8) + pixels)
     colours = read_any(tmp_path / "a.tif").numpy()[..., :3].astype(int)
     assert colours.shape == (16, 16, 3) and abs(colours - (200, 40, 90)).max() <= 2
+
+
+# Names
+
+def touch(folder, *names):
+    """Small images of these names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        save_image(folder / name, torch.zeros(3, 16, 16))
+
+
+@pytest.mark.fast
+def test_sidecars_and_hidden_files_are_skipped_everywhere(tmp_path):
+    """macOS puts ._<name> beside every file on other file systems, and __MACOSX into archives."""
+    import data
+    import upscale
+    from dpo import candidates
+    from prepare import quintuplets, verify
+    touch(tmp_path / "lq", "a.png", "b.jpg")
+    for name in ("._a.png", "._b.jpg", ".hidden.png"):
+        (tmp_path / "lq" / name).write_bytes(b"\0\5\x16\7 AppleDouble")
+    names = ["a", "b"]
+    assert list(list_images(tmp_path / "lq")) == data.find_photos(tmp_path / "lq").stems == names
+    assert [path.stem for path in upscale.find_images([str(tmp_path / "lq")])] == names
+    assert list(candidates.find_items(tmp_path / "lq", None)) == names
+    report = verify.Report()
+    assert list(verify.list_files(tmp_path / "lq", report)) == names and not report.defects
+    args = SimpleNamespace(photos=tmp_path / "lq", soften=1, patch=32, similar=0.9)
+    with pytest.raises(runs.UserError, match=r"no photo is left \(2 grey\)"):
+        quintuplets.survey(args, runs.World(0, 1, torch.device("cpu")))
+    touch(tmp_path / "RealSR" / "Canon" / "Test" / "4", "x_HR.png", "x_LR4.png", "._x_HR.png")
+    assert list(find_realsr(tmp_path / "RealSR")) == ["Canon_x"]
+
+
+@pytest.mark.fast
+def test_folders_that_macos_adds_to_archives_are_no_second_set(quintuplets, tmp_path):
+    import shutil
+
+    import data
+    shutil.copytree(quintuplets, tmp_path / "set")
+    for folder in ("Train/__MACOSX/images/0-6/original", "Train/.Trash/images/0-6/original"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    for path in list((tmp_path / "set").rglob("*.*")):
+        (path.parent / f"._{path.name}").write_bytes(b"\0")
+    assert len(data.find_sets(tmp_path / "set", "Train").stems) == 6
+    assert data.find_sets(tmp_path / "set", "Train").labels().shape == (6, 5)
+
+
+@pytest.mark.fast
+def test_names_match_after_nfc_and_two_that_become_one_are_named(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    touch(tmp_path / "lq", f"{apart}.png")
+    touch(tmp_path / "gt", f"{composed}.png")
+    assert list(list_images(tmp_path / "lq")) == list(list_images(tmp_path / "gt")) == [composed]
+    assert match_images(tmp_path / "lq", [composed], "--gt-dir")[composed].stem == apart
+    touch(tmp_path / "gt", f"{apart}.png")
+    with pytest.raises(runs.UserError, match=f"{composed}.png and {apart}.png: two images of one name"):
+        list_images(tmp_path / "gt")
+    import upscale
+    paths = sorted((tmp_path / "gt").iterdir())
+    with pytest.raises(runs.UserError, match="would both become"):
+        upscale.find_targets(paths, tmp_path / "sr", None)
+
+
+@pytest.mark.fast
+def test_labels_are_found_by_either_spelling(quintuplets, tmp_path):
+    import shutil
+    import unicodedata
+
+    import data
+    shutil.copytree(quintuplets, tmp_path / "set")
+    for path in list((tmp_path / "set").rglob("photo0-0-0*")):
+        if path.suffix == ".json":
+            path.write_text(path.read_text().replace("photo0", "cafe\u0301"))
+        path.rename(path.with_name(unicodedata.normalize("NFD", path.name.replace("photo0", "caf\u00e9"))))
+    sets = data.find_sets(tmp_path / "set", "Train")
+    assert sets.stems[0] == "caf\u00e9-0-0" and sets.labels().shape == (6, 5)
+
+
+@pytest.mark.fast
+def test_a_name_that_is_not_utf8_is_named(tmp_path, photo):
+    import os
+    folder = os.fsencode(tmp_path / "lq")
+    os.mkdir(folder)
+    touch(tmp_path / "lq", "a.png")
+    os.rename(folder + b"/a.png", folder + b"/caf\xe9.png")
+    path, = (tmp_path / "lq").iterdir()
+    for read in (lambda: list_images(tmp_path / "lq"), lambda: read_any(path)):
+        with pytest.raises(runs.UserError, match=r"lq/caf\\xe9.png: its name is not UTF-8: rename it") as error:
+            read()
+        str(error.value).encode()
+
+
+@pytest.mark.fast
+def test_low_resolution_names_of_public_sets_match(tmp_path):
+    touch(tmp_path / "lq", "0001x4.png", "0002X4.png", "b_x4.png", "c-x4.png", "x4.png", "0003x4_sr.png", "0003.png")
+    files = match_images(tmp_path / "lq", ["0001", "0002x4", "b", "c", "x4", "0003"], "--gt-dir")
+    assert [path.name for path in files.values()] == ["0001x4.png", "0002X4.png", "b_x4.png", "c-x4.png", "x4.png",
+                                                      "0003.png"]
+    touch(tmp_path / "sr", "0001x4_net.png")
+    assert match_images(tmp_path / "sr", ["0001"], "--images")["0001"].name == "0001x4_net.png"
+    for stem in ("001", "0001x", "x40001"):
+        with pytest.raises(runs.UserError, match="0 files for image"):
+            match_images(tmp_path / "sr", [stem], "--images")
