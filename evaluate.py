@@ -74,6 +74,7 @@ def parse_args(argv=None):
     g.add_argument("--degradation", choices=["bicubic", *runs.literal("degradations", "PRESETS")],
                    help="make the LR images from the originals, always the same; default: those of the set. bicubic: "
                         "MATLAB's, antialiased")
+    g.add_argument("--rgb", action="store_true", help="take grey and transparent images, too, without their alpha")
     g.add_argument("--only", type=Path, metavar="FILE", help="text file of the images to score, a name per line")
     g.add_argument("--protocol", choices=list(PROTOCOLS), default="hggt",
                    help="; ".join(f"{name}: {protocol['says']}" for name, protocol in PROTOCOLS.items()))
@@ -220,7 +221,7 @@ def choose(items, file):
 
 def remark_cut(items):
     """Say which originals and references are cut to multiples of 4."""
-    images = [path for item in items.values() if item["lq"] is None for path in {*item["refs"], item["versions"][0]}]
+    images = [path for item in items.values() for path in {*item["refs"], *item["versions"][:1]}]
     cut = [path for path in images if any(side % 4 for side in image_size(path))]
     if cut:
         print(f"remark: {len(cut)} of {len(images)} originals and references are cut to multiples of 4 pixels, "
@@ -417,6 +418,7 @@ def main(args):
     items = find_items(args, world)
     if args.only:
         items = choose(items, args.only)
+    items = {stem: item | {"rgb": args.rgb} for stem, item in items.items()}
     judges = create_metrics(args, world.device)
     check_references(items, judges)
     rows = find_rows(args, items, world.device)

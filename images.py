@@ -5,9 +5,11 @@ it stands. load_image reads 8-bit RGB as (3, H, W) uint8, with Pillow. read_any 
 or without alpha, and the metadata, with libvips; upscale.py keeps all of it.
 """
 import contextlib
+import errno
 import hashlib
 import os
 import re
+import stat
 import struct
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +35,8 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          8: Image.Transpose.ROTATE_90}
 # a TIFF may hold RGB as YCbCr, as every JPEG does
 RGB_MODES = ("RGB", "YCbCr")
+# those that can be shown as 8-bit RGB without a choice of range
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGBA")
 
 
 # Files
@@ -88,12 +92,14 @@ def image_size(path, only_rgb=False):
     return size[::-1] if turned else size
 
 
-def load_image(path):
+def load_image(path, rgb=False):
     """An 8-bit RGB file as (3, H, W) uint8, upright. Raises UserError for a damaged file, grey, alpha and palette.
 
-    Pillow reads a 16-bit colour PNG as the upper bytes of its values.
+    rgb: convert those; transparency is dropped. Pillow reads a 16-bit colour PNG as the upper bytes of its values.
     """
     with open_image(path) as image:
+        if rgb and image.mode in EIGHT_BIT_MODES:
+            image = image.convert("RGB")
         check_mode(path, image.mode)
         pixels = decoded(image)
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -102,8 +108,8 @@ def load_image(path):
 def read_any(path):
     """A file as a pyvips image, upright: grey or RGB, with or without alpha, 8 or 16 bit. UserError for other files."""
     check_name(path)
-    if not path.exists():
-        raise runs.UserError(f"{path}: a link to a file that is not there")
+    if not path.is_file():
+        raise runs.UserError(f"{path}: {'a link to a file that is not there' if path.is_symlink() else 'no file'}")
     try:
         if (image := by_pillow(path)) is not None:
             return image
@@ -251,10 +257,22 @@ def visible(paths):
     return sorted(path for path in paths if not path.name.startswith("."))
 
 
+def is_no_file(path):
+    """Is this a folder, a pipe, a device or a link to itself? Not a link to nothing: whoever reads it names it."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return True
+
+
 def image_paths(folder):
     """The image files of a folder, sorted by name."""
-    return [path for path in visible(Path(folder).iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
+    paths = [path for path in visible(Path(folder).iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in paths if not is_no_file(path)]
 
 
 def check_name(path):

@@ -261,7 +261,7 @@ def find_targets(paths, out, suffix):
         if other != path:
             raise runs.UserError(f"{other} and {path} would both become {target}: give them different names, or take "
                                  "two calls with --out")
-        if target.resolve() == path.resolve():
+        if os.path.realpath(target) == os.path.realpath(path):
             raise runs.UserError(f"--out {out}: {path} would be replaced by its result: name another folder")
     return targets
 

@@ -54,7 +54,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import data
-from images import IMAGE_SUFFIXES, load_image, nfc, visible
+from images import IMAGE_SUFFIXES, is_no_file, load_image, nfc, visible
 
 SPLITS = ("Train", "Test")
 # CHOICE: a file that has less than both correlations, at zero shift, does not show the same as its original. Enhanced
@@ -122,7 +122,7 @@ def list_files(folder, report):
     files = {}
     for path in visible(folder.iterdir()):
         stem = nfc(path.stem)
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        if path.suffix.lower() not in IMAGE_SUFFIXES or is_no_file(path):
             report.add("foreign", path, "not an image: remove it")
         elif stem in files:
             report.add("doubled", path, f"a second image of this name beside {files[stem].name}: remove one")

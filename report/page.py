@@ -30,7 +30,7 @@ def encode(file):
 
     from images import load_image
     buffer = io.BytesIO()
-    image = load_image(file).permute(1, 2, 0).numpy()
+    image = load_image(file, rgb=True).permute(1, 2, 0).numpy()
     Image.fromarray(image).save(buffer, "WEBP", lossless=True, quality=50)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 

@@ -396,6 +396,22 @@ def test_damaged_tiff_animated_png_and_links_to_nothing(weights, photo, tmp_path
 
 
 @pytest.mark.fast
+def test_pipes_and_links_to_themselves_stop_nothing(weights, photo, tmp_path, capsys):
+    import os
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.fromarray(photo).save(folder / "a.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "itself.png").symlink_to(folder / "itself.png")
+    run(weights, folder, "--out", tmp_path / "sr")
+    assert "1 of 1 images written" in capsys.readouterr().out
+    run(weights, folder / "pipe.png", folder / "itself.png", folder / "a.png", "--out", tmp_path / "two", code=1)
+    printed = capsys.readouterr()
+    assert "pipe.png: no file" in printed.err and "itself.png: a link to a file that is not there" in printed.err
+    assert "1 of 3 images written" in printed.out
+
+
+@pytest.mark.fast
 def test_a_network_that_is_not_finite_writes_nothing(weights, photo, tmp_path, capsys):
     state = torch.load(weights, weights_only=True)["params"]
     runs.save_weights(tmp_path / "nan.pth", state | {"body.0.bias": state["body.0.bias"] * torch.nan})
