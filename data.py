@@ -60,8 +60,12 @@ def file_stem(stem, version):
 
 
 def photo_of(stem):
-    """`<photo>-<row>-<column>` -> `<photo>`; for such names only. The patches of one photo may overlap."""
-    return re.sub(r"-\d+-\d+$", "", stem)
+    """`<photo>-<row>-<column>` -> `<photo>`; for such names only. The patches of one photo may overlap.
+
+    Dates and times (2023-01-11, IMG-20240101-121501) are no rows and columns: those have no leading zeros and at most
+    five digits.
+    """
+    return re.sub(r"(?:-(?:0|[1-9]\d{0,4})){2}$", "", stem)
 
 
 # Labels
@@ -135,6 +139,12 @@ class Sets:
     def photo(self, stem):
         """Name of the photograph that an image is a patch of."""
         return photo_of(stem) if self.patches else stem
+
+    def grouping(self):
+        """A phrase for logs: how many photographs, and what says so."""
+        photos = len({self.photo(stem) for stem in self.stems})
+        rule = "grouped by <photo>-<row>-<column>" if photos < len(self.stems) else "each image one of its own"
+        return f"{photos} photographs, {rule}"
 
     def read(self, stem, version):
         """(3, H, W) uint8 array: a decoded image, or a view of the packed file, of which only copied parts are read."""

@@ -357,7 +357,7 @@ def main(args):
     adapters = f" in {len(lora.adapted(raw_g))} adapters of rank {args.rank}" if args.tune == "lora" else ""
     count, total = (sum(p.numel() for p in weights) for weights in (tuned, base.parameters()))
     run.say(f"{args.arch}, {args.tune}: {count:,} of {total:,} weights{adapters}, lambda_q {weight_q:.4g}; "
-            f"sampler {args.sampler}, {len(dataset)} sets; "
+            f"sampler {args.sampler}, {len(dataset)} sets, {sets.grouping()}; "
             f"{world.size} process(es) on {device}; "
             f"{f'from step {run.start_step}' if run.checkpoint else info['start']}")
     run.say(f"values {args.sources}")

@@ -249,7 +249,7 @@ def main(args):
     lambdas = {name: value for name, value in vars(args).items() if name.startswith("lambda_")}
     run.open()
     run.say(f"{args.arch}, sampler {args.sampler}: {len(dataset)} sets of {len(sets.versions)} versions "
-            f"({dataset.dropped} dropped), {world.size} process(es) on {device}; "
+            f"({dataset.dropped} dropped), {sets.grouping()}; {world.size} process(es) on {device}; "
             f"{f'from step {run.start_step}' if run.checkpoint else info['start']}")
     if args.demo and args.lambda_p == args.lambda_a == 0:
         run.say("demo: L1 alone; VGG19 would be a download, and rounding decides what a GAN does in so few steps")

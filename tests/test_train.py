@@ -204,7 +204,7 @@ def test_every_sampler_trains_on_the_versions_it_may(
     used = {v for v, n in picked.items() if n}
     assert sum(picked.values()) == 16 and (used == chosen if chosen else len(used) >= 3)
     sets = "5 sets of 5 versions (1 dropped)" if sampler in ("upos", "smp") else "6 sets of 5 versions (0 dropped)"
-    assert sets in (tmp_path / "run" / "log.txt").read_text()
+    assert f"{sets}, 3 photographs, grouped by <photo>-<row>-<column>; " in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_psnr_stage_leaves_what_the_gan_stage_starts_from(quintuplets, rewards, tmp_path, monkeypatch):
