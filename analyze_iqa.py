@@ -242,7 +242,8 @@ def read_labelled_sets(args):
         stem = sets.stems[i]
         rows += [(stem, version, str(sets.path(stem, version)), names[labels[i, k]], sets.photo(stem))
                  for k, version in enumerate(sets.versions)]
-    remark = f"{len(chosen)} of {len(labels)} quintuplets" + ("" if args.all_sets else " have a negative")
+    remark = (f"{len(chosen)} of {len(labels)} quintuplets" + ("" if args.all_sets else " have a negative")
+              + f"; {sets.grouping()}")
     frame = pd.DataFrame(rows, columns=["set", "version", "image", "label", "photo"])
     return frame, f"labels of {args.sets}, {args.split}", [], [remark]
 
@@ -405,7 +406,9 @@ def synthetic(args):
     text = f"{agreement.SYNTHETIC}: preferred is what is nearer to {args.gt} by {args.truth}"
     runs.save_json(args.out / "about.json", {"command": sys.argv, **runs.describe_machine(), "truth": text,
                                              "metrics": {}, "left_out": [], "identity": truth.identity})
-    print(f"{text}: {len(pairs)} pairs, {len(originals)} sets in {args.out}; "
+    photos = sets.photo.nunique()
+    print(f"{text}: {len(pairs)} pairs, {len(originals)} sets of {photos} photographs"
+          f"{', grouped by <photo>-<row>-<column>,' if photos < len(originals) else ''} in {args.out}; "
           f"next: python analyze_iqa.py score --out {args.out} --metrics ...")
 
 

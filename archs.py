@@ -11,6 +11,7 @@ windows, C the embedding dimension.
 """
 import math
 import pickle
+import re
 import struct
 from collections import OrderedDict
 from functools import partial
@@ -525,7 +526,7 @@ def read_file(path):
     path = Path(path)
     if not path.is_file():
         raise runs.UserError(f"{path}: no such weights file")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         try:
             from safetensors import SafetensorError
             from safetensors.torch import load_file
@@ -537,34 +538,82 @@ def read_file(path):
     try:
         return load(path)
     except damage as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise runs.UserError(f"{path}: not a readable weights file ({reason}); "
+        pickled = re.search(r"GLOBAL (\S+)", str(error))
+        if pickled:
+            raise runs.UserError(f"{path}: not a readable weights file: it holds a pickled {pickled[1]}, and nothing "
+                                 "of it was run; save the network's state_dict() instead") from None
+        raise runs.UserError(f"{path}: not a readable weights file ({runs.first_sentence(error)}); "
                              "damaged, or not made by torch.save") from None
+
+
+# around a state dict in public files, in the order of preference
+WRAPPERS = ("params_ema", "params", "state_dict", "model_state_dict", "model")
+
+
+def unwrap(path, content, key=None):
+    """What stands under `key` in a file's content -> (it, key used). See read_weights."""
+    if key is None:
+        names = []
+        while inner := [k for k in WRAPPERS if isinstance(content, dict) and isinstance(content.get(k), dict)]:
+            content, names = content[inner[0]], [*names, inner[0]]
+        return content, ".".join(names) or "none"
+    for name in [] if key == "none" else key.split("."):
+        if not isinstance(content, dict) or name not in content:
+            raise runs.UserError(f"{path}: no key {key!r} in it, it has {first_keys(content)}")
+        content = content[name]
+    return content, key
+
+
+def first_keys(content):
+    return ", ".join(map(str, list(content)[:5])) or "nothing" if isinstance(content, dict) else "nothing"
+
+
+def present_names(state):
+    """A state dict under today's names of keys.
+
+    Without the prefixes of DDP (module.), torch.compile (_orig_mod.) and Lightning (net_g., beside which the
+    discriminator is left out); ESRGAN's first two ways of naming RRDBNet become BasicSR's.
+    """
+    def unprefixed(state):
+        return {re.sub(r"^(module\.)+", "", k.replace("_orig_mod.", "")): v for k, v in state.items()}
+    state = unprefixed(state)
+    if any(k.startswith("net_g.") for k in state):
+        state = unprefixed({k.removeprefix("net_g."): v for k, v in state.items() if k.startswith("net_g.")})
+    # convolutions outside the body, in their order: the first, one for each enlargement by 2, two at the end
+    outside = sorted({int(k.split(".")[1]) for k in state if re.match(r"model\.\d+\.weight$", k)})
+    last = [f"conv_up{i + 1}" for i in range(len(outside) - 3)] + ["conv_hr", "conv_last"]
+    tops = {f"model.{n}": name for n, name in zip(outside, ["conv_first", *last])}
+    tops |= {"trunk_conv": "conv_body", "upconv1": "conv_up1", "upconv2": "conv_up2", "HRconv": "conv_hr"}
+    first = "model.1.sub.0.RDB1.conv1.0.weight" in state
+    if not first and "RRDB_trunk.0.RDB1.conv1.weight" not in state:
+        return state
+
+    def present(key):
+        key = re.sub(r"^(model\.1\.sub|RRDB_trunk)\.(\d+)\.RDB(\d)\.conv(\d)\.(0\.)?", r"body.\2.rdb\3.conv\4.", key)
+        key = re.sub(r"^model\.1\.sub\.\d+\.(?=weight|bias)", "conv_body.", key)
+        layer, _, end = key.rpartition(".")
+        return f"{tops.get(layer, layer)}.{end}"
+    return {present(k): v for k, v in state.items()}
 
 
 def read_weights(path, key=None):
     """State dict of a .pth, .pt or .safetensors file -> (state dict on the CPU, key used).
 
-    key: None takes "params_ema", else "params", else the file itself ("none"); naming one forces it. Floating-point
-    tensors become float32, and DDP's prefix "module." is dropped.
+    key: None looks into each of WRAPPERS that is there, else takes the file itself ("none"); naming one forces it, and
+    A.B is B inside A. Floating-point tensors become float32; names of keys: see present_names.
     Raises UserError as read_file, and for a file that lacks the key or holds no state dict.
     """
     content = read_file(path)
-    content = content if isinstance(content, dict) else {}
-    names = ", ".join(map(str, list(content)[:5])) or "nothing"
-    key = key or next((k for k in ("params_ema", "params") if k in content), "none")
-    if key != "none" and key not in content:
-        raise runs.UserError(f"{path}: no key {key!r} in it, it has {names}")
-    state = content if key == "none" else content[key]
-    if "lora" in content:
+    if isinstance(content, dict) and "lora" in content:
         raise runs.UserError(f"{path}: an adapter of finetune_lora.py, not a network: upscale.py takes it with --lora, "
                              "evaluate.py under the name adapter.pth")
+    state, used = unwrap(path, content, key)
     is_state = isinstance(state, dict) and state and all(
         isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in state.items())
     if not is_state:
-        raise runs.UserError(f"{path}: no state dict (it holds {names}); "
+        raise runs.UserError(f"{path}: no state dict (it holds {first_keys(content)}); "
                              "of a run take weights/ema_*.pth, not a training checkpoint")
-    return {k.removeprefix("module."): v.float() if v.is_floating_point() else v for k, v in state.items()}, key
+    return {k: v.float() if v.is_floating_point() else v for k, v in present_names(state).items()}, used
 
 
 def recognise(state):
@@ -578,18 +627,29 @@ def recognise(state):
     def count(prefix):
         """How many modules have a name <prefix><number>?"""
         return len({k[len(prefix):].split(".")[0] for k in shapes if k.startswith(prefix)})
+
+    def check_channels(what, channels, allowed=(3,)):
+        if channels not in allowed:
+            raise ValueError(f"{what} for images of {channels} channel{'s' * (channels > 1)}; only those for RGB load")
     try:
         if "layers.0.residual_group.blocks.0.attn.relative_position_bias_table" in shapes:
+            check_channels("a SwinIR", shapes["conv_first.weight"][1])
             return "swinir", swinir_sizes(shapes, count)
         if "body.0.rdb1.conv1.weight" in shapes:
             num_feat, folded = shapes["conv_first.weight"][:2]
+            # scale 2 and 1 fold pixels into channels
+            check_channels("an RRDBNet", folded, (3, 12, 48))
+            ups = count("conv_up")
+            if ups != 2:
+                raise ValueError(f"an RRDBNet that enlarges by {2 ** ups}; only those with two steps of 2 load")
             return "rrdbnet", dict(scale=4 // math.isqrt(folded // 3), num_feat=num_feat, num_block=count("body."),
                                    num_grow=shapes["body.0.rdb1.conv1.weight"][0])
         if len(shapes.get("body.1.weight", ())) == 1:
             last = count("body.") - 1
+            check_channels("an SRVGGNetCompact", shapes["body.0.weight"][1])
             return "compact", dict(num_feat=shapes["body.0.weight"][0], num_conv=last // 2 - 1,
                                    upscale=math.isqrt(shapes[f"body.{last}.weight"][0] // 3))
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, IndexError) as error:
         raise ValueError(f"an incomplete state dict (first problem: {error})") from None
     # a backbone that was added to ARCHS, in the sizes of its entry
     for name, entry in ARCHS.items():
@@ -647,8 +707,10 @@ def load_strict(net, state, path):
     problems += [f"{k} is {state[k].dtype} there" for k in shared
                  if here[k].is_floating_point() and not state[k].is_floating_point()]
     if problems:
-        raise runs.UserError(f"{path}: the file is {describe(state)}, the network is {describe(here)}; "
-                             f"{len(problems)} keys differ, the first: {problems[0]}")
+        there, network = describe(state), describe(here)
+        what = f"the file is {there}" + ("" if there == network else f", the network is {network}")
+        counted = f"{len(problems)} keys differ, the first:" if len(problems) > 1 else "1 key differs:"
+        raise runs.UserError(f"{path}: {what}; {counted} {problems[0]}")
     net.load_state_dict(state, strict=True)
 
 
@@ -659,12 +721,12 @@ def load_weights(net, path, key=None):
     return used
 
 
-def load_generator(path, key=None, pad_mode=None):
+def load_generator(path, key=None, pad_mode=None, **options):
     """A generator of the architecture and sizes that the file holds -> (net in eval mode on the CPU, info).
 
     key: see read_weights. pad_mode: SwinIR's, which no file tells. None takes "hggt" for pixelshuffle files, as HGGT
     and this repository make them, and "swinir" for nearest+conv, which only SwinIR's authors released; give "swinir"
-    for their classical pixelshuffle files. The convolutional networks ignore it.
+    for their classical pixelshuffle files. The convolutional networks ignore it. options: further keywords of create.
     info: dict of arch (name in ARCHS), key, scale, parameters (count) and sizes (keywords that build the net).
     Raises UserError as read_weights does, and for an unknown or incomplete architecture.
     """
@@ -673,7 +735,7 @@ def load_generator(path, key=None, pad_mode=None):
         arch, sizes = recognise(state)
         if arch == "swinir":
             sizes["pad_mode"] = pad_mode or ("hggt" if sizes["upsampler"] == "pixelshuffle" else "swinir")
-        net = create(arch, **sizes)
+        net = create(arch, **sizes, **options)
     except ValueError as error:
         raise runs.UserError(f"{path}: {error}") from None
     load_strict(net, state, path)
@@ -701,6 +763,21 @@ def load_x4(path, flag, key=None, pad_mode=None):
     if info["scale"] != 4:
         raise runs.UserError(f"{flag} {path}: a x{info['scale']} checkpoint, expected a x4 one")
     return net, info
+
+
+def load_start(path, flag, arch, key=None, sizes=None, **options):
+    """A x4 network to train, in the sizes of its file, where they win over those of `arch`. -> (net, info)
+
+    path None: random weights, in `sizes`. info: sizes, and start, a phrase.
+    UserError, which names `flag`, for a network of another class or scale.
+    """
+    if path is None:
+        return create(arch, **sizes or {}, **options), {"sizes": sizes, "start": "random start"}
+    net, info = load_generator(path, key, **options)
+    if ARCHS[info["arch"]]["class"] != ARCHS[arch]["class"] or info["scale"] != 4:
+        raise runs.UserError(f"{flag} {path}: the file is {info['arch']} x{info['scale']}, and --arch {arch} is "
+                             f"{ARCHS[arch]['class']} x4: name a file of it, or another --arch")
+    return net, info | {"start": f"start from {path}, key {info['key']}"}
 
 
 # Large images

@@ -15,6 +15,7 @@ import copy
 import json
 import re
 import signal
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +25,17 @@ from torch.utils.data import DataLoader, Dataset
 
 import degradations
 import runs
-from images import check_lr_size, check_size, crop_like, cut_to_x4, image_size, list_images, load_image, sample_hash
+from images import (
+    check_lr_size,
+    check_size,
+    crop_like,
+    cut_to_x4,
+    image_size,
+    list_images,
+    load_image,
+    nfc,
+    sample_hash,
+)
 
 # HGGT's integer codes
 ORIGINAL, POSITIVE, SIMILAR, NEGATIVE = 0, 1, 2, 3
@@ -49,8 +60,12 @@ def file_stem(stem, version):
 
 
 def photo_of(stem):
-    """`<photo>-<row>-<column>` -> `<photo>`; for such names only. The patches of one photo may overlap."""
-    return re.sub(r"-\d+-\d+$", "", stem)
+    """`<photo>-<row>-<column>` -> `<photo>`; for such names only. The patches of one photo may overlap.
+
+    Dates and times (2023-01-11, IMG-20240101-121501) are no rows and columns: those have no leading zeros and at most
+    five digits.
+    """
+    return re.sub(r"(?:-(?:0|[1-9]\d{0,4})){2}$", "", stem)
 
 
 # Labels
@@ -60,6 +75,12 @@ def vote(a, b, c):
     if b == c:
         return b
     return a if a in (b, c) else SIMILAR
+
+
+def label_file(folder, stem):
+    """A set's label, whose name may be written with separate accents (see images.nfc)."""
+    apart = folder / f"{unicodedata.normalize('NFD', stem)}.json"
+    return apart if apart.is_file() else folder / f"{stem}.json"
 
 
 def read_label(path, stem, versions):
@@ -82,7 +103,7 @@ def read_label(path, stem, versions):
         version, label, name = entry.get("File"), entry.get("Label"), entry.get("Name")
         if version not in versions or version in codes:
             raise runs.UserError(f"{path}: {key} has File {version!r}; expected each of {versions} once")
-        if Path(str(name)).stem != file_stem(stem, version):
+        if nfc(Path(str(name)).stem) != file_stem(stem, version):
             raise runs.UserError(f"{path}: {key} names {name!r}, which is not version {version!r} of {stem}")
         if version != "original" and label not in LABELS:
             raise runs.UserError(f"{path}: {key} has Label {label!r}; expected one of {list(LABELS)}")
@@ -118,6 +139,12 @@ class Sets:
     def photo(self, stem):
         """Name of the photograph that an image is a patch of."""
         return photo_of(stem) if self.patches else stem
+
+    def grouping(self):
+        """A phrase for logs: how many photographs, and what says so."""
+        photos = len({self.photo(stem) for stem in self.stems})
+        rule = "grouped by <photo>-<row>-<column>" if photos < len(self.stems) else "each image one of its own"
+        return f"{photos} photographs, {rule}"
 
     def read(self, stem, version):
         """(3, H, W) uint8 array: a decoded image, or a view of the packed file, of which only copied parts are read."""
@@ -155,7 +182,7 @@ class Sets:
                                  "samplers upos and smp need them; rand, sma and amo work without")
         rows = []
         for stem in self.stems:
-            a, b, c = (read_label(self.label_folder / name / f"{stem}.json", stem, self.versions) for name in "ABC")
+            a, b, c = (read_label(label_file(self.label_folder / name, stem), stem, self.versions) for name in "ABC")
             rows.append([ORIGINAL] + [vote(a[version], b[version], c[version]) for version in self.versions[1:]])
         return torch.tensor(rows)
 
@@ -185,6 +212,9 @@ def find_folders(root, split):
     base = root / "Train" if split == "Train" else root / "Test" / "GT"
 
     def only(folders):
+        # archives made on macOS bring __MACOSX and hidden folders
+        folders = [folder for folder in folders
+                   if not any(part.startswith((".", "__MACOSX")) for part in folder.relative_to(root).parts)]
         if len(folders) > 1:
             raise runs.UserError(f"{base}: several sets, {len(folders)} folders {', '.join(map(str, folders))}: "
                                  "keep one")

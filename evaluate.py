@@ -47,8 +47,9 @@ def parse_args(argv=None):
     g = p.add_argument_group("rows")
     g.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH",
                    help="weight files, run folders, adapter.pth files of finetune_lora.py")
-    g.add_argument("--weights-key", choices=["params_ema", "params"],
-                   help="key to take; default params_ema, else params, else bare")
+    g.add_argument("--weights-key", metavar="KEY",
+                   help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
+                        "state_dict, model_state_dict, model, else the file itself")
     g.add_argument("--pad-mode", choices=["hggt", "swinir"],
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for "
                         "nearest+conv files")
@@ -73,6 +74,7 @@ def parse_args(argv=None):
     g.add_argument("--degradation", choices=["bicubic", *runs.literal("degradations", "PRESETS")],
                    help="make the LR images from the originals, always the same; default: those of the set. bicubic: "
                         "MATLAB's, antialiased")
+    g.add_argument("--rgb", action="store_true", help="take grey and transparent images, too, without their alpha")
     g.add_argument("--only", type=Path, metavar="FILE", help="text file of the images to score, a name per line")
     g.add_argument("--protocol", choices=list(PROTOCOLS), default="hggt",
                    help="; ".join(f"{name}: {protocol['says']}" for name, protocol in PROTOCOLS.items()))
@@ -144,7 +146,7 @@ import archs
 import data
 import lora
 import metrics
-from images import find_realsr, image_size, list_images, match_images
+from images import find_realsr, image_size, list_images, match_images, nfc, without_scale
 
 # Test images: {stem: {"lq": path or None, "refs": [path], "versions": [path]}}; lq None: made from versions[0]
 
@@ -188,15 +190,18 @@ def find_pairs(args, world):
     if args.gt:
         check_folder(args.gt)
         references = list_images(args.gt)
-        missing = [stem for stem in images if stem not in references]
-        unused = [stem for stem in references if stem not in images]
+        # DIV2K's 0001x4.png belongs to 0001.png
+        shorter = {without_scale(stem): stem for stem in references}
+        names = {stem: stem if stem in references else shorter.get(without_scale(stem)) for stem in images}
+        missing = [stem for stem, name in names.items() if name is None]
+        unused = sorted(set(references) - set(names.values()))
         if missing:
             raise runs.UserError(f"{args.gt}: no reference for {len(missing)} of {len(images)} images, "
                                  f"first {missing[0]}")
         if unused and world.is_main:
             print(f"remark: {len(unused)} references in --gt {args.gt} have no image in --lq {args.lq} "
                   f"and are left out, first {unused[0]}")
-    return {stem: {"lq": path, "refs": [references[stem]] if references else [], "versions": []}
+    return {stem: {"lq": path, "refs": [references[names[stem]]] if references else [], "versions": []}
             for stem, path in images.items()}
 
 
@@ -204,7 +209,9 @@ def choose(items, file):
     """The items that --only FILE names."""
     if not file.is_file():
         raise runs.UserError(f"--only {file}: no such file")
-    names = file.read_text().split()
+    # a name that is not UTF-8 is compared by its bytes
+    lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    names = [nfc(line.strip()) for line in lines if line.strip()]
     unknown = [name for name in names if name not in items]
     if unknown or not names:
         problem = f"no image is called {unknown[0]}" if unknown else "names no image"
@@ -214,7 +221,7 @@ def choose(items, file):
 
 def remark_cut(items):
     """Say which originals and references are cut to multiples of 4."""
-    images = [path for item in items.values() if item["lq"] is None for path in {*item["refs"], item["versions"][0]}]
+    images = [path for item in items.values() for path in {*item["refs"], *item["versions"][:1]}]
     cut = [path for path in images if any(side % 4 for side in image_size(path))]
     if cut:
         print(f"remark: {len(cut)} of {len(images)} originals and references are cut to multiples of 4 pixels, "
@@ -310,7 +317,7 @@ def create_metrics(args, device):
     """{name: Metric}. Raises one UserError that names every metric that could not be created, before any work."""
     files, judges, problems = {}, {}, []
     for word in args.metric_weights:
-        name, _, file = word.rpartition("=")
+        name, _, file = word.partition("=")
         if name not in args.metrics:
             raise runs.UserError(f"--metric-weights {word}: write NAME=FILE with a NAME of --metrics "
                                  f"({', '.join(args.metrics)})")
@@ -411,6 +418,7 @@ def main(args):
     items = find_items(args, world)
     if args.only:
         items = choose(items, args.only)
+    items = {stem: item | {"rgb": args.rgb} for stem, item in items.items()}
     judges = create_metrics(args, world.device)
     check_references(items, judges)
     rows = find_rows(args, items, world.device)

@@ -76,8 +76,9 @@ def parse_args(argv=None):
     g = p.add_argument_group("start and continue")
     g.add_argument("--d-init", type=Path, metavar="FILE",
                    help="discriminator weights instead of the run's; with --lambda-a > 0 only")
-    g.add_argument("--weights-key", choices=["params_ema", "params"],
-                   help="key to take from --base; default params_ema, else params, else bare")
+    g.add_argument("--weights-key", metavar="KEY",
+                   help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
+                        "state_dict, model_state_dict, model, else the file itself")
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
     g.add_argument("--out", type=Path,
@@ -308,9 +309,8 @@ def main(args):
     # initial weights; nothing else uses this state
     torch.manual_seed(args.seed)
     drop_path = {"drop_path": args.drop_path} if "drop_path" in ARCHS[args.arch]["train"] else {}
-    base = archs.create(args.arch, **drop_path)
-    key = archs.load_weights(base, init, args.weights_key)
-    run.pin(base_sha256=lora.base_hash(base))
+    base, info = archs.load_start(init, "--base", args.arch, args.weights_key, **drop_path)
+    run.pin(base_sha256=lora.base_hash(base), sizes=info["sizes"])
     memory = torch.channels_last if args.channels_last else torch.contiguous_format
     memory_g = memory if archs.is_convolutional(base) else torch.contiguous_format
     raw_g = copy.deepcopy(base)
@@ -357,9 +357,9 @@ def main(args):
     adapters = f" in {len(lora.adapted(raw_g))} adapters of rank {args.rank}" if args.tune == "lora" else ""
     count, total = (sum(p.numel() for p in weights) for weights in (tuned, base.parameters()))
     run.say(f"{args.arch}, {args.tune}: {count:,} of {total:,} weights{adapters}, lambda_q {weight_q:.4g}; "
-            f"sampler {args.sampler}, {len(dataset)} sets; "
+            f"sampler {args.sampler}, {len(dataset)} sets, {sets.grouping()}; "
             f"{world.size} process(es) on {device}; "
-            f"{f'from step {run.start_step}' if run.checkpoint else f'start from {init}, key {key}'}")
+            f"{f'from step {run.start_step}' if run.checkpoint else info['start']}")
     run.say(f"values {args.sources}")
     # free the loaded checkpoint: its copy of the pool alone may be 100 MB
     state = run.checkpoint = None

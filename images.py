@@ -1,55 +1,170 @@
-"""The one reader and writer of images: files of 8-bit RGB as (3, H, W) uint8, their sizes, folders of them by name."""
+"""The one reader and writer of images: their pixels, sizes, and folders of them by name.
+
+What every script takes: one picture per file (not several pages or frames), at most one gigapixel, upright as EXIF says
+it stands. load_image reads 8-bit RGB as (3, H, W) uint8, with Pillow. read_any reads grey and RGB of 8 and 16 bit, with
+or without alpha, and the metadata, with libvips; upscale.py keeps all of it.
+"""
 import contextlib
+import errno
 import hashlib
+import os
+import re
+import stat
+import struct
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import runs
 
+# upscale.py needs it
+pyvips = runs.Lazy("pyvips")
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# CHOICE: pixels of an image; the header says how many there are
+LARGEST = 10 ** 9
+# Pillow's own limit, at which it warns, and twice as much, at which it stops: ours is in check_whole
+Image.MAX_IMAGE_PIXELS = None
+# what is done to the pixels of each EXIF orientation
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
+# a TIFF may hold RGB as YCbCr, as every JPEG does
+RGB_MODES = ("RGB", "YCbCr")
+# those that can be shown as 8-bit RGB without a choice of range
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGBA")
 
 
 # Files
 
 @contextlib.contextmanager
 def open_image(path):
-    """Pillow's image of a file. Raises UserError for a missing or damaged file, also where the pixels are read."""
+    """Pillow's image of a file, not yet upright. UserError for a missing or damaged file, also where it is decoded.
+
+    UserError also for several frames and for more than LARGEST pixels.
+    """
     try:
         with Image.open(path) as image:
+            # the second picture of an MPO (phones write them) is a thumbnail or a map
+            check_whole(path, image.size, 1 if image.format == "MPO" else getattr(image, "n_frames", 1))
             yield image
     except FileNotFoundError:
         raise runs.UserError(f"{path}: no such image") from None
+    except runs.UserError:
+        raise
     # all that Pillow raises for a damaged file
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         # an errno is not the image's fault: permission, disk
         if getattr(error, "errno", None):
             raise
         raise runs.UserError(f"{path}: damaged image ({error}): fetch or make it again") from None
 
 
+def orientation(image):
+    """EXIF's orientation of Pillow's image, 1 to 8. A header is enough, and libvips sees the same.
+
+    1 for a TIFF, which Pillow turns by itself, and for an EXIF block that is damaged.
+    """
+    exif = Image.Exif()
+    with contextlib.suppress(SyntaxError, struct.error):
+        exif.load(image.info.get("exif", b""))
+    return exif.get(ExifTags.Base.Orientation, 1)
+
+
+def decoded(image):
+    """(H, W) or (H, W, C) uint8 array of Pillow's image, upright; YCbCr becomes RGB."""
+    if image.mode == "YCbCr":
+        image = image.convert("RGB")
+    turn = TURNS.get(orientation(image))
+    return np.array(image if turn is None else image.transpose(turn))
+
+
 def image_size(path, only_rgb=False):
-    """(width, height) from the file's header. only_rgb: raise UserError unless it is 8-bit RGB."""
+    """(width, height) of the upright image, from the file's header. only_rgb: UserError unless it is 8-bit RGB."""
     with open_image(path) as image:
-        mode, size = image.mode, image.size
+        mode, size, turned = image.mode, image.size, orientation(image) >= 5
     if only_rgb:
         check_mode(path, mode)
-    return size
+    return size[::-1] if turned else size
 
 
-def load_image(path):
-    """An 8-bit RGB file as (3, H, W) uint8. Raises UserError for a damaged file and for grey, alpha or palette images.
+def load_image(path, rgb=False):
+    """An 8-bit RGB file as (3, H, W) uint8, upright. Raises UserError for a damaged file, grey, alpha and palette.
 
-    Pillow reads a 16-bit colour PNG as the upper bytes of its values.
+    rgb: convert those; transparency is dropped. Pillow reads a 16-bit colour PNG as the upper bytes of its values.
     """
     with open_image(path) as image:
-        mode = image.mode
-        pixels = np.array(image) if mode == "RGB" else None
-    check_mode(path, mode)
+        if rgb and image.mode in EIGHT_BIT_MODES:
+            image = image.convert("RGB")
+        check_mode(path, image.mode)
+        pixels = decoded(image)
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def read_any(path):
+    """A file as a pyvips image, upright: grey or RGB, with or without alpha, 8 or 16 bit. UserError for other files."""
+    check_name(path)
+    if not path.is_file():
+        raise runs.UserError(f"{path}: {'a link to a file that is not there' if path.is_symlink() else 'no file'}")
+    try:
+        if (image := by_pillow(path)) is not None:
+            return image
+        image = pyvips.Image.new_from_file(str(path), fail_on="error")
+        pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
+        animated = image.get("vips-loader") == "pngload" and is_animated_png(path)
+        check_whole(path, (image.width, image.height), 2 if animated else pages)
+        if image.interpretation == "cmyk":
+            image = image.icc_transform("srgb", embedded=True, input_profile="cmyk")
+        # decodes the whole image, so that damage shows here
+        image = image.autorot().copy_memory()
+    except pyvips.Error as error:
+        if not os.access(path, os.R_OK):
+            raise runs.UserError(f"{path}: you may not read it") from None
+        reason = (error.detail.strip().splitlines() or ["unreadable"])[0]
+        raise runs.UserError(f"{path}: not a readable image ({reason})") from None
+    known = image.interpretation in ("b-w", "grey16", "srgb", "rgb16", "rgb") and image.format in ("uchar", "ushort")
+    if not known or image.bands - image.hasalpha() not in (1, 3):
+        raise runs.UserError(f"{path}: {image.bands} bands of {image.format} ({image.interpretation}); "
+                             "expected grey or RGB of 8 or 16 bit")
+    return image
+
+
+def by_pillow(path):
+    """The pyvips image of a BMP, which libvips cannot read, or of a TIFF of which it shows YCbCr as RGB; else None."""
+    try:
+        with Image.open(path) as header:
+            # PhotometricInterpretation and YCbCrSubSampling; where colours are subsampled libvips is right
+            ycbcr = header.format == "TIFF" and (header.tag_v2.get(262), header.tag_v2.get(530)) == (6, (1, 1))
+            if header.format != "BMP" and not ycbcr:
+                return None
+    except (OSError, SyntaxError, ValueError):
+        # libvips reads more formats, and says what is wrong
+        return None
+    with open_image(path) as image:
+        pixels = decoded(image.convert({"1": "L", "P": "RGB"}.get(image.mode, image.mode)))
+        # of a file that does not say: libvips' own, a pixel per mm
+        across, down = (dots / 25.4 for dots in image.info.get("dpi", (25.4, 25.4)))
+        profile = image.info.get("icc_profile")
+    image = pyvips.Image.new_from_array(pixels, interpretation="b-w" if pixels.ndim == 2 else "srgb")
+    image = image.copy(xres=across, yres=down)
+    if profile:
+        image.set_type(pyvips.GValue.blob_type, "icc-profile-data", profile)
+    return image
+
+
+def is_animated_png(path):
+    """libvips reads the first frame of an animated PNG silently; its animation control chunk precedes the pixels."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
+            if head[4:] == b"acTL":
+                return True
+            file.seek(int.from_bytes(head[:4]) + 4, 1)
+    return False
 
 
 def save_image(path, image):
@@ -81,8 +196,17 @@ def sample_hash(files):
 
 # Checks; all raise UserError. Sizes are (width, height)
 
+def check_whole(path, size, frames):
+    """size: (width, height)"""
+    if size[0] * size[1] > LARGEST:
+        raise runs.UserError(f"{path}: {size[0]}x{size[1]} pixels, more than the limit of one gigapixel: "
+                             "cut it into parts")
+    if frames > 1:
+        raise runs.UserError(f"{path}: several pages or frames: save the one you want as a file of its own")
+
+
 def check_mode(path, mode):
-    if mode != "RGB":
+    if mode not in RGB_MODES:
         raise runs.UserError(f"{path}: image mode {mode}, expected 8-bit RGB: "
                              "convert it (Pillow: image.convert('RGB')) or remove it")
 
@@ -123,32 +247,75 @@ def crop_like(lq, where, size, scale=4):
 
 # Folders
 
+def nfc(name):
+    """A name as it is compared: macOS writes letters and their accents as two characters, others as one."""
+    return unicodedata.normalize("NFC", name)
+
+
+def visible(paths):
+    """Sorted, without hidden files: macOS leaves ._<name> beside every file on other file systems."""
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
+def is_no_file(path):
+    """Is this a folder, a pipe, a device or a link to itself? Not a link to nothing: whoever reads it names it."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return True
+
+
+def image_paths(folder):
+    """The image files of a folder, sorted by name."""
+    paths = [path for path in visible(Path(folder).iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in paths if not is_no_file(path)]
+
+
+def check_name(path):
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise runs.UserError(f"{shown}: its name is not UTF-8: rename it") from None
+
+
 def list_images(folder):
     """{stem: path} of a folder's image files, sorted by name. Raises UserError if two share a stem or there is none."""
     files = {}
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
-            if path.stem in files:
-                raise runs.UserError(f"{path} and {files[path.stem].name}: two images of one name in {folder}: "
-                                     "rename one")
-            files[path.stem] = path
+    for path in image_paths(folder):
+        check_name(path)
+        stem = nfc(path.stem)
+        if stem in files:
+            raise runs.UserError(f"{path} and {files[stem].name}: two images of one name in {folder}: rename one")
+        files[stem] = path
     if not files:
         raise runs.UserError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) directly in it "
                              "(folders inside it are not searched)")
     return files
 
 
+def without_scale(stem):
+    """0001x4 -> 0001: low-resolution images of public sets are named so."""
+    return re.sub(r"(?<=.)[_-]?[xX]4$", "", stem)
+
+
 def match_images(folder, stems, flag):
     """{stem: path} of a folder's images: <stem>.png, otherwise the one file <stem>_<anything>.png.
 
-    Raises UserError, which names `flag`, where there is none or several. Any image suffix will do.
+    0001x4 and 0001 are one name. Raises UserError, which names `flag`, where there is none or several. Any image
+    suffix will do.
     """
     if not folder.is_dir():
         raise runs.UserError(f"{flag} {folder}: no such folder")
     files, matches = list_images(folder), {}
     for stem in stems:
         fitting = [files[stem]] if stem in files else [
-            path for name, path in files.items() if stem == name.rpartition("_")[0]]
+            path for name, path in files.items()
+            if without_scale(stem) in (without_scale(name), without_scale(name.rpartition("_")[0]))]
         if len(fitting) != 1:
             raise runs.UserError(f"{flag} {folder}: {len(fitting)} files for image {stem} "
                                  f"({', '.join(path.name for path in fitting) or 'none'}); "
@@ -163,7 +330,7 @@ def find_realsr(root):
     The files are <root>/<camera>/Test/4/<name>_LR4.png and <name>_HR.png.
     """
     pairs = {}
-    for hr in sorted(Path(root).glob("*/Test/4/*_HR.png")):
+    for hr in visible(Path(root).glob("*/Test/4/*_HR.png")):
         name = hr.name.removesuffix("_HR.png")
         lq = hr.with_name(f"{name}_LR4.png")
         if not lq.exists():

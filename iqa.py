@@ -33,8 +33,9 @@ from images import load_image
 MUSIQ = ("fused", "fused-bf16", "pyiqa")
 # pyiqa lists them as NR; they judge sets of images
 SET_LEVEL = ("fid", "sfid", "fid_dinov2", "inception_score")
-# raise by hand whenever a change of our code changes a score: those kept on disk are then computed again
-SCORING_VERSION = 1
+# raise by hand whenever a change of our code changes a score: those kept on disk are then computed again.
+# 2: photographs are upright
+SCORING_VERSION = 2
 
 
 def parse_rewards(words):
@@ -278,10 +279,13 @@ def _check_weights_file(path, flag):
     if not Path(path).is_file():
         raise runs.UserError(f"{flag}{path}: no such file")
     try:
-        loadmat(path) if Path(path).suffix == ".mat" else torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix.lower() == ".mat":
+            loadmat(path)
+        else:
+            torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, TypeError, ValueError, KeyError, RuntimeError, EOFError, zlib.error, pickle.UnpicklingError,
             matlab.MatReadError) as error:
-        raise runs.UserError(f"{flag}{path}: not a plain weight file ({' '.join(str(error).split())[:80]})") from None
+        raise runs.UserError(f"{flag}{path}: not a plain weight file ({runs.first_sentence(error)})") from None
 
 
 def _probe(reward, name, device, need_gradient, flag):

@@ -311,7 +311,7 @@ def create_distances(name, vgg_weights=None, stages=5):
 
 # Scores of many outputs: every image through every row and metric, once; kept on disk (iqa.ScoreCache) and shared by
 # processes. items: {stem: {"lq": path or None, "refs": [path], "versions": [path]}}, lq None: made from versions[0]
-# by a degradation; rows: {name: Row}; metrics: {name: Metric}
+# by a degradation, "rgb": True where grey and transparent images are taken; rows: {name: Row}; metrics: {name: Metric}
 
 class Row(NamedTuple):
     """A row of the table: a network, or ready-made images.
@@ -325,15 +325,15 @@ class Row(NamedTuple):
     record: dict | None = None
 
 
-def load(path, device):
-    """-> (1, 3, H, W) in [0, 1]"""
-    return load_image(path)[None].to(device).float() / 255
+def load(path, device, rgb=False):
+    """-> (1, 3, H, W) in [0, 1]; rgb: see load_image"""
+    return load_image(path, rgb)[None].to(device).float() / 255
 
 
 def low_resolution(stem, item, degradation, device):
     """The LR image of an item, or the one that `degradation` always makes of its original. -> (1, 3, h, w) in [0, 1]"""
     if item["lq"] is not None:
-        return load(item["lq"], device)
+        return load(item["lq"], device, item.get("rgb"))
     original = item["versions"][0]
     try:
         return degradations.fixed(high_resolution(original, item, device), degradation, stem)
@@ -342,13 +342,13 @@ def low_resolution(stem, item, degradation, device):
 
 
 def is_cut(path, item):
-    """Is this an original or a reference of which the LR image is made? Then it is cut to multiples of 4."""
-    return item["lq"] is None and path in (*item["refs"], *item["versions"])
+    """Is this an original or a reference? Then it is cut to multiples of 4, as public sets make their LR images."""
+    return path in (*item["refs"], *item["versions"])
 
 
 def high_resolution(path, item, device):
     """An original, reference or output of an item, cut where is_cut says so. -> (1, 3, H, W) in [0, 1]"""
-    image = load(path, device)
+    image = load(path, device, item.get("rgb"))
     return cut_to_x4(image) if is_cut(path, item) else image
 
 

@@ -693,6 +693,13 @@ def find_discriminator(run):
     return files[-1]
 
 
+def first_sentence(error):
+    """What torch.load says of a file, in one line without colours: its first sentence, or its unpickler's."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).partition("WeightsUnpickler error:")
+    line = ((text[2] or text[0]).strip().splitlines() or [type(error).__name__])[0]
+    return re.split(r"(?<=[.!?])\s", line)[0].rstrip(".")
+
+
 def load_checkpoint(path):
     """A dict saved by `torch.save` through write_atomic, on the CPU. UserError when it is damaged."""
     try:
@@ -701,7 +708,7 @@ def load_checkpoint(path):
         raise UserError(f"{path}: no such checkpoint; without --resume a new run starts") from None
     except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
         # torch: damaged
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error)[:80]})") from error
+        raise UserError(f"{path}: not a readable checkpoint ({first_sentence(error)})") from error
 
 
 def cpu_flags():

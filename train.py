@@ -45,8 +45,9 @@ def parse_args(argv=None):
     g = p.add_argument_group("start and continue")
     g.add_argument("--init", type=Path, metavar="FILE",
                    help="generator weights, or a run folder; gan default runs/<arch>-psnr; psnr default: none, random")
-    g.add_argument("--weights-key", choices=["params_ema", "params"],
-                   help="key to take from --init; default params_ema, else params, else bare")
+    g.add_argument("--weights-key", metavar="KEY",
+                   help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
+                        "state_dict, model_state_dict, model, else the file itself")
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
     g.add_argument("--out", type=Path, help="run folder (default: runs/<arch>-<sampler>, runs/<arch>-psnr)")
@@ -209,14 +210,14 @@ def main(args):
                     sampler=args.sampler, tau=args.tau)
 
     # networks: raw_* are the plain modules that are saved, net_* what the loop calls
-    start = "random start"
     # initial weights; nothing else uses this state
     torch.manual_seed(args.seed)
     drop_path = {"drop_path": args.drop_path} if "drop_path" in ARCHS[args.arch]["train"] else {}
-    raw_g = archs.create(args.arch, **drop_path)
+    # a resumed run keeps the sizes that it began with
+    sizes = run.checkpoint and run.checkpoint["args"].get("sizes")
+    raw_g, info = archs.load_start(init, "--init", args.arch, args.weights_key, sizes, **drop_path)
+    run.pin(sizes=info["sizes"])
     raw_d = archs.UNetDiscriminatorSN(args.d_features) if args.lambda_a > 0 else None
-    if init is not None:
-        start = f"start from {init}, key {archs.load_weights(raw_g, init, args.weights_key)}"
     memory = torch.channels_last if args.channels_last else torch.contiguous_format
     memory_g = memory if archs.is_convolutional(raw_g) else torch.contiguous_format
     raw_g = raw_g.to(device, memory_format=memory_g)
@@ -248,8 +249,8 @@ def main(args):
     lambdas = {name: value for name, value in vars(args).items() if name.startswith("lambda_")}
     run.open()
     run.say(f"{args.arch}, sampler {args.sampler}: {len(dataset)} sets of {len(sets.versions)} versions "
-            f"({dataset.dropped} dropped), {world.size} process(es) on {device}; "
-            f"{f'from step {run.start_step}' if run.checkpoint else start}")
+            f"({dataset.dropped} dropped), {sets.grouping()}; {world.size} process(es) on {device}; "
+            f"{f'from step {run.start_step}' if run.checkpoint else info['start']}")
     if args.demo and args.lambda_p == args.lambda_a == 0:
         run.say("demo: L1 alone; VGG19 would be a download, and rounding decides what a GAN does in so few steps")
     # free the loaded checkpoint: its copy of the pool alone may be 100 MB

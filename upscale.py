@@ -4,10 +4,10 @@
     python upscale.py --weights W.pth --out big scans 'more/*.tif'                 a folder, a pattern
     python upscale.py --lora runs/swinir-amo+musiq --scale 0.7 photo.jpg           an adapter, at 0.7 of its strength
 
-Architecture, size and factor come from the checkpoint. Kept: grey, 16 bit (PNG, TIFF), transparency (enlarged
-bicubically), ICC profile, EXIF, XMP, IPTC, resolution. Photographs that EXIF calls rotated come out upright; CMYK comes
-out as sRGB. Tiles overlap and are blended. If an image cannot be read or written, the script says so, does the others,
-and ends with exit code 1. torchrun shares the images over its processes.
+Architecture, size and factor come from the checkpoint. Written are PNG, JPEG, WebP, TIFF and BMP. Kept: grey, 16 bit
+(PNG, TIFF), transparency (enlarged bicubically), ICC profile, EXIF, XMP, IPTC, resolution. Photographs that EXIF calls
+rotated come out upright; CMYK comes out as sRGB. Tiles overlap and are blended. If an image cannot be read or written,
+the script says so, does the others, and ends with exit code 1. torchrun shares the images over its processes.
 """
 from pathlib import Path
 
@@ -15,7 +15,10 @@ import runs
 
 # options of libvips' savers
 FORMATS = {".png": {"compression": 6}, ".jpg": {"Q": 95}, ".jpeg": {"Q": 95}, ".webp": {"Q": 95},
-           ".tif": {"compression": "deflate"}, ".tiff": {"compression": "deflate"}}
+           ".tif": {"compression": "deflate"}, ".tiff": {"compression": "deflate"},
+           # libvips has no saver: Pillow writes it
+           ".bmp": None}
+OPAQUE = (".jpg", ".jpeg", ".bmp")
 
 
 def tile(text):
@@ -32,8 +35,9 @@ def parse_args(argv=None):
                    help="files, folders (all images in them) or patterns in quotes")
     p.add_argument("--weights", type=Path, metavar="PATH",
                    help="weight file or run folder (its newest EMA weights); default with --lora: the adapter's base")
-    p.add_argument("--weights-key", choices=["params_ema", "params"],
-                   help="key to take; default params_ema, else params, else bare")
+    p.add_argument("--weights-key", metavar="KEY",
+                   help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
+                        "state_dict, model_state_dict, model, else the file itself")
     p.add_argument("--pad-mode", choices=["hggt", "swinir"],
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for "
                         "nearest+conv files")
@@ -79,11 +83,13 @@ import sys
 import numpy as np
 import psutil
 import torch
+from PIL import Image
+from scipy import ndimage
 from tqdm import tqdm
 
 import archs
 import lora
-from images import IMAGE_SUFFIXES
+from images import IMAGE_SUFFIXES, image_paths, nfc, read_any
 
 # where it is missing this file can still be imported
 pyvips = runs.Lazy("pyvips")
@@ -102,11 +108,11 @@ def find_images(words):
     for word in words:
         path = Path(word)
         if path.is_dir():
-            paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
+            paths = image_paths(path)
             if not paths:
                 raise runs.UserError(f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}) directly in it")
         elif os.path.lexists(path):
-            # or a broken link: read_image says so
+            # or a broken link: read_any says so
             paths = [path]
         else:
             paths = [Path(p) for p in sorted(glob.glob(word))]
@@ -118,45 +124,18 @@ def find_images(words):
     return list(dict.fromkeys(images))
 
 
-def read_image(path):
-    """A file as a pyvips image, upright: grey or RGB, with or without alpha, 8 or 16 bit. UserError for other files."""
-    if not path.exists():
-        raise runs.UserError(f"{path}: a link to a file that is not there")
-    try:
-        image = pyvips.Image.new_from_file(str(path), fail_on="error")
-        pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
-        if pages > 1 or image.get("vips-loader") == "pngload" and is_animated_png(path):
-            count = f"{pages} pages or" if pages > 1 else "several"
-            raise runs.UserError(f"{path}: {count} frames: save the one you want as a file of its own")
-        if image.interpretation == "cmyk":
-            image = image.icc_transform("srgb", embedded=True, input_profile="cmyk")
-        # decodes the whole image, so that damage shows here
-        image = image.autorot().copy_memory()
-    except pyvips.Error as error:
-        if not os.access(path, os.R_OK):
-            raise runs.UserError(f"{path}: you may not read it") from None
-        reason = (error.detail.strip().splitlines() or ["unreadable"])[0]
-        raise runs.UserError(f"{path}: not a readable image ({reason})") from None
-    known = image.interpretation in ("b-w", "grey16", "srgb", "rgb16", "rgb") and image.format in ("uchar", "ushort")
-    if not known or image.bands - image.hasalpha() not in (1, 3):
-        raise runs.UserError(f"{path}: {image.bands} bands of {image.format} ({image.interpretation}); "
-                             "expected grey or RGB of 8 or 16 bit")
-    return image
-
-
-def is_animated_png(path):
-    """libvips reads the first frame of an animated PNG silently; its animation control chunk precedes the pixels."""
-    with open(path, "rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
-            if head[4:] == b"acTL":
-                return True
-            file.seek(int.from_bytes(head[:4]) + 4, 1)
-    return False
+def fill_hidden(pixels, hidden):
+    """Give each hidden pixel the colour of the nearest one that is not. pixels: (H, W, C); hidden: (H, W) bool."""
+    if hidden.all() or not hidden.any():
+        return pixels
+    rows, columns = ndimage.distance_transform_edt(hidden, return_distances=False, return_indices=True)
+    return pixels[rows, columns]
 
 
 def enlarge(net, image, factor, tile, overlap, device, stop):
     """pyvips image -> pyvips image: colours by the network, alpha bicubically; bit depth, profile, metadata are kept.
+
+    Colours that nobody sees (alpha 0) do not reach the network: at edges it would mix them with those beside them.
 
     UserError where the network's output is not finite; KeyboardInterrupt when stop.received, between rows of tiles.
     """
@@ -164,6 +143,8 @@ def enlarge(net, image, factor, tile, overlap, device, stop):
     if image.hasalpha():
         alpha, colour = image[image.bands - 1], image[:image.bands - 1]
     pixels, top = colour.numpy().reshape(image.height, image.width, -1), 255 if image.format == "uchar" else 65_535
+    if alpha is not None:
+        pixels = fill_hidden(pixels, alpha.numpy() == 0)
     lq = torch.from_numpy(pixels.astype(np.float32) / top).permute(2, 0, 1)[None].expand(1, 3, -1, -1).to(device)
     sr = np.empty((image.height * factor, image.width * factor, pixels.shape[2]), pixels.dtype)
 
@@ -203,6 +184,8 @@ def check_result(path, image, factor, suffix, free):
         raise runs.UserError(f"{path}: the result has {width}x{height} pixels, and {suffix[1:]} ends at {limit}: "
                              "take --format png or tif")
     need = width * height * image.bands * (1 + (image.format == "ushort"))
+    if suffix == ".bmp" and need >= 2 ** 32:
+        raise runs.UserError(f"{path}: the result takes {need / 2**30:.1f} GiB, and bmp ends at 4: take --format png")
     if need > free:
         raise runs.UserError(f"{path}: the result takes {need / 2**30:.1f} GiB, free are {free / 2**30:.1f}: "
                              "cut the image into parts")
@@ -236,7 +219,7 @@ def upscale_file(net, path, target, factor, args, device, stop):
         return "was there"
     if target.exists() and not args.overwrite:
         raise runs.UserError(f"{target} exists: --overwrite replaces it, --skip leaves it, --out names another folder")
-    image = read_image(path)
+    image = read_any(path)
     check_result(path, image, factor, target.suffix, free_memory(torch.device("cpu")))
     tile = auto_tile(device, args.overlap) if args.tile == "auto" else args.tile
     try:
@@ -247,13 +230,16 @@ def upscale_file(net, path, target, factor, args, device, stop):
     if image.format == "ushort" and target.suffix not in (".png", ".tif", ".tiff"):
         remarks.append(f"{target.suffix[1:]} has 8 bit only")
         result = (result / 257 + 0.5).cast("uchar").copy(interpretation="b-w" if result.bands < 3 else "srgb")
-    if result.hasalpha() and target.suffix in (".jpg", ".jpeg"):
-        remarks.append("jpeg has no transparency: on white")
+    if result.hasalpha() and target.suffix in OPAQUE:
+        remarks.append(f"{target.suffix[1:]} has no transparency: on white")
         result = result.flatten(background=255)
     if result.width * result.height > PILLOW_LIMIT:
         remarks.append("Pillow opens it only with Image.MAX_IMAGE_PIXELS = None")
 
     def write(temporary):
+        if target.suffix == ".bmp":
+            Image.fromarray(result.numpy()).save(temporary, "BMP", dpi=(25.4 * result.xres, 25.4 * result.yres))
+            return
         result.write_to_target(pyvips.Target.new_to_file(str(temporary)), target.suffix, **FORMATS[target.suffix])
     try:
         runs.write_atomic(target, write)
@@ -271,10 +257,11 @@ def find_targets(paths, out, suffix):
     for path in paths:
         own = path.suffix.lower()
         targets[path] = target = out / (path.stem + (suffix or (own if own in FORMATS else ".png")))
-        if owners.setdefault(target, path) != path:
-            raise runs.UserError(f"{owners[target]} and {path} would both become {target}: give them different names, "
-                                 "or take two calls with --out")
-        if target.resolve() == path.resolve():
+        other = owners.setdefault(nfc(str(target)), path)
+        if other != path:
+            raise runs.UserError(f"{other} and {path} would both become {target}: give them different names, or take "
+                                 "two calls with --out")
+        if os.path.realpath(target) == os.path.realpath(path):
             raise runs.UserError(f"--out {out}: {path} would be replaced by its result: name another folder")
     return targets
 

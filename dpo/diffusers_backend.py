@@ -31,6 +31,7 @@ import degradations
 import iqa
 import runs
 from dpo import flow
+from images import nfc, visible
 
 # RELEASED, of SD2; FLUX has none
 NEGATIVE = "dotted, noise, blur, lowres, smooth"
@@ -61,8 +62,8 @@ class LatentSR:
                        if isinstance(part, torch.nn.Module)}
         self.folder, self.prompts = prompts, None
         if prompts is not None:
-            files = sorted(Path(prompts).glob("*.txt"))
-            self.prompts = {file.stem: file.read_text(encoding="utf-8").strip() for file in files}
+            files = visible(Path(prompts).glob("*.txt"))
+            self.prompts = {nfc(file.stem): file.read_text(encoding="utf-8").strip() for file in files}
 
     def precision(self):
         # with float32 the caller's autocast holds

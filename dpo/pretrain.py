@@ -159,8 +159,8 @@ def main(args):
         batches = itertools.chain([next(batches)], batches)
     run.open()
     run.say(f"FlowSR {args.size}, {args.prediction}, base {args.base or 'bicubic'}: "
-            f"{sum(p.numel() for p in raw.parameters()):,} weights, sigma_r {gen.sigma_r:.4f}, {len(dataset)} photos, "
-            f"{len(val_set)} held out, {world.size} process(es) on {device}"
+            f"{sum(p.numel() for p in raw.parameters()):,} weights, sigma_r {gen.sigma_r:.4f}, {len(dataset)} images "
+            f"({sets.grouping()}), {len(val_set)} held out, {world.size} process(es) on {device}"
             + (f"; from step {run.start_step}" if state else ""))
     net = world.parallel(raw.train())
 

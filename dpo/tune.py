@@ -53,7 +53,7 @@ def parse_args(argv=None):
     if args.keep == "best" and not args.val_groups:
         p.error("--keep best needs held-out images: give --val-groups")
     if args.out is None:
-        run = args.gen.parent.parent if args.gen.suffix == ".pth" else args.gen
+        run = args.gen.parent.parent if args.gen.suffix.lower() == ".pth" else args.gen
         args.out = Path("runs") / f"{run.name}+dpo"
     return args
 

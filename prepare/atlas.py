@@ -125,7 +125,9 @@ class Atlas:
         """["FILE", "FILE=WEIGHT"] -> [(Atlas, weight)] of one grid. Their sum must be the reward in use, if one is."""
         opened = []
         for argument in arguments:
-            file, _, text = argument.partition("=")
+            # a path may have a = in it
+            file, _, text = (argument, "", "") if argument.endswith(".npy") else argument.rpartition("=")
+            file, text = (file, text) if file else (text, "")
             try:
                 weight = float(text) if text else 1.0
             except ValueError:

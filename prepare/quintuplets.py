@@ -75,14 +75,13 @@ from itertools import combinations, product
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps
 from tqdm import tqdm
 
 import archs
 import data
 import degradations
 import iqa
-from images import list_images, load_image, open_image, save_image
+from images import RGB_MODES, decoded, list_images, load_image, open_image, save_image, visible
 from prepare import verify
 from prepare.demo_set import has_texture
 from report import pictures
@@ -96,9 +95,9 @@ def read_photo(path, args):
     with open_image(path) as image:
         if image.mode in ("L", "1", "I", "F", "LA") or image.mode.startswith("I;"):
             return None, "grey"
-        if image.mode != "RGB":
+        if image.mode not in RGB_MODES:
             return None, "alpha, palette or CMYK"
-        pixels = np.array(ImageOps.exif_transpose(image))
+        pixels = decoded(image)
     if (np.ptp(pixels.astype(np.int16), axis=2) <= 2).all():
         return None, "grey"
     photo = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
@@ -187,7 +186,7 @@ def survey(args, world):
     problems = {name: reason for part in world.gather_objects(problems) for name, reason in part.items()}
 
     images = set(paths.values())
-    files = sorted(path for path in args.photos.iterdir() if path.is_file())
+    files = [path for path in visible(args.photos.iterdir()) if path.is_file()]
     dropped = {path.name: "not an image" for path in files if path not in images}
     dropped |= {paths[name].name: problems[name] for name in names if name in problems}
     usable, kept = [name for name in names if name in thumbnails], []

@@ -54,7 +54,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import data
-from images import IMAGE_SUFFIXES, load_image
+from images import IMAGE_SUFFIXES, is_no_file, load_image, nfc, visible
 
 SPLITS = ("Train", "Test")
 # CHOICE: a file that has less than both correlations, at zero shift, does not show the same as its original. Enhanced
@@ -120,13 +120,14 @@ class Report:
 def list_files(folder, report):
     """{stem: path} of a folder's images; other files, and doubled names, are defects."""
     files = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+    for path in visible(folder.iterdir()):
+        stem = nfc(path.stem)
+        if path.suffix.lower() not in IMAGE_SUFFIXES or is_no_file(path):
             report.add("foreign", path, "not an image: remove it")
-        elif path.stem in files:
-            report.add("doubled", path, f"a second image of this name beside {files[path.stem].name}: remove one")
+        elif stem in files:
+            report.add("doubled", path, f"a second image of this name beside {files[stem].name}: remove one")
         else:
-            files[path.stem] = path
+            files[stem] = path
     return files
 
 
@@ -226,14 +227,14 @@ def verify_labels(split, folder, stems, lost, versions, report):
         if not (folder / annotator).is_dir():
             report.add("label", folder / annotator, "missing: HGGT's vote needs three annotators A, B and C")
             return
-        for path in sorted((folder / annotator).iterdir()):
-            if path.suffix != ".json" or path.stem not in known:
+        for path in visible((folder / annotator).iterdir()):
+            if path.suffix != ".json" or nfc(path.stem) not in known:
                 report.add("misnamed", path, "no original has this name: rename or remove it")
     counts = dict.fromkeys(["positive", "similar", "negative", "without_positive"], 0)
     for stem in stems:
         votes = []
         for annotator in "ABC":
-            path = folder / annotator / f"{stem}.json"
+            path = data.label_file(folder / annotator, stem)
             try:
                 votes.append(data.read_label(path, stem, versions))
             except (ValueError, OSError) as error:

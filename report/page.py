@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+import re
 from pathlib import Path
 
 import runs
@@ -26,9 +27,11 @@ def parse_args(argv=None):
 def encode(file):
     """An image file as the data URL of a lossless WebP."""
     from PIL import Image
+
+    from images import load_image
     buffer = io.BytesIO()
-    with Image.open(file) as image:
-        image.convert("RGB").save(buffer, "WEBP", lossless=True, quality=50)
+    image = load_image(file, rgb=True).permute(1, 2, 0).numpy()
+    Image.fromarray(image).save(buffer, "WEBP", lossless=True, quality=50)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -48,8 +51,8 @@ def write(result, path, count=24):
     parts = {"TITLE": html.escape(f"{', '.join(scores)}: {tables.title_of(result)}"), "TABLE": table(result),
              "CONTENT": json.dumps(content).replace("<", "\\u003c")}
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    for name, part in parts.items():
-        text = text.replace(f"<!--{name}-->", part)
+    # in one pass: a part may hold the name of another
+    text = re.sub("<!--([A-Z]+)-->", lambda found: parts[found[1]], text)
     runs.write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -185,7 +185,7 @@ def grid(result, path, count=4, crops=(), inset=None):
             files = {row: files[row] for row in rows} | ({} if "reference" in rows else {"GT": files["GT"]})
         line = []
         for cell, file in files.items():
-            score, image = scores.get(cell), file and load_image(file)
+            score, image = scores.get(cell), file and load_image(file, rgb=True)
             if box and cell == "LR":
                 image = image.repeat_interleave(4, 1).repeat_interleave(4, 2)
             if box and file:

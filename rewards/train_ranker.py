@@ -82,7 +82,7 @@ from tqdm import tqdm
 
 import degradations
 import iqa
-from images import open_image
+from images import decoded, list_images, open_image
 from rewards.ranker import Ranker, load_ranker
 
 # Degradations with a severity
@@ -192,7 +192,7 @@ def read_photos(paths):
     photos = []
     for path in paths:
         with open_image(path) as image:
-            photos.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255)
+            photos.append(torch.from_numpy(decoded(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255)
     return photos
 
 
@@ -378,9 +378,7 @@ def evaluate(args):
     Averaged per photo and family over the crops, then over photos; nothing is pooled over crops or photos before it is
     ranked.
     """
-    paths = sorted(p for p in args.evaluate.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp"))
-    if not paths:
-        raise runs.UserError(f"{args.evaluate}: no photographs (.png, .jpg, .bmp)")
+    paths = list(list_images(args.evaluate).values())
     net = load_ranker(args.weights).eval()
     other = iqa.create_reward([args.against]) if args.against else None
     u = np.append(np.nan, np.linspace(0, 1, 7))  # (8,)

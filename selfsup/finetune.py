@@ -31,8 +31,9 @@ def parse_args(argv=None):
                    help="run folder of selfsup.pretrain, or its rec.pth")
     g.add_argument("--sr", type=Path, metavar="PATH",
                    help="x4 network to adapt: any weight file or run folder that upscale.py takes")
-    g.add_argument("--weights-key", choices=["params_ema", "params"],
-                   help="key to take of --sr; default params_ema, else params, else bare")
+    g.add_argument("--weights-key", metavar="KEY",
+                   help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
+                        "state_dict, model_state_dict, model, else the file itself")
     options.add_files(p)
     g = p.add_argument_group("data")
     g.add_argument("--lr-dir", type=Path, metavar="DIR", help="low-resolution images of one source")

@@ -14,10 +14,12 @@ from PIL import Image
 from torchvision.models import vgg19
 
 import archs
+import runs
 from archs import ARCHS, RRDBNet, SRVGGNetCompact, SwinIR, UNetDiscriminatorSN
 from losses import VGGFeatureLoss
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+CASES = SHARED / "cases"
 REPO = Path(__file__).resolve().parents[1]
 SWINIR_L = dict(upsampler="nearest+conv", embed_dim=240, depths=(6,) * 9, heads=(8,) * 9, resi_connection="3conv")
 TINY = dict(img_size=16, depths=(2, 3), embed_dim=24, heads=(2, 3))
@@ -629,7 +631,7 @@ def test_files_that_hold_no_weights_are_refused_in_one_line(tmp_path):
     messages = dict.fromkeys((*cases, "object"), "not a readable weights file")
     messages |= {"checkpoint": r"no state dict \(it holds net_g, step\); .* not a training checkpoint",
                  "list": "it holds nothing", "nothing": "it holds nothing",
-                 "numbers": "no state dict", "tensor": "no state dict"}
+                 "numbers": "no state dict", "tensor": r"none of SwinIR.*\(first keys: params\)"}
     for name, message in messages.items():
         with pytest.raises(ValueError, match=message) as error:
             archs.load_generator(tmp_path / f"{name}.pth")
@@ -639,6 +641,138 @@ def test_files_that_hold_no_weights_are_refused_in_one_line(tmp_path):
             archs.read_weights(path)
     with pytest.raises(ValueError, match="good.pth: no key 'params_ema' in it, it has params"):
         archs.load_generator(tmp_path / "good.pth", key="params_ema")
+
+
+def esrgan_names(state, blocks, trunk=False):
+    """RRDBNet's keys as ESRGAN first named them (trunk: as it did later)."""
+    first = {"conv_first": "model.0", "conv_body": f"model.1.sub.{blocks}", "conv_up1": "model.3",
+             "conv_up2": "model.6", "conv_hr": "model.8", "conv_last": "model.10"}
+    later = {"conv_body": "trunk_conv", "conv_up1": "upconv1", "conv_up2": "upconv2", "conv_hr": "HRconv"}
+    old = {}
+    for key, value in state.items():
+        layer, end = key.rsplit(".", 1)
+        if layer.startswith("body"):
+            _, block, rdb, conv = layer.split(".")
+            rdb = rdb.upper()
+            layer = f"RRDB_trunk.{block}.{rdb}.{conv}" if trunk else f"model.1.sub.{block}.{rdb}.{conv}.0"
+        else:
+            layer = (later if trunk else first).get(layer, layer)
+        old[f"{layer}.{end}"] = value
+    return old
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("scale", [4, 2, 1])
+def test_esrgans_first_key_names_prefixes_and_wrappers(scale, tmp_path):
+    net = randomise(archs.create("rrdbnet", scale=scale, num_feat=8, num_block=2, num_grow=4))
+    state, x = net.state_dict(), image(1, 3, 8, 8)
+
+    def before(prefix, state=state):
+        return {prefix + k: v for k, v in state.items()}
+    lightning = before("net_g.") | {"net_d.conv0.weight": torch.zeros(2), "loss.x": torch.zeros(1)}
+    contents = {"first": esrgan_names(state, 2), "trunk": esrgan_names(state, 2, trunk=True),
+                "compiled": before("_orig_mod."), "both": before("module._orig_mod."),
+                "twice": before("_orig_mod.module.module."), "blocks": {
+                    k.replace("body.0.", "body.0._orig_mod."): v for k, v in state.items()},
+                "wrapped": {"state_dict": state, "epoch": 3}, "model_state": {"model_state_dict": before("module.")},
+                "model": {"model": esrgan_names(state, 2)}, "nested": {"model": {"params_ema": state, "params": {}}},
+                "lightning": {"state_dict": lightning}, "compiled_lightning": {
+                    "state_dict": before("net_g.", before("_orig_mod."))}}
+    for name, content in contents.items():
+        torch.save(content, tmp_path / f"{name}.PTH")
+        loaded, info = archs.load_generator(tmp_path / f"{name}.PTH")
+        assert torch.equal(loaded(x), net(x)) and info["scale"] == scale, name
+    assert archs.read_weights(tmp_path / "nested.PTH")[1] == "model.params_ema"
+    from safetensors.torch import save_file
+    save_file(state, tmp_path / "w.SAFETENSORS")
+    assert torch.equal(archs.load_generator(tmp_path / "w.SAFETENSORS")[0](x), net(x))
+
+
+@pytest.mark.fast
+def test_a_key_goes_into_nested_dictionaries(tmp_path):
+    ones, zeros = ({"a": torch.full((1,), v)} for v in (1.0, 0.0))
+    torch.save({"nets": {"g": zeros, "ema": {"g": ones}}, "step": 3}, tmp_path / "w.pth")
+    assert archs.read_weights(tmp_path / "w.pth", "nets.ema.g")[0]["a"].item() == 1
+    assert archs.read_weights(tmp_path / "w.pth", "nets.g") == (zeros, "nets.g")
+    for key, names in (("nets.d", "nets, step"), ("net", "nets, step"), ("step.a", "nets, step"), ("nets", None)):
+        with pytest.raises(ValueError, match="no state dict" if names is None else f"no key '{key}' in it, it has"):
+            archs.read_weights(tmp_path / "w.pth", key)
+
+
+@pytest.mark.fast
+def test_what_does_not_load_is_told_in_one_true_sentence(tmp_path):
+    small = dict(num_feat=8, num_block=1, num_grow=4)
+    rrdb, compact, swinir = (archs.create(*words, **options).state_dict() for words, options in (
+        (["rrdbnet"], small), (["compact-small"], {}), (["swinir-small"], {})))
+
+    def grey(state, first):
+        return state | {first: state[first][:, :1].clone()}
+    without_up2 = {k: v for k, v in rrdb.items() if "conv_up2" not in k}
+    x8 = rrdb | {k.replace("up2", "up3"): v for k, v in rrdb.items() if "conv_up2" in k}
+    cases = {"rrdb": (grey(rrdb, "conv_first.weight"), "an RRDBNet for images of 1 channel; only those for RGB load"),
+             "compact": (grey(compact, "body.0.weight"), "an SRVGGNetCompact for images of 1 channel;"),
+             "swinir": (grey(swinir, "conv_first.weight"), "a SwinIR for images of 1 channel;"),
+             "x2": (without_up2, "an RRDBNet that enlarges by 2; only those with two steps of 2 load"),
+             "x8": (esrgan_x8(x8), "an RRDBNet that enlarges by 8"),
+             "more": (rrdb | {"n_averaged": torch.zeros(1)},
+                      r"the file is rrdbnet \(.*\); 1 key differs: n_averaged is not expected")}
+    for name, (state, message) in cases.items():
+        torch.save(state, tmp_path / f"{name}.pth")
+        with pytest.raises(runs.UserError, match=f"{name}.pth: {message}"):
+            archs.load_generator(tmp_path / f"{name}.pth")
+
+
+def esrgan_x8(state):
+    old = esrgan_names(state, 1)
+    old |= {f"model.9.{end}": old.pop(f"conv_up3.{end}") for end in ("weight", "bias")}
+    for was, now in ((10, 13), (8, 11)):
+        old |= {f"model.{now}.{end}": old.pop(f"model.{was}.{end}") for end in ("weight", "bias")}
+    return old
+
+
+@pytest.mark.fast
+def test_a_pickled_module_is_refused_and_nothing_of_it_runs(tmp_path):
+    class Bomb(torch.nn.Module):
+        def __reduce__(self):
+            return Path.write_text, (tmp_path / "ran", "it ran")
+    torch.save(archs.create("compact-small"), tmp_path / "module.pth")
+    torch.save({"params": Bomb()}, tmp_path / "bomb.pth")
+    torch.save({"net": archs.create("compact-small").state_dict(), "where": Path("x")}, tmp_path / "object.pth")
+    for name, what in (("module", "archs.SRVGGNetCompact"), ("bomb", "getattr"), ("object", "pathlib.")):
+        with pytest.raises(runs.UserError, match=f"{name}.pth: .*it holds a pickled {what}") as error:
+            archs.read_weights(tmp_path / f"{name}.pth")
+        text = str(error.value)
+        assert text.endswith("save the network's state_dict() instead") and "\x1b" not in text and "\n" not in text
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="no ../shared/cases")
+def test_the_checkpoints_of_shared_cases():
+    nets = [archs.load_generator(CASES / f"{name}.pth")[0] for name in ("esrgan_old", "orig_mod", "state_dict")]
+    one, *others = (net(image(1, 3, 8, 8)) for net in nets)
+    assert all(torch.equal(one, other) for other in others)
+    for name in ("gray", "full_module"):
+        with pytest.raises(runs.UserError):
+            archs.load_generator(CASES / f"{name}.pth")
+
+
+@pytest.mark.fast
+def test_training_starts_in_the_sizes_of_the_file(tmp_path):
+    cases = (("rrdbnet", dict(num_feat=8, num_block=6, num_grow=4)), ("compact", dict(num_feat=8, num_conv=16)),
+             ("swinir", TINY | dict(upsampler="nearest+conv", resi_connection="3conv")))
+    for arch, sizes in cases:
+        net = randomise(archs.create(arch, **sizes)).eval()
+        torch.save(net.state_dict(), tmp_path / "g.pth")
+        loaded, info = archs.load_start(tmp_path / "g.pth", "--init", f"{arch}-small")
+        assert sizes.items() <= info["sizes"].items()
+        again = archs.create(arch, **info["sizes"])
+        archs.load_strict(again, loaded.state_dict(), "copy")
+        assert arch != "swinir" or loaded.pad_mode == again.pad_mode == "swinir"
+    torch.save(archs.create("rrdbnet", scale=2, num_feat=8, num_block=1).state_dict(), tmp_path / "x2.pth")
+    for file, arch, text in (("g", "rrdbnet", "the file is swinir x4, and --arch rrdbnet is RRDBNet x4"),
+                             ("x2", "rrdbnet", "the file is rrdbnet x2, and")):
+        with pytest.raises(runs.UserError, match=f"--init .*{file}.pth: {text}"):
+            archs.load_start(tmp_path / f"{file}.pth", "--init", arch)
 
 
 @pytest.mark.fast
@@ -688,7 +822,7 @@ def test_files_of_unknown_or_incomplete_architecture_are_named(tmp_path):
              "adapter": ({"body.0.lora_A": torch.zeros(2, 2)}, "a LoRA adapter"),
              "light": (without(swinir, "conv_before"), "lightweight, denoising or JPEG SwinIR"),
              "part": (without(swinir, "conv_first"), "incomplete state dict .*conv_first.weight"),
-             "hole": (without(compact, "body.2.bias"), "1 keys differ, .* body.2.bias is missing"),
+             "hole": (without(compact, "body.2.bias"), "1 key differs: body.2.bias is missing"),
              "more": (compact | {"extra": torch.zeros(1)}, "extra is not expected")}
     for name, (state, message) in cases.items():
         torch.save({"params": state}, tmp_path / f"{name}.pth")

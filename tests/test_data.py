@@ -388,6 +388,23 @@ def test_dates_and_numbers_in_names_of_photographs_group_nothing(tmp_path, names
     assert [kept.photo(name) for name in names] == names
 
 
+@pytest.mark.parametrize("name", ["trip-2023-01", "IMG-20240101-121501", "2023-01-11", "scan-001-2", "a-01-0",
+                                  "2023-01-11 a", "shot-12-345678", "plain", "b-7"])
+def test_dates_and_times_are_no_rows_and_columns_in_any_set(name):
+    """Also in sets of HGGT's layout that somebody made of photographs, where verify looks for shared photographs."""
+    from prepare import verify
+    assert data.photo_of(name) == name
+    other = name[:-1] + ("3" if name[-1] != "3" else "4")
+    sets = data.Sets({version: dict.fromkeys([name, other]) for version in ("original", "01")})
+    assert [len(side.stems) for side in sets.hold_out(1, 0)] == [1, 1]
+    assert sets.grouping() == "2 photographs, each image one of its own"
+    report = verify.Report()
+    verify.verify_splits({name: "x"}, {other: "y"}, {"Train": {}, "Test": {}}, 0.9, report)
+    assert not report.defects
+    patches = data.Sets({"original": dict.fromkeys(["c-0-0", "c-288-10240", "d-1-2"])})
+    assert patches.grouping() == "2 photographs, grouped by <photo>-<row>-<column>"
+
+
 def test_originals_of_quintuplets_are_grouped_by_photo_wherever_they_are_named(quintuplets):
     for folder in (quintuplets, quintuplets / "Train" / "images" / "0-6" / "original"):
         kept, held = data.find_photos(folder).hold_out(1, 0)

@@ -1,5 +1,6 @@
 """evaluate.py: rows, test images, the files it leaves for report.*, its cache, its refusals, its demo."""
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import archs
 import evaluate
@@ -640,6 +642,100 @@ def test_all_metrics_that_cannot_be_created_are_named_at_once(pairs, monkeypatch
                  "--metric-weights vgg=FILE"):
         assert part in error, error
     assert "--lambda-p" not in error and "--vgg-weights" not in error and not (pairs / "cache").exists()
+
+
+@pytest.mark.fast
+def test_only_takes_a_line_as_one_name(pairs):
+    for folder in ("lq", "gt"):
+        (pairs / folder / "0.png").rename(pairs / folder / "my photo.png")
+        (pairs / folder / "1.png").rename(pairs / folder / "cafe\u0301.png")
+    # Windows' editor: a mark at the beginning, two signs at the end of a line
+    (pairs / "only.txt").write_text("\ufeffmy photo\r\n\r\n  caf\u00e9  \r\n", encoding="utf-8", newline="")
+    result = call(pairs, "--only", pairs / "only.txt", "--save", pairs / "kept")
+    assert list(result["scores"]["net"]) == ["my photo", "caf\u00e9"]
+    for text, error in (("my", "is called my$"), ("\n \n", "names no image"), ("my photo 2", "called my photo 2")):
+        (pairs / "only.txt").write_text(text)
+        with pytest.raises(runs.UserError, match=error):
+            call(pairs, "--only", pairs / "only.txt")
+    (pairs / "only.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(runs.UserError, match="no image is called caf"):
+        call(pairs, "--only", pairs / "only.txt")
+
+
+@pytest.mark.fast
+def test_a_path_with_a_sign_of_equality_to_metric_weights(pairs, vgg_file):
+    folder = pairs / "lr=1e-4"
+    folder.mkdir()
+    shutil.copy(vgg_file, folder / "vgg=1.pth")
+    one, two = (call(pairs, "--metrics", "vgg", "--metric-weights", f"vgg={file}")["scores"]["net"]
+                for file in (folder / "vgg=1.pth", vgg_file))
+    assert one == two
+    with pytest.raises(runs.UserError, match="write NAME=FILE with a NAME of --metrics"):
+        call(pairs, "--metrics", "vgg", "--metric-weights", f"lr=1e-4/vgg={vgg_file}")
+
+
+@pytest.mark.fast
+def test_div2ks_names_are_pairs(pairs):
+    """0001x4.png belongs to 0001.png."""
+    for k in range(3):
+        (pairs / "lq" / f"{k}.png").rename(pairs / "lq" / f"{k}x4.png")
+    result = call(pairs, "--images", pairs / "gt")
+    assert list(result["scores"]["gt"]) == ["0x4", "1x4", "2x4"]
+    assert all(scores["psnr"] == 100 for scores in result["scores"]["gt"].values())
+
+
+@pytest.mark.fast
+def test_references_are_cut_to_multiples_of_4_and_it_is_said(tmp_path, capsys):
+    """As Set14 is published: whole photographs, and LR images of their largest part of whole pixels."""
+    torch.manual_seed(0)
+    for name, height, width in (("a", 174, 213), ("b", 84, 72), ("c", 87, 75)):
+        save_image(tmp_path / "gt" / f"{name}.png", torch.rand(3, height, width))
+        save_image(tmp_path / "lq" / f"{name}.png", torch.rand(3, height // 4, width // 4))
+    result = run(tmp_path, "--lq", tmp_path / "lq", "--gt", tmp_path / "gt", "--metrics", "psnr", "ranker",
+                 "--baselines", "bicubic", "reference", "--save", tmp_path / "kept", weights=None)
+    assert "remark: 2 of 3 originals and references are cut to multiples of 4 pixels" in capsys.readouterr().out
+    for name, size in (("a", (212, 172)), ("c", (72, 84))):
+        files = result["saved"]["images"][name]
+        assert {image_size(files[cell]) for cell in ("GT", "reference", "bicubic")} == {size}
+        lq, gt = (load_image(tmp_path / folder / f"{name}.png")[None].float() / 255 for folder in ("lq", "gt"))
+        gt = gt[..., :size[1], :size[0]]
+        assert torch.equal(load_image(files["GT"])[None].float() / 255, gt)
+        psnr = metrics.create_metric("psnr", "cpu", border=4)(bicubic(lq), gt).item()
+        assert result["scores"]["bicubic"][name]["psnr"] == pytest.approx(psnr)
+    save_image(tmp_path / "lq" / "a.png", torch.rand(3, 44, 54))
+    with pytest.raises(runs.UserError, match="has 216x176 pixels, its reference .*a.png 212x172"):
+        run(tmp_path, "--lq", tmp_path / "lq", "--gt", tmp_path / "gt", "--metrics", "psnr", weights=None)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1"])
+def test_grey_and_transparent_images_are_refused_by_name_and_read_as_rgb_on_request(pairs, mode):
+    for folder in ("lq", "gt"):
+        image = Image.open(pairs / folder / "1.png").convert("RGBA" if mode == "LA" else "RGB").convert(mode)
+        image.convert("RGB").save(pairs / folder / "2.png")
+        image.save(pairs / folder / "1.png")
+    with pytest.raises(runs.UserError, match=f"1.png: image mode {mode}, expected 8-bit RGB"):
+        call(pairs)
+    result = call(pairs, "--rgb", "--save", pairs / "kept")
+    assert result["scores"]["net"]["1"] == result["scores"]["net"]["2"]
+    page.write(result, pairs / "page.html")
+    pictures.grid(result, pairs / "grid.png")
+    deep = np.array([[0, 65535]] * 2, np.uint16)
+    Image.fromarray(deep).save(pairs / "lq" / "1.png")
+    with pytest.raises(runs.UserError, match="1.png: image mode I;16"):
+        run(pairs, "--rgb", "--lq", pairs / "lq", "--metrics", "ranker")
+
+
+@pytest.mark.fast
+def test_a_link_to_itself_and_a_pipe_do_not_stop_a_folder(pairs):
+    for folder in ("lq", "gt"):
+        os.mkfifo(pairs / folder / "pipe.png")
+        (pairs / folder / "itself.png").symlink_to(pairs / folder / "itself.png")
+        (pairs / folder / "folder.png").symlink_to(pairs / folder)
+    assert list(call(pairs)["scores"]["net"]) == ["0", "1", "2"]
+    (pairs / "lq" / "gone.png").symlink_to(pairs / "nothing.png")
+    with pytest.raises(runs.UserError, match="no reference for 1 of 4 images, first gone"):
+        call(pairs)
 
 
 @pytest.mark.fast

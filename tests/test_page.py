@@ -1,4 +1,5 @@
 """report.page in a real browser: sorting, keys, zoom, slider, size of the window. Skips where there is no Chromium."""
+import json
 import shutil
 
 import pytest
@@ -38,6 +39,16 @@ def written(tmp_path):
     scores = {"bicubic": {"a": {"psnr": 20.0}, "b": {"psnr": 21.0}, SCRIPT: {"psnr": 19.0}},
               "net": {"a": {"psnr": 22.0}, "b": {"psnr": 21.5}, SCRIPT: {"psnr": 23.0}}}
     return write(tmp_path, scores, {"psnr": False})
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", ["CONTENT", "TABLE", "<!--CONTENT-->", "<!--TITLE-->", "\\1", "</script>"])
+def test_any_name_of_a_row_leaves_the_page_whole(tmp_path, name):
+    import re
+    scores = {name: {"a": {"psnr": 20.0}, "b": {"psnr": 21.0}}, "net": {"a": {"psnr": 22.0}, "b": {"psnr": 21.5}}}
+    text = write(tmp_path, scores, {"psnr": False}).read_text(encoding="utf-8")
+    content = json.loads(re.search('<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    assert content["rows"] == [name, "net"] and text.count("<title>") == 1
 
 
 @pytest.fixture

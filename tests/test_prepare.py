@@ -380,6 +380,10 @@ def test_temperature_and_sums_of_atlases(quintuplets, rewards, tmp_path):
     assert np.abs(shares - weights / weights.sum()).max() < 0.12 and len(set(soft)) == 5
     files = [str(bright_file), f"{tmp_path / 'dark.npy'}=0.5"]
     assert [weight for _, weight in Atlas.open_all(files, sets, 32)] == [1.0, 0.5]
+    # a = in the path
+    named = str(shutil.copytree(bright_file.parent, root / "lr=1e-4") / bright_file.name)
+    assert [weight for _, weight in Atlas.open_all([named], sets, 32)] == [1.0]
+    assert [weight for _, weight in Atlas.open_all([f"{named}=0.25"], sets, 32)] == [0.25]
     # 1 - 0.5 * 3
     Atlas.open_all(files, sets, 32, iqa.create_reward(["test_rewards:brightness=-0.5"]))
     call(atlas, root, "--reward", "ranker", *GRID, "--out", tmp_path / "ranker.npy")

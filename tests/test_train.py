@@ -204,7 +204,7 @@ def test_every_sampler_trains_on_the_versions_it_may(
     used = {v for v, n in picked.items() if n}
     assert sum(picked.values()) == 16 and (used == chosen if chosen else len(used) >= 3)
     sets = "5 sets of 5 versions (1 dropped)" if sampler in ("upos", "smp") else "6 sets of 5 versions (0 dropped)"
-    assert sets in (tmp_path / "run" / "log.txt").read_text()
+    assert f"{sets}, 3 photographs, grouped by <photo>-<row>-<column>; " in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_psnr_stage_leaves_what_the_gan_stage_starts_from(quintuplets, rewards, tmp_path, monkeypatch):
@@ -266,6 +266,29 @@ def test_the_weight_files_load_in_spandrel_and_hold_ema_and_raw(quintuplets, ini
         assert torch.allclose(net(x), client.model(x), atol=1e-5)
     d = archs.UNetDiscriminatorSN(4)
     d.load_state_dict(runs.load_checkpoint(tmp_path / "run" / "weights" / "net_d_0000002.pth")["params"])
+
+
+def test_a_network_of_other_sizes_is_trained_resumed_and_tuned(quintuplets, rewards, tmp_path):
+    """The sizes of --init win over those of --arch, are recorded, and need no file to go on."""
+    import finetune_lora
+    torch.manual_seed(0)
+    sizes, init = {"num_feat": 8, "num_conv": 3, "upscale": 4}, tmp_path / "small.pth"
+    torch.save({"state_dict": archs.create("compact", **sizes).state_dict()}, init)
+    run = tmp_path / "run"
+    inits = dict.fromkeys(("compact-small", "rrdbnet-small"), init)
+    train_with(flags(quintuplets, inits, run, total_steps=2, val_every=2))
+    assert json.loads((run / "args.json").read_text())["args"]["sizes"] == sizes
+    init.unlink()
+    train_with(flags(quintuplets, inits, run, total_steps=3, val_every=3, resume="must"))
+    assert archs.load_generator(run / "weights" / "ema_0000003.pth")[1]["sizes"] == sizes
+    assert torch.load(run / "ckpt" / "last.pt", weights_only=True)["args"]["sizes"] == sizes
+    words = ["--base", run, "--reward", "test_rewards:brightness", "--lambda-p", 0, "--total-steps", 1, "--watch",
+             "--workers", 0, "--threads", 1, "--device", "cpu", "--out", tmp_path / "tuned"]
+    finetune_lora.main(finetune_lora.parse_args(list(map(str, words))))
+    assert json.loads((tmp_path / "tuned" / "args.json").read_text())["args"]["sizes"] == sizes
+    with pytest.raises(ValueError, match="the file is compact x4, and --arch rrdbnet-small is RRDBNet x4"):
+        train_with(flags(quintuplets, {"rrdbnet-small": run}, tmp_path / "other", arch="rrdbnet-small"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_sample_grid_and_tensorboard_and_validation(quintuplets, init, rewards, tmp_path):

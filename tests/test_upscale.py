@@ -116,6 +116,117 @@ def test_modes_are_kept(weights, photo, tmp_path, mode, suffix):
         assert alpha[:, :4].max() < 20 and alpha[:, -4:].min() > 235 and (np.diff(alpha[80].astype(int)) >= -1).all()
 
 
+def cutout(photo):
+    """The photo behind a disc with a soft edge: (40, 50, 4)"""
+    y, x = np.mgrid[:40, :50]
+    alpha = np.clip(12 - np.hypot(y - 20, x - 25), 0, 1) * 255
+    return np.dstack([photo, alpha.astype(np.uint8)])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mode, suffix", [("RGBA", ".png"), ("LA", ".png"), ("RGBA", ".webp"), ("RGBA", ".tif"),
+                                          ("RGBA16", ".png")])
+def test_colours_under_alpha_0_do_not_show(weights, photo, tmp_path, mode, suffix):
+    """Whatever lies there, black, white or noise, the result is the same."""
+    import cv2
+    image, seen = cutout(photo), []
+    hidden = image[..., 3] == 0
+    for k, colour in enumerate((0, 255, np.random.default_rng(0).integers(0, 256, (hidden.sum(), 3)))):
+        image[hidden, :3] = colour
+        file = tmp_path / f"{k}{suffix}"
+        if mode == "RGBA16":
+            cv2.imwrite(str(file), image.astype(np.uint16) * 257)
+        else:
+            Image.fromarray(image).convert(mode).save(file, **({"lossless": True, "exact": True} if suffix == ".webp"
+                                                               else {}))
+        run(weights, file, "--out", tmp_path / "sr", "--format", "png")
+        seen.append(cv2.imread(str(tmp_path / "sr" / f"{k}.png"), cv2.IMREAD_UNCHANGED))
+    assert all(np.array_equal(one, seen[0]) for one in seen) and seen[0].shape[0] == 160
+    assert 0 == seen[0][..., -1].min() and seen[0][..., -1].max() >= 254
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_a_white_cutout_on_transparent_black_stays_white(tmp_path, monkeypatch, mode):
+    """As ../shared/cases/cutout_black.png: on white paper its darkest pixel was 143."""
+    class Bicubic(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.interpolate(x, scale_factor=4, mode="bicubic")
+    monkeypatch.setattr(archs, "load_run", lambda *words: (Bicubic(), dict(file="", arch="", scale=4, key=None)))
+    image = Image.new("RGBA", (48, 32), (0, 0, 0, 0))
+    image.paste((255, 255, 255, 255), (12, 8, 36, 24))
+    if mode == "P":
+        image = Image.fromarray(np.array(image)[..., 3] // 255, "L").convert("P")
+        image.putpalette([0, 0, 0, 255, 255, 255])
+        image.info["transparency"] = 0
+    image.save(tmp_path / "a.png")
+    run("x", tmp_path / "a.png", "--out", tmp_path / "sr")
+    sr = Image.open(tmp_path / "sr" / "a.png")
+    paper = Image.new("RGBA", sr.size, "white")
+    paper.alpha_composite(sr)
+    assert sr.mode == "RGBA" and sr.size == (192, 128) and np.array(paper)[..., :3].min() == 255
+
+
+@pytest.mark.fast
+def test_an_image_of_which_nothing_shows(weights, photo, tmp_path):
+    image = Image.fromarray(photo)
+    image.putalpha(0)
+    image.save(tmp_path / "a.png")
+    run(weights, tmp_path / "a.png", "--out", tmp_path / "sr")
+    assert np.array(Image.open(tmp_path / "sr" / "a.png"))[..., 3].max() == 0
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("compression, orientation", [(None, 1), (None, 6), ("tiff_lzw", 1), ("jpeg", 1)])
+def test_a_tiff_in_ycbcr_has_the_right_colours(weights, photo, tmp_path, compression, orientation):
+    """Right is what the network makes of the same picture in RGB."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    # coloured, and the same in blocks of 2x2, as YCbCr may keep it
+    image = Image.fromarray(np.kron(photo[::2, ::2] // (1, 2, 4), np.ones((2, 2, 1), np.uint8)).astype(np.uint8))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.convert("YCbCr").save(tmp_path / "a.tif", compression=compression, exif=exif, icc_profile=profile)
+    run(weights, tmp_path / "a.tif", "--out", tmp_path / "sr")
+    pixels = np.array(image.convert("YCbCr").convert("RGB")) / 255
+    right = expected(weights, np.rot90(pixels, -1).copy() if orientation == 6 else pixels)
+    sr = Image.open(tmp_path / "sr" / "a.tif")
+    assert sr.info["icc_profile"] == profile
+    sr = np.array(sr.convert("RGB")) / 255
+    assert sr.shape == right.shape and np.abs(sr - right).mean() < (1 if compression != "jpeg" else 6) / 255
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_bmp_is_read_and_written(weights, photo, tmp_path, mode):
+    image = Image.fromarray(photo).convert(mode)
+    image.save(tmp_path / "a.BMP", dpi=(300, 300))
+    run(weights, tmp_path / "a.BMP", "--out", tmp_path / "sr")
+    with Image.open(tmp_path / "sr" / "a.bmp") as sr:
+        assert sr.format == "BMP" and sr.mode == {"P": "RGB", "1": "L"}.get(mode, mode)
+        assert sr.info["dpi"][0] == pytest.approx(300, abs=0.1)
+        pixels = np.array(sr.convert("RGB")) / 255
+    colour = expected(weights, np.array(image.convert("RGB")) / 255)
+    colour = colour if mode in ("RGB", "P") else colour.mean(2, keepdims=True)
+    assert np.abs(pixels - colour).max() <= 0.51 / 255
+
+
+@pytest.mark.fast
+def test_any_image_becomes_a_bmp_and_a_damaged_bmp_is_named(weights, photo, tmp_path, capsys):
+    image = Image.fromarray(photo)
+    image.putalpha(0)
+    image.save(tmp_path / "clear.png")
+    Image.fromarray(photo).save(tmp_path / "cut.bmp")
+    (tmp_path / "cut.bmp").write_bytes((tmp_path / "cut.bmp").read_bytes()[:-900])
+    Image.fromarray(photo[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    names = ("cut.bmp", "clear.png", "deep.png")
+    run(weights, *(tmp_path / name for name in names), "--format", "bmp", "--out", tmp_path / "sr", code=1)
+    printed = capsys.readouterr()
+    assert "cut.bmp: damaged image" in printed.err and "2 of 3 images written" in printed.out
+    assert "bmp has no transparency: on white" in printed.out and "bmp has 8 bit only" in printed.out
+    assert np.array(Image.open(tmp_path / "sr" / "clear.bmp")).min() == 255
+    assert Image.open(tmp_path / "sr" / "deep.bmp").mode == "L"
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize("grey", [False, True])
@@ -190,7 +301,7 @@ def test_broken_images_do_not_stop_the_others(weights, photo, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "sr").iterdir()) == ["dot.png", "good.png", "line.png"]
     assert Image.open(tmp_path / "sr" / "dot.png").size == (4, 4)
     for name, reason in {"cut.jpg": "not a readable image", "empty.png": "not a readable image",
-                         "text.png": "not a readable image", "moving.webp": "3 pages or frames",
+                         "text.png": "not a readable image", "moving.webp": "several pages or frames",
                          "float.tif": "1 bands of float"}.items():
         assert re.search(f"error: .*{re.escape(name)}: {reason}", printed.err), name
     assert "3 of 8 images written" in printed.out and "5 failed" in printed.out
@@ -277,11 +388,27 @@ def test_damaged_tiff_animated_png_and_links_to_nothing(weights, photo, tmp_path
     run(weights, folder, "--out", tmp_path / "sr", code=1)
     printed = capsys.readouterr()
     for name, reason in (("cut.tif", "not a readable image"), ("packed.tif", "not a readable image"),
-                         ("moving.png", "several frames"), ("gone.png", "a link to a file that is not there")):
+                         ("moving.png", "several pages or frames"), ("gone.png", "a link to a file that is not there")):
         assert f"{name}: {reason}" in printed.err
     assert [p.name for p in (tmp_path / "sr").iterdir()] == ["plain.tif"] and "1 of 5 images written" in printed.out
     with pytest.raises(runs.UserError, match="folder.png: no images"):
         call(weights, folder / "folder.png")
+
+
+@pytest.mark.fast
+def test_pipes_and_links_to_themselves_stop_nothing(weights, photo, tmp_path, capsys):
+    import os
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.fromarray(photo).save(folder / "a.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "itself.png").symlink_to(folder / "itself.png")
+    run(weights, folder, "--out", tmp_path / "sr")
+    assert "1 of 1 images written" in capsys.readouterr().out
+    run(weights, folder / "pipe.png", folder / "itself.png", folder / "a.png", "--out", tmp_path / "two", code=1)
+    printed = capsys.readouterr()
+    assert "pipe.png: no file" in printed.err and "itself.png: a link to a file that is not there" in printed.err
+    assert "1 of 3 images written" in printed.out
 
 
 @pytest.mark.fast
