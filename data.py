@@ -224,7 +224,8 @@ def find_folders(root, split):
     if original is None:
         if split == "Test":
             return None
-        raise runs.UserError(f"{base}: no images/*/original folder under it; expected HGGT's layout (see data.py)")
+        raise runs.UserError(f"{base}: no images/*/original folder under it; expected HGGT's layout (docs/data.md); of "
+                             "photographs python -m prepare.quintuplets makes it")
     images = original.parent
     enhanced = sorted(folder for folder in images.iterdir() if folder.is_dir() and re.fullmatch(r"\d\d", folder.name))
     if not enhanced:

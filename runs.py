@@ -291,10 +291,9 @@ def add_training(p, leave_out=()):
     add(g, "--musiq", choices=literal("iqa", "MUSIQ"), default="fused",
         help="how MUSIQ scores crops: fused is rewards/musiq.py, equal to pyiqa's in 1e-5 and faster; fused-bf16 is "
              "close only; pyiqa its own code")
-    add(g, "--compile", action=onoff, default=False,
-        help="torch.compile the generator's blocks, VGG19 and MUSIQ (not the discriminator, which it slows down)")
-    add(g, "--cuda-graph", action=onoff, default=False,
-        help="record a step of one CUDA process and replay it: the same numbers, and the CPU hardly counts")
+    add(g, "--fast", nargs="*", choices=["graph", "compile"], default=[],
+        help="graph: record the step of one CUDA process and replay it, the same work with little of the CPU's time; "
+             "compile: torch.compile the generator's blocks, VGG19 and MUSIQ")
     add(g, "--deterministic", action=onoff, default=False,
         help="CUDA too computes bitwise the same again, so that a resumed run equals an uninterrupted one; slower")
     g = p.add_argument_group("output")
@@ -566,8 +565,8 @@ class Graphed:
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.result = self.step(*self.inputs)
         except RuntimeError as error:
-            raise UserError(f"--cuda-graph: this step cannot be recorded ({' '.join(str(error).split())[:200]}): leave "
-                            "the flag out") from error
+            raise UserError(f"--fast graph: this step cannot be recorded ({' '.join(str(error).split())[:200]}): leave "
+                            "graph out") from error
         finally:
             for group in groups:
                 group["capturable"] = False

@@ -24,7 +24,7 @@ def test_the_rehearsal_measures_everything_without_optional_packages(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr + log[-3000:]
     found = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in gpu.JOBS}
     assert found["device"]["matrix product, fp32"]["flops"] > 1e8 and found["device"]["copy"]["bytes_per_s"] > 1e8
-    assert found["checks"]["tests"]["failed_tests"] == []
+    assert found["checks"]["tests"]["failed_tests"] == found["checks"]["tests"]["cut_off"] == []
     if not torch.cuda.is_available():
         assert list(found["checks"]["tests"]["counts"]) == ["skipped"]
     train = found["speed"]["train swinir-amo, fp32"]
