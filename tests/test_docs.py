@@ -105,6 +105,8 @@ def test_readme_is_one_page():
     text = read("README.md")
     assert len(text.splitlines()) <= 150
     assert len(text.encode()) <= 12_000
+    # runs.py imports resource and handles SIGUSR1
+    assert "Linux and macOS" in text
 
 
 @pytest.mark.fast
