@@ -309,7 +309,12 @@ def pick_gt(sampler, candidates, scores=None, tau=10.0, u=None):
     orig, rand, upos: uniform over the candidates. sma, smp: drawn from `sampling_probs` of static whole-image scores.
     amo: arg max of the scores of the training crops (tau -> 0); ties go to the earlier version, so to the original.
     candidates: (B, K) bool; scores, tau: see sampling_probs; u: (B,) uniform draws in [0, 1), which amo does not use.
+    A candidate whose score is not finite is never chosen; where none has a finite one, the original supervises.
     """
+    if scores is not None:
+        candidates = candidates & torch.isfinite(scores)
+        candidates[:, 0] |= ~candidates.any(1)
+        scores = scores.where(torch.isfinite(scores), 0)
     if sampler == "amo":
         return scores.masked_fill(~candidates, -torch.inf).argmax(1)
     if sampler in NEEDS_SCORES:
@@ -326,14 +331,16 @@ def pick_gt(sampler, candidates, scores=None, tau=10.0, u=None):
 # Training pairs
 
 def make_pair(batch, step, lanes, seeds, device, degradation, group_size, crop, reward=None, usm=False,
-              sampler="amo", tau=10.0):
+              sampler="amo", tau=10.0, leave_out=None):
     """One fresh training pair for each of this process's b lanes, from a batch of TrainingSet samples.
 
     Returns lq (b, 3, crop/4, crop/4) and gt (b, 3, crop, crop) in [0, 1], the index of the chosen version (b,), and its
-    score (b,), None unless a reward or an atlas chose it. LR images are made from whole originals, then cropped.
+    score (b,), None unless a reward or an atlas chose it, not finite where no candidate's is. LR images are made from
+    whole originals, then cropped.
     degradation: a name of degradations.PRESETS; group_size: lanes that share what HGGT draws once per GPU batch;
     reward: (B, 3, H, W) in [0, 1] -> (B,), for samplers that score online (amo): it sees the crops of all versions;
-    usm: sharpen the whole image first, for LR image and target (HGGT's psnr stage of RRDBNet).
+    usm: sharpen the whole image first, for LR image and target (HGGT's psnr stage of RRDBNet); leave_out(step, what,
+    number): is told of candidates without a finite score.
     """
     original = batch["original"].to(device, non_blocking=True).float() / 255  # (b, 3, H, W)
     crops = batch["crops"].to(device, non_blocking=True).float() / 255  # (b, V, 3, crop, crop)
@@ -350,6 +357,8 @@ def make_pair(batch, step, lanes, seeds, device, degradation, group_size, crop, 
     with torch.no_grad():
         scores = reward(crops.flatten(0, 1)).view(versions.shape)
     candidates, draws = (batch[name].to(device, non_blocking=True) for name in ("candidates", "draw"))
+    if leave_out:
+        leave_out(step, "candidates", (candidates & ~torch.isfinite(scores)).sum())
     index = pick_gt(sampler, candidates, scores, tau, draws)[:, None]
     gt = torch.take_along_dim(crops, index[:, :, None, None, None], 1)[:, 0]
     return lq, gt, versions.gather(1, index)[:, 0], scores.gather(1, index)[:, 0]
@@ -413,6 +422,9 @@ class TrainingSet:
         self.stems = [sets.stems[i] for i in rows]
         self.candidates = candidates[rows]
         self.scores = None if scores is None else scores[rows]
+        # images that are never chosen for their score, which is not finite
+        unscored = torch.zeros_like(candidates) if scores is None else candidates & ~torch.isfinite(scores)
+        self.unscored = [sets.path(sets.stems[i], sets.versions[k]) for i, k in unscored.nonzero().tolist()]
         self.dropped = len(sets.stems) - len(rows)
 
     def __len__(self):

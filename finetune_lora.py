@@ -136,6 +136,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 import contextlib
 import copy
 import itertools
+import math
 from collections import Counter
 from functools import partial
 
@@ -189,7 +190,7 @@ def gradient_ratio(net, targets, dataset, pairs, lambdas, vgg, reward, lanes, ac
             sr = net(lq)
             terms = losses.generator_terms(sr, gt, lambdas, vgg)
             pull = pull + gradient(sum(weight * value for weight, value in terms.values()))
-            push = push + gradient(reward(sr.clamp(0, 1)).mean())
+            push = push + gradient(losses.mean_reward(reward, sr)[0])
         ratios.append(world.reduce(pull).norm() / world.reduce(push).norm())
     net.requires_grad_(False)
     ratio = torch.stack(ratios).mean().item()
@@ -203,21 +204,27 @@ def validate(base, net, sets, judges, degradation, seeds, world):
     """Means over the validation images, which processes share: every metric in native units, psnr, structured noise.
 
     peaks: metrics.noise_peaks of SR - base SR; unsharp_peaks: the same of a plain unsharp mask of the base with as much
-    reward, or with the highest that such a mask reaches; unsharp_equal: share of images where it has as much.
+    reward, or with the highest that such a mask reaches; unsharp_equal: share of images where it has as much. A value
+    that is not finite is left out of its mean; unscored: the number of such values, if there are any.
     """
-    totals = Counter()
+    sums, counts = Counter(), Counter()
     for i in range(world.rank, len(sets.stems), world.size):
         lq, gt = data.validation_pair(sets, i, seeds, world.device, degradation)
         sr, before = (degradations.to_8bit(archs.upscale_tiled(g, lq)) for g in (net, base))
-        totals.update({name: metric(sr, gt).item() for name, metric in judges.items()})
-        totals.update({"images": 1, "peaks": metrics.noise_peaks(sr - before).item()})
-        if "reward" in judges:
+        values = {name: metric(sr, gt).item() for name, metric in judges.items()}
+        values["peaks"] = metrics.noise_peaks(sr - before).item()
+        if math.isfinite(values.get("reward", math.nan)):
             like, equal = metrics.unsharp_like(before, sr, lambda x: judges["reward"](x, None))
-            totals.update({"unsharp_peaks": metrics.noise_peaks(like - before).item(), "unsharp_equal": equal})
+            values |= {"unsharp_peaks": metrics.noise_peaks(like - before).item(), "unsharp_equal": equal}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        sums.update(finite)
+        counts.update([*finite, *["unscored"] * (len(values) - len(finite))])
     names = [*judges, "peaks", *(["unsharp_peaks", "unsharp_equal"] if "reward" in judges else [])]
-    sums = torch.tensor([totals[name] for name in ["images", *names]], dtype=torch.float64, device=world.device)
-    images, *sums = world.reduce(sums).tolist()
-    return {name: value / images for name, value in zip(names, sums)}
+    totals = torch.tensor([[part[name] for name in [*names, "unscored"]] for part in (sums, counts)],
+                          dtype=torch.float64, device=world.device)
+    sums, counts = world.reduce(totals).tolist()
+    unscored = {"unscored": counts.pop()} if counts[-1] else {}
+    return {name: value / max(1, count) for name, value, count in zip(names, sums, counts)} | unscored
 
 
 def verdict(before, after, judges):
@@ -231,6 +238,8 @@ def verdict(before, after, judges):
                  f"{after['unsharp_equal']:.0%} of the images, in the others with the highest that a mask reaches)")
     else:
         text += " (no reward, so no unsharp mask to compare with)"
+    if "unscored" in after:
+        text += f"; {after['unscored']:.0f} scores are not finite and left out"
     warnings = ["structured noise: isolated peaks in the spectrum of what was changed"] if noisy else []
     if better.get("reward") and worse:
         warnings.append(f"the reward may be fooled: it rose while {', '.join(worse)} got worse")
@@ -361,6 +370,8 @@ def main(args):
             f"{world.size} process(es) on {device}; "
             f"{f'from step {run.start_step}' if run.checkpoint else info['start']}")
     run.say(f"values {args.sources}")
+    if dataset.unscored:
+        run.say(f"{len(dataset.unscored)} images without a finite score are left out, first {dataset.unscored[0]}")
     # free the loaded checkpoint: its copy of the pool alone may be 100 MB
     state = run.checkpoint = None
 
@@ -468,20 +479,23 @@ def main(args):
         for group in opt_g.param_groups + (opt_d.param_groups if raw_d is not None else []):
             group["lr"] = lr
 
-        lq, gt, version, score = pairs(batch, step, lanes)
+        lq, gt, version, score = pairs(batch, step, lanes, leave_out=meter.leave_out)
         picked.scatter_add_(0, version, torch.ones_like(version, dtype=picked.dtype))
         # training-pair pool: the winner only
         lq, gt = pool.swap((lq, gt), step)
         lq, gt = lq.contiguous(memory_format=memory_g), gt.contiguous(memory_format=memory)
         keep = [raw_g.draw_keep([seeds(step, lane, "drop-path") for lane in lanes])] if args.drop_path else []
         logged = optimise(lq, gt, *keep)
-        if score is not None:
-            logged["score"] = score.mean()
-        meter.add(step, **logged)
+        if reward is not None:
+            # a tenth of the samples of 100 steps
+            meter.leave_out(step, "rewards", logged.pop("unscored") * len(lanes), limit=10 * args.batch_size)
+        meter.add(step, score, **logged)
         if due(step, args.log_every):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))
             counts = dict(zip(sets.versions, world.reduce(picked.clone()).tolist()))
             run.progress(step, args.total_steps, meter, lr, counts)
+            for sentence in meter.left_out(lambda s: ", ".join(dataset.names(s))):
+                run.say(sentence)
         stopping = stop.requested(step)
         # validate before saving, so that a finished run has its last validation
         if due(step, args.val_every):

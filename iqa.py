@@ -22,6 +22,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -33,6 +34,8 @@ from images import load_image
 MUSIQ = ("fused", "fused-bf16", "pyiqa")
 # pyiqa lists them as NR; they judge sets of images
 SET_LEVEL = ("fid", "sfid", "fid_dinov2", "inception_score")
+# an image without a finite score: BRISQUE and NIQE of a flat one
+NUMERICAL = (ArithmeticError, torch.linalg.LinAlgError, np.linalg.LinAlgError)
 # raise by hand whenever a change of our code changes a score: those kept on disk are then computed again.
 # 2: photographs are upright
 SCORING_VERSION = 2
@@ -53,14 +56,19 @@ def parse_rewards(words):
 
 
 def scores_of(model, *images):
-    """model(*images) of a batch; image by image where the model takes none: pyiqa's Q-Align asserts a batch of one."""
+    """model(*images) of a batch; image by image where the model takes none: pyiqa's Q-Align asserts a batch of one.
+
+    NaN for an image on which it fails numerically, as NIQE on a flat one.
+    """
     try:
         return model(*images)
     # whatever it raises: what is wrong with one image is raised again
     except Exception as error:
+        if len(images[0]) == 1 and isinstance(error, NUMERICAL):
+            return images[0].new_full((1,), math.nan)
         if len(images[0]) == 1 or archs.out_of_memory(error):
             raise
-        return torch.cat([model(*one).reshape(-1) for one in zip(*(batch.split(1) for batch in images))])
+        return torch.cat([scores_of(model, *one).reshape(-1) for one in zip(*(batch.split(1) for batch in images))])
 
 
 class Reward(nn.Module):
@@ -364,8 +372,9 @@ def score_images(paths, reward, cache, world, batch_size=8, flag="the cache of s
 
     Scores are kept under `cache`, see ScoreCache: an interrupted call continues, and a changed image, weight file or
     library version is scored again. Ranks share the work. A file is not read again where path, size and modification
-    time are as recorded. flag names `cache` in errors. failed: a dict that gets {path: why} of images without a score
-    (NaN), instead of a UserError for the first.
+    time are as recorded. flag names `cache` in errors. A score that is not finite is NaN. failed: a dict that gets
+    {path: why} of all images without a score, whose scores are NaN; without it those that cannot be read or judged
+    raise.
     """
     cache, paths = Path(cache), [Path(path) for path in paths]
     if world.is_main:
@@ -408,8 +417,6 @@ def score_images(paths, reward, cache, world, batch_size=8, flag="the cache of s
                 if isinstance(value, Exception) or not math.isfinite(value):
                     why = (f"its score is not finite ({value})" if isinstance(value, float) else
                            f"{type(value).__name__}: {value}")
-                    if failed is None:
-                        raise runs.UserError(f"{paths[i]}: {why}; choose another --reward or repair the image")
                     value, failures[str(paths[i])] = math.nan, why
                 scores[i] = value
             for i, _, file in batch:

@@ -13,7 +13,8 @@ import runs
 def generator_terms(sr, gt, lambdas, vgg=None, net_d=None, reward=None):
     """{term: (weight, value)} of the generator's loss, the sum of weight * value: Eq. 1, with a reward Eq. 5.
 
-    Every term is logged under its name. A term whose model is None is left out.
+    Every term is logged under its name. A term whose model is None is left out. With a reward there is also the share
+    of samples without a finite one, of weight 0.
     sr, gt:  (B, 3, H, W) RGB in [0, 1]; sr is not clamped
     lambdas: {"lambda_l1": weight, ...}, the values of the flags of these names
     vgg:     VGGFeatureLoss. net_d: discriminator, images -> logits, positive is real
@@ -26,8 +27,23 @@ def generator_terms(sr, gt, lambdas, vgg=None, net_d=None, reward=None):
     if net_d is not None:
         terms["adv"] = lambdas["lambda_a"], adversarial_loss(net_d(sr), real=True)
     if reward is not None:
-        terms["q"] = lambdas["lambda_q"], -reward(sr.clamp(0, 1)).mean()
+        value, unscored = mean_reward(reward, sr)
+        terms |= {"q": (lambdas["lambda_q"], -value), "unscored": (0.0, unscored)}
     return terms
+
+
+def mean_reward(reward, sr):
+    """-> mean reward of (B, 3, H, W), clamped to [0, 1], and the share of samples whose reward is not finite.
+
+    These count as 0 and have no gradient.
+    """
+    seen = sr.clamp(0, 1)
+    scores = reward(seen)
+    finite = torch.isfinite(scores.detach())
+    if seen.requires_grad:
+        # here, since NaN times 0 is NaN again inside the reward
+        seen.register_hook(lambda gradient: gradient.where(finite[:, None, None, None], 0))
+    return scores.where(finite, 0).mean(), 1 - finite.float().mean()
 
 
 def compile_parts(net_g, vgg=None, reward=None):

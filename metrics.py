@@ -418,6 +418,7 @@ def score_keys(stem, item, rows, metrics, protocol, degradation, gold, libraries
 @torch.no_grad()
 def score(rows, items, metrics, folder, world, protocol, degradation=None, gold=False, batch_size=8, save=None):
     """-> {row: {stem: {metric: value}}}; a score that is not in the cache `folder` is computed, ranks share the images.
+    A score that is not finite is left out, and computed again by the next call.
     protocol: {"border", "y"} of full-reference metrics. gold: a first row with the best score of an image's versions
     by each no-reference metric. save: a folder for everything that is computed, see saved_files; the networks then
     run whatever the cache holds, so that the images are theirs.
@@ -432,11 +433,14 @@ def score(rows, items, metrics, folder, world, protocol, degradation=None, gold=
             if todo or save:
                 images = make_images(todo, stem, item, rows, degradation, world.device, save)
                 for k, value in compute(todo, stem, item, images, metrics, batch_size, world.device):
-                    cache.add(keys[k], value)
-            by_stem[stem] = {row: {m: cache.scores[keys[row, m]] for m in metrics} for row in rows}
+                    if math.isfinite(value):
+                        cache.add(keys[k], value)
+            known = {k: cache.scores[key] for k, key in keys.items() if key in cache.scores}
+            by_stem[stem] = {row: {m: known[row, m] for m in metrics if (row, m) in known} for row in rows}
             if gold:
-                by_stem[stem]["gold"] = {m: best([cache.scores[keys[path, m]] for path in item["versions"]], metric)
-                                         for m, metric in metrics.items() if not metric.full_reference}
+                of_versions = {m: [known[path, m] for path in item["versions"] if (path, m) in known]
+                               for m, metric in metrics.items() if not metric.full_reference}
+                by_stem[stem]["gold"] = {m: best(values, metrics[m]) for m, values in of_versions.items() if values}
     by_stem = {stem: scores for part in world.gather_objects(by_stem) for stem, scores in part.items()}
     return {row: {stem: by_stem[stem][row] for stem in items} for row in [*(["gold"] if gold else []), *rows]}
 
@@ -485,9 +489,6 @@ def compute(todo, stem, item, images, metrics, batch_size, device):
         for k in range(0, len(names), batch_size):
             batch = {name: images[name] for name in names[k:k + batch_size]}
             for name, value in judge(m, metrics[m], batch, refs, stem).items():
-                if not math.isfinite(value):
-                    raise runs.UserError(f"{name}, image {stem}: {m} is {value}: "
-                                         "leave this metric out, or look at the image")
                 yield (name, m), value
 
 

@@ -914,7 +914,7 @@ class Meter:
     """
 
     def __init__(self, world, state=None):
-        self.world, self.sums, self.count, self.first_bad = world, {}, 0, {}
+        self.world, self.sums, self.count, self.first_bad, self.unscored = world, {}, 0, {}, {}
         self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
         if state:
             self.count = state["count"]
@@ -932,8 +932,11 @@ class Meter:
         yield
         self.waited += time.perf_counter() - started
 
-    def add(self, step, **terms):
-        """terms: 0-d tensors of this process's share of the batch."""
+    def add(self, step, score=None, **terms):
+        """terms: 0-d tensors of this process's share of the batch; score: (b,), averaged where it is finite."""
+        if score is not None:
+            finite = torch.isfinite(score)
+            terms |= {"score": score.where(finite, 0).mean(), "unscored": (~finite).float().mean()}
         self.count += 1
         self.steps += 1
         for name, value in terms.items():
@@ -942,6 +945,38 @@ class Meter:
             never = torch.full((), 2 ** 31 - 1, dtype=torch.int64, device=value.device)
             bad = torch.where(torch.isfinite(value), never, torch.full_like(never, step))
             self.first_bad[name] = torch.minimum(self.first_bad[name], bad) if name in self.first_bad else bad
+
+    def leave_out(self, step, what, number, limit=None):
+        """Count what has no finite score: `number`, a 0-d tensor, of this process at `step`.
+
+        limit: UserError where it is more in 100 steps, of all processes.
+        """
+        number = number.detach().long()
+        zero, never = torch.zeros_like(number), torch.full_like(number, 2 ** 31 - 1)
+        total, first, recent, told = self.unscored.get(what, (zero, never, zero, 0))
+        first = torch.minimum(first, torch.where(number > 0, step, never))
+        recent = recent + number
+        if limit is not None and step % 100 == 0:
+            # a device sync
+            sum_of_all = int(self.world.reduce(recent).item())
+            if sum_of_all > limit:
+                raise UserError(f"{sum_of_all} {what} had no finite score in the 100 steps up to step {step}; more "
+                                f"than {limit} are too many: look at the images and the --reward")
+            recent = zero
+        self.unscored[what] = total + number, first, recent, told
+
+    def left_out(self, describe):
+        """[a sentence about each kind that leave_out has counted more of]; describe(step) names samples, once."""
+        sentences = []
+        for what, (total, first, recent, told) in self.unscored.items():
+            # device syncs
+            count = int(self.world.reduce(total.clone()).item())
+            step = int(self.world.reduce(first.clone(), "MIN").item())
+            if count > told:
+                where = "" if told else f", the first at step {step}, which drew {describe(step)}"
+                sentences.append(f"{count} {what} without a finite score so far, left out{where}")
+                self.unscored[what] = total, first, recent, count
+        return sentences
 
     def check_finite(self, describe):
         """Raise UserError naming the first non-finite term and its step; describe(step) names the samples."""
@@ -956,6 +991,9 @@ class Meter:
         """Starts a new window. -> averages over window and processes, steps per second, share of time spent waiting"""
         averages = {k: (self.world.reduce(v.clone()) / self.world.size).item() / self.count
                     for k, v in self.sums.items()}
+        unscored = averages.pop("unscored", 0.0)
+        if unscored:
+            averages["score"] = averages["score"] / (1 - unscored) if unscored < 1 else 0.0
         elapsed = time.perf_counter() - self.started
         speed, waiting = self.steps / elapsed, self.waited / elapsed
         self.sums, self.count, self.steps, self.waited, self.started = {}, 0, 0, 0.0, time.perf_counter()

@@ -103,18 +103,21 @@ def chosen_by(dataset, run):
 def validate(net, sets, degradation, reward, seeds, world):
     """Mean PSNR (8-bit output against the original, as evaluate.py) and mean reward over the validation images.
 
-    Processes share the images; every one gets the means.
+    Processes share the images; every one gets the means. Images without a finite reward are left out of its mean, and
+    counted if there are any.
     """
-    # count, PSNR, score
-    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+    # count, PSNR, score, count of scores
+    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
     for i in range(world.rank, len(sets.stems), world.size):
         lq, gt = data.validation_pair(sets, i, seeds, world.device, degradation)
         sr = degradations.to_8bit(archs.upscale_tiled(net, lq))
         psnr = metrics.psnr(sr, gt)[0]
         score = reward(sr)[0].double() if reward else torch.zeros_like(psnr)
-        totals += torch.stack([torch.ones_like(psnr), psnr, score])
-    count, psnr, score = world.reduce(totals).tolist()
-    return {"psnr": psnr / count} | ({"score": score / count} if reward else {})
+        finite = torch.isfinite(score)
+        totals += torch.stack([torch.ones_like(psnr), psnr, score.where(finite, 0), finite.double()])
+    count, psnr, score, scored = world.reduce(totals).tolist()
+    values = {"psnr": psnr / count} | ({"score": score / max(1, scored)} if reward else {})
+    return values | ({"unscored": count - scored} if scored < count else {})
 
 
 @torch.no_grad()
@@ -266,6 +269,8 @@ def main(args):
     run.say(f"{args.arch}, sampler {args.sampler}: {len(dataset)} sets of {len(sets.versions)} versions "
             f"({dataset.dropped} dropped), {sets.grouping()}; {world.size} process(es) on {device}; "
             f"{f'from step {run.start_step}' if run.checkpoint else info['start']}")
+    if dataset.unscored:
+        run.say(f"{len(dataset.unscored)} images without a finite score are left out, first {dataset.unscored[0]}")
     if args.demo and args.lambda_p == args.lambda_a == 0:
         run.say("demo: L1 alone; VGG19 would be a download, and rounding decides what a GAN does in so few steps")
     # free the loaded checkpoint: its copy of the pool alone may be 100 MB
@@ -365,20 +370,20 @@ def main(args):
         for group in opt_g.param_groups + (opt_d.param_groups if raw_d is not None else []):
             group["lr"] = lr
 
-        lq, gt, version, score = pairs(batch, step, lanes)
+        lq, gt, version, score = pairs(batch, step, lanes, leave_out=meter.leave_out)
         picked.scatter_add_(0, version, torch.ones_like(version, dtype=picked.dtype))
         # training-pair pool: the winner only
         lq, gt = pool.swap((lq, gt), step)
         lq, gt = lq.contiguous(memory_format=memory_g), gt.contiguous(memory_format=memory)
         keep = [raw_g.draw_keep([seeds(step, lane, "drop-path") for lane in lanes])] if args.drop_path else []
         logged = optimise(lq, gt, *keep)
-        if score is not None:
-            logged["score"] = score.mean()
-        meter.add(step, **logged)
+        meter.add(step, score, **logged)
         if due(step, args.log_every):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))
             counts = dict(zip(sets.versions, world.reduce(picked.clone()).tolist()))
             run.progress(step, args.total_steps, meter, lr, counts)
+            for sentence in meter.left_out(lambda s: ", ".join(dataset.names(s))):
+                run.say(sentence)
         stopping = stop.requested(step)
         # validate before saving, so that a finished run has its last validation
         if due(step, args.val_every):

@@ -207,13 +207,16 @@ def check_references(judges, items):
 
 
 def judge(judges, items, files, cache, world):
-    """{name: [candidate files]} -> (images, M, K) native scores; continues where it was stopped (metrics.score)."""
+    """{name: [candidate files]} -> (images, M, K) native scores; continues where it was stopped (metrics.score).
+
+    NaN where a score is not finite.
+    """
     check_references(judges, items)
     count = len(next(iter(files.values())))
     rows = {str(seed): metrics.Row(None, {name: candidates[seed] for name, candidates in files.items()}, None, None)
             for seed in range(count)}
     scores = metrics.score(rows, items, judges, cache, world, PROTOCOL)
-    return np.array([[[scores[row][name][m] for m in judges] for row in rows] for name in items])
+    return np.array([[[scores[row][name].get(m, math.nan) for m in judges] for row in rows] for name in items])
 
 
 # The scale of the reward

@@ -211,6 +211,11 @@ def main(args):
     raw = {row: candidates.judge(judges, items, files, args.out / "scores", world) for row, files in outputs.items()}
     if not world.is_main:
         return
+    for row, values in raw.items():
+        if not np.isfinite(values).all():
+            image, _, k = np.argwhere(~np.isfinite(values))[0]
+            raise runs.UserError(f"{row}, image {list(items)[image]}: {list(judges)[k]} has no finite score: leave out "
+                                 "the metric or the image")
     rewards = {row: candidates.rewards_of(values[..., :len(in_norm)], norm, args.reward, in_norm)
                for row, values in raw.items()}
     distances = {}

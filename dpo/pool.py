@@ -117,10 +117,14 @@ def score(pool, fr, nr, metric_files, world):
         about = {"metrics": candidates.describe_metrics(judges), **runs.describe_machine()}
         runs.save_json(pool / "scores.json", about)
         print(f"{pool / 'scores.jsonl'}: {raw.shape[0]} x {raw.shape[1]} candidates, {', '.join(judges)}")
+        unscored = ~np.isfinite(raw).all((1, 2))
+        if unscored.any():
+            print(f"{unscored.sum()} images have scores that are not finite, first {list(items)[unscored.argmax()]}: "
+                  "curate leaves them out")
 
 
 def read_scores(pool):
-    """-> names, (G, M, K) scores, {metric: description}."""
+    """-> names, (G, M, K) scores, {metric: description}. Images with a score that is not finite are left out."""
     file, remedy = pool / "scores.jsonl", f"make it with: python -m dpo.pool score --pool {pool}"
     about, rows = candidates.read_json(pool / "scores.json", remedy), candidates.read_lines(file, remedy)
     try:
@@ -135,11 +139,13 @@ def read_scores(pool):
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise runs.UserError(f"{file}: not one whole row per candidate ({reason}); {remedy}") from None
-    bad = ~np.isfinite(raw).all((1, 2))
-    if bad.any():
-        raise runs.UserError(f"{file}: {bad.sum()} images have scores that are not finite, first "
-                             f"{names[int(bad.argmax())]}: score again, without that metric or image")
-    return names, raw, about
+    finite = np.isfinite(raw).all((1, 2))
+    if not finite.any():
+        raise runs.UserError(f"{file}: every image has scores that are not finite: score again, without that metric")
+    if not finite.all():
+        print(f"{(~finite).sum()} images have scores that are not finite and are left out, first "
+              f"{names[int(finite.argmin())]}")
+    return [name for name, kept in zip(names, finite) if kept], raw[finite], about
 
 
 def curate(pool, out, reward="hybrid", norm_scope="pool", norm_file=None, top=8, samples=0, min_sigma=0.0):

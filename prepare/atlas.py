@@ -248,8 +248,8 @@ def main(args):
             for flip in (0, 1):
                 flipped = image[:, :, ::-1] if flip else image
                 scores = score_crops(reward, flipped, where, args.crop, args.batch_size, world.device)
-                if not torch.isfinite(scores).all():
-                    raise runs.UserError(f"{sets.path(sets.stems[i], version)}: a score is not finite")
+                # -inf for a crop without a finite score, which is never chosen; NaN is what is still to be scored
+                scores = scores.where(torch.isfinite(scores), -torch.inf)
                 table[i, k, flip] = scores.view(*grid).numpy()
         # a set counts once its last version is there
         table.flush()
@@ -263,6 +263,9 @@ def main(args):
         winners = np.bincount(table[:].argmax(1).ravel(), minlength=len(sets.versions)) / table[:, 0].size
         shares = ", ".join(f"{version} {share:.0%}" for version, share in zip(sets.versions, winners))
         print(f"{out}: {table.size} scores, {table.nbytes / 1e6:.1f} MB; winners: {shares}")
+        if np.isinf(table).any():
+            print(f"{np.isinf(table).sum()} crops have no finite score and are never chosen, first of "
+                  f"{sets.stems[int(np.isinf(table).any((1, 2, 3, 4)).argmax())]}")
 
 
 def compare(args, world, sets, reward):

@@ -177,7 +177,7 @@ def grid(result, path, count=4, crops=(), inset=None):
     lines = []
     for stem, box in boxes or [(stem, None) for stem in spread(list(images), count)]:
         reference, score = ground_truth(result, stem, inset)
-        scores = {row: result["scores"][row][stem][inset] for row in rows} | {"GT": score}
+        scores = {row: result["scores"][row][stem].get(inset) for row in rows} | {"GT": score}
         files = {"GT": reference and images[stem][reference]} | {row: images[stem][row] for row in rows}
         if box:
             files = {"LR": images[stem]["LR"]} | files

@@ -85,17 +85,25 @@ def difference(a, b):
             "verdict": ("higher" if sign > 0 else "lower") if clear else "no evidence"}
 
 
+def judged(scores, metric):
+    """-> the rows that have scores of a metric, and the images of which all these rows have one.
+
+    Rows are compared on the same images: one that lacks a finite score in one row is left out of all.
+    """
+    rows = [row for row, images in scores.items() if any(metric in s for s in images.values())]
+    return rows, [stem for stem in next(iter(scores.values())) if all(metric in scores[row][stem] for row in rows)]
+
+
 def summarise(scores, lower, against):
     """{row: {metric: {"mean", "low", "high"}}} and {row: {metric: difference to the row `against`}}."""
-    means, differences = {}, {}
-    for row, images in scores.items():
-        values = {m: [s[m] for s in images.values()] for m in lower if all(m in s for s in images.values())}
-        means[row] = {m: dict(zip(("mean", "low", "high"), (np.mean(v), *interval(v)))) for m, v in values.items()}
-    for row in scores:
-        if row != against:
-            pairs = {m: [np.array([[s[m] for s in scores[r].values()]]) for r in (row, against)]
-                     for m in means[row] if m in means[against]}
-            differences[row] = {m: difference(*pair) for m, pair in pairs.items()}
+    means, differences = {row: {} for row in scores}, {row: {} for row in scores if row != against}
+    for m in lower:
+        rows, stems = judged(scores, m)
+        values = {row: np.array([scores[row][stem][m] for stem in stems]) for row in rows if stems}
+        for row, v in values.items():
+            means[row][m] = dict(zip(("mean", "low", "high"), (np.mean(v), *interval(v))))
+            if row != against and against in values:
+                differences[row][m] = difference(v[None], values[against][None])
     return means, differences
 
 
@@ -169,6 +177,18 @@ def spans(result):
 def groups_line(result):
     names = {name: [SHOWN.get(m, m) for m in metrics] for name, metrics in spans(result).items()}
     return "; ".join(f"{name}: {', '.join(metrics)}" for name, metrics in names.items())
+
+
+def left_out(result):
+    """One line for each metric that has no finite score of some images, [] where there is none."""
+    lines = []
+    for m in ordered(result):
+        _, stems = judged(result["scores"], m)
+        missing = [stem for stem in next(iter(result["scores"].values())) if stem not in stems]
+        if missing:
+            lines.append(f"{SHOWN.get(m, m)}: {len(missing)} of {result['images']} images are left out, first "
+                         f"{missing[0]}: not every row has a finite score there")
+    return lines
 
 
 def title_of(result):
@@ -265,7 +285,7 @@ def text(result, width=None):
     if result["differences"]:
         head = [f"minus {compared_with(result)}", *(f"{text}  " for text in headings(result))]
         parts.append(aligned(head, difference_rows(result, signed), width))
-    return "\n\n".join(parts) + "\n\n" + "\n".join(LEGEND[:2 if result["differences"] else 1])
+    return "\n\n".join(parts) + "\n\n" + "\n".join([*LEGEND[:2 if result["differences"] else 1], *left_out(result)])
 
 
 def markdown(result):
@@ -273,7 +293,7 @@ def markdown(result):
     parts = [groups_line(result), runs.markdown(["", *headings(result)], mean_rows(result, "**{}**", "*{}*"))]
     if result["differences"]:
         parts.append(runs.markdown([f"minus {compared_with(result)}", *headings(result)], difference_rows(result)))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *left_out(result)])
 
 
 def tex(text):
@@ -292,7 +312,8 @@ def latex(result):
     head, body = ([line + r" \\" for line in part] for part in (head, body))
     lines = [r"\toprule", *head, r"\midrule", *body, r"\bottomrule"]
     columns = "l" + "c" * len(result["lower_is_better"])
-    return tabular_of(f"{title_of(result)}; commit {result.get('commit')}", columns, lines)
+    title = "; ".join([title_of(result), f"commit {result.get('commit')}", *left_out(result)])
+    return tabular_of(title, columns, lines)
 
 
 def tabular(title, head, rows):

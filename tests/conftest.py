@@ -28,6 +28,14 @@ def brightness(device):
 def nan_when_bright(device):
     """Not finite for an image whose mean is above one half."""
     return lambda x: torch.where(x.mean((1, 2, 3)) > 0.5, torch.nan, 1.0)
+
+def singular_when_white(device):
+    """Brightness; fails at a batch with a white image, as NIQE does."""
+    def score(x):
+        if (x == 1).all(3).all(2).all(1).any():
+            raise torch.linalg.LinAlgError("SVD did not converge")
+        return x.mean((1, 2, 3)) * 100
+    return score
 '''
 
 

@@ -209,6 +209,18 @@ EXPECTED = {
 }
 
 
+@pytest.mark.parametrize("sampler", ["sma", "smp", "amo"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_candidate_whose_score_is_not_finite_is_never_chosen(sampler, bad):
+    labels = torch.tensor([[ORIGINAL, POSITIVE, SIMILAR, NEGATIVE, POSITIVE]] * 2)
+    scores = torch.tensor([[55.0, bad, bad, bad, 48.0], [bad] * 5])
+    candidates = data.candidates_for(sampler, labels)
+    chosen = {tuple(data.pick_gt(sampler, candidates, scores, 10, [u, u]).tolist()) for u in np.linspace(0, 0.999, 50)}
+    # where no score is finite: the original
+    assert chosen == {"sma": {(0, 0), (4, 0)}, "smp": {(4, 0)}, "amo": {(0, 0)}}[sampler]
+    assert torch.equal(candidates, data.candidates_for(sampler, labels))
+
+
 @pytest.mark.parametrize("sampler", data.SAMPLERS)
 def test_versions_are_chosen_with_the_samplers_frequencies(sampler):
     n = 20_000

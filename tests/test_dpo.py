@@ -779,11 +779,13 @@ def test_scores_that_are_not_finite(stages, script, rewards, tmp_path):
     shutil.copytree(stages / "pool", folder)
     name = sorted((folder / "cand").iterdir())[0]
     save_image(name / "1.png", torch.ones(3, 32, 32))
-    refused(script, f"image {name.name}: bad_at_white:build is nan",
-            "dpo.pool", "score", "--pool", folder, "--fr", "--nr", "bad_at_white:build")
+    script("dpo.pool", "score", "--pool", folder, "--fr", "--nr", "bad_at_white:build")
+    done = script("dpo.pool", "curate", "--pool", folder, "--top", 1)
+    assert f"1 images have scores that are not finite and are left out, first {name.name}" in done.stdout
+    assert name.name not in {row["name"] for row in read_lines(folder / "pairs.jsonl")}
     rows = read_lines(folder / "scores.jsonl")
-    candidates.write_lines(folder / "scores.jsonl", [rows[0] | {"ssim": float("nan")}, *rows[1:]])
-    with pytest.raises(runs.UserError, match="scores that are not finite"):
+    candidates.write_lines(folder / "scores.jsonl", [row | {"bad_at_white:build": float("nan")} for row in rows])
+    with pytest.raises(runs.UserError, match="every image has scores that are not finite"):
         run(pool, "curate", "--pool", folder, "--top", 1)
 
 

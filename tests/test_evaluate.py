@@ -589,6 +589,34 @@ def test_an_image_that_a_metric_cannot_judge_is_named_with_its_row_and_size(pair
 
 
 @pytest.mark.fast
+def test_an_image_without_a_finite_score_is_left_out_of_that_metrics_mean_and_counted(pairs, rewards, capsys):
+    save_image(pairs / "sr" / "0.png", torch.rand(3, 84, 72))
+    save_image(pairs / "sr" / "1.png", torch.ones(3, 84, 72))
+    save_image(pairs / "sr" / "2.png", torch.rand(3, 84, 72))
+    words = ["--images", pairs / "sr", "--metrics", "psnr", "test_rewards:singular_when_white", "--against", "bicubic"]
+    for _ in range(2):
+        # the second time from the cache
+        result = call(pairs, *words)
+        scores, m = result["scores"], "test_rewards:singular_when_white"
+        assert "psnr" in scores["sr"]["1"] and m not in scores["sr"]["1"] and m in scores["net"]["1"]
+        for row in ("bicubic", "net", "sr"):
+            assert result["mean"][row][m] == pytest.approx(np.mean([scores[row][stem][m] for stem in "02"]))
+            assert result["mean"][row]["psnr"] == pytest.approx(np.mean([s["psnr"] for s in scores[row].values()]))
+        assert result["differences"]["sr"][m]["mean"] == pytest.approx(result["mean"]["sr"][m]
+                                                                       - result["mean"]["bicubic"][m])
+        footer = f"{m}: 1 of 3 images are left out, first 1: not every row has a finite score there"
+        assert capsys.readouterr().out.count(footer) == 1
+    assert footer in tables.markdown(result) and footer in tables.latex(result).splitlines()[0]
+    assert "NaN" not in (pairs / "out.json").read_text()
+
+    # no image has one
+    for i in range(3):
+        save_image(pairs / "sr" / f"{i}.png", torch.ones(3, 84, 72))
+    result = call(pairs, *words)
+    assert m not in result["mean"]["sr"] and m in result["mean"]["net"]
+
+
+@pytest.mark.fast
 def test_a_network_whose_output_is_not_finite_is_named(pairs):
     state = archs.create("compact-small").state_dict()
     state["body.0.bias"][0] = float("nan")

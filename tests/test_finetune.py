@@ -4,6 +4,7 @@ Also the warnings about a reward that is fooled.
 """
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -424,19 +425,45 @@ def test_flags_are_checked_at_once(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_reward_that_is_not_finite_stops_with_term_and_step(base, tmp_path, rewards):
+@pytest.fixture
+def late_nan(rewards):
+    """late_nan.one and .all: from the third step on the first sample, or all, have neither a reward nor a gradient."""
     (rewards / "late_nan.py").write_text("""
+import torch
+
 calls = []
 
-def build(device):
-    def score(x):
-        calls.extend([0] * x.requires_grad)
-        # two calls are the test for a usable gradient
-        return x.mean((1, 2, 3)) * (float("nan") if len(calls) > 4 else 1)
-    return score
+def build(bad):
+    def create(device):
+        calls.clear()
+        def score(x):
+            calls.extend([0] * x.requires_grad)
+            # two calls are the test for a usable gradient
+            spoilt = torch.arange(len(x)) < (bad if len(calls) > 4 and x.requires_grad else 0)
+            return (x * torch.where(spoilt, torch.nan, 1)[:, None, None, None]).mean((1, 2, 3))
+        return score
+    return create
+
+one, all = build(1), build(99)
 """)
-    with pytest.raises(ValueError, match="q is not finite at step 3; .* Samples: photo"):
-        tune(base, tmp_path / "out", "--sampler", "orig", reward="late_nan:build", steps=4)
+
+
+def test_samples_whose_reward_is_not_finite_are_left_out_counted_and_named_once(base, tmp_path, late_nan):
+    for fault, count in (("one", 1), ("all", 4)):
+        tune(base, tmp_path / fault, "--sampler", "orig", reward=f"late_nan:{fault}", steps=4)
+        log = (tmp_path / fault / "log.txt").read_text().splitlines()
+        told = [line for line in log if "without a finite score" in line]
+        first = f"{count} rewards without a finite score so far, left out, the first at step 3, which drew photo"
+        assert told[0].startswith(first)
+        assert told[1:] == [f"{2 * count} rewards without a finite score so far, left out"]
+        assert all(math.isfinite(event["q"]) for event in events(tmp_path / fault))
+        assert all(torch.isfinite(t).all() for t in weights(tmp_path / fault / "weights" / "merged.pth").values())
+
+
+def test_too_many_rewards_that_are_not_finite_end_the_run(base, tmp_path, late_nan):
+    error = "98 rewards had no finite score in the 100 steps up to step 100; more than 40 are too many"
+    with pytest.raises(runs.UserError, match=error):
+        tune(base, tmp_path / "out", "--sampler", "orig", reward="late_nan:one", steps=101)
 
 
 @pytest.mark.fast

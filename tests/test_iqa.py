@@ -484,8 +484,8 @@ def test_identity_covers_parameters_that_are_plain_attributes():
 
 @pytest.mark.fast
 def test_useless_scores_and_damaged_images_are_named(photos, tmp_path):
-    with pytest.raises(runs.UserError, match="photo40.png: its score is not finite"):
-        iqa.score_images(photos, iqa.Reward({"nan": Counting()}, {"nan": float("nan")}), tmp_path / "cache", ALONE)
+    nothing = iqa.score_images(photos, iqa.Reward({"nan": Counting()}, {"nan": float("nan")}), tmp_path / "no", ALONE)
+    assert nothing.isnan().all() and not any(file.stat().st_size for file in (tmp_path / "no").iterdir())
     photos[4].write_bytes(photos[4].read_bytes()[:60])
     with pytest.raises(runs.UserError, match="photo60.png: damaged image"):
         score(photos, tmp_path / "cache")
@@ -511,3 +511,16 @@ def test_two_ranks_share_the_work_and_agree_with_one(photos, tmp_path):
     assert all(torch.equal(values, alone) for r in results for values in (r[0], r[2]))
     # one process uses the scores of two
     assert score(photos, tmp_path / "cache")[1] == 0
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["niqe", "brisque"])
+def test_a_flat_image_has_no_finite_score_and_takes_none_from_the_others_of_its_batch(name):
+    reward = iqa.create_reward([name], weights_file=IQA / REFERENCE[name][0])
+    textured = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    scores = reward(torch.cat([textured[:1], torch.ones(1, 3, 96, 96), textured[1:]]))
+    assert torch.isfinite(scores).tolist() == [True, False, True]
+    assert scores[[0, 2]].tolist() == pytest.approx(reward(textured).tolist(), abs=1e-3)
+    # a sum has no score where one part has none
+    both = iqa.Reward(dict(reward.models) | {"own": Counting()}, reward.weights | {"own": 1.0})
+    assert torch.isfinite(both(torch.cat([textured[:1], torch.ones(1, 3, 96, 96)]))).tolist() == [True, False]

@@ -26,7 +26,7 @@ def of_means(lower, *means):
     """A result of one metric m with these means, and intervals from 0.5 below to 0.25 above them."""
     rows = {name: {"m": value} for name, value in means}
     return {"mean": rows, "intervals": {row: {"m": [v["m"] - 0.5, v["m"] + 0.25]} for row, v in rows.items()},
-            "lower_is_better": {"m": lower}, "differences": {}, "images": 3,
+            "lower_is_better": {"m": lower}, "differences": {}, "images": 3, "scores": {row: {} for row in rows},
             "protocol": {"name": "hggt", "says": "RGB"}}
 
 

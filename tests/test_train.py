@@ -208,6 +208,27 @@ def test_every_sampler_trains_on_the_versions_it_may(
     assert f"{sets}, 3 photographs, grouped by <photo>-<row>-<column>; " in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("sampler", ["amo", "sma"])
+def test_crops_without_a_finite_score_are_never_chosen_counted_and_named_once(
+        quintuplets, init, rewards, tmp_path, monkeypatch, sampler):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(quintuplets, tmp_path / "set")
+    for file in (tmp_path / "set").glob("Train/images/0-6/*/photo0-0-0*.png"):
+        # all five of one photograph, and of another the brightest
+        save_image(file, torch.full((3, 64, 64), 255, dtype=torch.uint8))
+    save_image(next((tmp_path / "set").glob("**/photo1-0-0_02.png")), torch.full((3, 64, 64), 255, dtype=torch.uint8))
+    train_with(flags(tmp_path / "set", init, tmp_path / "run", reward="test_rewards:singular_when_white",
+                     sampler=sampler, tau=0.1, total_steps=6))
+    last = events(tmp_path / "run")[-1]
+    # 24 samples of 6 sets: 4 of each
+    assert last["picked"] == {"original": 4, "01": 4, "02": 16, "03": 0, "04": 0}
+    assert all(50 < event.get("score", 60) < 70 for event in events(tmp_path / "run"))
+    log = (tmp_path / "run" / "log.txt").read_text()
+    named = {"amo": "candidates without a finite score so far, left out, the first at step 1, which drew photo",
+             "sma": "6 images without a finite score are left out, first "}[sampler]
+    assert log.count(named) == 1
+
+
 def test_psnr_stage_leaves_what_the_gan_stage_starts_from(quintuplets, rewards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos = quintuplets / "Train" / "images" / "0-6" / "original"
