@@ -146,7 +146,7 @@ import archs
 import data
 import lora
 import metrics
-from images import find_realsr, image_size, list_images, match_images, nfc, without_scale
+from images import ModeError, find_realsr, image_size, list_images, match_images, nfc, without_scale
 
 # Test images: {stem: {"lq": path or None, "refs": [path], "versions": [path]}}; lq None: made from versions[0]
 
@@ -217,6 +217,17 @@ def choose(items, file):
         problem = f"no image is called {unknown[0]}" if unknown else "names no image"
         raise runs.UserError(f"--only {file}: {problem}")
     return {name: items[name] for name in names}
+
+
+def check_modes(items, rows):
+    """UserError for the first image that is not 8-bit RGB; from headers, before any work."""
+    for stem, item in items.items():
+        row_files = [row.files[stem] for row in rows.values() if row.files is not None]
+        for path in filter(None, [item["lq"], *item["refs"], *item["versions"], *row_files]):
+            try:
+                image_size(path, only_rgb=True)
+            except ModeError as error:
+                raise runs.UserError(f"{error}; --rgb takes grey and transparent images") from None
 
 
 def remark_cut(items):
@@ -424,6 +435,8 @@ def main(args):
     rows = find_rows(args, items, world.device)
     compared_row(args, rows)
     check_sizes(rows, items, judges)
+    if not args.rgb:
+        check_modes(items, rows)
     if world.is_main:
         remark_cut(items)
         remark_precision(args, rows, world.device)

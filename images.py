@@ -39,6 +39,10 @@ RGB_MODES = ("RGB", "YCbCr")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGBA")
 
 
+class ModeError(runs.UserError):
+    """An image that is not 8-bit RGB."""
+
+
 # Files
 
 @contextlib.contextmanager
@@ -207,8 +211,8 @@ def check_whole(path, size, frames):
 
 def check_mode(path, mode):
     if mode not in RGB_MODES:
-        raise runs.UserError(f"{path}: image mode {mode}, expected 8-bit RGB: "
-                             "convert it (Pillow: image.convert('RGB')) or remove it")
+        raise ModeError(f"{path}: image mode {mode}, expected 8-bit RGB: "
+                        "convert it (Pillow: image.convert('RGB')) or remove it")
 
 
 def check_size(path, size, original, need=0):

@@ -102,7 +102,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import archs
@@ -252,8 +251,7 @@ def make_test(folders, target):
         for i, (stem, path) in enumerate(list_images(folder).items()):
             file = f"{folder.name}_{stem}.png"
             # Set14 has a grey image
-            pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
-            gt = cut_to_x4(pixels.permute(2, 0, 1)[None].float() / 255)
+            gt = cut_to_x4(load_image(path, rgb=True)[None].float() / 255)
             if not (target / "lq" / file).exists():
                 seeds = [[runs.sample_seed(0, k, i, folder.name)] for k in (0, 1)]
                 lq = degradations.degrade(gt, "two-round", *seeds)

@@ -742,8 +742,10 @@ def test_grey_and_transparent_images_are_refused_by_name_and_read_as_rgb_on_requ
         image = Image.open(pairs / folder / "1.png").convert("RGBA" if mode == "LA" else "RGB").convert(mode)
         image.convert("RGB").save(pairs / folder / "2.png")
         image.save(pairs / folder / "1.png")
-    with pytest.raises(runs.UserError, match=f"1.png: image mode {mode}, expected 8-bit RGB"):
+    with pytest.raises(runs.UserError, match=f"1.png: image mode {mode}, expected 8-bit RGB.*--rgb takes grey"):
         call(pairs)
+    # before any work
+    assert not list(pairs.glob("cache/*"))
     result = call(pairs, "--rgb", "--save", pairs / "kept")
     assert result["scores"]["net"]["1"] == result["scores"]["net"]["2"]
     page.write(result, pairs / "page.html")
