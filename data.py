@@ -224,7 +224,8 @@ def find_folders(root, split):
     if original is None:
         if split == "Test":
             return None
-        raise runs.UserError(f"{base}: no images/*/original folder under it; expected HGGT's layout (see data.py)")
+        raise runs.UserError(f"{base}: no images/*/original folder under it; expected HGGT's layout (docs/data.md); of "
+                             "photographs python -m prepare.quintuplets makes it")
     images = original.parent
     enhanced = sorted(folder for folder in images.iterdir() if folder.is_dir() and re.fullmatch(r"\d\d", folder.name))
     if not enhanced:
@@ -378,7 +379,7 @@ def synthetic_pairs(dataset, seeds, device, degradation, patch, group_size):
 
 # Training samples
 
-class TrainingSet(Dataset):
+class TrainingSet:
     """Samples by (step, lane). Everything random about a sample follows from seeds(step, lane, purpose).
 
     sets:       Sets of N stems and K versions
@@ -432,13 +433,6 @@ class TrainingSet(Dataset):
 
     def names(self, step):
         return [self.stems[self.index(step, lane)] for lane in range(self.batch_size)]
-
-    def __getitem__(self, key):
-        try:
-            return self.sample(*key)
-        except (ValueError, OSError) as error:
-            # raised again by `batches`: a worker would bury it in its own traceback
-            return error
 
     def sample(self, step, lane):
         index = self.index(step, lane)
@@ -522,32 +516,48 @@ def check_headers(dataset, world):
 
 
 def collate(samples):
-    """Samples -> one dict of stacked tensors; or an exception, if one of them is one or their images differ in size."""
-    for sample in samples:
-        if isinstance(sample, Exception):
-            return sample
+    """Samples -> one dict of stacked tensors. UserError if their images differ in size."""
     # the first entry of a sample is its whole image
     shapes = {tuple(next(iter(sample.values())).shape[1:]) for sample in samples}
     if len(shapes) > 1:
-        return runs.UserError(f"images of different sizes in one batch ({sorted(shapes)}): set --load-size "
-                              "(dpo.tune: --patch) to at most the smallest side")
+        raise runs.UserError(f"images of different sizes in one batch ({sorted(shapes)}): set --load-size "
+                             "(dpo.tune: --patch) to at most the smallest side")
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
+class _Batches(Dataset):
+    """Batches by their [(step, lane), ...]. An error that has a text of its own stands for its batch.
+
+    A worker would bury it in its traceback; `batches` raises it in the training process.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, keys):
+        try:
+            return collate([self.dataset.sample(*key) for key in keys])
+        except (ValueError, OSError, MemoryError) as error:
+            return error
+
+
 def _ignore_signals(worker):
-    """torchrun and Slurm signal the whole process group: data workers live on until the training process has saved."""
+    """torchrun and Slurm signal the whole process group: data workers live on until the training process has saved.
+
+    runs.cli ends them.
+    """
     for number in runs.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def batches(dataset, first, last, lanes, workers, pin_memory):
-    """Yield collated samples of steps first..last. An error met in a worker is raised here, with its one-line text."""
+    """Yield collated samples of steps first..last. dataset: has sample(step, lane). A worker's error is raised here."""
     keys = ([(step, lane) for lane in lanes] for step in range(first, last + 1))
-    loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
+    loader = DataLoader(_Batches(dataset), batch_size=None, sampler=keys, num_workers=workers, pin_memory=pin_memory,
                         prefetch_factor=4 if workers else None, worker_init_fn=_ignore_signals)
     for batch in loader:
         if isinstance(batch, Exception):
-            raise type(batch)(*batch.args)
+            raise batch
         yield batch
 
 

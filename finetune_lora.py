@@ -279,8 +279,8 @@ def main(args):
     device, lanes = world.device, world.lanes(args.batch_size)
     if len(lanes) % args.accumulate:
         raise runs.UserError(f"--accumulate {args.accumulate} does not divide the {len(lanes)} crops of one process")
-    if args.cuda_graph and (device.type != "cuda" or world.size > 1):
-        raise runs.UserError(f"--cuda-graph is for one process on CUDA; here are {world.size} on {device.type}")
+    if "graph" in args.fast and (device.type != "cuda" or world.size > 1):
+        raise runs.UserError(f"--fast graph is for one process on CUDA; here are {world.size} on {device.type}")
 
     # cheap checks first, so that a bad command fails before anything is loaded
     record = vars(args) | {"discriminator": args.lambda_a > 0}
@@ -364,7 +364,7 @@ def main(args):
     # free the loaded checkpoint: its copy of the pool alone may be 100 MB
     state = run.checkpoint = None
 
-    if args.compile:
+    if "compile" in args.fast:
         losses.compile_parts(raw_g, vgg, reward)
     net_g, judge = world.parallel(raw_g.train()), None
     if raw_d is not None:
@@ -447,7 +447,7 @@ def main(args):
             opt_d.step()
         return logged
 
-    if args.cuda_graph:
+    if "graph" in args.fast:
         optimise = runs.Graphed(optimise, [opt_g] if raw_d is None else [opt_g, opt_d])
     stop = runs.StopSignal(world)
     if run.start_step == 0:

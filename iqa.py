@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import archs
 import runs
 from images import load_image
 
@@ -49,6 +50,17 @@ def parse_rewards(words):
         if not name or not math.isfinite(parsed[-1][1]) or name in dict(parsed[:-1]):
             raise runs.UserError(f"--reward {word}: names must differ and weights must be finite")
     return parsed
+
+
+def scores_of(model, *images):
+    """model(*images) of a batch; image by image where the model takes none: pyiqa's Q-Align asserts a batch of one."""
+    try:
+        return model(*images)
+    # whatever it raises: what is wrong with one image is raised again
+    except Exception as error:
+        if len(images[0]) == 1 or archs.out_of_memory(error):
+            raise
+        return torch.cat([model(*one).reshape(-1) for one in zip(*(batch.split(1) for batch in images))])
 
 
 class Reward(nn.Module):
@@ -82,7 +94,7 @@ class Reward(nn.Module):
         # scores stay fp32 whatever the networks use
         with torch.autocast(x.device.type, enabled=False):
             for key, model in self.models.items():
-                score = model(x.float()).float()
+                score = scores_of(model, x.float()).float()
                 if score.numel() != len(x):
                     raise runs.UserError(f"reward {key} returned shape {tuple(score.shape)} for {len(x)} images, "
                                          "expected one score each")

@@ -31,8 +31,7 @@ def generator_terms(sr, gt, lambdas, vgg=None, net_d=None, reward=None):
 
 
 def compile_parts(net_g, vgg=None, reward=None):
-    """What --compile compiles of a training step, in place. Not the discriminator, which it slows down (docs/speed.md).
-    """
+    """What --fast compile compiles of a step, in place. Not the discriminator: that gets slower (docs/speed.md)."""
     archs.compile_blocks(net_g)
     if vgg is not None:
         vgg.compile()

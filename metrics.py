@@ -162,7 +162,8 @@ class Metric:
     identity: object = None
 
     def __call__(self, sr, gt):
-        return self.function(sr, gt)
+        # those without a reference are rewards, which see to it
+        return iqa.scores_of(self.function, sr, gt) if self.full_reference else self.function(sr, gt)
 
 
 def create_metric(name, device, weights_file=None, border=4, y=False, flag="--metrics"):
@@ -505,7 +506,8 @@ def judge(m, metric, images, refs, stem):
             else:
                 values = metric(batch, None).double()
             return dict(zip(images, values.tolist()))
-        except (RuntimeError, ValueError) as error:
+        # a metric may raise anything
+        except Exception as error:
             if archs.out_of_memory(error):
                 raise
             if len(images) == 1:

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -62,8 +64,9 @@ def cli(main):
 
     What the system says of a file (no permission, full disk) and memory that does not suffice are one line, too.
     Under torchrun an error that every process meets is printed once, and the launcher's summary repeats it.
-    IQASR_TRACEBACK=1 shows the traceback of every error.
+    IQASR_TRACEBACK=1 shows the traceback of every error. Whatever happens, the process ends.
     """
+    status = 0
     record_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if record_file:
         from torch.distributed.elastic.multiprocessing.errors import record
@@ -72,18 +75,46 @@ def cli(main):
         main()
     except KeyboardInterrupt:
         print(f"{program()}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (UserError, OSError, MemoryError) as error:
-        if os.environ.get("IQASR_TRACEBACK") or isinstance(error, OSError) and not error.filename:
-            raise
-        sys.stdout.flush()
-        text = f"{program()}: error: {' '.join(str(error).split())}"
-        if not record_file or not said_by_first_process(Path(record_file), text):
-            print(text, file=sys.stderr, flush=True)
-        sys.exit(2)
+        status = 130
+    except Exception as error:
+        known = isinstance(error, (UserError, MemoryError)) or isinstance(error, OSError) and error.filename
+        if os.environ.get("IQASR_TRACEBACK") or not known:
+            if not in_group():
+                raise
+            traceback.print_exc()
+            status = 1
+        else:
+            sys.stdout.flush()
+            text = f"{program()}: error: {' '.join(str(error).split())}"
+            if not record_file or not said_by_first_process(Path(record_file), text):
+                print(text, file=sys.stderr, flush=True)
+            status = 2
     finally:
-        if "torch" in sys.modules and dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        end_workers()
+    if in_group():
+        if status:
+            # to leave the group in order, or as Python ends, may wait for processes that are gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
+
+
+def in_group():
+    """Has this process joined torchrun's group?"""
+    return "torch" in sys.modules and dist.is_available() and dist.is_initialized()
+
+
+def end_workers():
+    """End the data workers, which ignore signals: Python would wait for those that an error's traceback still holds."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    # PyTorch's handler raises where a worker has died
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def said_by_first_process(file, text):
@@ -254,17 +285,15 @@ def add_training(p, leave_out=()):
     add(g, "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     add(g, "--threads", type=COUNT, default=0, help="CPU threads per process; 0: PyTorch's choice")
     add(g, "--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
-        help="bf16 keeps losses, reward and weights in fp32")
+        help="of the networks and VGG19; bf16 keeps weights, reward and the differences of the losses in fp32")
     add(g, "--channels-last", action=onoff, default=True,
-        help="memory format of the convolutional networks, so not of SwinIR; on a CPU 1.1 to 1.6 times faster "
-             "(experiments/tricks.py), unmeasured on CUDA")
+        help="memory format of the convolutional networks, so not of SwinIR: 1.1 to 1.6 times faster (docs/speed.md)")
     add(g, "--musiq", choices=literal("iqa", "MUSIQ"), default="fused",
         help="how MUSIQ scores crops: fused is rewards/musiq.py, equal to pyiqa's in 1e-5 and faster; fused-bf16 is "
              "close only; pyiqa its own code")
-    add(g, "--compile", action=onoff, default=False,
-        help="torch.compile the generator's blocks, VGG19 and MUSIQ (not the discriminator, which it slows down)")
-    add(g, "--cuda-graph", action=onoff, default=False,
-        help="record a step of one CUDA process and replay it: the same numbers, and the CPU hardly counts")
+    add(g, "--fast", nargs="*", choices=["graph", "compile"], default=[],
+        help="graph: record the step of one CUDA process and replay it, the same work with little of the CPU's time; "
+             "compile: torch.compile the generator's blocks, VGG19 and MUSIQ")
     add(g, "--deterministic", action=onoff, default=False,
         help="CUDA too computes bitwise the same again, so that a resumed run equals an uninterrupted one; slower")
     g = p.add_argument_group("output")
@@ -536,25 +565,30 @@ class Graphed:
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.result = self.step(*self.inputs)
         except RuntimeError as error:
-            raise UserError(f"--cuda-graph: this step cannot be recorded ({' '.join(str(error).split())[:200]}): leave "
-                            "the flag out") from error
+            raise UserError(f"--fast graph: this step cannot be recorded ({' '.join(str(error).split())[:200]}): leave "
+                            "graph out") from error
         finally:
             for group in groups:
                 group["capturable"] = False
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 (Slurm's, before its limit) and Ctrl-C ask for a clean stop; a second Ctrl-C stops at once."""
+    """SIGTERM, SIGUSR1 (Slurm's, before its limit) and Ctrl-C ask for a clean stop; a second one stops at once.
+
+    SIGUSR1 never does. Of several processes each gets a signal twice, from the system and from torchrun: within a
+    second it is the same one.
+    """
 
     def __init__(self, world, every=10):
-        self.world, self.every, self.received = world, every, False
+        self.world, self.every, self.received, self.first = world, every, False, {}
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        if self.received and number == signal.SIGINT:
+        self.received, now = True, time.monotonic()
+        waited = now - self.first.setdefault(number, now)
+        if number != signal.SIGUSR1 and waited > (1 if self.world.size > 1 else 0):
             raise KeyboardInterrupt
-        self.received = True
 
     def requested(self, step):
         """Has any process been told to stop? Processes agree every `every` steps: an all-reduce, a sync on CUDA."""
@@ -683,8 +717,8 @@ def cpu_flags():
     return [flag for flag in CPU_FLAGS if known and flag in known[1].split()]
 
 
-def describe_machine():
-    """Commit, versions and hardware, as recorded beside every number."""
+def describe_machine(on_cpu=False):
+    """Commit, versions and hardware, as recorded beside every number. on_cpu: a GPU, if there is one, has no part."""
     def git(*words):
         try:
             done = subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True, check=True)
@@ -695,7 +729,7 @@ def describe_machine():
     if commit and git("status", "--porcelain", "--untracked-files=no"):
         commit += "+dirty"
     cpu = f"CPU {platform.machine()}, {os.cpu_count()} cores"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and not on_cpu else cpu
     return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "device": device,
             "cpu_flags": cpu_flags(), "threads": torch.get_num_threads()}
 

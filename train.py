@@ -177,11 +177,25 @@ def open_data(args, world, reward, seeds):
 
 
 def make_demo_start(args, world):
-    """The demo's L1 stage, where the run that the GAN stage starts from is missing."""
+    """The demo's L1 stage, where the run that the GAN stage starts from is missing; one that was shortened goes on."""
     if args.demo and args.init == Path("runs") / f"{args.arch}-psnr":
-        shorter = ["--total-steps", args.total_steps] if args.total_steps != DEMO["gan"]["total_steps"] else []
-        words = ["--demo", "--stage", "psnr", "--arch", args.arch, "--resume", "auto", *shorter]
-        runs.make_missing(args.init / "weights", world, "train.py", *words)
+        words = ["--demo", "--stage", "psnr", "--arch", args.arch, "--resume", "auto"]
+        made = args.init / "weights"
+        if args.total_steps != DEMO["gan"]["total_steps"]:
+            words += ["--total-steps", args.total_steps]
+        else:
+            made = made / f"ema_{DEMO['psnr']['total_steps']:07d}.pth"
+        runs.make_missing(made, world, "train.py", *words)
+
+
+def pin_start(args, run, init):
+    """Record the file that a run begins from. A demo that began from a shortened start is not continued."""
+    began = run.checkpoint["args"].get("began_from") if run.checkpoint else init and str(init)
+    run.pin(began_from=began)
+    if args.demo and run.checkpoint and began and args.init and (args.init / "weights").is_dir():
+        now = runs.find_weights(args.init, "")
+        if str(now) != began:
+            raise runs.UserError(f"{args.out}: this demo began from {began}, and now there is {now}: remove {args.out}")
 
 
 def main(args):
@@ -190,8 +204,8 @@ def main(args):
     device, lanes = world.device, world.lanes(args.batch_size)
     if len(lanes) % args.accumulate:
         raise runs.UserError(f"--accumulate {args.accumulate} does not divide the {len(lanes)} crops of one process")
-    if args.cuda_graph and (device.type != "cuda" or world.size > 1):
-        raise runs.UserError(f"--cuda-graph is for one process on CUDA; here are {world.size} on {device.type}")
+    if "graph" in args.fast and (device.type != "cuda" or world.size > 1):
+        raise runs.UserError(f"--fast graph is for one process on CUDA; here are {world.size} on {device.type}")
 
     # cheap checks first, so that a bad command fails before anything is loaded
     record = vars(args) | {"discriminator": args.lambda_a > 0}
@@ -205,6 +219,7 @@ def main(args):
         reward = iqa.create_reward(args.reward, device, args.reward_weights, musiq=args.musiq)
     sets, dataset, val_sets, shown_set = open_data(args, world, reward, seeds)
     run.pin(samples=len(dataset), **chosen_by(dataset, run))
+    pin_start(args, run, init)
     pairs = partial(data.make_pair, seeds=seeds, device=device, degradation=args.degradation,
                     group_size=args.group_size, crop=args.crop, reward=reward, usm=args.usm,
                     sampler=args.sampler, tau=args.tau)
@@ -256,7 +271,7 @@ def main(args):
     # free the loaded checkpoint: its copy of the pool alone may be 100 MB
     state = run.checkpoint = None
 
-    if args.compile:
+    if "compile" in args.fast:
         losses.compile_parts(raw_g, vgg, reward)
     net_g, judge = world.parallel(raw_g.train()), None
     if raw_d is not None:
@@ -332,7 +347,7 @@ def main(args):
             opt_d.step()
         return logged
 
-    if args.cuda_graph:
+    if "graph" in args.fast:
         optimise = runs.Graphed(optimise, [opt_g] if raw_d is None else [opt_g, opt_d])
     stop = runs.StopSignal(world)
     if run.start_step == 0:

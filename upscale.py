@@ -284,7 +284,7 @@ def main(args):
             print(remark, file=sys.stderr)
     # without it a signal that arrives within libvips would be lost
     failed, stop = 0, runs.StopSignal(world)
-    for path in tqdm(paths[world.rank::world.size], unit="img", disable=not world.is_main):
+    for path in tqdm(paths[world.rank::world.size], unit="img", disable=None if world.is_main else True):
         try:
             remark = upscale_file(net, path, targets[path], info["scale"], args, world.device, stop)
             tqdm.write(f"{path} -> {targets[path]}" + (f" ({remark})" if remark else ""))

@@ -121,13 +121,6 @@ class PairSet(torch.utils.data.Dataset):
     def names(self, step):
         return sorted({self.rows[self.index(step, lane)]["name"] for lane in range(self.batch_size)})
 
-    def __getitem__(self, key):
-        try:
-            return self.sample(*key)
-        except (ValueError, OSError) as error:
-            # raised again by data.batches: a worker would bury it
-            return error
-
     def sample(self, step, lane):
         k = self.index(step, lane)
         row = self.rows[k]

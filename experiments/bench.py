@@ -200,7 +200,7 @@ def bench_step(args, flags, options, record):
     record["peak_memory_parts"] = runs.peak_memory(world.device)
     peak = peak_flops(world.device, args.precision)
     print_parts(record, parts, work, peak, args.batch_size)
-    print(f"parts {'compiled' if args.compile else 'eager'}, {args.precision}")
+    print(f"parts {'compiled' if 'compile' in args.fast else 'eager'}, {args.precision}")
     if options.steps:
         script = "finetune_lora.py" if tune else "train.py"
         whole = record["whole"] = whole_steps(flags, args, options.steps, options.processes, script=script)[0]
@@ -213,8 +213,8 @@ def bench_step(args, flags, options, record):
 
 def bench_evaluate(args, flags, options, record):
     """One 128 x 128 LR image: inference whole and in tiles, and metrics without downloads."""
-    if args.compile or args.precision != "fp32":
-        raise runs.UserError("evaluate.py runs eager and in fp32: leave out --compile and --precision")
+    if args.fast or args.precision != "fp32":
+        raise runs.UserError("evaluate.py runs eager and in fp32: leave out --fast and --precision")
     world = runs.start_world(args.device, args.threads)
     net = archs.create(args.arch).to(world.device).eval()
     lq = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).to(world.device)

@@ -142,17 +142,20 @@ def job_checks(args, report, work):
         running = [subprocess.Popen([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5",
                                      f"--junitxml={result}", file], env=runs.python_path())
                    for file, result in files.items()]
-        for process in running:
-            process.wait(max(1.0, report.end - time.monotonic()))
+        while any(process.poll() is None for process in running) and time.monotonic() < report.end:
+            time.sleep(0.5)
+        # a file that is cut off costs itself alone
+        ended = {file: result for file, result in files.items() if result.exists()}
         outcomes, measured, seconds = {}, {}, {}
-        for case in (case for result in files.values() for case in ElementTree.parse(result).iter("testcase")):
+        for case in (case for result in ended.values() for case in ElementTree.parse(result).iter("testcase")):
             state = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
             outcomes.setdefault(state, []).append(case.get("name"))
             seconds[case.get("name")] = float(case.get("time"))
             values = {p.get("name"): float(p.get("value")) for p in case.iter("property")}
             measured |= {case.get("name"): values} if values else {}
         return {"counts": {state: len(names) for state, names in outcomes.items()}, "measured": measured,
-                "failed_tests": outcomes.get("failure", []) + outcomes.get("error", []), "seconds_of": seconds}
+                "failed_tests": outcomes.get("failure", []) + outcomes.get("error", []), "seconds_of": seconds,
+                "cut_off": [file.name for file in files if file not in ended]}
     report.part("tests", tests)
 
 
@@ -181,62 +184,58 @@ def measured(args, words, steps, tune=False, parts=False):
 
 def job_speed(args, report, work):
     cuda = args.device == "cuda"
-    arguments = FULL if cuda else SMALL
-    # the networks' precision in which most is measured, and the other one
-    steps, fast, exact = (12, "bf16", "tf32") if cuda else (2, "fp32", "fp32")
+    arguments, steps = (FULL, 12) if cuda else (SMALL, 2)
     common = ["--data", work / "data", "--vgg-weights", work / "vgg19.pth", "--device", args.device,
               "--workers", 8 if cuda else 0]
-    # on a CPU there are no graphs, and the compiler takes minutes
-    ways = {"": []}
-    if cuda:
-        ways |= {", graph": ["--cuda-graph"], ", graph, compiled": ["--cuda-graph", "--compile"]}
-
-    # the cheapest to start of the fast ways, and the fastest
-    recorded, fastest = list(ways)[min(1, len(ways) - 1)], list(ways)[-1]
-
-    def train_part(arch, precision, way="", *more, need=15, parts=False):
-        reward = REWARDS[precision] if cuda else "ranker"
-        words = [*arguments[arch], *common, "--precision", precision, "--reward", reward, *ways[way], *more]
-        name = " ".join([f"train {arch}-amo, {precision}{way}", *map(str, more)])
-        report.part(name, partial(measured, args, words, steps, parts=parts), need * cuda)
-    for arch in arguments:
-        train_part(arch, fast, need=20, parts=True)
-    for way in list(ways)[1:]:
-        for arch in arguments:
-            train_part(arch, fast, way, need=40 if "compiled" in way else 12)
+    ways = {"": [], ", graph": ["--fast", "graph"], ", graph, compiled": ["--fast", "graph", "compile"]}
     # Supp. 8.3: batch 32; micro-batches of one GPU's share
-    batch = ["--batch-size", 32 if cuda else 4, "--accumulate", 4 if cuda else 2]
+    tuned_batch = ["--batch-size", 32, "--accumulate", 4] if cuda else ["--batch-size", 4, "--accumulate", 2]
 
-    def tune_part(precision, way):
+    def words(arch, precision, way, *more):
         reward = REWARDS[precision] if cuda else "ranker"
-        words = [*arguments["swinir"], *common, "--precision", precision, "--reward", reward, *ways[way], *batch]
-        run = partial(measured, args, words, max(2, steps // 2), tune=True)
-        report.part(f"finetune swinir lora, batch 32, {precision}{way}", run, 25 * cuda)
-    tune_part(fast, fastest)
-    for precision in dict.fromkeys((fast, exact)):
-        tune_part(precision, recorded)
-    if cuda:
+        return [*arguments[arch], *common, "--precision", precision, "--reward", reward, *ways[way], *more]
+
+    def train_parts(precision, way="", need=15, parts=False):
         for arch in arguments:
-            train_part(arch, exact, ", graph")
-    def from_atlas():
-        file = work / "atlas.npy"
-        atlas.main(atlas.parse_args([str(work / "data"), "--reward", "ranker", "--crop", "256" if cuda else "32",
-                                     "--stride", "64", "--device", args.device, "--out", str(file)]))
-        same = [*arguments["swinir"], *common, "--precision", fast, "--reward", "none", *ways[recorded]]
-        plain, rand = [*same, "--atlas", file], [*same, "--sampler", "rand"]
-        # in turn, so that a drift of the clock is seen
-        times = {"atlas": [], "rand": []}
-        for _ in range(2):
-            for name, flags in (("atlas", plain), ("rand", rand)):
-                times[name].append(measured(args, flags, steps)["ms"])
-        return {"ms": times, "atlas_over_rand": statistics.median(times["atlas"]) / statistics.median(times["rand"])}
-    report.part(f"train swinir, {fast}, atlas and rand", from_atlas, 35 * cuda)
-    report.part("inference", partial(inference, args), 15 * cuda)
+            run = partial(measured, args, words(arch, precision, way), steps, parts=parts)
+            report.part(f"train {arch}-amo, {precision}{way}", run, need)
+
+    def tune_part(precision, way=""):
+        run = partial(measured, args, words("swinir", precision, way, *tuned_batch), max(2, steps // 2), tune=True)
+        report.part(f"finetune swinir lora, batch 32, {precision}{way}", run, 25)
+
+    def atlas_part(precision, way=""):
+        def in_turn():
+            file = work / "atlas.npy"
+            atlas.main(atlas.parse_args([str(work / "data"), "--reward", "ranker", "--crop", "256" if cuda else "32",
+                                         "--stride", "64", "--device", args.device, "--out", str(file)]))
+            # the last flag of a name counts
+            flags = {"atlas": words("swinir", precision, way, "--reward", "none", "--atlas", file),
+                     "rand": words("swinir", precision, way, "--reward", "none", "--sampler", "rand")}
+            times = {name: [] for name in flags}
+            for name in [*flags] * 2:
+                times[name].append(measured(args, flags[name], steps)["ms"])
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            return {"ms": times, "atlas_over_rand": medians["atlas"] / medians["rand"]}
+        report.part(f"train swinir, {precision}{way}, atlas and rand", in_turn, 30)
+
+    # in order of value; the compiler takes half a minute
+    train_parts("bf16" if cuda else "fp32", parts=True)
     if cuda:
-        for arch in arguments:
-            train_part(arch, exact, ", graph, compiled", need=40)
-            train_part(arch, "fp32", ", graph", need=20)
-    train_part("rrdbnet", fast, recorded, "--no-channels-last")
+        train_parts("bf16", ", graph")
+        train_parts("tf32", ", graph")
+        tune_part("tf32", ", graph")
+        tune_part("bf16", ", graph")
+        train_parts("bf16", ", graph, compiled", need=50)
+        tune_part("bf16", ", graph, compiled")
+        atlas_part("bf16", ", graph")
+    else:
+        tune_part("fp32")
+        atlas_part("fp32")
+    report.part("inference", partial(inference, args), 10)
+    if cuda:
+        train_parts("fp32", ", graph", need=20)
+        train_parts("tf32", ", graph, compiled", need=50)
 
 
 def inference(args):

@@ -244,7 +244,7 @@ def main(args):
              for row in rows]
     print(runs.markdown(["", "", "peer", "faster", "range", "n", "apart"], lines))
     if args.json:
-        runs.save_json(args.json, {"command": sys.argv, **runs.describe_machine(), "found": rows})
+        runs.save_json(args.json, {"command": sys.argv, **runs.describe_machine(on_cpu=True), "found": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What --precision bf16 gains on this CPU, and what it changes: three generators in fp32, in bf16, with channels_last.
 
-    python -m experiments.precision --side 128 --json results/bench/precision-amx_bf16.json
+    python -m experiments.precision --side 64 --repeats 3 --json results/bench/precision-amx_bf16.json
 
 One thread, processor time, variants in turn on a crop of a photograph; "faster" is the median time of fp32 over that of
 the variant, with the range over turns. `as used` is archs.ready's bf16: autocast, channels_last where the network is
@@ -119,7 +119,7 @@ def main(args):
         print(arch, found[arch], file=sys.stderr)
     print(runs.markdown(["", "variant", "faster", "range"], rows))
     if args.json:
-        runs.save_json(args.json, {"command": sys.argv, **runs.describe_machine(), "n": args.repeats,
+        runs.save_json(args.json, {"command": sys.argv, **runs.describe_machine(on_cpu=True), "n": args.repeats,
                                    "side": args.side, "photo": str(args.photo), "found": found})
 
 

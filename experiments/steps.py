@@ -102,13 +102,14 @@ class Step:
 def step_parts(args, repeats, tune):
     """Of train.py's step, or with tune of finetune_lora.py's, on one batch: {part: ms}, {part: FLOPs}, {part: busy}.
 
-    --compile compiles what they compile; FLOPs are counted eager. busy: share of its time in which the GPU computes.
+    --fast compile compiles what it does there; FLOPs are counted eager. busy: share of a part's time in which the GPU
+    computes.
     """
     step = Step(args, tune)
     vgg, reward = step.vgg, step.reward
 
     net_g, net_d = step.net_g, step.net_d
-    if args.compile:
+    if "compile" in args.fast:
         losses.compile_parts(net_g, vgg, reward)
     device, lanes = step.world.device, range(args.batch_size)
     parts, work, busy = {}, {}, {}

@@ -169,7 +169,8 @@ def survey(args, world):
     names = list(paths)
     # thumbnails of this process's photos, and the reasons why photos are not used
     thumbnails, problems, damaged = {}, {}, []
-    for name in tqdm(names[world.rank::world.size], desc="reading photos", unit="photo", disable=not world.is_main):
+    for name in tqdm(names[world.rank::world.size], desc="reading photos", unit="photo",
+                     disable=None if world.is_main else True):
         try:
             photo, problem = read_photo(paths[name], args)
         except runs.UserError as error:
@@ -308,7 +309,8 @@ def build(args, world):
         runs.save_json(started, settings)
     world.barrier()
     todo = [name for name in photos if name not in done]
-    for name in tqdm(todo[world.rank::world.size], desc="enhancing", unit="photo", disable=not world.is_main):
+    for name in tqdm(todo[world.rank::world.size], desc="enhancing", unit="photo",
+                     disable=None if world.is_main else True):
         runs.save_json(records / f"photo-{name}.json", build_photo(name, photos[name], nets, args, world.device))
         (records / f"begun-{name}.json").unlink()
     world.barrier()

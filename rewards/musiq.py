@@ -18,7 +18,7 @@ By the processor time of the same runs: forward x1.69 (1.66-2.05) and x3.11, for
 x2.64. Parts of a forward pass (processor time, ms, n = 5): resize and patches 32 -> 23; convolutions 882 -> 261;
 embedding 170 -> 169; transformer 754 -> 657. In fp32 the matrix products are the same as pyiqa's (in bf16: embedding
 42, transformer 260). The gain comes from PATCHES: 1,285 patches at once are maps of 84 MB, a few dozen at a time stay
-in the cache. channels_last makes a forward pass in fp32 6 % faster (processor time, n = 16). Unmeasured on a GPU.
+in the cache. channels_last makes a forward pass in fp32 6 % faster (processor time, n = 16). On a GPU: docs/speed.md.
 Left out: query, key and value in one product (no faster, n = 5); channels_last in bf16 (1.7 times slower, n = 4) and
 with gradients (no clear gain, n = 4, and gradients that differ from pyiqa's as below).
 After commit 0e710d5 the layers became this file's own. Scores and gradients stayed the same bit by bit (224 x 224, fp32

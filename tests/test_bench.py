@@ -62,8 +62,8 @@ def test_the_other_commands(quintuplets, tmp_path, capsys):
         record, output = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr().out
         assert record["parts_ms"][part] > 0 and part in output and head in output and "G's" not in output
         assert command == "data" or record["flops"]["inference, whole"] > 1e8 and record["flops"]["ranker"] > 1e6
-    with pytest.raises(runs.UserError, match="leave out --compile and --precision"):
-        run("evaluate", *SMALL, "--data", quintuplets, "--compile")
+    with pytest.raises(runs.UserError, match="leave out --fast and --precision"):
+        run("evaluate", *SMALL, "--data", quintuplets, "--fast", "compile")
 
 
 @pytest.mark.parametrize("lambda_a", [0, 0.1])
@@ -116,7 +116,7 @@ def test_compile_applies_to_the_parts_and_work_is_counted_eager(quintuplets, tmp
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     for on in (False, True):
         run("train", *SMALL, "--data", quintuplets, "--repeats", 1, "--steps", 0, "--json", tmp_path / f"{on}.json",
-            *["--compile"] * on)
+            *["--fast", "compile"] * on)
     assert compiled == ["SRVGGNetCompact"] and "parts compiled, fp32" in capsys.readouterr().out
     eager, both = (json.loads((tmp_path / f"{on}.json").read_text()) for on in (False, True))
     assert eager["flops"] == both["flops"] and eager["flops"]["G"] > 0

@@ -1,4 +1,4 @@
-"""--deterministic on CUDA: a resumed run, and one with --cuda-graph, equal an uninterrupted one bitwise.
+"""--deterministic on CUDA: a resumed run, and one with --fast graph, equal an uninterrupted one bitwise.
 
 Needs PyTorch, torchvision, NumPy, SciPy, scikit-image, Pillow and tqdm, no network, and none of pyiqa, spandrel, peft.
 """
@@ -42,7 +42,7 @@ def test_a_deterministic_run_resumes_bitwise_and_so_does_a_recorded_one(
                        device="cuda", reward="ranker", lambda_p=1, vgg_weights=vgg_file, deterministic=True,
                        milestones=5), *more]
     train_apart([words("whole", 6), words("halves", 3), words("halves", 6, "--resume"),
-                 words("recorded", 6, "--cuda-graph")])
+                 words("recorded", 6, "--fast", "graph")])
     assert differences(tmp_path / "whole", tmp_path / "halves") == []
     assert differences(tmp_path / "whole", tmp_path / "recorded") == []
     whole = runs.load_checkpoint(tmp_path / "whole" / "ckpt" / "last.pt")

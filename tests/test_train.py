@@ -1,4 +1,5 @@
 """train.py as a user runs it: exact resume, the same numbers on one process and two, every sampler, every refusal."""
+import argparse
 import functools
 import json
 import os
@@ -336,15 +337,15 @@ def test_compiled_networks_give_the_same_losses(quintuplets, init, rewards, vgg_
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     for on in (True, False):
         train_with(flags(quintuplets, init, tmp_path / str(on), total_steps=3, lambda_p=1, vgg_weights=vgg_file)
-                   + ["--compile"] * on)
+                   + ["--fast", "compile"] * on)
     assert compiled == ["SRVGGNetCompact", "VGGFeatureLoss"]
     for a, b in zip(losses(tmp_path / "True"), losses(tmp_path / "False")):
         assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_a_cuda_graph_needs_cuda(quintuplets, init, rewards, tmp_path):
-    with pytest.raises(runs.UserError, match="--cuda-graph is for one process on CUDA; here are 1 on cpu"):
-        train_with(flags(quintuplets, init, tmp_path / "run", total_steps=1, cuda_graph=True))
+def test_a_recorded_step_needs_cuda(quintuplets, init, rewards, tmp_path):
+    with pytest.raises(runs.UserError, match="--fast graph is for one process on CUDA; here are 1 on cpu"):
+        train_with(flags(quintuplets, init, tmp_path / "run", total_steps=1, fast="graph"))
 
 
 @pytest.mark.parametrize("more", [dict(precision="bf16"), dict(pool_size=0), dict(arch="swinir-small", workers=2)])
@@ -715,3 +716,27 @@ def test_flags_of_the_atlas(capsys):
         assert message in capsys.readouterr().err
     assert train.parse_args([]).tau == train.parse_args(["--sampler", "sma"]).tau == 10
     assert train.parse_args(["--atlas", "a.npy", "--reward", "none"]).tau is None
+
+
+def test_a_shortened_demo_is_not_mistaken_for_the_start_of_a_whole_one(tmp_path, monkeypatch):
+    """Its L1 stage goes on, and a run that began from it is refused."""
+    monkeypatch.chdir(tmp_path)
+    args, wanted = train.parse_args(["--demo"]), []
+    monkeypatch.setattr(runs, "make_missing", lambda path, *words: wanted.append((str(path), words[-2:])))
+    train.make_demo_start(args, None)
+    train.make_demo_start(train.parse_args(["--demo", "--total-steps", "2"]), None)
+    assert wanted == [("runs/compact-small-psnr/weights/ema_0000400.pth", ("--resume", "auto")),
+                      ("runs/compact-small-psnr/weights", ("--total-steps", 2))]
+    weights = tmp_path / "runs" / "compact-small-psnr" / "weights"
+    weights.mkdir(parents=True)
+    (weights / "ema_0000002.pth").touch()
+    began = "runs/compact-small-psnr/weights/ema_0000002.pth"
+    pinned = {}
+    run = argparse.Namespace(checkpoint={"args": {"began_from": began}}, pin=pinned.update)
+    train.pin_start(args, run, None)
+    assert pinned == {"began_from": began}
+    (weights / "ema_0000400.pth").touch()
+    with pytest.raises(runs.UserError, match="began from .*_0000002.pth, and now there is .*_0000400.pth: remove"):
+        train.pin_start(args, run, None)
+    # runs of earlier commits do not know
+    train.pin_start(args, argparse.Namespace(checkpoint={"args": {}}, pin=pinned.update), None)
