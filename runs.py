@@ -254,6 +254,8 @@ def add_training(p, leave_out=()):
     add(g, "--data", type=Path, default=Path("datasets/HGGT"), metavar="DIR",
         help="quintuplets in HGGT's layout, as python -m prepare.quintuplets makes them of photographs; "
              "for train.py --stage psnr any photo folder")
+    add(g, "--versions", nargs="+", metavar="NAME",
+        help="train on these versions alone, as original 01 02 04; default: all, of which none may be missing")
     add(g, "--val-photos", type=COUNT, default=0, help="hold out this many photos where there is no Test split")
     add(g, "--load-size", type=COUNT, default=0,
         help="window of the image that is degraded, in pixels; 0 = whole image (HGGT: 512 of 512; Real-ESRGAN: 400)")
@@ -264,7 +266,8 @@ def add_training(p, leave_out=()):
     g = p.add_argument_group("ground-truth sampling (Sec. 4.2)")
     add(g, "--sampler", choices=literal("data", "SAMPLERS"), default="amo", help="which GT supervises (Eq. 2-4)")
     add(g, "--reward", nargs="+", default=["musiq"], metavar="NAME[=WEIGHT]",
-        help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none: no score is needed")
+        help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none: no score is needed. "
+             "train.py with a sampler that needs none loads one only if it is named, for validation to report")
     add(g, "--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
     add(g, "--tau", type=RATE,
         help="softmax temperature in score units: default 10 for sma and smp (Sec. 8.1); with --atlas soft AMO, "
