@@ -83,10 +83,11 @@ def label_file(folder, stem):
     return apart if apart.is_file() else folder / f"{stem}.json"
 
 
-def read_label(path, stem, versions):
+def read_label(path, stem, versions, left_out=()):
     """One annotator's JSON file of a set -> {version: code}. An entry's `File` names its version, not its number.
 
-    Raises UserError when an entry is missing, doubled or unknown, belongs to another stem, or has an unexpected label.
+    left_out: versions whose entries are skipped. Raises UserError when an entry is missing, doubled or unknown, belongs
+    to another stem, or has an unexpected label.
     """
     try:
         entries = dict(json.loads(Path(path).read_text()))
@@ -101,6 +102,8 @@ def read_label(path, stem, versions):
         if not isinstance(entry, dict):
             raise runs.UserError(f"{path}: {key} is {entry!r}; expected an object with Name, File and Label")
         version, label, name = entry.get("File"), entry.get("Label"), entry.get("Name")
+        if version in left_out:
+            continue
         if version not in versions or version in codes:
             raise runs.UserError(f"{path}: {key} has File {version!r}; expected each of {versions} once")
         if nfc(Path(str(name)).stem) != file_stem(stem, version):
@@ -114,6 +117,15 @@ def read_label(path, stem, versions):
     return codes
 
 
+def label_versions(path):
+    """The enhanced versions that a label knows; none of a file that is not one, which read_label refuses."""
+    try:
+        return [entry["File"] for entry in json.loads(path.read_text()).values()
+                if re.fullmatch(r"\d\d", entry.get("File", ""))]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
+
+
 # Quintuplets on disk
 
 class Sets:
@@ -125,13 +137,38 @@ class Sets:
     stems:        the stems in use, sorted; None: all
     packed:       prepare.pack.Packed, from which images are read in place of `files`, or None
     signed:       the value of signature(), where it is known
+    left_out:     versions that labels know and that are not used, see choose
     patches:      stems are <photo>-<row>-<column>; False: every image is a photograph of its own, whatever its name
     """
 
     def __init__(self, files, label_folder=None, lq=None, stems=None, packed=None, signed=None, patches=True):
         self.files, self.label_folder, self.lq, self.packed, self.patches = files, label_folder, lq, packed, patches
-        self.versions, self.signed = list(files), signed
+        self.versions, self.signed, self.left_out = list(files), signed, ()
         self.stems = sorted(files["original"]) if stems is None else stems
+
+    def choose(self, versions=None):
+        """The Sets with these versions alone; None: all, UserError where one is missing.
+
+        Missing is a number below the highest folder's, and one that the labels know.
+        """
+        images = next(iter(self.files["original"].values())).parent.parent
+        labelled = label_versions(self.label_folder / "A" / f"{self.stems[0]}.json") if self.label_folder else []
+        if versions is None:
+            known = {*labelled, *(f"{k:02d}" for k in range(1, int(self.versions[-1]) + 1))}
+            missing = sorted(known - {*self.versions})
+            if missing:
+                raise runs.UserError(f"{images}: no folder {', '.join(missing)} of enhanced versions: fetch or make "
+                                     f"the set again, or train without: --versions {' '.join(self.versions)}")
+            return self
+        unknown = [version for version in versions if version not in self.versions]
+        if unknown or "original" not in versions or len(versions) < 2:
+            raise runs.UserError(f"--versions {' '.join(versions)}: name original and some of the others of {images}: "
+                                 f"{', '.join(self.versions)}")
+        chosen = copy.copy(self)
+        chosen.files = {version: files for version, files in self.files.items() if version in versions}
+        chosen.versions, chosen.signed = list(chosen.files), None
+        chosen.left_out = {*self.versions, *labelled} - {*versions}
+        return chosen
 
     def path(self, stem, version="original"):
         return self.files[version][file_stem(stem, version)]
@@ -182,7 +219,8 @@ class Sets:
                                  "samplers upos and smp need them; rand, sma and amo work without")
         rows = []
         for stem in self.stems:
-            a, b, c = (read_label(label_file(self.label_folder / name, stem), stem, self.versions) for name in "ABC")
+            a, b, c = (read_label(label_file(self.label_folder / name, stem), stem, self.versions, self.left_out)
+                       for name in "ABC")
             rows.append([ORIGINAL] + [vote(a[version], b[version], c[version]) for version in self.versions[1:]])
         return torch.tensor(rows)
 

@@ -453,14 +453,17 @@ def main(args):
         return
     from report import pictures, tables
     result = result_of(args, items, rows, judges, scores, saved)
-    print(f"{tables.text(result)}\n")
+    written = []
     if args.out_json:
         runs.save_json(args.out_json, result)
-        print(f"wrote {args.out_json}")
+        written.append(args.out_json)
     if args.demo:
-        picture = args.out_json.with_suffix(".png")
-        pictures.grid(result, picture)
-        print(f"wrote {picture}")
+        pictures.grid(result, args.out_json.with_suffix(".png"))
+        written.append(args.out_json.with_suffix(".png"))
+    print(f"{tables.text(result)}\n")
+    for file in written:
+        print(f"wrote {file}")
+    if args.demo:
         if "ranker" in judges and {path.name for path in DEMO["weights"]} <= set(rows):
             print(f"\n{demo_sentence(result)}")
 

@@ -23,9 +23,9 @@ import runs
 
 ARCHS = runs.literal("archs", "ARCHS")
 # "as stage 2" (Supp. 8.3): taken from the run that is tuned
-OF_BASE = ("data", "val_photos", "load_size", "crop", "degradation", "sampler", "tau", "atlas", "lambda_l1", "lambda_p",
-           "vgg_weights", "d_features", "batch_size", "group_size", "pool_size", "ema_decay", "drop_path",
-           "channels_last", "seed")
+OF_BASE = ("data", "versions", "val_photos", "load_size", "crop", "degradation", "sampler", "tau", "atlas",
+           "lambda_l1", "lambda_p", "vgg_weights", "d_features", "batch_size", "group_size", "pool_size", "ema_decay",
+           "drop_path", "channels_last", "seed")
 # flags of train.py whose values only that run, or the architecture, decides
 NO_FLAGS = ("--load-size", "--tau", "--atlas", "--d-features", "--group-size", "--drop-path", "--channels-last")
 # CHOICE: under 90 s on two cores
@@ -151,7 +151,7 @@ import losses
 import metrics
 from train import FIXED as FIXED_TRAINING
 from train import RETIRED as RETIRED_TRAINING
-from train import chosen_by, open_data
+from train import chosen_by, find_data, training_sets
 
 FIXED = (*FIXED_TRAINING, "gt_reward", "lambda_q", "tune", "rank", "base_sha256")
 # flags of earlier commits, and what this one does in their place
@@ -295,20 +295,21 @@ def main(args):
     record = vars(args) | {"discriminator": args.lambda_a > 0}
     run = runs.Run(args.out, record, world, args.resume, FIXED, RETIRED, args.tensorboard)
     run.check_steps(args.total_steps)
+    sets, val_sets = find_data(args, world, seeds)
+    if args.stop_gain and val_sets is None:
+        raise runs.UserError(f"--stop-gain needs validation images, and {args.data} has no Test split: "
+                             "hold out photos with --val-photos N")
     init = runs.find_weights(
         args.base, f"make it with: python train.py --arch {args.arch} --sampler {args.sampler}, or name a --base FILE")
     d_init = None if args.lambda_a == 0 else args.d_init or runs.find_discriminator(args.base)
     reward = gt_reward = None
     if args.reward != ["none"]:
         reward = iqa.create_reward(args.reward, device, args.reward_weights, need_gradient=True, musiq=args.musiq)
-    if args.gt_reward != ["none"]:
+    if args.gt_reward != ["none"] and runs.chooses_by_score(args.sampler):
         same = args.gt_reward == args.reward
         gt_reward = reward if same else iqa.create_reward(args.gt_reward, device, musiq=args.musiq)
     judges = create_judges(reward, args.watch, device)
-    sets, dataset, val_sets, _ = open_data(args, world, gt_reward, seeds)
-    if args.stop_gain and val_sets is None:
-        raise runs.UserError(f"--stop-gain needs validation images, and {args.data} has no Test split: "
-                             "hold out photos with --val-photos N")
+    dataset, _ = training_sets(args, world, gt_reward, seeds, sets, val_sets)
     run.pin(samples=len(dataset), **chosen_by(dataset, run))
     pairs = partial(data.make_pair, seeds=seeds, device=device, degradation=args.degradation,
                     group_size=args.group_size, crop=args.crop, reward=gt_reward,

@@ -351,10 +351,11 @@ class ScoreCache:
 
     def __enter__(self):
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.out = open(self.file, "a")
+        # without a buffer: what a full disk did not take is not tried again
+        self.out = open(self.file, "ab", buffering=0)
         if self.out.tell() and not self.file.read_bytes().endswith(b"\n"):
             # the last line was cut off
-            self.out.write("\n")
+            self._write(b"\n")
         return self
 
     def __exit__(self, *error):
@@ -363,8 +364,12 @@ class ScoreCache:
     def add(self, key, score, **about_file):
         """Keep a score; it is on disk when this returns. about_file: path, size, mtime and content of the image."""
         self.scores[key] = score
-        self.out.write(json.dumps({"key": key, "score": score, **about_file}) + "\n")
-        self.out.flush()
+        self._write(json.dumps({"key": key, "score": score, **about_file}).encode() + b"\n")
+
+    def _write(self, line):
+        with runs.says_where(self.file):
+            while line:
+                line = line[self.out.write(line):]
 
 
 def score_images(paths, reward, cache, world, batch_size=8, flag="the cache of scores", failed=None):

@@ -9,6 +9,7 @@ they load with `weights_only=True`.
 import argparse
 import ast
 import contextlib
+import errno
 import hashlib
 import importlib
 import json
@@ -19,12 +20,15 @@ import pickle
 import platform
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+import weakref
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,7 +48,7 @@ class Lazy:
         return getattr(importlib.import_module(self.name), key)
 
 
-torch, dist = Lazy("torch"), Lazy("torch.distributed")
+torch, dist, psutil = Lazy("torch"), Lazy("torch.distributed"), Lazy("psutil")
 
 REPO = Path(__file__).resolve().parent
 # see StopSignal
@@ -71,6 +75,9 @@ def cli(main):
     if record_file:
         from torch.distributed.elastic.multiprocessing.errors import record
         main = record(main)
+    for stream in (sys.stdout, sys.stderr):
+        # a console that knows no arrow gets a question mark
+        stream.reconfigure(errors="replace")
     try:
         main()
     except KeyboardInterrupt:
@@ -91,6 +98,8 @@ def cli(main):
             status = 2
     finally:
         end_workers()
+        for file in [*Lock.held]:
+            Lock.release(file)
     if in_group():
         if status:
             # to leave the group in order, or as Python ends, may wait for processes that are gone
@@ -155,7 +164,8 @@ def make_missing(path, world, script, *words):
     if world.is_main and not path.exists():
         shown = " ".join(["python", *([] if script.endswith(".py") else ["-m"]), script, *map(str, words)])
         print(f"{path} is missing and made first: {shown}", flush=True)
-        of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE")
+        of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE",
+                       "SLURM_STEP_NUM_TASKS")
         alone = {k: v for k, v in python_path().items() if k not in of_torchrun}
         status = subprocess.run(python(script, *words), env=alone).returncode
         if status:
@@ -244,6 +254,8 @@ def add_training(p, leave_out=()):
     add(g, "--data", type=Path, default=Path("datasets/HGGT"), metavar="DIR",
         help="quintuplets in HGGT's layout, as python -m prepare.quintuplets makes them of photographs; "
              "for train.py --stage psnr any photo folder")
+    add(g, "--versions", nargs="+", metavar="NAME",
+        help="train on these versions alone, as original 01 02 04; default: all, of which none may be missing")
     add(g, "--val-photos", type=COUNT, default=0, help="hold out this many photos where there is no Test split")
     add(g, "--load-size", type=COUNT, default=0,
         help="window of the image that is degraded, in pixels; 0 = whole image (HGGT: 512 of 512; Real-ESRGAN: 400)")
@@ -254,7 +266,8 @@ def add_training(p, leave_out=()):
     g = p.add_argument_group("ground-truth sampling (Sec. 4.2)")
     add(g, "--sampler", choices=literal("data", "SAMPLERS"), default="amo", help="which GT supervises (Eq. 2-4)")
     add(g, "--reward", nargs="+", default=["musiq"], metavar="NAME[=WEIGHT]",
-        help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none: no score is needed")
+        help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none: no score is needed. "
+             "train.py with a sampler that needs none loads one only if it is named, for validation to report")
     add(g, "--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
     add(g, "--tau", type=RATE,
         help="softmax temperature in score units: default 10 for sma and smp (Sec. 8.1); with --atlas soft AMO, "
@@ -420,6 +433,12 @@ def start_world(device="auto", threads=0):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if threads > 0:
         torch.set_num_threads(threads)
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        # as torchrun wants it
+        started = program() if program().endswith(".py") else f"-m {program()}"
+        raise UserError(f"srun has started {tasks} processes, each of which would do all the work alone; start one per "
+                        f"node (srun --ntasks-per-node 1) of: torchrun --nproc_per_node {tasks} {started} ...")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -613,11 +632,38 @@ def write_atomic(path, write):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException as error:
+        with says_where(path):
+            # torch.save hides what the system said
+            if isinstance(error, RuntimeError):
+                with open(temporary, "ab", buffering=0) as f:
+                    f.write(bytes(2 ** 20))
+                    os.fsync(f.fileno())
+            raise
+    finally:
         temporary.unlink(missing_ok=True)
-        # a full disk does not say where
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+
+
+@contextlib.contextmanager
+def says_where(path):
+    """An error of writing that names no file, as that of a full disk, names this one and its disk."""
+    try:
+        yield
+    except OSError as error:
+        if not error.errno or error.filename:
+            raise
+        text, disk = error.strerror, Path(path).absolute().parent
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(disk).free / 2 ** 20
+            while not disk.is_mount():
+                disk = disk.parent
+            text += f" (disk {disk}, {free:.0f} MB free)"
+        raise OSError(error.errno, text, str(path)) from None
+
+
+def append(path, line):
+    """Add a line to a file, as UTF-8."""
+    with says_where(path), open(path, "a", encoding="utf-8") as f:
+        f.write(line + "\n")
 
 
 def check_writable(folder, flag):
@@ -754,6 +800,85 @@ def markdown(head, rows):
 
 # The run folder
 
+def is_running(pid, started):
+    """Does the process run that began at this time (psutil's)? One that is over and only waits for its parent does not.
+    """
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 1
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Lock:
+    """Keeps a second process out of a run folder: lock.json says who writes there, and is touched every minute.
+
+    It is stale where that process has ended (seen from the same host), belonged to this SLURM job, which was requeued,
+    or has not touched it for ten minutes.
+    """
+
+    held = []
+
+    def __init__(self, folder):
+        self.file, process = Path(folder) / "lock.json", psutil.Process()
+        self.own = {"host": platform.node(), "pid": process.pid, "started": process.create_time(),
+                    "job": os.environ.get("SLURM_JOB_ID")}
+
+    def stale(self):
+        """-> whom a stale lock belonged to, as text, "" where there is none. UserError where it is held."""
+        try:
+            owner, untouched = self.file.read_text(), time.time() - self.file.stat().st_mtime
+            host, pid, started, job = (json.loads(owner)[key] for key in self.own)
+            who, since = f"process {pid} on {host}" + (f" (job {job})" if job else ""), f" since {time.ctime(started)}"
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+        except (ValueError, KeyError, TypeError):
+            # being written, or damaged
+            host, pid, job, who, since = None, 0, None, "a process", ""
+        here = host == self.own["host"]
+        running = here and is_running(pid, started)
+        if running and pid == self.own["pid"]:
+            return ""
+        if untouched > 600 or not running and (here or job and job == self.own["job"]):
+            return who
+        raise UserError(f"{self.file.parent}: {who} is writing there{since}: choose another --out, or end it"
+                        + ("" if here else f"; if it has ended, wait for ten minutes or remove {self.file}"))
+
+    def take(self):
+        """-> as stale()."""
+        whom = self.stale()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if whom:
+            self.file.unlink(missing_ok=True)
+        try:
+            with says_where(self.file), open(self.file, "x") as f:
+                f.write(json.dumps(self.own))
+        except FileExistsError:
+            self.stale()
+        if whom:
+            # another process may have taken it over in the same moment
+            time.sleep(1)
+            self.stale()
+        if not Lock.held:
+            threading.Thread(target=Lock.touch_all, daemon=True).start()
+        Lock.held.append(self.file)
+        return whom
+
+    @staticmethod
+    def touch_all():
+        while Lock.held:
+            for file in Lock.held:
+                with contextlib.suppress(OSError):
+                    os.utime(file)
+            time.sleep(60)
+
+    @staticmethod
+    def release(file):
+        if file in Lock.held:
+            Lock.held.remove(file)
+            file.unlink(missing_ok=True)
+
+
 def changes(before, now):
     """{name: "name old -> new"} of the values in `now` that `before` has otherwise."""
     return {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v}
@@ -772,7 +897,10 @@ class Run:
         self.out, self.world, self.last = Path(out), world, Path(out) / "ckpt" / "last.pt"
         plain = (str, int, float, bool, list, type(None))
         self.args = {k: v if isinstance(v, plain) else str(v) for k, v in args.items()}
-        used = self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
+        self.lock = Lock(self.out)
+        if world.is_main:
+            self.lock.stale()
+        used = self.out.exists() and (not self.out.is_dir() or set(self.out.iterdir()) - {self.lock.file})
         if used and resume == "no":
             begun = not self.last.exists() and (self.out / "args.json").exists()
             way = "continue it with --resume"
@@ -831,7 +959,8 @@ class Run:
         self.world.barrier()
         if not self.world.is_main:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
+        whom = self.lock.take()
+        weakref.finalize(self, Lock.release, self.lock.file)
         if self.start_step == 0:
             for name in ("log.txt", "metrics.jsonl"):
                 (self.out / name).unlink(missing_ok=True)
@@ -841,6 +970,8 @@ class Run:
             self._drop_events_after(self.start_step)
             self.say(f"resumed at step {self.start_step} from {self.last}"
                      + (f"; changed: {'; '.join(self.changed)}" if self.changed else ""))
+        if whom:
+            self.say(f"took over the lock of {whom}, which has ended")
         if self.use_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=self.start_step + 1)
@@ -857,18 +988,18 @@ class Run:
     def say(self, text, quiet=False):
         """Print and append to log.txt, on rank 0. quiet: what the progress bar shows anyway."""
         if self.world.is_main:
-            if self.bar is None:
-                print(text, flush=True)
-            elif not quiet:
-                self.bar.write(text)
-            with open(self.out / "log.txt", "a") as f:
-                f.write(text + "\n")
+            append(self.out / "log.txt", text)
+            # the terminal may have gone
+            with contextlib.suppress(OSError):
+                if self.bar is None:
+                    print(text, flush=True)
+                elif not quiet:
+                    self.bar.write(text)
 
     def event(self, step, split, **values):
         """One object in metrics.jsonl: {"step": ..., "split": ..., **values}; scalars also go to TensorBoard."""
         if self.world.is_main:
-            with open(self.out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            append(self.out / "metrics.jsonl", json.dumps({"step": step, "split": split, **values}))
             if self.tensorboard:
                 for name, value in values.items():
                     if isinstance(value, (int, float)):
@@ -951,7 +1082,7 @@ class Meter:
 
         limit: UserError where it is more in 100 steps, of all processes.
         """
-        number = number.detach().long()
+        number = number.detach().float().round().long()
         zero, never = torch.zeros_like(number), torch.full_like(number, 2 ** 31 - 1)
         total, first, recent, told = self.unscored.get(what, (zero, never, zero, 0))
         first = torch.minimum(first, torch.where(number > 0, step, never))

@@ -52,11 +52,13 @@ def parse_args(argv=None):
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
     g.add_argument("--out", type=Path, help="run folder (default: runs/<arch>-<sampler>, runs/<arch>-psnr)")
     # usm: sharpen the targets, as HGGT's psnr stage of RRDBNet does; what set_defaults says, explicit flags change
-    p.set_defaults(arch=arch, usm=False)
+    p.set_defaults(arch=arch, usm=False, reward=None)
     p.set_defaults(**ARCHS[arch]["train"] | (PSNR if psnr else {}) | ARCHS[arch][first.stage])
     if first.demo:
         p.set_defaults(**DEMO[first.stage])
     args = p.parse_args(argv)
+    if args.reward is None:
+        args.reward = ["musiq"] if runs.chooses_by_score(args.sampler) else ["none"]
     args.out = args.out or Path("runs") / (f"{args.arch}-psnr" if psnr else f"{args.arch}-{args.sampler}")
     if args.init is None and not psnr:
         args.init = Path("runs") / f"{args.arch}-psnr"
@@ -85,8 +87,8 @@ import losses
 import metrics
 
 # what a resumed run must share with its checkpoint
-FIXED = ("arch", "stage", "sampler", "reward", "degradation", "usm", "tau", "batch_size", "group_size", "pool_size",
-         "crop", "load_size", "drop_path", "d_features", "chosen_by", "seed", "discriminator", "samples")
+FIXED = ("arch", "stage", "sampler", "versions", "reward", "degradation", "usm", "tau", "batch_size", "group_size",
+         "pool_size", "crop", "load_size", "drop_path", "d_features", "chosen_by", "seed", "discriminator", "samples")
 # flags of earlier commits, and what this one does in their place
 RETIRED = {"jpeg_table": "hggt", "pad_mode": "hggt", "include_original": True, "drop_without_positive": False,
            "clip_grad": 0.0, "margin": 0.0}
@@ -138,30 +140,37 @@ def sample_grid(net, dataset, pairs, reward, path, rows=4):
     pictures.save_grid(path, lines)
 
 
-def open_data(args, world, reward, seeds):
-    """-> (training Sets, TrainingSet, validation Sets or None, the TrainingSet that sample grids show).
+def create_training_set(args, sets, seeds, scores=None, atlases=()):
+    labels = sets.labels() if args.sampler in data.NEEDS_LABELS else None
+    return data.TrainingSet(sets, args.sampler, seeds, args.batch_size, args.group_size, args.crop, args.load_size,
+                            args.tau, labels, scores, atlases)
 
-    Processes share the static scoring that sma and smp need.
-    """
+
+def find_data(args, world, seeds):
+    """-> (training Sets, validation Sets or None). Looks at the header of every image that is trained on."""
     if args.demo and world.is_main and args.data == DEMO_DATA and not args.data.exists():
         from prepare.demo_set import build_demo
         build_demo(args.data)
     world.barrier()
     if args.stage == "gan":
         sets, val_sets = data.find_sets(args.data, "Train"), data.find_sets(args.data, "Test")
+        sets, val_sets = sets.choose(args.versions), val_sets and val_sets.choose(args.versions)
     else:
         sets, val_sets = data.find_photos(args.data), None
     if args.val_photos:
         sets, val_sets = sets.hold_out(args.val_photos, seeds(0, 0, "val-photos"))
+    data.check_headers(create_training_set(args, sets, seeds), world)
+    return sets, val_sets
 
+
+def training_sets(args, world, reward, seeds, sets, val_sets):
+    """-> (TrainingSet, the one that sample grids show). Processes share the static scoring that sma and smp need."""
     def training_set(sets, atlases=()):
-        labels = sets.labels() if args.sampler in data.NEEDS_LABELS else None
         scores = None
         if args.sampler in data.NEEDS_SCORES:
             paths = [sets.path(stem, version) for stem in sets.stems for version in sets.versions]
             scores = iqa.score_images(paths, reward, Path("runs/scores"), world).view(len(sets.stems), -1)
-        return data.TrainingSet(sets, args.sampler, seeds, args.batch_size, args.group_size, args.crop, args.load_size,
-                                args.tau, labels, scores, atlases)
+        return create_training_set(args, sets, seeds, scores, atlases)
 
     atlases = []
     if args.atlas:
@@ -172,11 +181,10 @@ def open_data(args, world, reward, seeds):
     # an atlas knows the training images only
     unscored = args.sampler == "amo" and reward is None
     shown = dataset if val_sets is None or unlabelled or unscored else training_set(val_sets)
-    data.check_headers(dataset, world)
     for lane in range(min(4, len(shown), args.batch_size)):
         # unsuitable test images are refused now, not hours later
         shown.sample(1, lane)
-    return sets, dataset, val_sets, shown
+    return dataset, shown
 
 
 def make_demo_start(args, world):
@@ -212,15 +220,18 @@ def main(args):
 
     # cheap checks first, so that a bad command fails before anything is loaded
     record = vars(args) | {"discriminator": args.lambda_a > 0}
-    run = runs.Run(args.out, record, world, args.resume, FIXED, RETIRED, args.tensorboard)
+    # a sampler that needs no score leaves the reward to validation
+    fixed = FIXED if runs.chooses_by_score(args.sampler) else [name for name in FIXED if name != "reward"]
+    run = runs.Run(args.out, record, world, args.resume, fixed, RETIRED, args.tensorboard)
     run.check_steps(args.total_steps)
     make_demo_start(args, world)
+    sets, val_sets = find_data(args, world, seeds)
     init = None if run.checkpoint or args.init is None else runs.find_weights(
         args.init, f"make it with: python train.py --stage psnr --arch {args.arch} --data PHOTOS, or name --init FILE")
     reward = None
     if args.reward != ["none"]:
         reward = iqa.create_reward(args.reward, device, args.reward_weights, musiq=args.musiq)
-    sets, dataset, val_sets, shown_set = open_data(args, world, reward, seeds)
+    dataset, shown_set = training_sets(args, world, reward, seeds, sets, val_sets)
     run.pin(samples=len(dataset), **chosen_by(dataset, run))
     pin_start(args, run, init)
     pairs = partial(data.make_pair, seeds=seeds, device=device, degradation=args.degradation,

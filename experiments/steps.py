@@ -82,7 +82,8 @@ class Step:
         self.reward = build(args.reward, weights_file=args.reward_weights, need_gradient=tune)
         # chooses the ground truths
         self.chooser = self.reward if not tune or args.gt_reward == args.reward else build(args.gt_reward)
-        self.dataset = train.open_data(args, self.world, self.chooser, self.seeds)[1]
+        found = train.find_data(args, self.world, self.seeds)
+        self.dataset, _ = train.training_sets(args, self.world, self.chooser, self.seeds, *found)
         torch.manual_seed(0)
         memory = torch.channels_last if args.channels_last else torch.contiguous_format
         has_drop_path = "drop_path" in archs.ARCHS[args.arch]["train"]

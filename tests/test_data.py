@@ -1,6 +1,7 @@
 """data.py: labels, samplers (Eq. 2-4), aligned crops, the order of samples, the pair pool, and bad data sets."""
 import itertools
 import json
+import shutil
 from collections import Counter
 from functools import partial
 
@@ -541,6 +542,27 @@ def test_any_number_of_enhanced_folders_works(tmp_path, enhanced):
     sets = data.find_sets(write_sets(tmp_path, ["a-0-0", "b-0-0"], versions), "Train")
     assert sets.versions == versions and sets.stems == ["a-0-0", "b-0-0"] and sets.label_folder is None
     assert plain(sets).sample(1, 0)["crops"].shape == (enhanced + 1, 3, 32, 32)
+
+
+def test_a_missing_folder_of_a_version_is_refused_unless_the_others_are_named(quintuplets, tmp_path):
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    images = root / "Train/images/0-6"
+    for missing, named in (("03", "original 01 02 04"), ("04", "original 01 02 03")):
+        # the labels know of 04
+        (images / missing).rename(root / "kept")
+        sets = data.find_sets(root, "Train")
+        with pytest.raises(runs.UserError, match=f"no folder {missing} .*--versions {named}$"):
+            sets.choose()
+        chosen = sets.choose(named.split())
+        assert chosen.versions == named.split() and chosen.labels().shape == (6, 4)
+        assert plain(chosen).sample(1, 0)["crops"].shape[0] == 4
+        (root / "kept").rename(images / missing)
+    whole = data.find_sets(root, "Train")
+    assert whole.choose() is whole
+    assert torch.equal(whole.choose(["04", "original", "01"]).labels(), whole.labels()[:, [0, 1, 4]])
+    for versions in (["01", "02"], ["original", "05"], ["original"]):
+        with pytest.raises(runs.UserError, match="--versions .*: name original and some of .*: original, 01"):
+            whole.choose(versions)
 
 
 def test_test_split_is_found_in_both_spellings_with_its_lr_images(tmp_path):

@@ -780,7 +780,7 @@ def test_scores_that_are_not_finite(stages, script, rewards, tmp_path):
     name = sorted((folder / "cand").iterdir())[0]
     save_image(name / "1.png", torch.ones(3, 32, 32))
     script("dpo.pool", "score", "--pool", folder, "--fr", "--nr", "bad_at_white:build")
-    done = script("dpo.pool", "curate", "--pool", folder, "--top", 1)
+    done = script("dpo.pool", "curate", "--pool", folder, "--top", 1, "--reward", "nr")
     assert f"1 images have scores that are not finite and are left out, first {name.name}" in done.stdout
     assert name.name not in {row["name"] for row in read_lines(folder / "pairs.jsonl")}
     rows = read_lines(folder / "scores.jsonl")

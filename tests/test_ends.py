@@ -80,7 +80,8 @@ def end_of(process, seconds):
     try:
         _, errors = process.communicate(timeout=seconds)
         # data workers that were not killed would notice within five seconds that their parent is gone
-        left = [p for p in psutil.process_iter(["pid"]) if group_of(p.pid) == process.pid]
+        left = [p for p in psutil.process_iter(["status"]) if group_of(p.pid) == process.pid
+                and p.info["status"] != psutil.STATUS_ZOMBIE]
         assert not left, left
         return process.returncode, errors
     finally:
@@ -166,3 +167,22 @@ def test_a_signal_that_the_group_of_torchrun_gets_twice_saves_the_run(photos, tm
     wait_for(process, "stopped by a signal")
     end_of(process, 60)
     assert (tmp_path / "run" / "ckpt" / "last.pt").exists()
+
+
+# Two processes and one run folder
+
+def test_a_second_process_is_refused_and_a_killed_one_taken_over(photos, tmp_path):
+    out = tmp_path / "run"
+    first = start(photos, out, "brightness", "--save-every", 1)
+    wait_for(first, " step 2/")
+    for resume in ([], ["--resume"], ["--resume", "auto"]):
+        code, errors = end_of(start(photos, out, "brightness", *resume), 60)
+        assert code == 2 and f"process {first.pid} on " in errors and len(errors.splitlines()) == 1
+    first.kill()
+    end_of(first, 10)
+    assert (out / "lock.json").exists()
+    second = start(photos, out, "brightness", "--resume", "--save-every", 1)
+    assert f"process {first.pid} on " in wait_for(second, "took over the lock of")
+    wait_for(second, "/100000 |")
+    second.send_signal(signal.SIGTERM)
+    assert end_of(second, 10)[0] == 0 and not (out / "lock.json").exists()

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from scipy import stats
 
 import archs
+import iqa
 import runs
 
 pytestmark = pytest.mark.fast
@@ -234,3 +236,87 @@ def test_under_torchrun_an_error_is_printed_once_and_the_summary_repeats_it(scri
     lines = [line for line in result.stderr.splitlines() if line.startswith("x.py: error:")]
     assert lines == ["x.py: error: this cannot be"]
     assert "traceback : x.py: error: this cannot be" in result.stderr
+
+
+@pytest.mark.parametrize("owner, minutes, message", [
+    # another host: only its age, and the job, tell
+    ({"host": "elsewhere"}, 0, "process 1 on elsewhere is writing there .*: choose another --out"),
+    ({"host": "elsewhere"}, 9, "is writing there"), ({"host": "elsewhere"}, 11, None),
+    ({"host": "elsewhere", "job": "7"}, 0, None), ({"host": "elsewhere", "job": "8"}, 0, "is writing there"),
+    # this host: the process
+    ({"pid": 2 ** 22 + 1}, 0, None), ({"pid": os.getppid()}, 0, None),
+    ({"pid": os.getppid(), "started": "alive"}, 0, "is writing there"),
+    ({"pid": os.getppid(), "started": "alive", "job": "7"}, 0, "is writing there"),
+    # half written
+    ("{", 0, "is writing there"), ("{", 11, None)])
+def test_a_lock_is_stale_by_its_process_its_job_or_its_age(tmp_path, monkeypatch, owner, minutes, message):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    if owner != "{":
+        alive = runs.psutil.Process(os.getppid()).create_time()
+        owner = {"host": runs.platform.node(), "pid": 1, "started": 1.0, "job": None} | owner
+        owner = json.dumps(owner | {"started": alive if owner["started"] == "alive" else 1.0})
+    file = tmp_path / "lock.json"
+    file.write_text(owner)
+    os.utime(file, (time.time() - 60 * minutes,) * 2)
+    lock = runs.Lock(tmp_path)
+    if message:
+        with pytest.raises(runs.UserError, match=message):
+            lock.stale()
+    else:
+        assert lock.take() and json.loads(file.read_text()) == lock.own
+        runs.Lock.release(file)
+        assert not file.exists()
+
+
+def test_several_tasks_of_srun_are_refused_without_torchrun(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(runs.UserError, match="srun has started 4 processes.* torchrun --nproc_per_node 4 "):
+        runs.start_world("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert runs.start_world("cpu").size == 1
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert runs.start_world("cpu").size == 1
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    disk = next(folder for folder in (full, *full.parents) if folder.is_mount())
+    message = rf"No space left on device \(disk {disk}, \d+ MB free\): '{full}/"
+
+    def onto_full_disk(name):
+        # what is written goes to the device that is always full
+        (full / name).symlink_to("/dev/full")
+        return full / name
+    for write in (lambda t: torch.save({"x": torch.zeros(1000)}, t), lambda t: t.write_text("x" * 10_000)):
+        onto_full_disk("last.pt.tmp")
+        with pytest.raises(OSError, match=message + "last.pt'"):
+            runs.write_atomic(full / "last.pt", write)
+        assert not list(full.iterdir())
+    with pytest.raises(OSError, match=message + "log.txt'"):
+        runs.append(onto_full_disk("log.txt"), "a line")
+    with pytest.raises(OSError, match=message + "scores.0.jsonl'"), iqa.ScoreCache(full, "scores", 0) as cache:
+        # after the earlier lines were read: /dev/full gives zeros without end
+        cache.out.close()
+        cache.out = open(onto_full_disk("scores.0.jsonl.full"), "ab", buffering=0)
+        cache.add("key", 1.0)
+
+
+def test_a_full_disk_is_one_line_for_the_user(tmp_path):
+    (tmp_path / "x.py").write_text(
+        "import torch, runs\ndef main():\n    runs.save_weights('w.pth', {'x': torch.zeros(9)})\nruns.cli(main)\n")
+    (tmp_path / "w.pth.tmp").symlink_to("/dev/full")
+    done = subprocess.run([sys.executable, "x.py"], capture_output=True, text=True, cwd=tmp_path,
+                          env=runs.python_path())
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "w.pth" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_printing_never_raises(tmp_path, encoding):
+    (tmp_path / "x.py").write_text("import runs\ndef main():\n    print('\\u2191 \\u4e2d')\n"
+                                   "    raise runs.UserError('\\u2191')\n"
+                                   "runs.cli(main)\n")
+    done = subprocess.run([sys.executable, "x.py"], capture_output=True, cwd=tmp_path,
+                          env=runs.python_path() | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 2 and done.stdout.split() == [b"?", b"?"] and done.stderr.strip() == b"x.py: error: ?"

@@ -229,6 +229,36 @@ def test_crops_without_a_finite_score_are_never_chosen_counted_and_named_once(
     assert log.count(named) == 1
 
 
+def test_a_missing_version_is_refused_before_start_weights_are_looked_for(quintuplets, init, rewards, tmp_path):
+    shutil.copytree(quintuplets, tmp_path / "set")
+    shutil.rmtree(tmp_path / "set/Train/images/0-6/03")
+    words = flags(tmp_path / "set", init, tmp_path / "run", total_steps=2, sampler="rand")
+    words += ["--init", str(tmp_path / "none.pth")]
+    with pytest.raises(runs.UserError, match="no folder 03"):
+        train_with(words)
+    with pytest.raises(runs.UserError, match="none.pth: no such file or run"):
+        train_with([*words, "--versions", "original", "01", "02", "04"])
+    train_with([*words, "--versions", "original", "01", "02", "04", "--init", str(init["compact-small"])])
+    assert set(events(tmp_path / "run")[-1]["picked"]) == {"original", "01", "02", "04"}
+
+
+def test_samplers_that_need_no_score_load_no_reward_unless_it_is_named(
+        quintuplets, init, rewards, tmp_path, monkeypatch):
+    created, create = [], iqa.create_reward
+    monkeypatch.setattr(iqa, "create_reward", lambda words, *a, **k: created.append(words) or create(words, *a, **k))
+    for sampler in ("orig", "rand", "upos"):
+        words = flags(quintuplets, init, tmp_path / sampler, sampler=sampler, total_steps=1)
+        place = words.index("--reward")
+        train_with(words[:place] + words[place + 2:])
+        assert not created and "score" not in events(tmp_path / sampler, "train")[-1]
+    train_with(flags(quintuplets, init, tmp_path / "named", sampler="orig", total_steps=1, val_photos=1))
+    assert created == [["test_rewards:brightness"]] and "score" in events(tmp_path / "named", "val")[-1]
+    # a run of an earlier commit, which loaded it, continues
+    train_with([*words[:place], *words[place + 2:], "--out", str(tmp_path / "named"), "--sampler", "orig",
+                "--val-photos", "1", "--total-steps", "2", "--resume"])
+    assert [event["step"] for event in events(tmp_path / "named")] == [1, 2]
+
+
 def test_psnr_stage_leaves_what_the_gan_stage_starts_from(quintuplets, rewards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos = quintuplets / "Train" / "images" / "0-6" / "original"
