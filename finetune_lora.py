@@ -153,9 +153,13 @@ from train import FIXED as FIXED_TRAINING
 from train import RETIRED as RETIRED_TRAINING
 from train import chosen_by, find_data, training_sets
 
-FIXED = (*FIXED_TRAINING, "gt_reward", "lambda_q", "tune", "rank", "base_sha256")
 # flags of earlier commits, and what this one does in their place
 RETIRED = RETIRED_TRAINING | {"alpha": None, "targets": None}
+
+
+def fixed(args):
+    """What a resumed run must share with its checkpoint."""
+    return (*FIXED_TRAINING, "gt_reward", "lambda_q", "tune", "rank", "base_sha256")
 
 
 def choose_tuned(net, tune, targets, rank):
@@ -293,7 +297,7 @@ def main(args):
 
     # cheap checks first, so that a bad command fails before anything is loaded
     record = vars(args) | {"discriminator": args.lambda_a > 0}
-    run = runs.Run(args.out, record, world, args.resume, FIXED, RETIRED, args.tensorboard)
+    run = runs.Run(args.out, record, world, args.resume, fixed(args), RETIRED, args.tensorboard)
     run.check_steps(args.total_steps)
     sets, val_sets = find_data(args, world, seeds)
     if args.stop_gain and val_sets is None:
@@ -487,9 +491,7 @@ def main(args):
         lq, gt = lq.contiguous(memory_format=memory_g), gt.contiguous(memory_format=memory)
         keep = [raw_g.draw_keep([seeds(step, lane, "drop-path") for lane in lanes])] if args.drop_path else []
         logged = optimise(lq, gt, *keep)
-        if reward is not None:
-            # a tenth of the samples of 100 steps
-            meter.leave_out(step, "rewards", logged.pop("unscored") * len(lanes), limit=10 * args.batch_size)
+        meter.leave_out(step, "rewards", logged.pop("unscored", None), len(lanes), limit=10 * args.batch_size)
         meter.add(step, score, **logged)
         if due(step, args.log_every):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))

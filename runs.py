@@ -1077,12 +1077,14 @@ class Meter:
             bad = torch.where(torch.isfinite(value), never, torch.full_like(never, step))
             self.first_bad[name] = torch.minimum(self.first_bad[name], bad) if name in self.first_bad else bad
 
-    def leave_out(self, step, what, number, limit=None):
-        """Count what has no finite score: `number`, a 0-d tensor, of this process at `step`.
+    def leave_out(self, step, what, number, each=1, limit=None):
+        """Count what has no finite score: `number` times `each`, a 0-d tensor, of this process at `step`; None: none.
 
         limit: UserError where it is more in 100 steps, of all processes.
         """
-        number = number.detach().float().round().long()
+        if number is None:
+            return
+        number = (number.detach() * each).float().round().long()
         zero, never = torch.zeros_like(number), torch.full_like(number, 2 ** 31 - 1)
         total, first, recent, told = self.unscored.get(what, (zero, never, zero, 0))
         first = torch.minimum(first, torch.where(number > 0, step, never))

@@ -94,6 +94,11 @@ RETIRED = {"jpeg_table": "hggt", "pad_mode": "hggt", "include_original": True, "
            "clip_grad": 0.0, "margin": 0.0}
 
 
+def fixed(args):
+    """FIXED; the reward is not fixed where it only validates."""
+    return FIXED if runs.chooses_by_score(args.sampler) else [name for name in FIXED if name != "reward"]
+
+
 def chosen_by(dataset, run):
     """What a run's atlases are, to be pinned: {} for a run that scores online, from its beginning to its end."""
     tables = " + ".join(f"{weight:g} {atlas.identity}" for atlas, weight in dataset.atlases)
@@ -220,9 +225,7 @@ def main(args):
 
     # cheap checks first, so that a bad command fails before anything is loaded
     record = vars(args) | {"discriminator": args.lambda_a > 0}
-    # a sampler that needs no score leaves the reward to validation
-    fixed = FIXED if runs.chooses_by_score(args.sampler) else [name for name in FIXED if name != "reward"]
-    run = runs.Run(args.out, record, world, args.resume, fixed, RETIRED, args.tensorboard)
+    run = runs.Run(args.out, record, world, args.resume, fixed(args), RETIRED, args.tensorboard)
     run.check_steps(args.total_steps)
     make_demo_start(args, world)
     sets, val_sets = find_data(args, world, seeds)
