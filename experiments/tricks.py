@@ -175,8 +175,8 @@ def padded(in_weights):
 FORWARD, FUSED = archs.WindowAttention.forward, F.scaled_dot_product_attention
 
 
-def plain_attention(q, k, v, attn_mask):
-    return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + attn_mask).softmax(-1) @ v
+def plain_attention(q, k, v, attn_mask, scale):
+    return (q @ k.transpose(-2, -1) * scale + attn_mask).softmax(-1) @ v
 
 
 def written_out(self, x, mask):

@@ -389,7 +389,7 @@ def test_the_verdict_names_a_fooled_reward_and_structured_noise():
 @pytest.mark.fast
 @pytest.mark.parametrize("more, message", [
     (["--base", "/nowhere"],
-     "/nowhere: no such file or run; make it with: python train.py --arch compact-small --sampler amo"),
+     "datasets/HGGT: no such data set"),
     (["--reward", "piqe"], "--reward piqe: no usable gradient"),
     (["--watch", "musik"], "--watch musik: this is unknown"),
     (["--d-init", "/nowhere.pth", "--lambda-a", "0.1"], "/nowhere.pth: no such weights"),

@@ -191,7 +191,7 @@ def test_help_answers_at_once(script):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--evaluate", "nowhere"], "no such folder"), (["--evaluate", "."], "no photographs"),
+    (["--evaluate", "nowhere"], "no such folder"), (["--evaluate", "."], "no images"),
     (["--out", "/proc/x.pth"], "--out /proc cannot be written"), (["--out", "."], "name a file"),
     (["--evaluate", "cut"], "cut.png: damaged image"), (["--crops", "16"], "at least 32"),
     (["--steps", "0"], "at least 1")])
