@@ -144,6 +144,8 @@ class Sets:
     def __init__(self, files, label_folder=None, lq=None, stems=None, packed=None, signed=None, patches=True):
         self.files, self.label_folder, self.lq, self.packed, self.patches = files, label_folder, lq, packed, patches
         self.versions, self.signed, self.left_out = list(files), signed, ()
+        # what labels() has read, and of which stems
+        self.votes = None, None
         self.stems = sorted(files["original"]) if stems is None else stems
 
     def choose(self, versions=None):
@@ -166,7 +168,7 @@ class Sets:
                                  f"{', '.join(self.versions)}")
         chosen = copy.copy(self)
         chosen.files = {version: files for version, files in self.files.items() if version in versions}
-        chosen.versions, chosen.signed = list(chosen.files), None
+        chosen.versions, chosen.signed, chosen.votes = list(chosen.files), None, (None, None)
         chosen.left_out = {*self.versions, *labelled} - {*versions}
         return chosen
 
@@ -217,12 +219,16 @@ class Sets:
             images = next(iter(self.files["original"].values())).parent.parent
             raise runs.UserError(f"{images}: no labels beside it (labels/<any>/A, B, C): "
                                  "samplers upos and smp need them; rand, sma and amo work without")
+        # read once: a training looks at its data before it scores them
+        if self.votes[0] is self.stems:
+            return self.votes[1]
         rows = []
         for stem in self.stems:
             a, b, c = (read_label(label_file(self.label_folder / name, stem), stem, self.versions, self.left_out)
                        for name in "ABC")
             rows.append([ORIGINAL] + [vote(a[version], b[version], c[version]) for version in self.versions[1:]])
-        return torch.tensor(rows)
+        self.votes = self.stems, torch.tensor(rows)
+        return self.votes[1]
 
 
 def find_photos(folder, flag="--data"):

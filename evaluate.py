@@ -47,9 +47,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("rows")
     g.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH",
                    help="weight files, run folders, adapter.pth files of finetune_lora.py")
-    g.add_argument("--weights-key", metavar="KEY",
-                   help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
-                        "state_dict, model_state_dict, model, else the file itself")
+    runs.add_weights_key(g)
     g.add_argument("--pad-mode", choices=["hggt", "swinir"],
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for "
                         "nearest+conv files")

@@ -76,9 +76,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("start and continue")
     g.add_argument("--d-init", type=Path, metavar="FILE",
                    help="discriminator weights instead of the run's; with --lambda-a > 0 only")
-    g.add_argument("--weights-key", metavar="KEY",
-                   help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
-                        "state_dict, model_state_dict, model, else the file itself")
+    runs.add_weights_key(g)
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
     g.add_argument("--out", type=Path,

@@ -26,9 +26,7 @@ def parse_args(argv=None):
     p.add_argument("adapter", type=Path, metavar="ADAPTER", help="run folder of finetune_lora.py, or an adapter.pth")
     p.add_argument("--base", type=Path, metavar="PATH",
                    help="weights or run that was tuned; default: as the run folder of ADAPTER says")
-    p.add_argument("--weights-key", metavar="KEY",
-                   help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
-                        "state_dict, model_state_dict, model, else the file itself")
+    runs.add_weights_key(p)
     p.add_argument("--scale", type=runs.number(float), default=1.0,
                    help="strength: 0 is the base, 1 the tuned network, 1.5 beyond it")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="plain generator to write")

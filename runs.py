@@ -243,6 +243,13 @@ def literal(module, name):
     raise AttributeError(f"{module}.py has no constant {name}")
 
 
+def add_weights_key(group):
+    """The flag of every script that reads a network's file, see archs.read_weights."""
+    group.add_argument("--weights-key", metavar="KEY",
+                       help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
+                            "state_dict, model_state_dict, model, else the file itself")
+
+
 def add_training(p, leave_out=()):
     """The flags that train.py and finetune_lora.py share, in the paper's order. Defaults: the paper's GAN training."""
     onoff = argparse.BooleanOptionalAction

@@ -45,9 +45,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("start and continue")
     g.add_argument("--init", type=Path, metavar="FILE",
                    help="generator weights, or a run folder; gan default runs/<arch>-psnr; psnr default: none, random")
-    g.add_argument("--weights-key", metavar="KEY",
-                   help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
-                        "state_dict, model_state_dict, model, else the file itself")
+    runs.add_weights_key(g)
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
     g.add_argument("--out", type=Path, help="run folder (default: runs/<arch>-<sampler>, runs/<arch>-psnr)")

@@ -35,9 +35,7 @@ def parse_args(argv=None):
                    help="files, folders (all images in them) or patterns in quotes")
     p.add_argument("--weights", type=Path, metavar="PATH",
                    help="weight file or run folder (its newest EMA weights); default with --lora: the adapter's base")
-    p.add_argument("--weights-key", metavar="KEY",
-                   help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
-                        "state_dict, model_state_dict, model, else the file itself")
+    runs.add_weights_key(p)
     p.add_argument("--pad-mode", choices=["hggt", "swinir"],
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for "
                         "nearest+conv files")

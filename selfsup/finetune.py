@@ -31,9 +31,7 @@ def parse_args(argv=None):
                    help="run folder of selfsup.pretrain, or its rec.pth")
     g.add_argument("--sr", type=Path, metavar="PATH",
                    help="x4 network to adapt: any weight file or run folder that upscale.py takes")
-    g.add_argument("--weights-key", metavar="KEY",
-                   help="key of the weights in a file; A.B is B inside A; default params_ema, else params, "
-                        "state_dict, model_state_dict, model, else the file itself")
+    runs.add_weights_key(g)
     options.add_files(p)
     g = p.add_argument_group("data")
     g.add_argument("--lr-dir", type=Path, metavar="DIR", help="low-resolution images of one source")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import archs
 import runs
 from images import save_image
 
@@ -80,6 +81,31 @@ def vgg_file(tmp_path_factory):
     torch.manual_seed(1)
     torch.save(vgg19(weights=None).features.state_dict(), file)
     return file
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Names of the classes of the modules that are compiled, by a compiler that leaves the code as it is."""
+    names, compile_module = [], torch.nn.Module.compile
+
+    def compile_eagerly(module):
+        names.append(type(module).__name__)
+        compile_module(module, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    return names
+
+
+@pytest.fixture
+def validated_in(monkeypatch):
+    """The types in which the first layer of compact networks computes outside training."""
+    seen, forward = set(), archs.SRVGGNetCompact.forward
+
+    def watched(net, x):
+        if not net.training:
+            seen.add(net.body[0](x).dtype)
+        return forward(net, x)
+    monkeypatch.setattr(archs.SRVGGNetCompact, "forward", watched)
+    return seen
 
 
 @pytest.fixture

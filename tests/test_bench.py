@@ -107,13 +107,7 @@ def test_a_fine_tuning_of_a_run_takes_its_values(quintuplets, tmp_path, script):
     assert record["images"] == 2 and record["whole"]["ms"] > 0
 
 
-def test_compile_applies_to_the_parts_and_work_is_counted_eager(quintuplets, tmp_path, capsys, monkeypatch):
-    compiled, compile_module = [], torch.nn.Module.compile
-
-    def compile_eagerly(module):
-        compiled.append(type(module).__name__)
-        compile_module(module, backend="eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+def test_compile_applies_to_the_parts_and_work_is_counted_eager(quintuplets, tmp_path, capsys, compiled):
     for on in (False, True):
         run("train", *SMALL, "--data", quintuplets, "--repeats", 1, "--steps", 0, "--json", tmp_path / f"{on}.json",
             *["--fast", "compile"] * on)

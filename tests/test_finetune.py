@@ -256,16 +256,9 @@ def test_four_steps_are_two_and_two_bitwise(base, tmp_path, more):
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_validation_runs_in_the_runs_precision(base, tmp_path, monkeypatch, precision, dtype):
-    seen, forward = set(), archs.SRVGGNetCompact.forward
-
-    def watched(net, x):
-        if not net.training:
-            seen.add(net.body[0](x).dtype)
-        return forward(net, x)
-    monkeypatch.setattr(archs.SRVGGNetCompact, "forward", watched)
+def test_validation_runs_in_the_runs_precision(base, tmp_path, validated_in, precision, dtype):
     tune(base, tmp_path / "out", "--precision", precision, steps=1)
-    assert seen == {dtype} and events(tmp_path / "out", "val")
+    assert validated_in == {dtype} and events(tmp_path / "out", "val")
 
 
 def test_the_discriminator_is_the_runs(base, tmp_path, monkeypatch):

@@ -379,13 +379,7 @@ def test_accumulation_gives_the_same_losses(quintuplets, init, rewards, tmp_path
         assert a["pix"] == pytest.approx(b["pix"], rel=1e-5)
 
 
-def test_compiled_networks_give_the_same_losses(quintuplets, init, rewards, vgg_file, tmp_path, monkeypatch):
-    compiled, compile_module = [], torch.nn.Module.compile
-
-    def compile_eagerly(module):
-        compiled.append(type(module).__name__)
-        compile_module(module, backend="eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+def test_compiled_networks_give_the_same_losses(quintuplets, init, rewards, vgg_file, tmp_path, compiled):
     for on in (True, False):
         train_with(flags(quintuplets, init, tmp_path / str(on), total_steps=3, lambda_p=1, vgg_weights=vgg_file)
                    + ["--fast", "compile"] * on)
@@ -472,16 +466,9 @@ def test_validation_is_of_the_ema(quintuplets, init, rewards, tmp_path):
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_validation_runs_in_the_runs_precision(quintuplets, init, rewards, tmp_path, monkeypatch, precision, dtype):
-    seen, forward = set(), archs.SRVGGNetCompact.forward
-
-    def watched(net, x):
-        if not net.training:
-            seen.add(net.body[0](x).dtype)
-        return forward(net, x)
-    monkeypatch.setattr(archs.SRVGGNetCompact, "forward", watched)
+def test_validation_runs_in_the_runs_precision(quintuplets, init, rewards, tmp_path, validated_in, precision, dtype):
     train_with(flags(quintuplets, init, tmp_path / "run", total_steps=1, val_photos=1, precision=precision))
-    assert seen == {dtype} and events(tmp_path / "run", "val")
+    assert validated_in == {dtype} and events(tmp_path / "run", "val")
 
 
 # One process and two
