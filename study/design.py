@@ -108,11 +108,12 @@ def apart(hand, rng):
     return min(orders, key=lambda order: sum(a[1] == b[1] for a, b in itertools.pairwise(order)))
 
 
-def sides(hands):
+def sides(hands, rng):
     """[per rater: [0 or 1, ...]]: 1 where method j of (i, j) stands on the left side.
 
     For every pair, and for every rater and combination of two methods, both sides come equally often, to +- 1.
     """
     edges = [((rater, item[0]), item) for rater, hand in enumerate(hands) for item in hand]
-    swapped = iter(halves(edges))
+    first = rng.randrange(2)
+    swapped = iter(side ^ first for side in halves(edges))
     return [[next(swapped) for _ in hand] for hand in hands]
