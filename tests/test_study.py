@@ -157,10 +157,10 @@ class Sitting:
         self.tab.locator("#rater").select_option(rater)
         self.tab.locator("#go").click()
 
-    def at(self):
-        """The number of the pair on the screen, once it is there."""
-        self.tab.wait_for_function("shownAt > 0")
-        return int(self.tab.locator("#place").inner_text().split()[0]) - 1
+    def reach(self, n):
+        """Waits for the pair number n, from 0."""
+        self.tab.wait_for_function(f"at === {n} && shownAt > 0", timeout=10_000)
+        assert self.tab.locator("#place").inner_text() == f"{n + 1} of {len(self.trials)}"
 
     def better(self, trial):
         order = ("original", *METHODS, "enlarged input")
@@ -182,10 +182,10 @@ def test_a_study_by_keyboard_with_a_reload_in_the_middle(built, browser):
     rater = Sitting(browser, folder, key, "2")
     tab = rater.tab
     for n, trial in enumerate(rater.trials):
-        assert rater.at() == n
+        rater.reach(n)
         # no answer before the pictures were compared, nor by a key that is held down
         tab.keyboard.press("a")
-        assert rater.at() == n and tab.locator("#a").is_disabled()
+        assert tab.evaluate("at") == n and tab.locator("#a").is_disabled()
         tab.keyboard.press(("ArrowLeft", "ArrowRight", " ")[n % 3])
         tab.keyboard.down("a" if rater.better(trial) == "left" else "b")
         tab.keyboard.down("a")
@@ -193,15 +193,14 @@ def test_a_study_by_keyboard_with_a_reload_in_the_middle(built, browser):
         tab.keyboard.up("b")
         if n == 4:
             # a slip, and back
-            tab.wait_for_function("at === 5 && shownAt > 0")
+            rater.reach(5)
             tab.keyboard.press("Backspace")
-            tab.wait_for_function("at === 4 && shownAt > 0")
+            rater.reach(4)
             tab.keyboard.press("1" if rater.better(trial) == "left" else "2")
         if n == 6:
-            tab.wait_for_function("at === 7")
+            rater.reach(7)
             tab.reload()
-            tab.locator("#rater").select_option("2")
-            assert tab.locator("#go").inner_text() == "go on"
+            assert tab.locator("#go").inner_text() == "go on" and tab.locator("#rater").input_value() == "2"
             tab.locator("#go").click()
     download = rater.download()
     votes = json.loads(download.path().read_text())
@@ -221,7 +220,7 @@ def test_a_study_by_mouse_and_one_on_a_phone_are_analysed(built, browser, monkey
         rater = Sitting(browser, folder, key, name, **options)
         tab = rater.tab
         for n, trial in enumerate(rater.trials):
-            assert rater.at() == n
+            rater.reach(n)
             size = tab.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
             assert size == list(options["viewport"].values())
             box = tab.locator("#slider .window").bounding_box()
@@ -256,7 +255,7 @@ def test_a_study_by_mouse_and_one_on_a_phone_are_analysed(built, browser, monkey
 def test_the_other_views(tmp_path, browser, view):
     key = build(tmp_path, "--view", view)
     rater = Sitting(browser, tmp_path, key, "1", **PHONE)
-    assert rater.at() == 0
+    rater.reach(0)
     shown = "() => [...document.querySelectorAll('.window')].filter(p => p.clientWidth).length"
     assert rater.tab.evaluate(shown) == (2 if view == "side" else 1)
     if view == "flip":
@@ -270,7 +269,7 @@ def test_the_other_views(tmp_path, browser, view):
         transforms = rater.tab.evaluate("() => [...document.querySelectorAll('#two img')].map(i => i.style.transform)")
         assert len(transforms) == 2 and len(set(transforms)) == 1
     rater.tab.locator("#a").tap()
-    rater.tab.wait_for_function("at === 1 && shownAt > 0")
+    rater.reach(1)
 
 
 # Files of votes
