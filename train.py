@@ -43,8 +43,9 @@ def parse_args(argv=None):
     p = runs.Parser(description=__doc__, parents=[pre])
     runs.add_training(p)
     g = p.add_argument_group("start and continue")
-    g.add_argument("--init", type=Path, metavar="FILE",
-                   help="generator weights, or a run folder; gan default runs/<arch>-psnr; psnr default: none, random")
+    g.add_argument("--init", type=runs.CHECKPOINT, metavar="FILE",
+                   help="generator weights, a run folder, or a public name (python -m prepare.weights list); gan "
+                        "default runs/<arch>-psnr; psnr default: none, random")
     runs.add_weights_key(g)
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
