@@ -150,15 +150,17 @@ import archs
 import data
 import lora
 import metrics
-from images import ModeError, find_realsr, image_size, list_images, match_images, nfc, without_scale
+from images import ModeError, find_pairs, find_realsr, image_size, list_images, match_images, nfc, remark_cut
 
 # Test images: {stem: {"lq": path or None, "refs": [path], "versions": [path]}}; lq None: made from versions[0]
 
 def find_items(args, world):
     if args.lq is not None:
-        return find_pairs(args, world)
+        pairs = find_pairs(args.lq, args.gt, "--lq", "--gt", world.is_main)
+        return {stem: {"lq": lq, "refs": [gt] if gt else [], "versions": []} for stem, (lq, gt) in pairs.items()}
     if args.gt is not None:
-        check_folder(args.gt)
+        if not args.gt.is_dir():
+            raise runs.UserError(f"--gt {args.gt}: no such folder")
         return {stem: {"lq": None, "refs": [path], "versions": [path]} for stem, path in list_images(args.gt).items()}
     pairs = find_realsr(args.data)
     if pairs:
@@ -181,32 +183,6 @@ def find_items(args, world):
                        "refs": positives if labelled else [sets.path(stem)],
                        "versions": [sets.path(stem, v) for v in sets.versions]}
     return items
-
-
-def check_folder(folder):
-    if not folder.is_dir():
-        raise runs.UserError(f"{folder}: no such folder")
-
-
-def find_pairs(args, world):
-    check_folder(args.lq)
-    images, references = list_images(args.lq), {}
-    if args.gt:
-        check_folder(args.gt)
-        references = list_images(args.gt)
-        # DIV2K's 0001x4.png belongs to 0001.png
-        shorter = {without_scale(stem): stem for stem in references}
-        names = {stem: stem if stem in references else shorter.get(without_scale(stem)) for stem in images}
-        missing = [stem for stem, name in names.items() if name is None]
-        unused = sorted(set(references) - set(names.values()))
-        if missing:
-            raise runs.UserError(f"{args.gt}: no reference for {len(missing)} of {len(images)} images, "
-                                 f"first {missing[0]}")
-        if unused and world.is_main:
-            print(f"remark: {len(unused)} references in --gt {args.gt} have no image in --lq {args.lq} "
-                  f"and are left out, first {unused[0]}")
-    return {stem: {"lq": path, "refs": [references[names[stem]]] if references else [], "versions": []}
-            for stem, path in images.items()}
 
 
 def choose(items, file):
@@ -232,15 +208,6 @@ def check_modes(items, rows):
                 image_size(path, only_rgb=True)
             except ModeError as error:
                 raise runs.UserError(f"{error}; --rgb takes grey and transparent images") from None
-
-
-def remark_cut(items):
-    """Say which originals and references are cut to multiples of 4."""
-    images = [path for item in items.values() for path in {*item["refs"], *item["versions"][:1]}]
-    cut = [path for path in images if any(side % 4 for side in image_size(path))]
-    if cut:
-        print(f"remark: {len(cut)} of {len(images)} originals and references are cut to multiples of 4 pixels, "
-              f"at the right and at the bottom, first {cut[0]}")
 
 
 def remark_precision(args, rows, device):
@@ -446,7 +413,8 @@ def main(args):
     if not args.rgb:
         check_modes(items, rows)
     if world.is_main:
-        remark_cut(items)
+        originals = [path for item in items.values() for path in {*item["refs"], *item["versions"][:1]}]
+        remark_cut(originals, "originals and references")
         remark_precision(args, rows, world.device)
 
     common = (args.cache, world, PROTOCOLS[args.protocol])

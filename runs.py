@@ -915,8 +915,8 @@ class Lock:
 
 
 def changes(before, now):
-    """{name: "name old -> new"} of the values in `now` that `before` has otherwise."""
-    return {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v}
+    """{name: "name old -> new"} of the values in `now` that `before` has otherwise; what it lacks was off."""
+    return {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k, None if v else v) != v}
 
 
 class Run:
