@@ -142,7 +142,8 @@ def number(value, text):
 
 
 def shown(metric):
-    return tables.SHOWN.get(metric, metric)
+    """A metric's name in tables: the usual one; of a reward file its stem."""
+    return tables.SHOWN.get(metric, Path(metric).stem if metric.endswith(".pth") else metric)
 
 
 def wrapped(text, width=60):
