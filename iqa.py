@@ -264,7 +264,7 @@ def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag
     except OSError as error:
         place = re.search(r'Downloading: "([^"]+)" to (.+)', printed.getvalue())
         reason = " ".join(str(error).split())[:80]
-        where = (f"download {place[1]} and save it as {place[2]}" if place else
+        where = (f"download {place[1]} and save it as {place[2]} ({runs.how_to_get(place[2])})" if place else
                  f"its files come from the Hugging Face hub ({reason}); connect once or copy the hub's cache")
         # else it is torchvision's or timm's backbone
         own = place and Path(place[2]).parent.name == "pyiqa"

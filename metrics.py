@@ -228,8 +228,8 @@ class LPIPS(nn.Module):
             file = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}[net]
             reason, folder = " ".join(str(error).split())[:80], Path(torch.hub.get_dir()) / "checkpoints"
             raise runs.UserError(f"--distance lpips: {file} is not here and could not be fetched ({reason}): "
-                                 f"put it into {folder}, or take --distance vgg (VGG19's weights) or proxy (none) "
-                                 "in pretraining") from None
+                                 f"put it into {folder} ({runs.how_to_get(file)}), or take --distance vgg (VGG19's "
+                                 "weights) or proxy (none) in pretraining") from None
 
     def forward(self, a, b, weight=None):
         with torch.autocast(a.device.type, enabled=False):

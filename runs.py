@@ -243,6 +243,33 @@ def literal(module, name):
     raise AttributeError(f"{module}.py has no constant {name}")
 
 
+def downloads():
+    """The folder of downloaded weights, as seen from here."""
+    folder = REPO / "weights" / "downloads"
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def public_weights():
+    """{name: file, address, hash, ...} of the public weight files that prepare.weights can get."""
+    return json.loads((REPO / "prepare" / "weights.json").read_text())
+
+
+def CHECKPOINT(text):
+    """An argparse type: a weight file, a run folder, or a name that `python -m prepare.weights list` knows.
+
+    A name becomes the path that `get` leaves. Whether it is there is seen later, with the other paths.
+    """
+    known = public_weights()
+    return downloads() / known[text]["file"] if text in known and not Path(text).exists() else Path(text)
+
+
+def how_to_get(path=""):
+    """How errors about missing weights end: with the command that fetches this file, else public ones."""
+    name = next((name for name, entry in public_weights().items() if entry["file"] == Path(path).name), None)
+    return f"python -m prepare.weights get {name} fetches it" if name else \
+        "public weights: python -m prepare.weights get NAME"
+
+
 def add_weights_key(group):
     """The flag of every script that reads a network's file, see archs.read_weights."""
     group.add_argument("--weights-key", metavar="KEY",
@@ -750,7 +777,8 @@ def find_weights(path, remedy):
     path = Path(path)
     files = [path] if path.is_file() else [*sorted(path.glob("weights/ema_*.pth")), *path.glob("weights/merged.pth")]
     if not files:
-        raise UserError(f"{path}: no {'weights/ema_*.pth in it' if path.is_dir() else 'such file or run'}; {remedy}")
+        missing = "weights/ema_*.pth in it" if path.is_dir() else "such file or run"
+        raise UserError(f"{path}: no {missing}; {remedy}; {how_to_get(path)}")
     return files[-1]
 
 
@@ -905,8 +933,8 @@ class Lock:
 
 
 def changes(before, now):
-    """{name: "name old -> new"} of the values in `now` that `before` has otherwise."""
-    return {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v}
+    """{name: "name old -> new"} of the values in `now` that `before` has otherwise; what it lacks was off."""
+    return {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k, None if v else v) != v}
 
 
 class Run:

@@ -1,5 +1,7 @@
 """Shared by the test files: the repository on the path, few threads, small data sets and rewards of known order."""
+import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -121,4 +123,28 @@ def script(rewards):
         if check and result.returncode:
             raise AssertionError(f"{name} exited {result.returncode}:\n{result.stdout}\n{result.stderr}")
         return result
+    return call
+
+
+def run_script(name, words):
+    """In a child of the fork server, which has imported the scripts: importing torch would be half of every run."""
+    module = importlib.import_module(name)
+    module.main(module.parse_args([*words, "--threads", "1"]))
+
+
+@pytest.fixture(scope="session")
+def forked_call():
+    """Instead of experiments.jobs.call: scripts of one process are children of a fork server."""
+    from experiments import jobs
+    real_call, server = jobs.call, multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["evaluate", "finetune_lora", "prepare.quintuplets", "train", "pyiqa"])
+
+    def call(log, script, *words, processes=1):
+        if processes > 1:
+            return real_call(log, script, *words, processes=processes)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        child = server.Process(target=run_script, args=(script.removesuffix(".py"), list(map(str, words))))
+        child.start()
+        child.join()
+        assert child.exitcode == 0, script
     return call

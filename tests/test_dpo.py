@@ -858,7 +858,7 @@ def test_a_reference_of_another_size(stages, tmp_path):
     shutil.copytree(stages / "pool" / "gt", tmp_path / "gt")
     path = next(iter(list_images(tmp_path / "gt").values()))
     save_image(path, torch.zeros(3, 28, 32))
-    with pytest.raises(runs.UserError, match=f"{path.name}: 32x28 pixels, expected four times its LR image's 8x8"):
+    with pytest.raises(runs.UserError, match=f"{path.name}: 8x8 pixels, expected a quarter of its original's 32x28"):
         run(pool, "sample", "--gen", stages / "gen", "--lq-dir", stages / "pool" / "lq", "--gt-dir", tmp_path / "gt",
             "--out", tmp_path / "pool")
     assert not (tmp_path / "pool").exists()

@@ -747,7 +747,7 @@ def test_the_demo_from_nothing(tmp_path, script):
     (["--rec", "PLAIN", "--far"], r"was trained without; python -m selfsup.pretrain --far"),
     (["--rec", "PLAIN", "--s-rule", "eq8"], r"was trained without a controller"),
     (["--s-rule", "one"], r"was trained with a controller"),
-    (["--gt-dir", "LQ"], r"expected four times its LR image's 24x24"),
+    (["--gt-dir", "LQ"], r"24x24 pixels, expected a quarter of its original's 24x24"),
     (["--out", "LQ"], r"exists and is not empty"),
     (["--rec", "OLD"], r"not a reconstruction network .*mean_d"),
     (["--rec", "OTHER"], r"FAR's encoder: other weights than pre-training had"),
