@@ -525,7 +525,7 @@ def read_file(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise runs.UserError(f"{path}: no such weights file")
+        raise runs.UserError(f"{path}: no such weights file; {runs.how_to_get(path)}")
     if path.suffix.lower() == ".safetensors":
         try:
             from safetensors import SafetensorError

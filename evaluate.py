@@ -45,15 +45,16 @@ def parse_args(argv=None):
     p.add_argument("--demo", action="store_true", help="compare orig and amo of the demo; trains what is missing")
     p.add_argument("--total-steps", type=runs.SIZE, metavar="N", help="steps of these trainings; default: the demo's")
     g = p.add_argument_group("rows")
-    g.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH",
-                   help="weight files, run folders, adapter.pth files of finetune_lora.py")
+    g.add_argument("--weights", type=runs.CHECKPOINT, nargs="+", default=[], metavar="PATH",
+                   help="weight files, run folders, public names (python -m prepare.weights list), adapters of "
+                        "finetune_lora.py: adapter.pth, or a folder of weights/ with it and its card")
     runs.add_weights_key(g)
     g.add_argument("--pad-mode", choices=["hggt", "swinir"],
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for "
                         "nearest+conv files")
     g.add_argument("--names", nargs="+", default=[], metavar="NAME",
                    help="names of the rows of --weights, one for each; default: folder or file")
-    g.add_argument("--base", type=Path, metavar="PATH",
+    g.add_argument("--base", type=runs.CHECKPOINT, metavar="PATH",
                    help="weights or run that the adapters belong to; default: what their run folder says")
     g.add_argument("--scale", type=runs.number(float), nargs="+", default=[1.0], metavar="S",
                    help="strengths of adapters, one row each")
@@ -126,10 +127,15 @@ def complete(p, args):
         p.error("nothing to score: give --weights, --images or --baselines")
     if args.names and len(args.names) != len(args.weights):
         p.error(f"--names: {len(args.names)} names for {len(args.weights)} --weights; give one for each")
-    if args.base and not any(path.name == "adapter.pth" for path in args.weights):
+    if args.base and not any(map(is_adapter, args.weights)):
         p.error("--base: names what adapters belong to, and no adapter.pth is among --weights")
     if args.total_steps and not args.demo:
         p.error("--total-steps: is for --demo, which trains")
+
+
+def is_adapter(path):
+    """Is this an adapter's file, or a folder that holds one and its card?"""
+    return path.name == "adapter.pth" or (path / "adapter.pth").is_file()
 
 
 # --help and flag errors need no torch: seconds
@@ -222,10 +228,12 @@ def find_rows(args, items, device):
     if "reference" in args.baselines:
         rows["reference"] = metrics.Row(files={stem: (i["versions"] or i["refs"])[0] for stem, i in items.items()})
     for k, path in enumerate(args.weights):
-        adapter = path.name == "adapter.pth"
+        adapter = is_adapter(path)
         for scale in args.scale if adapter else [None]:
             if adapter:
                 net, info = lora.load_tuned(path, scale, args.base, args.weights_key, args.pad_mode, "--base")
+                if info["remark"]:
+                    print(f"remark: {info['remark']}")
             else:
                 net, info = archs.load_x4(path, "--weights", args.weights_key, args.pad_mode)
             made = {"hash": lora.base_hash(net)[:24], "pad_mode": getattr(net, "pad_mode", None), "tile": args.tile,
@@ -249,6 +257,8 @@ def row_name(path):
     """A run folder's name, also for the weights of it that name no step; else the file's, without suffix."""
     if path.parent.name in ("lora", "weights") and path.name in ("adapter.pth", "merged.pth"):
         return path.parent.parent.name
+    if path.name == "adapter.pth":
+        return path.parent.name
     return path.name if path.is_dir() else path.stem
 
 

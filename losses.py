@@ -145,5 +145,5 @@ def vgg19_download(otherwise):
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:120]
         folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise runs.UserError(f"no VGG19 weights ({reason}): put vgg19-dcbb9e9d.pth into {folder}, or name a file with "
-                             f"{otherwise}") from None
+        raise runs.UserError(f"no VGG19 weights ({reason}): put vgg19-dcbb9e9d.pth into {folder} "
+                             f"({runs.how_to_get('vgg19-dcbb9e9d.pth')}), or name a file with {otherwise}") from None

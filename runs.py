@@ -265,6 +265,33 @@ def literal(module, name):
     raise AttributeError(f"{module}.py has no constant {name}")
 
 
+def downloads():
+    """The folder of downloaded weights, as seen from here."""
+    folder = REPO / "weights" / "downloads"
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def public_weights():
+    """{name: file, address, hash, ...} of the public weight files that prepare.weights can get."""
+    return json.loads((REPO / "prepare" / "weights.json").read_text())
+
+
+def CHECKPOINT(text):
+    """An argparse type: a weight file, a run folder, or a name that `python -m prepare.weights list` knows.
+
+    A name becomes the path that `get` leaves. Whether it is there is seen later, with the other paths.
+    """
+    known = public_weights()
+    return downloads() / known[text]["file"] if text in known and not Path(text).exists() else Path(text)
+
+
+def how_to_get(path=""):
+    """How errors about missing weights end: with the command that fetches this file, else public ones."""
+    name = next((name for name, entry in public_weights().items() if entry["file"] == Path(path).name), None)
+    return f"python -m prepare.weights get {name} fetches it" if name else \
+        "public weights: python -m prepare.weights get NAME"
+
+
 def add_weights_key(group):
     """The flag of every script that reads a network's file, see archs.read_weights."""
     group.add_argument("--weights-key", metavar="KEY",
@@ -295,8 +322,9 @@ def add_training(p, leave_out=()):
     g = p.add_argument_group("ground-truth sampling (Sec. 4.2)")
     add(g, "--sampler", choices=literal("data", "SAMPLERS"), default="amo", help="which GT supervises (Eq. 2-4)")
     add(g, "--reward", nargs="+", default=["musiq"], metavar="NAME[=WEIGHT]",
-        help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none: no score is needed. "
-             "train.py with a sampler that needs none loads one only if it is named, for validation to report")
+        help="NR-IQA model Q: pyiqa metric, ranker, reward file PATH.pth, module:function; several are summed; none: "
+             "no score is needed. train.py with a sampler that needs none loads one only if it is named, for "
+             "validation to report")
     add(g, "--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
     add(g, "--tau", type=RATE,
         help="softmax temperature in score units: default 10 for sma and smp (Sec. 8.1); with --atlas soft AMO, "
@@ -345,6 +373,23 @@ def add_training(p, leave_out=()):
     add(g, "--val-every", type=COUNT, default=50_000,
         help="steps between weight files, validations and sample grids (HGGT); 0: only at the end")
     add(g, "--tensorboard", action=onoff, default=False, help="also write TensorBoard events")
+
+
+def is_reward_file(name):
+    """Does the name of a reward mean a file of rewards.train_opinion?"""
+    return name.endswith(".pth")
+
+
+def split_reward(word):
+    """A word of --reward -> (name, text of the weight, "" for none)."""
+    # a path may hold an equals sign of its own
+    return (word, "") if is_reward_file(word) or "=" not in word else tuple(word.rsplit("=", 1))
+
+
+def short_reward(word):
+    """What stands in names of folders for a word of --reward: the stem of a file, the module of module:function."""
+    name = split_reward(word)[0]
+    return Path(name).stem if is_reward_file(name) else name.partition(":")[0]
 
 
 def chooses_by_score(sampler):
@@ -754,7 +799,8 @@ def find_weights(path, remedy):
     path = Path(path)
     files = [path] if path.is_file() else [*sorted(path.glob("weights/ema_*.pth")), *path.glob("weights/merged.pth")]
     if not files:
-        raise UserError(f"{path}: no {'weights/ema_*.pth in it' if path.is_dir() else 'such file or run'}; {remedy}")
+        missing = "weights/ema_*.pth in it" if path.is_dir() else "such file or run"
+        raise UserError(f"{path}: no {missing}; {remedy}; {how_to_get(path)}")
     return files[-1]
 
 
@@ -909,8 +955,8 @@ class Lock:
 
 
 def changes(before, now):
-    """{name: "name old -> new"} of the values in `now` that `before` has otherwise."""
-    return {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v}
+    """{name: "name old -> new"} of the values in `now` that `before` has otherwise; what it lacks was off."""
+    return {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k, None if v else v) != v}
 
 
 class Run:

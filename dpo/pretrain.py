@@ -31,7 +31,7 @@ def parse_args(argv=None):
                    help="1.4, 5.9, 10.1, 21.8 million weights")
     g.add_argument("--prediction", choices=runs.literal("dpo/flow", "PREDICTIONS"), default="flow",
                    help="rectified flow, or a diffusion model that predicts the noise or v")
-    g.add_argument("--base", type=Path, metavar="PATH",
+    g.add_argument("--base", type=runs.CHECKPOINT, metavar="PATH",
                    help="frozen x4 network whose output the residual is added to, any that upscale.py takes; "
                         "default: bicubic enlargement")
     g.add_argument("--steps", type=runs.SIZE, default=8, help="steps of sampling")

@@ -29,7 +29,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("networks")
     g.add_argument("--rec", type=Path, default=Path("runs/rec-hra"), metavar="PATH",
                    help="run folder of selfsup.pretrain, or its rec.pth")
-    g.add_argument("--sr", type=Path, metavar="PATH",
+    g.add_argument("--sr", type=runs.CHECKPOINT, metavar="PATH",
                    help="x4 network to adapt: any weight file or run folder that upscale.py takes")
     runs.add_weights_key(g)
     options.add_files(p)

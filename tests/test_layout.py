@@ -104,7 +104,7 @@ def flags(text):
 
 def test_the_stages_have_few_flags_and_help_needs_little_time_and_no_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('a parser needs no torch')\n")
-    most = {"train.py": 46, "finetune_lora.py": 44, "evaluate.py": 30}
+    most = {"train.py": 47, "finetune_lora.py": 44, "evaluate.py": 30}
     scripts = [name for name in PYTHON
                if not name.startswith("tests/") and "\nARGS = parse_args()" in (REPO / name).read_text()]
     assert len(scripts) > 15
@@ -127,7 +127,8 @@ def test_the_two_loops_differ_in_equation_5_only():
     mains = [(REPO / name).read_text().partition("\ndef main(args):")[2].splitlines()
              for name in ("train.py", "finetune_lora.py")]
     changed = [line for line in difflib.ndiff(*mains) if line[0] in "+-"]
-    assert len(changed) <= 100, len(changed)
+    # 100, and --d-warmup, which only train.py has
+    assert len(changed) <= 113, len(changed)
 
 
 def copy_tree(target, without=()):

@@ -374,6 +374,38 @@ def test_a_pattern_and_an_adapter_at_any_strength(weights, photo, tmp_path):
 
 
 @pytest.mark.fast
+def test_a_public_name_with_a_committed_adapter(weights, photo, tmp_path, monkeypatch, capsys):
+    """--weights NAME --lora weights/ADAPTER: tuned from the file in fp32, used with that in fp16, which is said."""
+    net, _ = archs.load_generator(weights)
+    half = {key: value.half() for key, value in net.state_dict().items()}
+    (tmp_path / "downloads").mkdir()
+    torch.save({"params_ema": half}, tmp_path / "downloads" / "RealESRGAN_x4plus.pth")
+    lora.add_lora(net, lora.default_targets(net), rank=2)
+    with torch.no_grad():
+        for adapter in lora.adapted(net).values():
+            adapter.lora_B.normal_(0, 0.1)
+    folder = tmp_path / "weights" / "sharp"
+    lora.save_lora(folder / "adapter.pth", net)
+    (folder / "README.md").write_text("---\nbase: realesrgan-x4plus\n---\n# Sharp\n")
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    monkeypatch.setattr(runs, "downloads", lambda: tmp_path / "downloads")
+    pixels = {}
+    for name, words in {"named": ["--weights", "realesrgan-x4plus"], "card": []}.items():
+        with pytest.raises(SystemExit) as stopped:
+            upscale.main(upscale.parse_args([*words, "--lora", str(folder), str(tmp_path / "a.png"), "--device", "cpu",
+                                             "--out", str(tmp_path / name)]))
+        assert not stopped.value.code
+        said = capsys.readouterr()
+        assert f"RealESRGAN_x4plus.pth: compact x4, key params_ema + 1 x {folder}" in said.out
+        assert "in another precision: its weights agree to 16 bits" in said.err
+        pixels[name] = np.array(Image.open(tmp_path / name / "a.png")).astype(int)
+    with torch.no_grad():
+        sr = net(torch.from_numpy(photo.astype(np.float32) / 255).permute(2, 0, 1)[None])[0].clamp(0, 1)
+    assert np.array_equal(pixels["named"], pixels["card"])
+    assert np.abs(pixels["named"] - sr.permute(1, 2, 0).numpy() * 255).mean() < 1
+
+
+@pytest.mark.fast
 def test_damaged_tiff_animated_png_and_links_to_nothing(weights, photo, tmp_path, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
