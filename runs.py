@@ -75,8 +75,12 @@ class Console(io.FileIO):
 
     @staticmethod
     def of(stream):
-        stream.flush()
-        raw = Console(stream.fileno(), "w", closefd=False)
+        try:
+            stream.flush()
+            raw = Console(stream.fileno(), "w", closefd=False)
+        except (AttributeError, OSError):
+            # closed, which Python calls None, or a notebook's
+            return stream
         # a console that knows no arrow gets a question mark
         return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "replace",
                                 line_buffering=stream.line_buffering, write_through=stream.write_through)

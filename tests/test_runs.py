@@ -353,6 +353,13 @@ def test_work_goes_on_when_nobody_reads_the_output(tmp_path):
         (tmp_path / "done").unlink()
 
 
+def test_a_closed_output_ends_nothing(tmp_path):
+    (tmp_path / "x.py").write_text("import pathlib, runs\ndef main():\n    print(1)\n    pathlib.Path('done').touch()\n"
+                                   "runs.cli(main)\n")
+    done = subprocess.run(f"exec {sys.executable} x.py >&- 2>&-", shell=True, cwd=tmp_path, env=runs.python_path())
+    assert done.returncode == 0 and (tmp_path / "done").exists()
+
+
 def test_weights_that_are_not_finite_are_not_saved():
     """A loss may be finite where its gradient is not, as that of a square root at 0."""
     meter, net = runs.Meter(runs.World(0, 1, torch.device("cpu"))), torch.nn.Linear(2, 1)
