@@ -59,22 +59,21 @@ METHODS = ("BSRGAN", "RealESRGAN", "ResShift", "SwinIR")
 SETTINGS = {"plain": dict(epochs=3, lr=2e-4), "hard": dict(epochs=2, lr=2e-4)}
 
 
-def train(args, mos, photos, features, split, name):
-    """One model of one split: reward file and JSON."""
-    out, file = args.results / f"clive-{name}-{split}.json", args.work / f"{name}-{split}.pth"
-    if out.exists() and file.exists():
-        return
+def train(args, mos, features, split, name):
+    """One model of one split: the reward file, which has the settings and the scores in it."""
+    file = args.work / f"{name}-{split}.pth"
+    if file.exists():
+        return file
     began, machine = time.process_time(), runs.describe_machine(on_cpu=True)
     rows, test_rows = opinions.splits(mos["names"])[split]
     training, test = (train_opinion.part(mos, part) for part in (rows, test_rows))
     teacher, settings = None, SETTINGS[name] | dict(crop=CROP, seed=SEED)
     if name == "hard":
-        train(args, mos, photos, features, split, "plain")
-        net, teacher = (opinion.load(args.work / f"plain-{split}.pth")[0] for _ in range(2))
+        plain = train(args, mos, features, split, "plain")
+        net, teacher = (opinion.load(plain)[0] for _ in range(2))
     else:
         torch.manual_seed(SEED)
-        net = opinion.ARCHITECTURES["mobilenet_v2"]()
-        net.backbone.load_imagenet(args.backbone)
+        net = imagenet(args)
         net.start_linear(features(net)[rows], training["mos"])
     losses = train_opinion.fit(net, training, teacher=teacher, **settings)
     record = {"arch": "mobilenet_v2", "command": sys.argv, **machine, "model": name, "split": split,
@@ -82,7 +81,16 @@ def train(args, mos, photos, features, split, name):
               "seconds_of_training": round(time.process_time() - began)}
     record["test"] = train_opinion.test_scores(net, test["images"], test["mos"].numpy())
     opinion.save(file, net, record)
-    record["file_sha256"] = runs.digest(file)
+    return file
+
+
+def judge(args, mos, photos, features, split, name):
+    """The JSON of one model of one split."""
+    out = args.results / f"clive-{name}-{split}.json"
+    if out.exists():
+        return
+    file = train(args, mos, features, split, name)
+    record = opinion.load(file)[1] | {"file_sha256": runs.digest(file)}
     if split in ATTACKED:
         reward = iqa.create_reward([str(file)], need_gradient=True)
         record["attack"] = attack.measure({name: reward}, photos, [1, 2, 4])[name]
@@ -257,7 +265,7 @@ def main(args):
         return ridge(args, mos, features(imagenet(args)))
     for split in args.splits:
         for name in args.models:
-            train(args, mos, photos, features, split, name)
+            judge(args, mos, photos, features, split, name)
 
 
 if __name__ == "__main__":
