@@ -37,6 +37,7 @@ def parse_args(argv=None):
 # before the imports that take seconds, so that --help answers at once
 ARGS = parse_args() if __name__ == "__main__" else None
 
+import json
 import time
 
 import numpy as np
@@ -47,7 +48,7 @@ from tqdm import tqdm
 
 import iqa
 from images import load_image
-from report import opinions
+from report import opinions, style
 from rewards import attack, opinion, train_opinion
 
 CROP, SEED = 224, 0
@@ -247,10 +248,75 @@ def penalty_by_scenes(table, choices, grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
     return max(grid, key=likelihood)
 
 
+# Report
+
+def read_models(args):
+    """{"ridge", "plain", "hard": {split: {"whole", "96", ...: SRCC, "plcc": of whole images}}}, and all records."""
+    table, records = {}, {}
+    if (args.results / "clive-ridge.json").exists():
+        rows = json.loads((args.results / "clive-ridge.json").read_text())["srcc"]
+        table["ridge"] = {row.pop("split"): row for row in rows}
+    for name in SETTINGS:
+        for split in range(10):
+            file = args.results / f"clive-{name}-{split}.json"
+            if file.exists():
+                record = records[name, split] = json.loads(file.read_text())
+                test = record["test"]
+                table.setdefault(name, {})[split] = {"whole": test["whole"]["srcc"], **test["crops"],
+                                                     "plcc": test["whole"]["plcc"]}
+    return table, records
+
+
+def report(args):
+    """Markdown tables, printed, and a plot beside the JSON files."""
+    table, records = read_models(args)
+    if not table:
+        raise runs.UserError(f"{args.results}: no clive-*.json; make them with: python -m experiments.opinions train")
+    columns = ("whole", *map(str, reversed(train_opinion.TEST_CROPS)))
+    rows = []
+    for name, splits in table.items():
+        values = {column: [row[column] for row in splits.values()] for column in columns}
+        rows.append([name, len(splits), *(f"{np.median(v):.3f} [{min(v):.3f}, {max(v):.3f}]" for v in values.values())])
+    print(runs.markdown(["SRCC, median [range] over splits", "splits", *columns], rows), "\n")
+    rows = []
+    for name, base in (("plain", "ridge"), ("hard", "plain")):
+        both = sorted(set(table.get(name, {})) & set(table.get(base, {})))
+        gains = {column: [table[name][k][column] - table[base][k][column] for k in both] for column in columns}
+        if both:
+            rows.append([f"{name} - {base}", len(both), *(
+                f"{np.mean(v):+.3f}, above 0 in {sum(x > 0 for x in v)}" for v in gains.values())])
+    print(runs.markdown(["paired difference of SRCC, mean", "splits", *columns], rows), "\n")
+    starts = [f"{start} {level}" for start in ("photo", "bicubic") for level in (1, 2, 4)]
+    rows = []
+    for name in SETTINGS:
+        attacked = {split: record["attack"] for (model, split), record in records.items()
+                    if model == name and "attack" in record}
+        if attacked:
+            gains = [attack.in_units({name: entry})[name, name] for entry in attacked.values()]
+            scale = np.mean([entry["D"] for entry in attacked.values()])
+            rows.append([name, len(attacked), f"{scale:.1f}",
+                         *(f"{np.mean([g[start] for g in gains]):+.2f}" for start in starts)])
+    print(runs.markdown(["gain in units of D", "models", "D", *starts], rows))
+    drawing, axes = style.figure(columns=2, height=3.5)
+    for name, splits in table.items():
+        sides = list(map(str, train_opinion.TEST_CROPS))
+        style.seeds(axes[0], range(5), [[row[side] for side in (*sides, "whole")] for row in splits.values()], name)
+    axes[0].set(xticks=range(5), xticklabels=[*map(str, train_opinion.TEST_CROPS), "whole"], ylabel="SRCC on CLIVE",
+                xlabel="side of the crops, pixels")
+    for name in SETTINGS:
+        curves = [[0, *(attack.in_units({name: record["attack"]})[name, name][f"photo {level}"] for level in (1, 2, 4))]
+                  for (model, _), record in records.items() if model == name and "attack" in record]
+        if curves:
+            style.seeds(axes[1], (0, 1, 2, 4), curves, colour=style.COLOURS[list(table).index(name)])
+    axes[1].set(xlabel="limit of the attack, grey levels", ylabel="gain, units of D")
+    style.legend(drawing, axes[0], columns=3)
+    style.save(drawing, args.results / "opinions.png")
+
+
 def main(args):
     runs.start_world("cpu", args.threads)
-    if args.stage == "study":
-        return study(args)
+    if args.stage in ("study", "report"):
+        return (study if args.stage == "study" else report)(args)
     mos = train_opinion.read_mos(args.clive / "labels.csv", args.clive / "images", CROP)
     photos = attack.read_photos(args.kodak, 10, 256)
 
