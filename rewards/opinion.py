@@ -23,8 +23,6 @@ from rewards.ranker import Ranker
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # smaller images are mirrored to this size: MobileNetV2 reduces by 32
 SMALLEST = 32
-# CHOICE: side of the windows within which standard deviations are taken, pixels
-WINDOW = 96
 
 
 class MobileNetV2(nn.Module):
@@ -104,24 +102,12 @@ def download(weights):
                              "--backbone FILE") from None
 
 
-def deviation(maps, side):
-    """Standard deviations of (B, C, h, w) within windows of about side x side cells, averaged over windows: (B, C)."""
-    side = max(1, round(side))
-    window = [min(side, n) for n in maps.shape[2:]]
-    half = [max(1, n // 2) for n in window]
-    mean, square = F.avg_pool2d(maps, window, half), F.avg_pool2d(maps * maps, window, half)
-    # the floor: a square root of 0 has no gradient
-    return ((square - mean * mean).clamp_min(0) + 1e-6).sqrt().mean((2, 3))
-
-
 class DeepRegressor(nn.Module):
     """Quality from pooled features of an ImageNet network: (B, 3, H, W) RGB in [0, 1] -> (B,), higher is better.
 
-    Every map of the backbone is described by each channel's mean and standard deviation. The latter is taken within
-    windows of 96 pixels that overlap by half, and averaged over them: so a whole image and a crop have features of one
-    kind, although a network learns from crops and AMO judges crops of other sizes. The score is linear in these
-    standardised features, plus a small MLP, in the units of the opinions (0 to 100). It has no bounds, so its gradient
-    never vanishes. Images with sides below 32 pixels are extended by mirroring.
+    Every map of the backbone is described by the mean and the standard deviation of each channel, at any image size.
+    The score is linear in these standardised features, plus a small MLP, in the units of the opinions (0 to 100). It
+    has no bounds, so its gradient never vanishes. Images with sides below 32 pixels are extended by mirroring.
     """
 
     def __init__(self, backbone):
@@ -149,7 +135,10 @@ class DeepRegressor(nn.Module):
             x = F.pad(x, (0, w, 0, h), mode="reflect" if max(h, w) else "replicate")
         pooled = []
         for maps in self.backbone((x - self.mean) / self.std):
-            pooled += [maps.float().mean((2, 3)), deviation(maps.float(), WINDOW * maps.shape[3] / x.shape[3])]
+            maps = maps.float()
+            mean = maps.mean((2, 3))
+            # the floor: a square root of 0 has no gradient
+            pooled += [mean, ((maps - mean[:, :, None, None]).square().mean((2, 3)) + 1e-6).sqrt()]
         return torch.cat(pooled, 1)
 
     def forward(self, x):
