@@ -115,7 +115,7 @@ def parse_args(argv=None):
         variants = {"all": ["naive"], "layers": ["layers"], "lora": []}[args.tune] + ["hp"] * more_p
         if args.lambda_a:
             variants.append(f"nnr{args.lambda_a / 0.1:g}" if args.reward == ["none"] else "ig")
-        rewards = "+".join(word.partition("=")[0].partition(":")[0] for word in args.reward)
+        rewards = "+".join(map(runs.short_reward, args.reward))
         folder = Path("runs") / base.stem if base.is_file() else base
         args.out = folder.with_name("-".join([f"{folder.name}+{rewards}", *variants]))
     checked = argparse.Namespace(**vars(args) | {"reward": args.gt_reward})

@@ -300,8 +300,9 @@ def add_training(p, leave_out=()):
     g = p.add_argument_group("ground-truth sampling (Sec. 4.2)")
     add(g, "--sampler", choices=literal("data", "SAMPLERS"), default="amo", help="which GT supervises (Eq. 2-4)")
     add(g, "--reward", nargs="+", default=["musiq"], metavar="NAME[=WEIGHT]",
-        help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none: no score is needed. "
-             "train.py with a sampler that needs none loads one only if it is named, for validation to report")
+        help="NR-IQA model Q: pyiqa metric, ranker, reward file PATH.pth, module:function; several are summed; none: "
+             "no score is needed. train.py with a sampler that needs none loads one only if it is named, for "
+             "validation to report")
     add(g, "--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
     add(g, "--tau", type=RATE,
         help="softmax temperature in score units: default 10 for sma and smp (Sec. 8.1); with --atlas soft AMO, "
@@ -350,6 +351,23 @@ def add_training(p, leave_out=()):
     add(g, "--val-every", type=COUNT, default=50_000,
         help="steps between weight files, validations and sample grids (HGGT); 0: only at the end")
     add(g, "--tensorboard", action=onoff, default=False, help="also write TensorBoard events")
+
+
+def is_reward_file(name):
+    """Does the name of a reward mean a file of rewards.train_opinion?"""
+    return name.endswith(".pth")
+
+
+def split_reward(word):
+    """A word of --reward -> (name, text of the weight, "" for none)."""
+    # a path may hold an equals sign of its own
+    return (word, "") if is_reward_file(word) or "=" not in word else tuple(word.rsplit("=", 1))
+
+
+def short_reward(word):
+    """What stands in names of folders for a word of --reward: the stem of a file, the module of module:function."""
+    name = split_reward(word)[0]
+    return Path(name).stem if is_reward_file(name) else name.partition(":")[0]
 
 
 def chooses_by_score(sampler):
