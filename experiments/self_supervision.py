@@ -71,8 +71,8 @@ def parse_args(argv=None):
                    metavar="DIR", help="photographs of the domain that is adapted to")
     g.add_argument("--real", type=Path, default=images / "lr_realsrset", metavar="DIR",
                    help="real low-resolution photographs")
-    g.add_argument("--sr", type=Path, default=DATA / "weights" / "sr" / "realesr-general-x4v3_fp16.pth", metavar="PATH",
-                   help="x4 network to adapt")
+    g.add_argument("--sr", type=runs.CHECKPOINT, metavar="PATH",
+                   default=DATA / "weights" / "sr" / "realesr-general-x4v3_fp16.pth", help="x4 network to adapt")
     g.add_argument("--vgg-weights", type=Path, default=Path("runs/vgg19.pth"), metavar="FILE",
                    help="VGG19, which python -m prepare.vgg19 makes")
     g = p.add_argument_group("runs")

@@ -80,6 +80,10 @@ def read_csv(path, flag, **options):
         raise runs.UserError(f"{flag} {path}: not a CSV file ({' '.join(str(error).split())})") from None
 
 
+def write_csv(path, frame, **options):
+    runs.write_atomic(path, lambda temporary: frame.to_csv(temporary, **options))
+
+
 def named_columns(text, usage):
     """"left=a,right=b" -> {"left": "a", "right": "b"}. Numbers, from 0, name the columns of a file without a header.
 

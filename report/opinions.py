@@ -229,6 +229,16 @@ def correlations(quality, mos):
             "plcc_logistic": after, "krcc": stats.kendalltau(quality, mos).statistic}
 
 
+def correlations_over(quality, mos, resamples=500, seed=0):
+    """correlations() as {name: (value, low, high)}, 95 % intervals by bootstrap over images."""
+    value, rng = correlations(quality, mos), np.random.default_rng(seed)
+    if np.isnan(value["srcc"]):
+        return {name: (np.nan,) * 3 for name in value}
+    drawn = pd.DataFrame([correlations(quality[rows], mos[rows])
+                          for rows in rng.integers(0, len(mos), (resamples, len(mos)))])
+    return {name: (value[name], *np.nanpercentile(drawn[name], [2.5, 97.5])) for name in value}
+
+
 # Choices
 
 def pairs_of(choices):
@@ -241,6 +251,32 @@ def pairs_of(choices):
             if method != row.selected]
     table = pd.DataFrame(rows, columns=["line", "observer", "scene", "method_a", "method_b"])
     return table.set_index("line")
+
+
+def votes_of(choices):
+    """Pairs with the fraction of those who preferred the right one, as SBS180K's: one row per scene and two methods.
+
+    Of the K - 1 pairs of each choice; a pair of which neither was selected says nothing. -> DataFrame of left, right,
+    score, left_method, right_method, photo (the scene), votes (how many)
+    """
+    pairs = pairs_of(choices)
+    first, second = (np.where(pairs.method_a < pairs.method_b, pairs[x], pairs[y])
+                     for x, y in (("method_a", "method_b"), ("method_b", "method_a")))
+    table = pd.DataFrame({"photo": pairs.scene.to_numpy(), "left_method": first, "right_method": second,
+                          "score": (pairs.method_a > pairs.method_b).astype(float).to_numpy()})
+    table = table.groupby(["photo", "left_method", "right_method"]).score.agg(score="mean", votes="size").reset_index()
+    return table.assign(left=table.left_method + "/" + table.photo, right=table.right_method + "/" + table.photo)
+
+
+def random_pairs(mos, seed=0):
+    """Pairs with votes from mean opinion scores: every image in one random pair, so that pairs are independent.
+
+    The vote is 1 or 0 by the means, 0.5 where they are equal. -> DataFrame of left, right, score
+    """
+    order = np.random.default_rng(seed).permutation(len(mos))
+    left, right = (mos.sort_values("image").iloc[order[side::2][:len(mos) // 2]] for side in (0, 1))
+    score = (1 + np.sign(right.mos.to_numpy() - left.mos.to_numpy())) / 2
+    return pd.DataFrame({"left": left.image.to_numpy(), "right": right.image.to_numpy(), "score": score})
 
 
 def utilities(choices, value):
@@ -342,3 +378,108 @@ def over_clusters(values, clusters, resamples=RESAMPLES, seed=0):
         return values.mean(), np.nan, np.nan
     draws = draw_clusters(len(sizes), resamples, seed)
     return values.mean(), *np.percentile((draws @ sums) / (draws @ sizes), [2.5, 97.5])
+
+
+# Scores and choices
+
+def judge(choices, value):
+    """How well `value`, a function of (scene, method), higher is better, NaN where unknown, predicts the choices.
+
+    -> {"choices": how many had all values;
+        "pairs": share of the K - 1 pairs of each choice that it orders as the observer did, 0.5 for equal values;
+        "within": mean over scenes of Spearman's correlation with how often each method was selected where shown;
+        "favourite": share of the choices that its favourite gets, shared by equals;
+        "log_likelihood": mean per choice of log softmax(t value), t >= 0 fitted on the other scenes;
+        "containing": {method: "pairs" of the pairs that contain the method}},
+    each of the four, and of "containing", as mean, low, high: 95 % intervals by bootstrap over scenes.
+    """
+    utility, selected = utilities(choices, value)
+    known = (~np.isnan(utility)).sum(axis=1) == choices.candidates.map(len)
+    choices, utility, selected = choices[known], utility[known.to_numpy()], selected[known.to_numpy()]
+    if choices.empty:
+        return None
+    scenes = choices.scene.to_numpy()
+    every = np.arange(len(choices))
+    chosen = utility[every, selected]
+    best = np.nanmax(utility, axis=1)
+    favourite = (chosen == best) / (utility == best[:, None]).sum(axis=1)
+    pairs = pairs_of(choices)
+    right = [(1 + np.sign(value(r.scene, r.method_a) - value(r.scene, r.method_b))) / 2 for r in pairs.itertuples()]
+    right, of_pair = np.array(right), pairs.scene.to_numpy()
+    within = within_scenes(choices, value)
+    containing = {}
+    for method in sorted({*pairs.method_a, *pairs.method_b}):
+        rows = ((pairs.method_a == method) | (pairs.method_b == method)).to_numpy()
+        containing[method] = over_clusters(right[rows], of_pair[rows])
+    return {"choices": len(choices), "pairs": over_clusters(right, of_pair),
+            "within": over_clusters(list(within.values()), list(within)),
+            "favourite": over_clusters(favourite, scenes),
+            "log_likelihood": over_clusters(likelihood_elsewhere(utility, selected, scenes), scenes),
+            "containing": containing}
+
+
+def selection_rates(choices):
+    """DataFrame by scene and method: how often selected, of the times it was a candidate; NaN where it never was."""
+    shown = choices.explode("candidates").groupby(["scene", "candidates"]).size().unstack()
+    selected = choices.groupby(["scene", "selected"]).size().unstack().reindex_like(shown).fillna(0)
+    return selected / shown
+
+
+def within_scenes(choices, value):
+    """{scene: Spearman's correlation of the values of its methods with their selection rates}, NaN where undefined."""
+    found = {}
+    for scene, rates in selection_rates(choices).iterrows():
+        rates = rates.dropna()
+        values = [value(scene, method) for method in rates.index]
+        defined = np.ptp(values) > 0 and np.ptp(rates) > 0
+        found[scene] = stats.spearmanr(values, rates).statistic if defined else np.nan
+    return found
+
+
+def likelihood_elsewhere(utility, selected, scenes):
+    """Log likelihood of each choice under softmax(t utility): t >= 0 is the best one on all other scenes. (n,)"""
+    utility = utility / (np.nanstd(utility) or 1)
+    values = np.empty(len(utility))
+    for scene in np.unique(scenes):
+        inside = scenes == scene
+
+        def loss(t, rows=~inside):
+            return -choice_likelihood(t * utility[rows], selected[rows])[0].sum()
+        t = optimize.minimize_scalar(loss, bounds=(0, 50), method="bounded").x if not inside.all() else 1.0
+        values[inside] = choice_likelihood(t * utility[inside], selected[inside])[0]
+    return values
+
+
+def names_only(choices):
+    """A value for judge() that knows the method and nothing of the image: its strength in all other scenes."""
+    strengths = {scene: bradley_terry(choices[choices.scene != scene]).strength for scene in choices.scene.unique()}
+    return lambda scene, method: strengths[scene].get(method, 0.0)
+
+
+def ceilings(choices):
+    """What is had without looking, and what no scores can exceed, in the terms of judge() -> {name: {...}}.
+
+    "chance"; "most possible": the majority of the same choices; "the other observers": the majority without the one
+    who chooses.
+    """
+    votes, pairs = votes_of(choices), pairs_of(choices)
+    most = np.average(np.fmax(votes.score, 1 - votes.score), weights=votes.votes)
+    wins = pairs.groupby(["scene", "method_a", "method_b"]).size()
+    ahead = [wins[row] - 1 - wins.get((row[0], row[2], row[1]), 0)
+             for row in zip(pairs.scene, pairs.method_a, pairs.method_b)]
+    favourite, by_others, likelihood, sizes = 0.0, 0.0, 0.0, choices.candidates.map(len)
+    for _, part in choices.groupby(["scene", choices.candidates.map(lambda row: tuple(sorted(row)))]):
+        count = part.selected.value_counts().to_numpy()
+        favourite += count.max()
+        likelihood += (count * np.log(count / count.sum())).sum()
+        # unselected candidates matter where nobody else selected anything
+        count = np.append(count, np.zeros(len(part.candidates.iloc[0]) - len(count)))
+        for k in np.flatnonzero(count):
+            without = count - (np.arange(len(count)) == k)
+            by_others += count[k] * (without[k] == without.max()) / (without == without.max()).sum()
+    n = len(choices)
+    return {"the other observers": {"pairs": np.mean((1 + np.sign(ahead)) / 2), "favourite": by_others / n},
+            "most possible": {"pairs": most, "within": 1.0, "favourite": favourite / n,
+                              "log_likelihood": likelihood / n},
+            "chance": {"pairs": 0.5, "within": 0.0, "favourite": (1 / sizes).mean(),
+                       "log_likelihood": -np.log(sizes).mean()}}

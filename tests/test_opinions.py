@@ -208,6 +208,73 @@ def test_intervals_count_clusters():
     assert np.isnan(opinions.over_clusters(values, np.zeros(30))[1])
 
 
+# Scores and choices
+
+def worked():
+    """Two scenes, three methods; the third observer sees two of them in the second scene."""
+    return choices_of([("a", "s", ("A", "B", "C"), "A"), ("b", "s", ("A", "B", "C"), "A"),
+                       ("c", "s", ("A", "B", "C"), "B"), ("a", "t", ("A", "B", "C"), "C"), ("c", "t", ("A", "B"), "B")])
+
+
+def test_choices_as_pairs_with_votes():
+    votes = opinions.votes_of(worked())
+    rows = {(r.left, r.right): (r.score, r.votes, r.photo) for r in votes.itertuples()}
+    assert rows == {("A/s", "B/s"): (1 / 3, 3, "s"), ("A/s", "C/s"): (0, 2, "s"), ("B/s", "C/s"): (0, 1, "s"),
+                    ("A/t", "C/t"): (1, 1, "t"), ("B/t", "C/t"): (1, 1, "t"), ("A/t", "B/t"): (1, 1, "t")}
+
+
+def test_scores_are_judged_as_by_hand():
+    values = {"s": {"A": 1.0, "B": 3.0, "C": 2.0}, "t": {"A": 1.0, "B": 2.0, "C": 2.0}}
+    found = opinions.judge(worked(), lambda scene, method: values[scene][method])
+    # s: A beats B, C twice (wrong), B beats A, C (right); t: C beats A (right), B (equal), B beats A (right)
+    assert found["choices"] == 5 and found["pairs"][0] == pytest.approx((0 + 0 + 2 + 1.5 + 1) / 9)
+    assert found["favourite"][0] == pytest.approx((0 + 0 + 1 + 0.5 + 1) / 5)
+    # selected in s: 2/3, 1/3, 0; in t: 0/2, 1/2, 1/1
+    expected = [stats.spearmanr([1, 3, 2], [2, 1, 0]).statistic, stats.spearmanr([1, 2, 2], [0, 0.5, 1]).statistic]
+    assert found["within"][0] == pytest.approx(np.mean(expected))
+    assert found["containing"]["C"][0] == pytest.approx((0 + 0 + 1 + 1 + 0.5) / 5)
+    # the wrong sign on the other scene: a temperature of zero, equal chances
+    shares = np.log([1 / 3, 1 / 2])
+    reverse = opinions.judge(worked(), lambda scene, method: -values[scene][method])
+    assert reverse["pairs"][0] == pytest.approx(1 - found["pairs"][0])
+    wrong = opinions.likelihood_elsewhere(np.array([[2.0, 1, 0], [2, 1, 0], [2, 1, np.nan]]), np.array([2, 2, 1]),
+                                          np.array(["s", "t", "t"]))
+    assert wrong == pytest.approx([shares[0], shares[0], shares[1]], abs=1e-3)
+    # a candidate without a score leaves its choice out
+    values["t"]["C"] = np.nan
+    assert opinions.judge(worked(), lambda scene, method: values[scene][method])["choices"] == 4
+    assert opinions.judge(worked(), lambda scene, method: np.nan) is None
+
+
+def test_floors_and_ceilings_by_hand():
+    limits = opinions.ceilings(worked())
+    most, others, chance = (limits[name] for name in ("most possible", "the other observers", "chance"))
+    # of the nine votes, the majority of each scene and pair has 2 + 2 + 1, and 1 + 1 + 1
+    assert most["pairs"] == pytest.approx(8 / 9) and most["favourite"] == pytest.approx((2 + 1 + 1) / 5)
+    assert most["log_likelihood"] == pytest.approx((2 * np.log(2 / 3) + np.log(1 / 3)) / 5)
+    # A against B: 1 to 1 without one's own for A twice, 2 to 0 against B; A against C: right; nobody else: half
+    assert others["pairs"] == pytest.approx((0.5 + 0.5 + 0 + 1 + 1 + 4 * 0.5) / 9)
+    assert others["favourite"] == pytest.approx((0.5 + 0.5 + 0 + 1 / 3 + 1 / 2) / 5)
+    assert chance["favourite"] == pytest.approx((4 / 3 + 1 / 2) / 5) and chance["pairs"] == 0.5
+
+
+def test_the_name_alone_knows_other_scenes():
+    value = opinions.names_only(worked())
+    # in scene t only C beat A and B, and B beat A; of s the order is A, B, C
+    assert value("s", "C") > value("s", "B") > value("s", "A")
+    assert value("t", "A") > value("t", "B") > value("t", "C")
+
+
+def test_opinions_as_random_pairs():
+    mos = pd.DataFrame({"image": [f"{k:02d}.png" for k in range(21)], "mos": np.arange(21.0) // 2})
+    pairs = opinions.random_pairs(mos)
+    assert len(pairs) == 10 and len({*pairs.left, *pairs.right}) == 20
+    means = mos.set_index("image").mos
+    assert pairs.score.tolist() == [0.5 + 0.5 * np.sign(means[r.right] - means[r.left]) for r in pairs.itertuples()]
+    again = opinions.random_pairs(mos.sample(frac=1, random_state=1))
+    assert again[["left", "right"]].equals(pairs[["left", "right"]])
+
+
 @needs_study
 def test_the_real_study():
     best, left_out = opinions.read_choices(HUMAN / "sr_study/choice_of_4.csv",
