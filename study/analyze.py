@@ -3,10 +3,8 @@
     python -m study.analyze VOTES/ --key runs/study/key.json
 
 VOTES holds the files that the raters sent back. Prints the paper's statistics (two methods) or Bradley-Terry strengths
-(more), and what was left out; writes analysis.json and two tables of the votes, pairs.csv and choices.csv:
-
-    python analyze_iqa.py score --pairs DIR/pairs.csv --columns
-        left=left,right=right,score=score,methods=left_method+right_method,photo=photo --out RUN
+(more), and what was left out; writes analysis.json and two tables of the votes for analyze_iqa.py and
+rewards.train_opinion: pairs.csv, the share per pair, and choices.csv, a row per vote. docs/study.md has the commands.
 """
 import json
 import math
@@ -65,7 +63,7 @@ def read_file(path, key):
         raise ValueError("no file of votes")
     if votes.get("study") != key["study"]:
         raise ValueError(f"of another study ({votes.get('study')}, the key is of {key['study']})")
-    if votes.get("rater") not in key["raters"]:
+    if not isinstance(votes.get("rater"), str) or votes["rater"] not in key["raters"]:
         raise ValueError(f"rater {votes.get('rater')} is not in the key")
     trials, answers = key["raters"][votes["rater"]], votes["answers"]
     if not isinstance(answers, list) or len(answers) > len(trials):
