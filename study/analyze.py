@@ -193,15 +193,24 @@ def power(share, raters, each, spread, level=0.05):
     return float(stats.nct.sf(stats.t.isf(level, raters - 1), raters - 1, (share - 0.5) / se))
 
 
+def over_both(won, observers, scenes):
+    """Ends of the 95 % interval of a share by a bootstrap that draws raters and photographs at once (Owen, 2007)."""
+    codes = [pd.factorize(names)[0] for names in (observers, scenes)]
+    by_rater, by_scene = (opinions.draw_clusters(code.max() + 1, seed=k)[:, code] for k, code in enumerate(codes))
+    weight = by_rater * by_scene
+    weight = weight[weight.any(1)]
+    return np.percentile(weight @ won / weight.sum(1), [2.5, 97.5]).tolist()
+
+
 def against(choices, ours):
-    """{other method: preference() of ours over it, and scene_low, scene_high: its interval over photographs}."""
+    """{other method: preference() of ours over it, and both_low, both_high: ends of over_both()}."""
     table = {}
     for other in sorted({method for both in choices.candidates for method in both} - {ours}):
         votes = choices[choices.candidates.map(set) == {ours, other}]
         won = (votes.selected == ours).astype(float)
         if len(votes):
-            _, low, high = opinions.over_clusters(won, votes.scene)
-            table[other] = preference(won.groupby(votes.observer).mean()) | {"scene_low": low, "scene_high": high,
+            low, high = over_both(won.to_numpy(), votes.observer, votes.scene)
+            table[other] = preference(won.groupby(votes.observer).mean()) | {"both_low": low, "both_high": high,
                                                                             "votes": len(votes)}
     return table
 
@@ -254,9 +263,9 @@ def report_text(summary, raters, ours):
                      f"{percent(a['majority'])} % of the votes.")
     rows = [[f"{ours} over {other}", f"{percent(r['mean'])} [{percent(r['low'])}, {percent(r['high'])}]",
              percent(r["median"]), percent(r["se"]), "-" if math.isnan(r["p"]) else f"{r['p']:.2g}",
-             f"[{percent(r['scene_low'])}, {percent(r['scene_high'])}]"] for other, r in summary["preference"].items()]
+             f"[{percent(r['both_low'])}, {percent(r['both_high'])}]"] for other, r in summary["preference"].items()]
     parts.append(runs.markdown(["preferred, %", "mean over raters, 95 % interval", "median", "standard error",
-                                "one-sided p", "interval over photographs"], rows))
+                                "one-sided p", "interval over raters and photographs"], rows))
     if len(summary["strengths"]) > 2:
         rows = [[method, f"{s['strength']:+.2f} [{s['low']:+.2f}, {s['high']:+.2f}]".replace("+nan", "-"),
                  f"{s['choices']}/{s['shown']}"]

@@ -384,11 +384,12 @@ def test_intervals_of_simulated_studies_hold_the_truth():
     quality = {"a": 0.9, "b": 0.0}
     # the population's preference: the mean over tastes and photographs
     gaps = 0.9 + rng.normal(0, np.sqrt(4 * 0.25), 400_000)
-    truth, held = (1 / (1 + np.exp(-gaps))).mean(), 0
+    truth, held, held_by_both = (1 / (1 + np.exp(-gaps))).mean(), 0, 0
     for _ in range(100):
         found = analyze.against(draw_study(rng, "ab", quality), "a")["b"]
         held += found["low"] <= truth <= found["high"]
-    assert held >= 90
+        held_by_both += found["both_low"] <= truth <= found["both_high"]
+    assert held >= 90 and held_by_both >= 95
     quality, held = {"a": 0.5, "b": 0.0, "c": -0.5}, 0
     # without tastes the model of Bradley and Terry is the true one, and its strengths are those of the population
     for _ in range(100):
