@@ -61,13 +61,13 @@ SETTINGS = {"plain": dict(epochs=3, lr=2e-4), "hard": dict(epochs=2, lr=2e-4)}
 
 
 def train(args, mos, features, split, name):
-    """One model of one split: the reward file, which has the settings and the scores in it."""
+    """One model of one split: the reward file, which has the settings in it."""
     file = args.work / f"{name}-{split}.pth"
     if file.exists():
         return file
     began, machine = time.process_time(), runs.describe_machine(on_cpu=True)
-    rows, test_rows = opinions.splits(mos["names"])[split]
-    training, test = (train_opinion.part(mos, part) for part in (rows, test_rows))
+    rows, _ = opinions.splits(mos["names"])[split]
+    training = train_opinion.part(mos, rows)
     teacher, settings = None, SETTINGS[name] | dict(crop=CROP, seed=SEED)
     if name == "hard":
         plain = train(args, mos, features, split, "plain")
@@ -80,7 +80,6 @@ def train(args, mos, features, split, name):
     record = {"arch": "mobilenet_v2", "command": sys.argv, **machine, "model": name, "split": split,
               "mos": {"file": "clive/labels.csv", "images": len(rows)}, **settings, "losses": losses,
               "seconds_of_training": round(time.process_time() - began)}
-    record["test"] = train_opinion.test_scores(net, test["images"], test["mos"].numpy())
     opinion.save(file, net, record)
     return file
 
@@ -91,7 +90,10 @@ def judge(args, mos, photos, features, split, name):
     if out.exists():
         return
     file = train(args, mos, features, split, name)
-    record = opinion.load(file)[1] | {"file_sha256": runs.digest(file)}
+    net, record = opinion.load(file)
+    record |= {"file_sha256": runs.digest(file), "judged_at": runs.describe_machine(on_cpu=True)["commit"]}
+    test = train_opinion.part(mos, opinions.splits(mos["names"])[split][1])
+    record["test"] = train_opinion.test_scores(net, test["images"], test["mos"].numpy())
     if split in ATTACKED:
         reward = iqa.create_reward([str(file)], need_gradient=True)
         record["attack"] = attack.measure({name: reward}, photos, [1, 2, 4])[name]
@@ -112,7 +114,8 @@ def ridge(args, mos, first_crops):
     sides = ("whole", *map(str, train_opinion.TEST_CROPS))
     means = {side: [] for side in sides}
     for k, image in enumerate(tqdm(mos["images"], desc="features", mininterval=5)):
-        means["whole"].append(net.features(image[None].float() / 255)[0])
+        parts = opinion.tiles(image[None].float() / 255)
+        means["whole"].append(sum(map(net.features, parts))[0] / len(parts))
         for size in train_opinion.TEST_CROPS:
             rng = np.random.default_rng([SEED, 5, size, k])
             x = train_opinion.random_crops([image] * train_opinion.REPEATS, size, rng)
@@ -191,7 +194,8 @@ def study(args):
     with torch.no_grad():
         for name, file in tqdm(opinions.images_of(best, args.study).items(), desc="study", mininterval=5):
             x = load_image(file)[None].float() / 255
-            features = (net.features(x)[0] - net.centre) / net.spread
+            parts = opinion.tiles(x)
+            features = (sum(map(net.features, parts))[0] / len(parts) - net.centre) / net.spread
             for model in models:
                 values[model][name] = models[model](x).item()
             values["sharpness"][name] = sharp(x).item()

@@ -23,6 +23,8 @@ from rewards.ranker import Ranker
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # smaller images are mirrored to this size: MobileNetV2 reduces by 32
 SMALLEST = 32
+# larger images are scored in tiles of this side, pixels: a network that learned from crops is worse on whole images
+TILE = 256
 
 
 class MobileNetV2(nn.Module):
@@ -102,12 +104,22 @@ def download(weights):
                              "--backbone FILE") from None
 
 
+def tiles(x):
+    """Views of (B, 3, H, W) that cover it evenly: itself if no side has 1.5 TILE pixels, else parts of TILE pixels."""
+    def starts(size):
+        count = math.ceil(size / TILE) if size >= 1.5 * TILE else 1
+        return [round(k * (size - TILE) / (count - 1)) for k in range(count)] if count > 1 else [0]
+    h, w = (TILE if size >= 1.5 * TILE else size for size in x.shape[2:])
+    return [x[..., top:top + h, left:left + w] for top in starts(x.shape[2]) for left in starts(x.shape[3])]
+
+
 class DeepRegressor(nn.Module):
     """Quality from pooled features of an ImageNet network: (B, 3, H, W) RGB in [0, 1] -> (B,), higher is better.
 
     Every map of the backbone is described by the mean and the standard deviation of each channel, at any image size.
     The score is linear in these standardised features, plus a small MLP, in the units of the opinions (0 to 100). It
-    has no bounds, so its gradient never vanishes. Images with sides below 32 pixels are extended by mirroring.
+    has no bounds, so its gradient never vanishes. Images with sides below 32 pixels are extended by mirroring; those of
+    384 pixels or more have the mean score of tiles of 256.
     """
 
     def __init__(self, backbone):
@@ -142,9 +154,12 @@ class DeepRegressor(nn.Module):
         return torch.cat(pooled, 1)
 
     def forward(self, x):
-        z = (self.features(x) - self.centre) / self.spread
-        with torch.autocast(x.device.type, enabled=False):
-            return self.shift + self.stretch * (self.linear(z) + self.mlp(z))[:, 0]
+        scores = []
+        for tile in tiles(x):
+            z = (self.features(tile) - self.centre) / self.spread
+            with torch.autocast(x.device.type, enabled=False):
+                scores.append(self.shift + self.stretch * (self.linear(z) + self.mlp(z))[:, 0])
+        return sum(scores) / len(scores)
 
     def start_linear(self, features, quality):
         """Begin with ridge regression of quality (N,), 0 to 100, on features (N, F) of the backbone as it is.
