@@ -161,13 +161,18 @@ class DeepRegressor(nn.Module):
                 scores.append(self.shift + self.stretch * (self.linear(z) + self.mlp(z))[:, 0])
         return sum(scores) / len(scores)
 
+    def standardise(self, features):
+        """Have features like these (N, F) centred, each with standard deviation 1, for the head."""
+        self.centre.copy_(features.mean(0))
+        self.spread.copy_(features.std(0).clamp_min(1e-4))
+
     def start_linear(self, features, quality):
         """Begin with ridge regression of quality (N,), 0 to 100, on features (N, F) of the backbone as it is.
 
         The penalty is that of the least generalised cross-validation error (Golub, Heath and Wahba, 1979).
         """
-        centre, spread = features.mean(0), features.std(0).clamp_min(1e-4)
-        z = ((features - centre) / spread).double()
+        self.standardise(features)
+        z = ((features - self.centre.cpu()) / self.spread.cpu()).double()
         mean = quality.mean()
         target = ((quality - mean) / self.stretch.item()).double()
         values, vectors = torch.linalg.eigh(z @ z.T)
@@ -177,8 +182,6 @@ class DeepRegressor(nn.Module):
             error = ((left * projected).square().mean() / left.mean().square()).item()
             best = min(best, (error, penalty.item()))
         weight = z.T @ (vectors @ (projected / (values.clamp_min(0) + best[1])))
-        self.centre.copy_(centre)
-        self.spread.copy_(spread)
         self.shift.copy_(mean)
         with torch.no_grad():
             self.linear.weight.copy_(weight.float()[None])

@@ -321,6 +321,19 @@ def test_the_command_trains_judges_and_names_what_is_wrong(script, tmp_path):
     assert record["arch"] == "ranker" and record["mos"]["images"] == 24 and record["test"]["images"] == 6
     assert set(record["test"]["crops"]) == {"96", "128", "192", "256"} or record["test"]["whole"]
     assert {"commit", "torch", "seed", "command"} <= set(record)
+    # from a file, and from choices alone
+    for method, level in (("dark", 60), ("light", 190)):
+        for k, image in enumerate(gray([level, level + 10], 80)):
+            save_image(tmp_path / "study" / method / f"{k}.png", image)
+    (tmp_path / "choices.csv").write_text(
+        "observer,scene,candidates,selected\n1,0,dark|light,dark\n1,1,light|dark,dark\n2,1,light|dark,none\n")
+    done = script("rewards.train_opinion", "--init", tmp_path / "bright.pth", "--choices", tmp_path / "choices.csv",
+                  "--choice-images", tmp_path / "study", "--crop", 64, "--epochs", 1, "--out", tmp_path / "judge.pth")
+    assert "1 choices left out" in done.stdout
+    judge, record = opinion.load(tmp_path / "judge.pth")
+    assert record["lr"] == train_opinion.RATES["ranker"] and record["init"]["mos"]["images"] == 24
+    assert any(not torch.equal(a, b) for a, b in zip(
+        judge.parameters(), opinion.load(tmp_path / "bright.pth")[0].parameters()))
     for words, message in ((["--crop", 96], "less than a crop"), (["--harden"], "--init"),
                            (["--mos-images", tmp_path / "none"], "none")):
         failed = script("rewards.train_opinion", *flags, *words, "--out", tmp_path / "x.pth", check=False)
@@ -356,6 +369,8 @@ def test_negatives_are_worse_by_more_at_higher_severity_and_bicubic_loses_detail
         rows.append((u, (y - x).square().mean().sqrt().item() * 255))
     u, distance = np.array(rows).T
     assert distance.min() > 0.3 and stats.spearmanr(u, distance).statistic > 0.5
+    with pytest.raises(runs.UserError, match="prefers bicubic images"):
+        harden.unit(lambda z: -z.diff(dim=3).abs().mean((1, 2, 3)), [(x[0] * 255).byte()], 0, "cpu", draws=1)
     board = harden.checkerboard(8, 8, 2)[0, 0]
     assert board[0, 0] == 1 and (board[:, 1:] == -board[:, :-1]).all() and (board[1:] == -board[:-1]).all()
 
