@@ -23,7 +23,8 @@ from rewards.ranker import Ranker
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # smaller images are mirrored to this size: MobileNetV2 reduces by 32
 SMALLEST = 32
-# larger images are scored in tiles of this side, pixels: a network that learned from crops is worse on whole images
+# CHOICE: larger images are scored in tiles of this side, pixels, which overlap by half: the middle counts more, as in
+# the mean of random crops by which quality models are usually tested
 TILE = 256
 
 
@@ -105,9 +106,9 @@ def download(weights):
 
 
 def tiles(x):
-    """Views of (B, 3, H, W) that cover it evenly: itself if no side has 1.5 TILE pixels, else parts of TILE pixels."""
+    """Views of (B, 3, H, W) that cover it: whole sides below 1.5 TILE pixels, else parts of TILE, half overlapping."""
     def starts(size):
-        count = math.ceil(size / TILE) if size >= 1.5 * TILE else 1
+        count = math.ceil(2 * size / TILE) - 1 if size >= 1.5 * TILE else 1
         return [round(k * (size - TILE) / (count - 1)) for k in range(count)] if count > 1 else [0]
     h, w = (TILE if size >= 1.5 * TILE else size for size in x.shape[2:])
     return [x[..., top:top + h, left:left + w] for top in starts(x.shape[2]) for left in starts(x.shape[3])]
@@ -119,7 +120,7 @@ class DeepRegressor(nn.Module):
     Every map of the backbone is described by the mean and the standard deviation of each channel, at any image size.
     The score is linear in these standardised features, plus a small MLP, in the units of the opinions (0 to 100). It
     has no bounds, so its gradient never vanishes. Images with sides below 32 pixels are extended by mirroring; those of
-    384 pixels or more have the mean score of tiles of 256.
+    384 pixels or more have the mean score of tiles of 256 that overlap by half.
     """
 
     def __init__(self, backbone):
