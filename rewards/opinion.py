@@ -21,7 +21,7 @@ import runs
 from rewards.ranker import Ranker
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# smaller images are mirrored to this size: MobileNetV2 reduces by 32
+# the edge of smaller images is repeated up to this size: MobileNetV2 reduces by 32
 SMALLEST = 32
 # CHOICE: larger images are scored in tiles of this side, pixels, which overlap by half: the middle counts more, as in
 # the mean of random crops by which quality models are usually tested
@@ -119,7 +119,7 @@ class DeepRegressor(nn.Module):
 
     Every map of the backbone is described by the mean and the standard deviation of each channel, at any image size.
     The score is linear in these standardised features, plus a small MLP, in the units of the opinions (0 to 100). It
-    has no bounds, so its gradient never vanishes. Images with sides below 32 pixels are extended by mirroring; those of
+    has no bounds, so its gradient never vanishes. The edge of images with sides below 32 pixels is repeated; those of
     384 pixels or more have the mean score of tiles of 256 that overlap by half.
     """
 
@@ -143,9 +143,8 @@ class DeepRegressor(nn.Module):
         """(B, 3, H, W) -> (B, F) float32: mean and standard deviation of every channel of every map."""
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"a quality model wants (B, 3, H, W) RGB, got {tuple(x.shape)}")
-        while min(x.shape[2:]) < SMALLEST:
-            h, w = (min(max(SMALLEST - n, 0), n - 1) for n in x.shape[2:])
-            x = F.pad(x, (0, w, 0, h), mode="reflect" if max(h, w) else "replicate")
+        h, w = (max(SMALLEST - size, 0) for size in x.shape[2:])
+        x = F.pad(x, (0, w, 0, h), mode="replicate")
         pooled = []
         for maps in self.backbone((x - self.mean) / self.std):
             maps = maps.float()
@@ -154,13 +153,14 @@ class DeepRegressor(nn.Module):
             pooled += [mean, ((maps - mean[:, :, None, None]).square().mean((2, 3)) + 1e-6).sqrt()]
         return torch.cat(pooled, 1)
 
+    def described(self, x):
+        """(T, B, F): the standardised features of the tiles of (B, 3, H, W)."""
+        return torch.stack([(self.features(tile) - self.centre) / self.spread for tile in tiles(x)])
+
     def forward(self, x):
-        scores = []
-        for tile in tiles(x):
-            z = (self.features(tile) - self.centre) / self.spread
-            with torch.autocast(x.device.type, enabled=False):
-                scores.append(self.shift + self.stretch * (self.linear(z) + self.mlp(z))[:, 0])
-        return sum(scores) / len(scores)
+        z = self.described(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.shift + self.stretch * (self.linear(z) + self.mlp(z))[..., 0].mean(0)
 
     def standardise(self, features):
         """Have features like these (N, F) centred, each with standard deviation 1, for the head."""
