@@ -388,7 +388,7 @@ def main(args):
         net_d = world.parallel(judge)
 
     def save(step, weights):
-        meter.check_finite(lambda s: ", ".join(dataset.names(s)))
+        meter.check_finite(lambda s: ", ".join(dataset.names(s)), raw_g, raw_d)
         state = {"net_g": raw_g.state_dict(), "ema": ema.state_dict(), "opt_g": opt_g.state_dict(),
                  "pool": pool.state(world.gather_lanes), "meter": meter.state_dict(),
                  "picked": world.reduce(picked.clone()).tolist()}
@@ -490,7 +490,7 @@ def main(args):
         lq, gt = lq.contiguous(memory_format=memory_g), gt.contiguous(memory_format=memory)
         keep = [raw_g.draw_keep([seeds(step, lane, "drop-path") for lane in lanes])] if args.drop_path else []
         logged = optimise(lq, gt, *keep)
-        meter.leave_out(step, "rewards", logged.pop("unscored", None), len(lanes), limit=10 * args.batch_size)
+        meter.leave_out(step, "rewards", logged.pop("unscored", None), len(lanes), limit=args.batch_size / 10)
         meter.add(step, score, **logged)
         if due(step, args.log_every):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))

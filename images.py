@@ -71,12 +71,13 @@ def open_image(path):
 def orientation(image):
     """EXIF's orientation of Pillow's image, 1 to 8. A header is enough, and libvips sees the same.
 
-    1 for a TIFF, which Pillow turns by itself, and for an EXIF block that is damaged.
+    1 for a TIFF, which Pillow turns by itself, for an EXIF block that is damaged, and for any other value.
     """
     exif = Image.Exif()
     with contextlib.suppress(SyntaxError, struct.error):
         exif.load(image.info.get("exif", b""))
-    return exif.get(ExifTags.Base.Orientation, 1)
+    value = exif.get(ExifTags.Base.Orientation)
+    return value if value in TURNS else 1
 
 
 def decoded(image):
@@ -176,7 +177,8 @@ def save_image(path, image):
     if image.dtype != torch.uint8:
         image = image.clamp(0, 1).mul(255).round().byte()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path, format="PNG", compress_level=1)
+    with runs.says_where(path):
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path, format="PNG", compress_level=1)
 
 
 def sample_hash(files):

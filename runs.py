@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -63,6 +64,28 @@ class UserError(ValueError):
     """Something that the user can mend: bad data, a missing file, flags. The text says what, where, what to do."""
 
 
+class Console(io.FileIO):
+    """Standard output or error; printing never raises: who reads it may have gone (head), or its disk may be full."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+    @staticmethod
+    def of(stream):
+        try:
+            stream.flush()
+            raw = Console(stream.fileno(), "w", closefd=False)
+        except (AttributeError, OSError):
+            # closed, which Python calls None, or a notebook's
+            return stream
+        # a console that knows no arrow gets a question mark
+        return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "replace",
+                                line_buffering=stream.line_buffering, write_through=stream.write_through)
+
+
 def cli(main):
     """Run a script's `main`: a UserError ends in one line and exit code 2, other exceptions in a traceback and code 1.
 
@@ -75,9 +98,7 @@ def cli(main):
     if record_file:
         from torch.distributed.elastic.multiprocessing.errors import record
         main = record(main)
-    for stream in (sys.stdout, sys.stderr):
-        # a console that knows no arrow gets a question mark
-        stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = map(Console.of, (sys.stdout, sys.stderr))
     try:
         main()
     except KeyboardInterrupt:
@@ -191,6 +212,11 @@ class Parser(argparse.ArgumentParser):
         name = program()
         options = {"prog": name if name.endswith(".py") else f"python -m {name}"} | options
         super().__init__(*names, allow_abbrev=allow_abbrev, formatter_class=formatter_class, **options)
+
+    def _print_message(self, message, file=None):
+        # before cli has made the console take any letter
+        encoding = getattr(file, "encoding", None) or "utf-8"
+        super()._print_message(message and message.encode(encoding, "replace").decode(encoding), file)
 
     def error(self, message):
         # under torchrun every process meets the same error
@@ -685,8 +711,8 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         with says_where(path):
-            # torch.save hides what the system said
-            if isinstance(error, RuntimeError):
+            # torch.save, Pillow and libvips hide what the system said
+            if isinstance(error, Exception) and not getattr(error, "errno", None) and temporary.exists():
                 with open(temporary, "ab", buffering=0) as f:
                     f.write(bytes(2 ** 20))
                     os.fsync(f.fileno())
@@ -1097,6 +1123,9 @@ class Meter:
     Also remembers, for every term, the first step at which it was not finite, so that the check costs nothing per step.
     """
 
+    # steps
+    WINDOW = 100
+
     def __init__(self, world, state=None):
         self.world, self.sums, self.count, self.first_bad, self.unscored = world, {}, 0, {}, {}
         self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
@@ -1133,7 +1162,7 @@ class Meter:
     def leave_out(self, step, what, number, each=1, limit=None):
         """Count what has no finite score: `number` times `each`, a 0-d tensor, of this process at `step`; None: none.
 
-        limit: UserError where it is more in 100 steps, of all processes.
+        limit: UserError where it is more per step, of all processes, on average over WINDOW steps.
         """
         if number is None:
             return
@@ -1142,12 +1171,12 @@ class Meter:
         total, first, recent, told = self.unscored.get(what, (zero, never, zero, 0))
         first = torch.minimum(first, torch.where(number > 0, step, never))
         recent = recent + number
-        if limit is not None and step % 100 == 0:
+        if limit is not None and step % self.WINDOW == 0:
             # a device sync
-            sum_of_all = int(self.world.reduce(recent).item())
+            sum_of_all, limit = int(self.world.reduce(recent).item()), limit * self.WINDOW
             if sum_of_all > limit:
-                raise UserError(f"{sum_of_all} {what} had no finite score in the 100 steps up to step {step}; more "
-                                f"than {limit} are too many: look at the images and the --reward")
+                raise UserError(f"{sum_of_all} {what} had no finite score in the {self.WINDOW} steps up to step "
+                                f"{step}; more than {limit:.0f} are too many: look at the images and the --reward")
             recent = zero
         self.unscored[what] = total + number, first, recent, told
 
@@ -1164,14 +1193,23 @@ class Meter:
                 self.unscored[what] = total, first, recent, count
         return sentences
 
-    def check_finite(self, describe):
-        """Raise UserError naming the first non-finite term and its step; describe(step) names the samples."""
+    def check_finite(self, describe, *nets):
+        """Raise UserError naming the first non-finite term and its step; describe(step) names the samples.
+
+        nets: what is about to be saved. A finite loss may have had a gradient that is not; a run that was resumed from
+        such weights would end at its next step for ever.
+        """
         for name, first in self.first_bad.items():
             # a device sync
             step = int(self.world.reduce(first.clone(), "MIN").item())
             if step < 2 ** 31 - 1:
                 raise UserError(f"{name} is not finite at step {step}; the last checkpoint is older. "
                                 f"Samples: {describe(step)}")
+        weights = [weight.detach() for net in nets if net is not None for weight in net.parameters()]
+        # one device sync
+        if weights and not torch.stack([torch.isfinite(weight).all() for weight in weights]).all().item():
+            raise UserError("the weights are not finite any more, though every loss is: a gradient was not. The last "
+                            "checkpoint is older: look at the images and the losses, or try a smaller --lr")
 
     def read(self):
         """Starts a new window. -> averages over window and processes, steps per second, share of time spent waiting"""

@@ -304,7 +304,7 @@ def main(args):
         net_d = world.parallel(judge)
 
     def save(step, weights):
-        meter.check_finite(lambda s: ", ".join(dataset.names(s)))
+        meter.check_finite(lambda s: ", ".join(dataset.names(s)), raw_g, raw_d)
         state = {"net_g": raw_g.state_dict(), "ema": ema.state_dict(), "opt_g": opt_g.state_dict(),
                  "pool": pool.state(world.gather_lanes), "meter": meter.state_dict(),
                  "picked": world.reduce(picked.clone()).tolist()}

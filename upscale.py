@@ -100,6 +100,8 @@ pyvips = runs.Lazy("pyvips")
 PILLOW_LIMIT = 178_956_970
 # largest width and height of the formats
 LARGEST_SIDE = {".webp": 16_383, ".jpg": 65_535, ".jpeg": 65_535}
+# CHOICE: opacity up to which a pixel counts as transparent: its own colour moves what is seen by at most 5 grey levels
+HIDDEN = 0.02
 # CHOICE: bytes per LR pixel, rounded up from those of the largest network here
 BYTES_PER_LR_PIXEL = 32_768
 
@@ -137,7 +139,8 @@ def fill_hidden(pixels, hidden):
 def enlarge(net, image, factor, tile, overlap, device, stop):
     """pyvips image -> pyvips image: colours by the network, alpha bicubically; bit depth, profile, metadata are kept.
 
-    Colours that nobody sees (alpha 0) do not reach the network: at edges it would mix them with those beside them.
+    Colours that nobody sees (alpha up to HIDDEN) do not reach the network: at edges it would mix them with those beside
+    them.
 
     UserError where the network's output is not finite; KeyboardInterrupt when stop.received, between rows of tiles.
     """
@@ -146,7 +149,7 @@ def enlarge(net, image, factor, tile, overlap, device, stop):
         alpha, colour = image[image.bands - 1], image[:image.bands - 1]
     pixels, top = colour.numpy().reshape(image.height, image.width, -1), 255 if image.format == "uchar" else 65_535
     if alpha is not None:
-        pixels = fill_hidden(pixels, alpha.numpy() == 0)
+        pixels = fill_hidden(pixels, alpha.numpy() <= HIDDEN * top)
     lq = torch.from_numpy(pixels.astype(np.float32) / top).permute(2, 0, 1)[None].expand(1, 3, -1, -1).to(device)
     sr = np.empty((image.height * factor, image.width * factor, pixels.shape[2]), pixels.dtype)
 

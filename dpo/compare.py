@@ -284,7 +284,9 @@ def draw_curves(summary, path):
     rows, kinds = list(summary["rows"].items()), ("best", "mean", "worst")
     for n, (row, v) in enumerate(rows):
         for kind, line in zip(kinds, ("-", "--", ":")):
-            left.plot(summary["k"], v["curve"][kind], line, color=style.COLOURS[n % len(style.COLOURS)],
+            # the marker of this row on the right
+            marker = style.MARKERS[(n - 1) % len(style.MARKERS)] if n and kind == "best" else None
+            left.plot(summary["k"], v["curve"][kind], line, color=style.COLOURS[n % len(style.COLOURS)], marker=marker,
                       label=row if kind == "best" else None)
     left.set(xscale="log", xlabel="k, number of seeds", ylabel=f"reward ({summary['reward']}), higher is better",
              title="Solid: best of k seeds,\ndashed: mean, dotted: worst")

@@ -37,6 +37,7 @@ def parse_args(argv=None):
 # before the imports that take seconds, so that --help answers at once
 ARGS = parse_args() if __name__ == "__main__" else None
 
+import json
 import time
 
 import numpy as np
@@ -47,7 +48,7 @@ from tqdm import tqdm
 
 import iqa
 from images import load_image
-from report import opinions
+from report import opinions, style
 from rewards import attack, opinion, train_opinion
 
 CROP, SEED = 224, 0
@@ -59,22 +60,21 @@ METHODS = ("BSRGAN", "RealESRGAN", "ResShift", "SwinIR")
 SETTINGS = {"plain": dict(epochs=3, lr=2e-4), "hard": dict(epochs=2, lr=2e-4)}
 
 
-def train(args, mos, photos, features, split, name):
-    """One model of one split: reward file and JSON."""
-    out, file = args.results / f"clive-{name}-{split}.json", args.work / f"{name}-{split}.pth"
-    if out.exists() and file.exists():
-        return
+def train(args, mos, features, split, name):
+    """One model of one split: the reward file, which has the settings and the scores in it."""
+    file = args.work / f"{name}-{split}.pth"
+    if file.exists():
+        return file
     began, machine = time.process_time(), runs.describe_machine(on_cpu=True)
     rows, test_rows = opinions.splits(mos["names"])[split]
     training, test = (train_opinion.part(mos, part) for part in (rows, test_rows))
     teacher, settings = None, SETTINGS[name] | dict(crop=CROP, seed=SEED)
     if name == "hard":
-        train(args, mos, photos, features, split, "plain")
-        net, teacher = (opinion.load(args.work / f"plain-{split}.pth")[0] for _ in range(2))
+        plain = train(args, mos, features, split, "plain")
+        net, teacher = (opinion.load(plain)[0] for _ in range(2))
     else:
         torch.manual_seed(SEED)
-        net = opinion.ARCHITECTURES["mobilenet_v2"]()
-        net.backbone.load_imagenet(args.backbone)
+        net = imagenet(args)
         net.start_linear(features(net)[rows], training["mos"])
     losses = train_opinion.fit(net, training, teacher=teacher, **settings)
     record = {"arch": "mobilenet_v2", "command": sys.argv, **machine, "model": name, "split": split,
@@ -82,7 +82,16 @@ def train(args, mos, photos, features, split, name):
               "seconds_of_training": round(time.process_time() - began)}
     record["test"] = train_opinion.test_scores(net, test["images"], test["mos"].numpy())
     opinion.save(file, net, record)
-    record["file_sha256"] = runs.digest(file)
+    return file
+
+
+def judge(args, mos, photos, features, split, name):
+    """The JSON of one model of one split."""
+    out = args.results / f"clive-{name}-{split}.json"
+    if out.exists():
+        return
+    file = train(args, mos, features, split, name)
+    record = opinion.load(file)[1] | {"file_sha256": runs.digest(file)}
     if split in ATTACKED:
         reward = iqa.create_reward([str(file)], need_gradient=True)
         record["attack"] = attack.measure({name: reward}, photos, [1, 2, 4])[name]
@@ -239,10 +248,75 @@ def penalty_by_scenes(table, choices, grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
     return max(grid, key=likelihood)
 
 
+# Report
+
+def read_models(args):
+    """{"ridge", "plain", "hard": {split: {"whole", "96", ...: SRCC, "plcc": of whole images}}}, and all records."""
+    table, records = {}, {}
+    if (args.results / "clive-ridge.json").exists():
+        rows = json.loads((args.results / "clive-ridge.json").read_text())["srcc"]
+        table["ridge"] = {row.pop("split"): row for row in rows}
+    for name in SETTINGS:
+        for split in range(10):
+            file = args.results / f"clive-{name}-{split}.json"
+            if file.exists():
+                record = records[name, split] = json.loads(file.read_text())
+                test = record["test"]
+                table.setdefault(name, {})[split] = {"whole": test["whole"]["srcc"], **test["crops"],
+                                                     "plcc": test["whole"]["plcc"]}
+    return table, records
+
+
+def report(args):
+    """Markdown tables, printed, and a plot beside the JSON files."""
+    table, records = read_models(args)
+    if not table:
+        raise runs.UserError(f"{args.results}: no clive-*.json; make them with: python -m experiments.opinions train")
+    columns = ("whole", *map(str, reversed(train_opinion.TEST_CROPS)))
+    rows = []
+    for name, splits in table.items():
+        values = {column: [row[column] for row in splits.values()] for column in columns}
+        rows.append([name, len(splits), *(f"{np.median(v):.3f} [{min(v):.3f}, {max(v):.3f}]" for v in values.values())])
+    print(runs.markdown(["SRCC, median [range] over splits", "splits", *columns], rows), "\n")
+    rows = []
+    for name, base in (("plain", "ridge"), ("hard", "plain")):
+        both = sorted(set(table.get(name, {})) & set(table.get(base, {})))
+        gains = {column: [table[name][k][column] - table[base][k][column] for k in both] for column in columns}
+        if both:
+            rows.append([f"{name} - {base}", len(both), *(
+                f"{np.mean(v):+.3f}, above 0 in {sum(x > 0 for x in v)}" for v in gains.values())])
+    print(runs.markdown(["paired difference of SRCC, mean", "splits", *columns], rows), "\n")
+    starts = [f"{start} {level}" for start in ("photo", "bicubic") for level in (1, 2, 4)]
+    rows = []
+    for name in SETTINGS:
+        attacked = {split: record["attack"] for (model, split), record in records.items()
+                    if model == name and "attack" in record}
+        if attacked:
+            gains = [attack.in_units({name: entry})[name, name] for entry in attacked.values()]
+            scale = np.mean([entry["D"] for entry in attacked.values()])
+            rows.append([name, len(attacked), f"{scale:.1f}",
+                         *(f"{np.mean([g[start] for g in gains]):+.2f}" for start in starts)])
+    print(runs.markdown(["gain in units of D", "models", "D", *starts], rows))
+    drawing, axes = style.figure(columns=2, height=3.5)
+    for name, splits in table.items():
+        sides = list(map(str, train_opinion.TEST_CROPS))
+        style.seeds(axes[0], range(5), [[row[side] for side in (*sides, "whole")] for row in splits.values()], name)
+    axes[0].set(xticks=range(5), xticklabels=[*map(str, train_opinion.TEST_CROPS), "whole"], ylabel="SRCC on CLIVE",
+                xlabel="side of the crops, pixels")
+    for name in SETTINGS:
+        curves = [[0, *(attack.in_units({name: record["attack"]})[name, name][f"photo {level}"] for level in (1, 2, 4))]
+                  for (model, _), record in records.items() if model == name and "attack" in record]
+        if curves:
+            style.seeds(axes[1], (0, 1, 2, 4), curves, colour=style.COLOURS[list(table).index(name)])
+    axes[1].set(xlabel="limit of the attack, grey levels", ylabel="gain, units of D")
+    style.legend(drawing, axes[0], columns=3)
+    style.save(drawing, args.results / "opinions.png")
+
+
 def main(args):
     runs.start_world("cpu", args.threads)
-    if args.stage == "study":
-        return study(args)
+    if args.stage in ("study", "report"):
+        return (study if args.stage == "study" else report)(args)
     mos = train_opinion.read_mos(args.clive / "labels.csv", args.clive / "images", CROP)
     photos = attack.read_photos(args.kodak, 10, 256)
 
@@ -257,7 +331,7 @@ def main(args):
         return ridge(args, mos, features(imagenet(args)))
     for split in args.splits:
         for name in args.models:
-            train(args, mos, photos, features, split, name)
+            judge(args, mos, photos, features, split, name)
 
 
 if __name__ == "__main__":

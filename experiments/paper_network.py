@@ -66,9 +66,9 @@ def parse_args(argv=None):
                    help="RealSR's test crops, <name>_LR and <name>_HR")
     p.add_argument("--test-photos", type=Path, nargs="+", metavar="DIR",
                    default=[DATA / "images" / name for name in ("test_set5", "test_set14")])
-    p.add_argument("--start", type=Path, metavar="FILE", default=Path("weights/downloads/RealESRGAN_x4plus.pth"),
-                   help="python -m prepare.weights get realesrgan-x4plus")
-    p.add_argument("--enhancers", type=Path, nargs="+", metavar="FILE", help="of versions 02, 03, 04; 01 is the start",
+    p.add_argument("--start", type=runs.CHECKPOINT, metavar="FILE", default="realesrgan-x4plus",
+                   help="of every row, and enhancer of version 01")
+    p.add_argument("--enhancers", type=runs.CHECKPOINT, nargs="+", metavar="FILE", help="of versions 02, 03, 04",
                    default=[DATA / "weights" / "sr" / f"{name}_fp16.pth" for name in
                             ("4xLSDIRCompactC3", "realesr-general-wdn-x4v3", "realesr-general-x4v3")])
     p.add_argument("--rewards", nargs="+", default=["weights/downloads/opinion.pth", "rewards.cnniqa:build", "ranker"],
@@ -418,8 +418,9 @@ def main(args):
     if args.stages != ["report"]:
         for path in [*args.photos, args.pairs, *args.test_photos, args.start, *args.enhancers, args.vgg_weights]:
             if not path.exists():
+                command = f"; {runs.how_to_get(path)}" if path in (args.start, *args.enhancers) else ""
                 raise runs.UserError(f"{path}: not there; docs/data.md says where it comes from, --help which flag "
-                                     "names another")
+                                     f"names another{command}")
     left = {row: words for row, words in plan(args).items() if not (args.results / f"{row}.json").exists()}
     if "data" in args.stages:
         prepare(args)

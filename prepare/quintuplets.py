@@ -201,7 +201,8 @@ def survey(args, world):
         else:
             kept.append(i)
     if not kept:
-        raise runs.UserError(f"{args.photos}: no photo is left ({counted(Counter(dropped.values()))})")
+        hint = f"; --patch {args.patch} may be less" if "too small" in dropped.values() else ""
+        raise runs.UserError(f"{args.photos}: no photo is left ({counted(Counter(dropped.values()))}){hint}")
     return {usable[i]: paths[usable[i]] for i in kept}, dropped
 
 

@@ -123,6 +123,8 @@ def download(url, path, digest):
         # nothing is left to fetch: all of it is there
         if error.code != 416 or not begun:
             raise
+    except http.client.HTTPException as error:
+        raise OSError(f"no answer in HTTP: {type(error).__name__}") from None
     else:
         with response:
             receive(response, part, begun if response.status == 206 else 0, path, url)

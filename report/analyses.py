@@ -13,7 +13,6 @@ analyses of opinions.
 """
 import json
 import sys
-import textwrap
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,8 +145,9 @@ def shown(metric):
     return tables.SHOWN.get(metric, Path(metric).stem if metric.endswith(".pth") else metric)
 
 
-def wrapped(text, width=60):
-    return textwrap.fill(text, width)
+def warning(truth):
+    """A further line for plots of preferences that nobody had; what made them, with its paths, is in the JSON."""
+    return f"\n{agreement.SYNTHETIC}" if agreement.SYNTHETIC in truth else ""
 
 
 def plot_accuracy(path, result, title, truth, reported):
@@ -161,7 +161,7 @@ def plot_accuracy(path, result, title, truth, reported):
         style.legend(drawing, axis)
     axis.axvline(50, color="grey", linewidth=0.8)
     axis.set(yticks=range(len(rows)), yticklabels=[BAPPS_NAMES.get(m, shown(m)) for m in rows.index], title=title,
-             xlabel=f"accuracy on pairs, %, with 95 % intervals (grey line: chance)\n{wrapped(truth)}")
+             xlabel=f"accuracy on pairs, %, with 95 % intervals (grey line: chance){warning(truth)}")
     axis.margins(y=0.2 if len(rows) < 8 else 0.05)
     style.save(drawing, path)
 
@@ -268,7 +268,7 @@ def complement(args):
         report.table(f"{name}: pairs on which {shown(args.fails)} fails", head, rows, name.replace(" ", "-"), share)
         shares[name] = share
     last = pair_sets[-1][0]
-    plot_shares(report.out / "complement.png", shares[last], f"{last}: {report.truth}")
+    plot_shares(report.out / "complement.png", shares[last], f"{last}{warning(report.truth)}")
     report.text("accuracy on the pairs with a consensus that the named metric gets wrong (two equal scores included); "
                 "Wilson intervals, widened where needed to t over photos where they are known; the matrix is in the "
                 ".csv files and complement.png")
@@ -289,7 +289,7 @@ def plot_shares(path, share, title):
         colour = "black" if values[i, j] > 60 else "white"
         axis.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", color=colour)
     axis.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names,
-             xlabel="agreement of this metric", ylabel="on pairs where this metric fails", title=wrapped(title, 55))
+             xlabel="agreement of this metric", ylabel="on pairs where this metric fails", title=title)
     axis.tick_params(axis="x", rotation=90)
     axis.grid(False)
     style.save(drawing, path)
@@ -444,7 +444,7 @@ def plot_misalignment(path, result, title, truth):
         mean, low, high = np.array([values[key] for values in result.values()]).T
         style.interval(axis, mean, np.arange(len(mean)) + 0.2 * (k - 1), (low, high), label=label)
     axis.set(yticks=range(len(result)), yticklabels=map(shown, result), title=title,
-             xlabel=f"mean correlation, or share of quintuplets, with 95 % intervals\n{wrapped(truth)}")
+             xlabel=f"mean correlation, or share of quintuplets, with 95 % intervals{warning(truth)}")
     axis.invert_yaxis()
     style.legend(drawing, axis, columns=2)
     style.save(drawing, path)
@@ -528,7 +528,7 @@ def redraw(path):
                       agreement.paper_accuracy(about.get("paper")))
     elif path.stem == "complement":
         name, share = list(record["share"].items())[-1]
-        plot_shares(out, pd.DataFrame.from_dict(share, "index"), f"{name}: {truth}")
+        plot_shares(out, pd.DataFrame.from_dict(share, "index"), f"{name}{warning(truth)}")
     elif path.stem == "hggt":
         plot_misalignment(out, record["result"]["similar"], f"{folder.name}: the original counts as similar", truth)
     elif path.stem == "bapps":

@@ -10,6 +10,7 @@ Each function takes the arguments of its command. The statistics are in opinions
 """
 import json
 import os
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pandas as pd
 
 import runs
 from report import agreement, opinions, style, tables
-from report.analyses import Report, load_runs, number, percent, plot_accuracy, shown, signed_points, verdict, wrapped
+from report.analyses import Report, load_runs, number, percent, plot_accuracy, shown, signed_points, verdict
 
 MEASURES = {"srcc": "SRCC", "plcc": "PLCC", "plcc_logistic": "PLCC, logistic", "krcc": "KRCC"}
 MOS_RULE = ("SRCC, KRCC: Spearman's and Kendall's (tau-b) rank correlation; PLCC: Pearson's, without and after the "
@@ -184,7 +185,7 @@ def plot_choices(folder, record):
             axis.axvline(result["most possible"][key], color="grey", linewidth=0.8, linestyle="--",
                          label="most possible")
             axis.set(xlabel=label, yticks=range(len(order)), yticklabels=map(shown, order))
-        drawing.suptitle(wrapped(f"{name}, 95 % intervals over scenes"), fontsize=style.FONT)
+        drawing.suptitle(textwrap.fill(f"{name}, 95 % intervals over scenes", 60), fontsize=style.FONT)
         style.legend(drawing, axes[0], columns=4)
         style.save(drawing, folder / f"choices-{name}.png")
 

@@ -308,13 +308,15 @@ def bradley_terry(choices, clusters=None, resamples=RESAMPLES, seed=0):
     """Strengths of the methods, in nats, mean zero: those under which the choices are most likely.
 
     The chance that a method is selected is softmax(strengths) over the candidates: Bradley and Terry (1952) for pairs,
-    Luce's model for more. clusters: "scene" or "observer" for 95 % intervals by a bootstrap that draws whole scenes or
-    whole observers. -> DataFrame by method, strongest first: strength, low, high (NaN without clusters), choices (how
+    Luce's model for more. clusters: "scene", "observer" or a list of both for 95 % intervals by a bootstrap that draws
+    whole scenes, whole observers, or both at once (Owen's pigeonhole bootstrap, 2007, wide rather than narrow); at
+    least two of each. -> DataFrame by method, strongest first: strength, low, high (NaN without clusters), choices (how
     often selected), shown (how often a candidate). RIDGE keeps a method finite that is always or never selected.
     """
     methods = sorted({method for row in choices.candidates for method in row})
     number = {method: k for k, method in enumerate(methods)}
-    cluster = pd.factorize(choices[clusters] if clusters else np.zeros(len(choices)))[0]
+    names = [clusters] if isinstance(clusters, str) else clusters or []
+    codes = [pd.factorize(choices[name])[0] for name in names]
     rows = pd.Series([(tuple(sorted(map(number.get, row))), number[chosen])
                       for row, chosen in zip(choices.candidates, choices.selected)])
     # choices with equal candidates and the same outcome count together
@@ -323,15 +325,17 @@ def bradley_terry(choices, clusters=None, resamples=RESAMPLES, seed=0):
     for k, (candidates, _) in enumerate(kinds):
         shown[k, list(candidates)] = True
     selected = np.array([chosen for _, chosen in kinds])
-    counts = np.zeros((cluster.max() + 1, len(kinds)))
-    np.add.at(counts, (cluster, pattern), 1)
-    total = counts.sum(0)
+    total = np.bincount(pattern).astype(float)
     table = pd.DataFrame({"strength": _strengths(shown, selected, total), "low": np.nan, "high": np.nan,
                           "choices": np.bincount(selected, total, len(methods)).astype(int),
                           "shown": (total @ shown).astype(int)}, methods)
-    if clusters and len(counts) > 1:
-        draws = draw_clusters(len(counts), resamples, seed) @ counts
-        found = np.array([_strengths(shown, selected, weight) for weight in draws])
+    if codes and all(code.max() > 0 for code in codes):
+        draws = [draw_clusters(code.max() + 1, resamples, seed + k) for k, code in enumerate(codes)]
+        found = []
+        for counts in zip(*draws):
+            times = np.prod([count[code] for count, code in zip(counts, codes)], axis=0)
+            if times.any():
+                found.append(_strengths(shown, selected, np.bincount(pattern, times, len(kinds))))
         table["low"], table["high"] = np.percentile(found, [2.5, 97.5], axis=0)
     return table.sort_values("strength", ascending=False, kind="stable")
 

@@ -7,7 +7,8 @@ keeps the scale: without it, hardening merely makes all differences of scores sm
   over-sharpening, noise), as ranking pairs whose margin rises with the severity.
 - attack: a training image against itself after steps of gradient ascent on the model: no gain is wanted.
 - gradient: the L1 norm of the gradient on the image, by finite differences (Liu et al., CVPR 2024, Eq. 7-9).
-- scale: the scores of photographs and of their bicubic images stay those of the plain model.
+- scale: the scores of photographs and of their bicubic images stay those of the plain model, and their distance does
+  not become smaller.
 
 Margins and gains are in units of D, the plain model's mean score of photographs minus that of their bicubic images.
 """
@@ -86,6 +87,11 @@ def unit(teacher, images, seed, device, draws=16):
     return torch.cat(differences).mean().item()
 
 
+def spread(scores):
+    """Mean score of the photographs minus that of their bicubic images, which follow them."""
+    return scores[:PHOTOS].mean() - scores[PHOTOS:2 * PHOTOS].mean()
+
+
 def ascend(x, gradient, level):
     """x after one step along the sign of the gradient of the score. level: (B,) in grey levels."""
     return (x + gradient.sign() * level.view(-1, 1, 1, 1) / 255).clamp(0, 1)
@@ -108,7 +114,8 @@ def terms(net, teacher, d, images, x, score, gradient_norm, rng):
         with torch.no_grad():
             wanted = teacher(anchors)
         scores = net(torch.cat([anchors, torch.cat(worse).to(x.device)]))
-        result["scale"] = WEIGHTS["scale"] * F.smooth_l1_loss(scores[:2 * PHOTOS] / d, wanted / d)
+        result["scale"] = WEIGHTS["scale"] * (F.smooth_l1_loss(scores[:2 * PHOTOS] / d, wanted / d)
+                                              + (1 - spread(scores) / spread(wanted)).relu())
         margin = MARGIN * torch.tensor(severity, device=x.device, dtype=torch.float32)
         above = (scores[:PHOTOS] - scores[2 * PHOTOS:]) / d
         result["negatives"] = WEIGHTS["negatives"] * (margin - above).relu().mean()

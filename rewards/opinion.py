@@ -6,6 +6,7 @@
 A reward file is {"reward": how it was made, "params": state dict}. The first part names the architecture, what it
 was trained on, seed, commit and scores.
 """
+import json
 import math
 import pickle
 from pathlib import Path
@@ -174,6 +175,8 @@ ARCHITECTURES = {"mobilenet_v2": lambda: DeepRegressor(MobileNetV2()), "vgg19": 
 
 def save(path, net, record):
     """Write a reward file. record: plain values, among them "arch", the name in ARCHITECTURES."""
+    # plain types: torch's version is a class of its own, which weights_only refuses
+    record = json.loads(json.dumps(record))
     params = {key: value.detach().cpu().float().contiguous() for key, value in net.state_dict().items()}
     runs.write_atomic(path, lambda temporary: torch.save({"reward": record, "params": params}, temporary))
 

@@ -358,7 +358,7 @@ def adapt(args, record, world, seeds, autocast, judge, sets, gts, out, resume, s
         return ", ".join(dataset.names(step))
 
     def save(step):
-        meter.check_finite(samples_of)
+        meter.check_finite(samples_of, raw)
         run.save(step, {"net": raw.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
                         "meter": meter.state_dict(), "first": first, "colours": colours.cpu(), "weight": weight,
                         "shift": judge.shift, "best": best, "ended": ended})

@@ -295,6 +295,14 @@ def test_methods_read_two_folders_as_evaluate_does(script, tmp_path, capsys):
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("value", [0, 9, 255])
+def test_an_orientation_that_does_not_exist_turns_nothing(photo, tmp_path, value):
+    Image.fromarray(photo).save(tmp_path / "a.png", exif=exif(value))
+    assert image_size(tmp_path / "a.png") == (36, 24) and load_image(tmp_path / "a.png").shape == (3, 24, 36)
+    assert read_vips(tmp_path / "a.png").shape == (3, 24, 36)
+
+
+@pytest.mark.fast
 def test_one_name_for_several_files_of_two_folders(tmp_path):
     touch(tmp_path / "gt", "a.png", "ax4.png", "b.png")
     touch(tmp_path / "lq", "a.png", "ax4.png", "b_x4.png")

@@ -324,6 +324,12 @@ def test_a_folder_with_an_adapter_and_its_card(tmp_path, monkeypatch):
     x = torch.rand(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.allclose(merged(x), net(x), atol=1e-6)
+    # as it is committed: in fp16
+    content = torch.load(tmp_path / "sharp" / "adapter.pth", weights_only=True)
+    content["lora"] = {key: value.half() for key, value in content["lora"].items()}
+    torch.save(content, tmp_path / "sharp" / "adapter.pth")
+    with torch.no_grad():
+        assert (lora.load_tuned(tmp_path / "sharp")[0](x) - net(x)).abs().max() < 2e-3
     (tmp_path / "downloads" / "RealESRGAN_x4plus.pth").unlink()
     with pytest.raises(runs.UserError, match="README.md: was tuned from realesrgan-x4plus, which is not here; .*"
                                              "python -m prepare.weights get realesrgan-x4plus fetches it"):

