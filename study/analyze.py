@@ -4,7 +4,8 @@
 
 VOTES holds the files that the raters sent back. Prints the paper's statistics (two methods) or Bradley-Terry strengths
 (more), and what was left out; writes analysis.json and two tables of the votes for analyze_iqa.py and
-rewards.train_opinion: pairs.csv, the share per pair, and choices.csv, a row per vote. docs/study.md has the commands.
+rewards.train_opinion: pairs.csv, the share per pair, and choices.csv, a row per vote, whose METHOD/SCENE are links in
+images/. docs/study.md has the commands.
 """
 import json
 import math
@@ -57,7 +58,7 @@ def read_file(path, key):
     """A file of votes -> {"rater", "session", "finished", "answers", ...}; ValueError says what is wrong with it."""
     try:
         votes = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise ValueError("damaged: not the text that the page saved") from None
     if not isinstance(votes, dict) or "answers" not in votes or votes.get("format") != FORMAT:
         raise ValueError("no file of votes")
@@ -74,9 +75,10 @@ def read_file(path, key):
         raise ValueError("damaged: an answer is neither left nor right")
     if len(given) < len(trials):
         raise ValueError(f"incomplete: {len(given)} of {len(trials)} pairs answered")
-    timed = all(isinstance(a.get("seconds"), int | float) for a in given)
+    # json reads NaN and Infinity as well
+    timed = all(isinstance(a.get("seconds"), int | float) and 0 <= a["seconds"] < 1e9 for a in given)
     if not timed or not all(isinstance(votes.get(name), str) for name in ("session", "finished")):
-        raise ValueError("damaged: a field is missing")
+        raise ValueError("damaged: a field is missing, or no time")
     return votes
 
 
@@ -94,8 +96,8 @@ def read_votes(folder, key):
             files[path] = read_file(path, key)
         except ValueError as error:
             left_out.append(f"{path.name}: {error}")
-        except IsADirectoryError:
-            left_out.append(f"{path.name}: a folder")
+        except OSError as error:
+            left_out.append(f"{path.name}: {error.strerror}")
     counted = {}
     for path, votes in sorted(files.items(), key=lambda item: item[1]["finished"]):
         name, before = votes["rater"], counted.get(votes["rater"])
@@ -239,6 +241,17 @@ def pairs_table(choices, files):
     return pd.DataFrame(rows, columns=["left", "right", "score", "left_method", "right_method", "photo", "votes"])
 
 
+def link_images(folder, files):
+    """Links METHOD/SCENE.<suffix> to the images of a key, as whoever reads choices.csv finds them."""
+    for method, images in files.items():
+        (folder / method).mkdir(parents=True, exist_ok=True)
+        for scene, path in images.items():
+            link = folder / method / (scene + Path(path).suffix)
+            if link.is_symlink():
+                link.unlink()
+            link.symlink_to(Path(path).absolute())
+
+
 def percent(value):
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
@@ -302,10 +315,11 @@ def main(args):
     pairs = pairs_table(choices, key["files"])
     runs.write_atomic(out / "pairs.csv", lambda temporary: pairs.to_csv(temporary, index=False))
     opinions.write_choices(out / "choices.csv", choices)
+    link_images(out / "images", key["files"])
     runs.save_json(out / "analysis.json", {
         "command": sys.argv, **runs.describe_machine(on_cpu=True), "study": key["study"], "ours": ours,
         "left_out": left_out, "rater_table": without_nan(raters.to_dict("index")), **without_nan(summary)})
-    print(f"wrote {out}/analysis.json, pairs.csv ({len(pairs)} pairs), choices.csv ({len(choices)} votes)")
+    print(f"wrote {out}/analysis.json, pairs.csv ({len(pairs)} pairs), choices.csv ({len(choices)} votes), images/")
 
 
 if __name__ == "__main__":

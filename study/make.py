@@ -9,7 +9,9 @@ to run a study. Every rater has a number. The page is one file for all, or with 
 pictures only.
 """
 import json
+import os
 import random
+import secrets
 import sys
 from pathlib import Path
 
@@ -40,8 +42,10 @@ def parse_args(argv=None):
     p.add_argument("--split", action="store_true",
                    help="a file per rater, with that rater's pictures only; done anyway where one would exceed "
                         f"{LARGEST // 10**6} MB")
-    p.add_argument("--seed", type=runs.COUNT, default=0, help="of the design")
+    p.add_argument("--seed", type=runs.COUNT, help="of the design; default: drawn, and in key.json: whoever knows the "
+                                                   "seed can work out which side is which method")
     args = p.parse_args(argv)
+    args.seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     if len(args.methods) < 2:
         p.error("name at least two folders, one per method")
     if (args.gt is None) != (args.lr is None):
@@ -54,7 +58,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 import torch.nn.functional as F
 
 import images
-from report import page
+from report import opinions, page
 from study import design
 
 ORIGINAL, ENLARGED = "original", "enlarged input"
@@ -62,12 +66,14 @@ ORIGINAL, ENLARGED = "original", "enlarged input"
 
 def find_images(folders):
     """-> {method: {scene: path}} of the scenes of the first folder. UserError where one lacks some, or sizes differ."""
-    names = [folder.resolve().name for folder in folders]
-    # two folders of one name: both by their path
-    names = [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names)]
-    if len(set(names)) < len(names) or {ORIGINAL, ENLARGED} & set(names):
+    # a link has its own name
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    names = [part[-1] for part in parts]
+    # two folders of one name, a/images and b/images: a-images and b-images
+    names = ["-".join(part[-2:]) if names.count(name) > 1 else name for part, name in zip(parts, names)]
+    if len(set(names)) < len(names) or {ORIGINAL, ENLARGED} & set(names) or opinions.BETWEEN in "".join(names):
         raise runs.UserError(f"{' '.join(map(str, folders))}: every method needs a folder of another name, none "
-                             f"of them {ORIGINAL} or {ENLARGED}")
+                             f"of them {ORIGINAL} or {ENLARGED}, and without {opinions.BETWEEN}")
     for folder in folders:
         if not folder.is_dir():
             raise runs.UserError(f"{folder}: no such folder")
@@ -172,7 +178,7 @@ def main(args):
     # last: a study without a key is not begun
     key = {"study": study, "methods": list(files), "seed": args.seed, "lossless": args.lossless, **settings,
            "command": sys.argv, **runs.describe_machine(on_cpu=True),
-           "files": {name: {scene: str(path) for scene, path in files[name].items()} for name in files},
+           "files": {name: {scene: str(path.absolute()) for scene, path in files[name].items()} for name in files},
            "raters": shown}
     runs.save_json(args.out / "key.json", key)
     low, rest = divmod(args.raters * each, pairs)

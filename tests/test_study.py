@@ -13,7 +13,7 @@ from conftest import REPO
 from scipy import stats
 
 import runs
-from images import save_image
+from images import load_image, save_image
 from report import opinions
 from study import analyze, design, make
 
@@ -133,11 +133,47 @@ def test_what_cannot_be_a_study_is_refused(tmp_path):
         make.main(make.parse_args([a, b, "--out", str(tmp_path / "out")]))
     with pytest.raises(runs.UserError, match="another name"):
         make.main(make.parse_args([a, a, "--out", str(tmp_path / "out")]))
+    # the separator of candidates in choices.csv
+    (tmp_path / "new|old").symlink_to(b)
+    with pytest.raises(runs.UserError, match=r"without \|"):
+        make.main(make.parse_args([a, str(tmp_path / "new|old"), "--out", str(tmp_path / "out")]))
     with pytest.raises(runs.UserError, match="no such folder"):
         make.main(make.parse_args([a, a + "x", "--out", str(tmp_path / "out")]))
     for words in ([a, "--out", "x"], [a, b, "--out", "x", "--gt", a]):
         with pytest.raises(SystemExit):
             make.parse_args(words)
+
+
+@pytest.mark.fast
+def test_folders_of_one_name_and_files_of_other_names_reach_the_readers_of_choices(tmp_path, monkeypatch):
+    pixels = {"a": 0.2, "b": 0.8}
+    for folder, value in pixels.items():
+        for k in range(3):
+            save_image(tmp_path / folder / "images" / f"s{k}{'_x' * (folder == 'b')}.png", torch.full((3, 8, 8), value))
+    monkeypatch.chdir(tmp_path)
+    make.main(make.parse_args(["a/images", "b/images", "--raters", "2", "--out", "study"]))
+    key = analyze.read_key(tmp_path / "study/key.json")
+    (tmp_path / "votes").mkdir()
+    for rater, votes in answer(key, lambda rater, trial: "left").items():
+        (tmp_path / "votes" / f"{rater}.json").write_text(json.dumps(votes))
+    monkeypatch.chdir("/")
+    # a second time over its own links
+    for _ in range(2):
+        analyze.main(analyze.parse_args([str(tmp_path / "votes"), "--key", str(tmp_path / "study/key.json")]))
+    choices, left_out = opinions.read_choices(tmp_path / "study/analysis/choices.csv")
+    files = opinions.images_of(choices, tmp_path / "study/analysis/images")
+    assert files.keys() == {f"{folder}-images/s{k}" for folder in "ab" for k in range(3)} and not left_out
+    for name, file in files.items():
+        assert load_image(file).float().mean() / 255 == pytest.approx(pixels[name[0]], abs=0.01)
+
+
+@pytest.mark.fast
+def test_who_has_the_code_cannot_work_out_the_sides(tmp_path):
+    one, two = (build(tmp_path / name) for name in "ab")
+    assert one["seed"] != two["seed"] and one["raters"] != two["raters"]
+    content, again = (re.search('id="data">(.*?)</script>', (tmp_path / name / "study/study.html").read_text())[1]
+                      for name in "ab")
+    assert str(one["seed"]) not in content and content != again
 
 
 # In a browser
@@ -297,17 +333,23 @@ def test_files_that_cannot_count_are_named_and_left_out(tmp_path):
     again, corrected = votes["5"] | {"session": "new", "finished": "2026-03"}, votes["5"] | {"finished": "2026-02"}
     files = {f"{r}.json": json.dumps(v) for r, v in votes.items()} | {
         "5b.json": json.dumps(again), "5c.json": json.dumps(corrected), "6.json": json.dumps(votes["6"])[:-20],
-        "key.json": json.dumps(key), "list.json": "[1]", "9.json": json.dumps(votes["1"] | {"rater": "9"})}
+        "key.json": json.dumps(key), "list.json": "[1]", "9.json": json.dumps(votes["1"] | {"rater": "9"}),
+        "deep.json": "[" * 100_000, "digits.json": "1" * 5000}
+    for name, seconds in (("nan", float("nan")), ("inf", float("inf")), ("minus", -1)):
+        timed = [one | {"seconds": seconds} for one in votes["1"]["answers"]]
+        files[f"{name}.json"] = json.dumps(votes["1"] | {"answers": timed})
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
     counted, left_out = analyze.read_votes(tmp_path, key)
     assert list(counted) == ["1", "5", "7"] and counted["5"]["finished"] == "2026-02"
     reasons = dict(line.split(": ", 1) for line in left_out)
-    assert reasons.keys() == files.keys() - {"1.json", "5c.json", "7.json"} | {"photo.jpg", "folder"}
+    assert reasons.keys() == files.keys() - {"1.json", "5c.json", "7.json"} | {"photo.jpg", "folder", "link"}
     assert reasons["2.json"].startswith("incomplete: 8 of 9 pairs") and reasons["3.json"].startswith("of another study")
     assert reasons["4.json"].startswith("damaged") and reasons["6.json"].startswith("damaged")
+    assert {reasons[f"{name}.json"].split(":")[0] for name in ("deep", "digits", "nan", "inf", "minus")} == {"damaged"}
     assert reasons["5.json"] == reasons["5b.json"] == "a second file of rater 5; 5c.json counts"
     assert reasons["key.json"] == reasons["list.json"] == "no file of votes" and "rater 9" in reasons["9.json"]
     with pytest.raises(runs.UserError, match="no complete file of votes of study none"):
