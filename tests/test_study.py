@@ -287,6 +287,21 @@ def test_a_study_by_mouse_and_one_on_a_phone_are_analysed(built, browser, monkey
     assert len(choices) == 12 and not left_out
 
 
+def test_two_tabs_of_one_rater_do_not_lose_each_others_answers(built, browser):
+    rater = Sitting(browser, *built, "1")
+    rater.reach(0)
+    other = rater.tab.context.new_page()
+    other.goto(rater.address + "#1")
+    other.locator("#go").click()
+    for n, tab, key in ((0, other, "b"), (1, other, "b"), (0, rater.tab, "a")):
+        tab.bring_to_front()
+        tab.wait_for_function(f"at === {n} && shownAt > 0")
+        tab.keyboard.press("ArrowLeft")
+        tab.keyboard.press(key)
+    rater.reach(2)
+    assert rater.tab.evaluate("state.answers.map(one => one.choice)") == ["left", "right"]
+
+
 @pytest.mark.parametrize("view", ["flip", "side"])
 def test_the_other_views(tmp_path, browser, view):
     key = build(tmp_path, "--view", view)
