@@ -76,9 +76,10 @@ def read_file(path, key):
     if len(given) < len(trials):
         raise ValueError(f"incomplete: {len(given)} of {len(trials)} pairs answered")
     # json reads NaN and Infinity as well
-    timed = all(isinstance(a.get("seconds"), int | float) and 0 <= a["seconds"] < 1e9 for a in given)
+    timed = all(isinstance(a.get(name), int | float) and 0 <= a[name] < 1e9 for a in given
+                for name in ("seconds", "scale"))
     if not timed or not all(isinstance(votes.get(name), str) for name in ("session", "finished")):
-        raise ValueError("damaged: a field is missing, or no time")
+        raise ValueError("damaged: a field is missing, or no number")
     return votes
 
 
@@ -123,10 +124,10 @@ def choices_of(key, votes, kind="pair"):
 # Raters
 
 def describe_raters(key, votes):
-    """DataFrame by rater: checks right of how many, repeats answered alike, share of left, median seconds, reason.
+    """DataFrame by rater: checks right of how many, repeats answered alike, share of left, median seconds and scale.
 
-    others: the mean share of the other raters that chose as this one on the pairs they share. reason: why the rater is
-    left out, or "".
+    scale: pixels of the screen per pixel of the picture. others: the mean share of the other raters that chose as this
+    one on the pairs they share. reason: why the rater is left out, or "".
     """
     choices, rows = choices_of(key, votes), {}
     ballots = choices.assign(both=choices.candidates.map(sorted).map(tuple))
@@ -137,13 +138,13 @@ def describe_raters(key, votes):
         checks = [t[a["choice"]] == "original" for t, a in zip(trials, answers) if t["kind"] == "check"]
         repeats = [t[a["choice"]] == chosen[t["scene"], frozenset((t["left"], t["right"]))]
                    for t, a in zip(trials, answers) if t["kind"] == "repeat"]
-        seconds = float(np.median([a["seconds"] for a in answers]))
+        seconds, scale = (float(np.median([a[name] for a in answers])) for name in ("seconds", "scale"))
         others = ballots[ballots.observer != rater].merge(ballots[ballots.observer == rater], on=["scene", "both"])
         reason = f"{checks.count(False)} of {len(checks)} checks wrong" if checks.count(False) > WRONG_CHECKS else ""
         reason = reason or f"median of {seconds:.1f} s per pair" * (seconds < FASTEST)
         rows[rater] = {"checks": len(checks), "right": sum(checks), "repeats": len(repeats), "alike": sum(repeats),
                        "left": np.mean([a["choice"] == "left" for a in answers]), "seconds": seconds,
-                       "others": (others.selected_x == others.selected_y).mean(), "reason": reason}
+                       "scale": scale, "others": (others.selected_x == others.selected_y).mean(), "reason": reason}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -266,9 +267,9 @@ def without_nan(value):
 def report_text(summary, raters, ours):
     """What is printed: tables of the raters, of the preference, and of the ranking."""
     rows = [[rater, f"{r.right}/{r.checks}", f"{r.alike}/{r.repeats}", percent(r.left), f"{r.seconds:.1f}",
-             percent(r.others), r.reason] for rater, r in raters.iterrows()]
-    parts = [runs.markdown(["rater", "checks right", "repeats alike", "left, %", "seconds", "as others, %", "left out"],
-                           rows)]
+             f"{r.scale:.2g}", percent(r.others), r.reason] for rater, r in raters.iterrows()]
+    parts = [runs.markdown(["rater", "checks right", "repeats alike", "left, %", "seconds", "scale", "as others, %",
+                            "left out"], rows)]
     a = summary["agreement"]
     if a["compared"]:
         parts.append(f"Two raters choose alike in {percent(a['agreement'])} % [{percent(a['low'])}, "

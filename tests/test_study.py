@@ -315,6 +315,12 @@ def test_the_other_views(tmp_path, browser, view):
         rater.tab.keyboard.down(" ")
         assert rater.tab.locator("#name-a").inner_text() == "B"
         rater.tab.keyboard.up(" ")
+        # a picture larger than the window
+        assert "shrunk" not in rater.tab.locator("#hint").inner_text()
+        rater.tab.evaluate("Object.values(data.sizes).forEach(size => size.fill(2000)); show(0)")
+        rater.reach(0)
+        assert "shrunk" in rater.tab.locator("#hint").inner_text()
+        rater.tab.locator("#hold").dispatch_event("pointerdown", {"pointerId": 1})
     else:
         rater.tab.locator("#larger").tap()
         transforms = rater.tab.evaluate("() => [...document.querySelectorAll('#two img')].map(i => i.style.transform)")
@@ -344,7 +350,7 @@ def test_files_that_cannot_count_are_named_and_left_out(tmp_path):
     votes = answer(key, lambda rater, trial: "left")
     votes["2"]["answers"][3] = None
     votes["3"]["study"] = "other"
-    votes["4"]["answers"][0] = {"choice": "middle", "seconds": 1}
+    votes["4"]["answers"][0] = {"choice": "middle", "seconds": 1, "scale": 1}
     again, corrected = votes["5"] | {"session": "new", "finished": "2026-03"}, votes["5"] | {"finished": "2026-02"}
     files = {f"{r}.json": json.dumps(v) for r, v in votes.items()} | {
         "5b.json": json.dumps(again), "5c.json": json.dumps(corrected), "6.json": json.dumps(votes["6"])[:-20],
@@ -390,6 +396,7 @@ def test_raters_are_screened_by_checks_and_haste():
     assert raters.reason.to_dict() == {"1": "", "2": "2 of 4 checks wrong", "3": "median of 0.4 s per pair", "4": ""}
     # who always says left contradicts himself on every mirrored pair
     assert raters.alike["2"] == 0 and raters.left["2"] == 1 and raters.right.tolist() == [4, 2, 4, 3]
+    assert set(raters.scale) == {1.0}
 
 
 # Statistics
