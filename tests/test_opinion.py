@@ -309,7 +309,7 @@ def test_a_plain_training_leaves_the_first_layers_and_a_hardened_one_keeps_the_s
 
 
 def test_the_command_trains_judges_and_names_what_is_wrong(script, tmp_path):
-    for k, image in enumerate(noisy(np.linspace(2, 40, 30), 80)):
+    for k, image in enumerate(noisy(np.linspace(2, 40, 30), 100)):
         save_image(tmp_path / "images" / f"{k:02d}.png", image)
     rows = [f"{k:02d}.png,{100 - 3 * k}" for k in range(30)]
     (tmp_path / "mos.csv").write_text("image,mos\n" + "\n".join([*rows, "gone.png,50", "00.png,3", "01.png,x"]) + "\n")
@@ -319,7 +319,7 @@ def test_the_command_trains_judges_and_names_what_is_wrong(script, tmp_path):
     assert "1 opinions left out" in done.stdout and "first: gone.png" in done.stdout
     record = torch.load(tmp_path / "noise.pth", weights_only=True)["reward"]
     assert record["arch"] == "ranker" and record["mos"]["images"] == 24 and record["test"]["images"] == 6
-    assert set(record["test"]["crops"]) == {"96", "128", "192", "256"} or record["test"]["whole"]
+    assert set(record["test"]["crops"]) == {"96"} and abs(record["test"]["whole"]["srcc"]) <= 1
     assert {"commit", "torch", "seed", "command"} <= set(record)
     # from a file, and from choices alone
     for method, level in (("clean", 3), ("noisy", 30)):
@@ -334,7 +334,7 @@ def test_the_command_trains_judges_and_names_what_is_wrong(script, tmp_path):
     assert record["lr"] == train_opinion.RATES["ranker"] and record["init"]["mos"]["images"] == 24
     assert any(not torch.equal(a, b) for a, b in zip(
         judge.parameters(), opinion.load(tmp_path / "noise.pth")[0].parameters()))
-    for words, message in ((["--crop", 96], "less than a crop"), (["--harden"], "--init"),
+    for words, message in ((["--crop", 128], "less than a crop"), (["--harden"], "--init"),
                            (["--mos-images", tmp_path / "none"], "none")):
         failed = script("rewards.train_opinion", *flags, *words, "--out", tmp_path / "x.pth", check=False)
         assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
