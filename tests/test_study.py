@@ -350,8 +350,10 @@ def test_the_papers_statistics_against_scipy():
     scaled = 0.697 + (shares - shares.mean()) / stats.sem(shares) * 0.0482
     found = analyze.preference(scaled)
     assert (found["normal_low"], found["normal_high"]) == pytest.approx((0.602, 0.791), abs=6e-4) and found["p"] < 0.01
-    assert np.isnan(analyze.preference([0.7])["low"])
-    assert analyze.preference([1.0, 1.0])["p"] == 0 and analyze.preference([0.25, 0.25])["p"] == 1
+    # one rater, or raters who all agree, show no spread
+    for shares in ([0.7], [1.0, 1.0, 1.0]):
+        found = analyze.preference(shares)
+        assert found["mean"] == shares[0] and np.isnan([found["p"], found["low"], found["se"]]).all()
 
 
 @pytest.mark.fast
