@@ -14,14 +14,20 @@
     quintuplets (Table 4)
         python analyze_iqa.py score --sets datasets/HGGT --paper hggt --out runs/hggt-scores
         python analyze_iqa.py hggt runs/hggt-scores
+    opinions of people: scores of single images, and choices of the best of several methods' images
+        python analyze_iqa.py score --mos labels.csv --images CLIVE --metrics musiq niqe --out runs/clive
+        python analyze_iqa.py mos runs/clive
+        python analyze_iqa.py score --choices votes.csv --images STUDY --metrics musiq niqe --out runs/study
+        python analyze_iqa.py choices runs/study
     the metric to train with, and those to keep for evaluation
         python analyze_iqa.py recommend runs/sbs-test runs/hggt-scores
     published distances with votes of people
         python analyze_iqa.py bapps FILES
 
 `score` is the slow step: it scores every image by every metric, continues after an interruption, and shares the
-images over the processes of torchrun. It leaves a folder of plain files, pairs.csv or sets.csv, scores.csv (native
-units) and about.json, from which the analyses are computed. --scores FILE takes scores computed elsewhere.
+images over the processes of torchrun. It leaves a folder of plain files, pairs.csv, sets.csv, mos.csv or choices.csv,
+scores.csv (native units) and about.json, from which the analyses are computed. --scores FILE takes scores computed
+elsewhere; the forms of opinions are described in report/opinions.py.
 Each analysis prints its tables and writes them to --out: .md, .tex, .csv, .json and .png.
 """
 import argparse
@@ -53,8 +59,12 @@ def parse_args(argv=None):
                 "folders of `score --pairs`")
     c.add_argument("--fails", default="musiq", metavar="NAME", help="the metric that fails")
     command("hggt", "rank correlation and misalignment on quintuplets (Table 4)", "one folder of `score --sets`")
+    command("mos", "correlations with mean opinion scores, of all images and on ten splits",
+            "folders of `score --mos`")
+    command("choices", "agreement with choices of the best of several, floors and ceilings, strengths of the methods",
+            "folders of `score --choices`")
     command("recommend", "the metric to train with, and the metrics to keep for evaluation",
-            "folders of `score`, pairs and quintuplets")
+            "folders of `score`: pairs, choices, opinions, quintuplets")
     c = command("disagree", "a sheet of the pairs, or quintuplets, on which two metrics disagree most",
                 "one folder of `score`")
     c.add_argument("--images", type=Path, default=Path("."), metavar="DIR",
@@ -72,8 +82,8 @@ def parse_args(argv=None):
     if args.demo == (args.command is not None):
         p.error("give a COMMAND, or --demo and nothing else")
     if args.command == "score":
-        if args.pairs and args.sets:
-            p.error("--pairs or --sets, one at a time")
+        if sum(bool(given) for given in (args.pairs, args.sets, args.mos, args.choices)) > 1:
+            p.error("--pairs or --sets or --mos or --choices, one at a time")
         if args.metrics and args.phase1:
             p.error("--metrics or --phase1, not both")
         if args.lower and not args.scores:
@@ -85,10 +95,21 @@ def add_score(p):
     g = p.add_argument_group("people's preferences")
     g.add_argument("--pairs", type=Path, metavar="CSV",
                    help="pairs of images with the fraction of people who prefer the second (SBS180K)")
-    g.add_argument("--columns", default="left=left,right=right,score=score",
-                   metavar="left=A,right=B,score=C[,methods=D[+E]][,photo=F]",
-                   help="names of the columns, or their numbers from 0 where there is no header; photo: pairs of one "
-                        "photo are not independent")
+    g.add_argument("--mos", type=Path, metavar="CSV", help="mean opinion scores of images: image, mos[, std]")
+    g.add_argument("--mos-lower", action="store_true", help="a lower score of --mos is better (DMOS)")
+    g.add_argument("--choices", type=Path, metavar="CSV",
+                   help="best of several: observer, scene, candidates (methods, A|B|C), selected; --images holds "
+                        "METHOD/SCENE.png")
+    g.add_argument("--methods", nargs="+", metavar="NAME",
+                   help="the candidates of every row of --choices, where no column has them")
+    g.add_argument("--name-pattern", metavar="REGEX",
+                   help="splits the image names of --choices into (?P<scene>...) and (?P<method>...), where no column "
+                        "has the scene")
+    g.add_argument("--columns", metavar="ROLE=NAME,...",
+                   help="names of the columns, or their numbers from 0 where there is no header; of --pairs: "
+                        "left=A,right=B,score=C[,methods=D[+E]][,photo=F] (pairs of one photo are not independent); of "
+                        "--mos: image=A,mos=B[,std=C]; of --choices: selected=A[,candidates=B[+C]][,scene=D]"
+                        "[,observer=E]; default: the roles themselves")
     g.add_argument("--method-pattern", metavar="REGEX",
                    help="finds the SR method in the name of an image, for --draw; instead of methods=")
     g.add_argument("--photo-pattern", metavar="REGEX",
@@ -105,7 +126,7 @@ def add_score(p):
                         "training sets with a negative")
     g = p.add_argument_group("scores")
     g.add_argument("--images", type=Path, default=Path("."), metavar="DIR",
-                   help="folder that the image names of --pairs start from")
+                   help="folder that the image names of --pairs, --mos and --choices start from")
     g.add_argument("--metrics", nargs="+", metavar="NAME",
                    help="pyiqa's no-reference metrics, ranker, module:function; default: the paper's 42 with --draw, "
                         "else its 7")
@@ -152,11 +173,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-import data
-from images import cut_to_x4, image_size, list_images, load_image, match_images
+from images import image_size
 
 # the top level imports the support folders only where it uses them
 agreement, analyses = runs.Lazy("report.agreement"), runs.Lazy("report.analyses")
+opinion_analyses, opinions = runs.Lazy("report.opinion_analyses"), runs.Lazy("report.opinions")
+preferences, tables = runs.Lazy("report.preferences"), runs.Lazy("report.tables")
+
+# the analysis of a kind of preferences
+NEXT = {"pairs": "sbs", "sets": "hggt", "mos": "mos", "choices": "choices"}
+
 
 # Scoring
 
@@ -165,11 +191,13 @@ def score(args):
     about_file, about = args.out / "about.json", {"truth": None, "metrics": {}, "left_out": []}
     if about_file.exists():
         about = json.loads(about_file.read_text())
-    frames, about["truth"], left_out = read_preferences(args, about, world.is_main)
+    frames, about["truth"], left_out = preferences.read_preferences(args, about, world.is_main)
     if args.paper and about["truth"].startswith(agreement.SYNTHETIC):
         raise runs.UserError(f"--paper {args.paper}: these preferences are synthetic; the paper's are people's")
     columns = [frame[column] for frame in frames.values() for column in ("left", "right", "image") if column in frame]
     names = list(dict.fromkeys(name for column in columns for name in column))
+    if "choices" in frames:
+        names = opinions.names_of(frames["choices"])
     if args.scores:
         scores, more = agreement.read_scores(args.scores)
         unknown = [m for m in args.lower if m not in scores.columns]
@@ -178,11 +206,13 @@ def score(args):
                                  f"it has {', '.join(scores.columns)}")
         metrics = {m: {"lower_is_better": m in args.lower, "source": str(args.scores)} for m in scores.columns}
     else:
-        scores, metrics, more = compute(args, names, about["metrics"], world)
-        # metrics scored in an earlier call stay
-        if (args.out / "scores.csv").exists():
-            earlier, _ = agreement.read_scores(args.out / "scores.csv")
-            scores = scores.join(earlier.reindex(scores.index)[[m for m in earlier.columns if m not in scores.columns]])
+        files = opinions.images_of(frames["choices"], args.images) if "choices" in frames else {}
+        paths = [files.get(name) or args.images / name for name in names]
+        scores, metrics, more = compute(args, names, paths, about["metrics"], world)
+    # metrics scored in an earlier call stay
+    if (args.out / "scores.csv").exists():
+        earlier, _ = agreement.read_scores(args.out / "scores.csv")
+        scores = scores.join(earlier.reindex(scores.index)[[m for m in earlier.columns if m not in scores.columns]])
     left_out += more
     if not world.is_main:
         return
@@ -195,88 +225,30 @@ def score(args):
     about |= {"command": sys.argv, **runs.describe_machine(), "metrics": about["metrics"] | metrics,
               "left_out": left_out, "paper": args.paper}
     for name, frame in frames.items():
-        analyses.write_csv(args.out / f"{name}.csv", frame, index=False)
-    analyses.write_csv(args.out / "scores.csv", scores, index_label="image")
+        path = args.out / f"{name}.csv"
+        opinions.write_choices(path, frame) if name == "choices" else agreement.write_csv(path, frame, index=False)
+    agreement.write_csv(args.out / "scores.csv", scores, index_label="image")
     runs.save_json(about_file, about)
     print("\n".join(left_out) or "nothing was left out")
     print(f"{args.out}: {len(names)} images, {len(scores.columns)} metrics; "
-          f"next: python analyze_iqa.py {'hggt' if 'sets' in frames else 'sbs'} {args.out}")
+          f"next: python analyze_iqa.py {NEXT[next(reversed(frames))]} {args.out}")
 
 
-def read_preferences(args, about, is_main):
-    """-> {"pairs" or "sets": DataFrame}, the truth in words, lines on what was left out.
-
-    From --pairs or --sets; else from the folder --out, which `synthetic` or an earlier call of `score` made.
-    """
-    files = {name: args.out / f"{name}.csv" for name in ("pairs", "sets")}
-    given = "pairs" if args.pairs else "sets" if args.sets else None
-    if given:
-        other = files["sets" if given == "pairs" else "pairs"]
-        if other.exists():
-            raise runs.UserError(f"{args.out} holds {other.name}: name another --out for --{given}")
-        frame, truth, left_out, remarks = read_labelled_sets(args) if args.sets else read_votes(args)
-        if is_main:
-            print("\n".join(remarks))
-        return {given: frame}, truth, left_out
-    frames = {name: agreement.read_csv(path, "--out") for name, path in files.items() if path.exists()}
-    if not frames:
-        raise runs.UserError(f"{args.out} has neither pairs.csv nor sets.csv: name preferences with --pairs CSV or "
-                             "--sets DIR")
-    # keeps "12 pairs left out: ..."; lines on scores are written anew
-    return frames, about["truth"], [line for line in about["left_out"] if line.partition(" ")[2].startswith("pairs")]
-
-
-def read_labelled_sets(args):
-    """--sets -> DataFrame of set, version, image, label, photo; the truth; [] left out; remarks to print."""
-    sets = data.find_sets(args.sets, args.split)
-    if sets is None:
-        raise runs.UserError(f"--sets {args.sets}: no {args.split} split in it")
-    labels = sets.labels().numpy()
-    chosen = np.arange(len(labels)) if args.all_sets else np.flatnonzero((labels == data.NEGATIVE).any(1))
-    if not len(chosen):
-        raise runs.UserError(f"--sets {args.sets}: none of its {len(labels)} quintuplets has a negative, which the "
-                             "paper's analysis needs; --all-sets takes all of them")
-    names = {data.ORIGINAL: "original"} | {code: label.lower() for label, code in data.LABELS.items()}
-    rows = []
-    for i in chosen:
-        stem = sets.stems[i]
-        rows += [(stem, version, str(sets.path(stem, version)), names[labels[i, k]], sets.photo(stem))
-                 for k, version in enumerate(sets.versions)]
-    remark = (f"{len(chosen)} of {len(labels)} quintuplets" + ("" if args.all_sets else " have a negative")
-              + f"; {sets.grouping()}")
-    frame = pd.DataFrame(rows, columns=["set", "version", "image", "label", "photo"])
-    return frame, f"labels of {args.sets}, {args.split}", [], [remark]
-
-
-def read_votes(args):
-    """--pairs -> DataFrame of agreement.read_pairs; the truth; lines on pairs left out; remarks to print."""
-    pairs, left_out = agreement.read_pairs(args.pairs, args.columns, args.method_pattern, args.photo_pattern)
-    remarks = []
-    if args.draw:
-        total, pairs = len(pairs), agreement.draw(pairs, args.draw, args.seed)
-        remarks.append(f"{len(pairs)} of {total} pairs: {args.draw} of every two methods, seed {args.seed}")
-    for row in pairs.head(3).itertuples():
-        methods = f" ({row.right_method} to {row.left_method})" if "left_method" in pairs else ""
-        remarks.append(f"understood: {row.score:.0%} of people prefer {row.right} to {row.left}{methods}")
-    # a copy of synthetic preferences stays synthetic
-    beside = args.pairs.parent / "about.json"
-    truth = json.loads(beside.read_text()).get("truth") or "" if beside.exists() else ""
-    return pairs, truth if truth.startswith(agreement.SYNTHETIC) else f"votes of {args.pairs}", left_out, remarks
-
-
-def compute(args, names, known, world):
-    """Score the images `names` by each metric -> (scores by name, {metric: facts}, lines on what was left out).
+def compute(args, names, paths, known, world):
+    """Score images, known as `names`, by each metric -> (scores by name, {metric: facts}, lines on what was left out).
 
     known: facts of an earlier call, whose speeds are kept.
     """
     import iqa
-    metrics = args.metrics or default_metrics(args)
+    metrics = list(args.metrics or default_metrics(args))
+    # the guard that every table of opinions has
+    if (args.mos or args.choices) and tables.CONTROL not in metrics:
+        metrics.append(tables.CONTROL)
     files = dict(word.split("=", 1) for word in args.metric_weights if "=" in word)
     unknown = [word for word in args.metric_weights if word.partition("=")[0] not in metrics or "=" not in word]
     if unknown:
         raise runs.UserError(f"--metric-weights {unknown[0]}: write NAME=FILE with a NAME of --metrics "
                              f"({', '.join(metrics)})")
-    paths = [args.images / name for name in names]
     if not any(path.is_file() for path in paths):
         raise runs.UserError(f"--images {args.images}: none of the {len(paths)} images is in it, "
                              f"for example {paths[0]}")
@@ -367,60 +339,6 @@ def measure_speed(metric, weights_file, reward, device, crops=4, side=256):
             "device": runs.describe_machine()["device"]}
 
 
-# Preferences without people
-
-def synthetic(args):
-    from metrics import create_metric
-    truth = create_metric(args.truth, "cpu", args.truth_weights, flag="--truth")
-    if not truth.full_reference:
-        raise runs.UserError(f"--truth {args.truth}: not a full-reference metric; choose one that compares, for "
-                             "example psnr, ssim, vgg, lpips")
-    originals, methods = list_images(args.gt), [folder.name for folder in args.candidates]
-    if len(set(methods)) < len(methods) or len(methods) < 2:
-        raise runs.UserError("--candidates: two or more folders of different names")
-    files = [match_images(folder, originals, "--candidates") for folder in args.candidates]
-    patches = any(map(holds_patches, [args.gt, *args.candidates]))
-
-    def load(path):
-        return cut_to_x4(load_image(path)[None].float() / 255)
-    pairs, sets = [], []
-    for stem, original in originals.items():
-        photo, gt = data.photo_of(stem) if patches else stem, load(original)
-        paths = [candidates[stem] for candidates in files]
-        sign = -1 if truth.lower_is_better else 1
-        nearness = [sign * truth(load(path), gt).item() for path in paths]
-        for i in range(len(paths)):
-            for j in range(i + 1, len(paths)):
-                delta = nearness[j] - nearness[i]
-                vote = 0.5 if abs(delta) <= args.tie else float(delta > 0)
-                pairs.append((str(paths[i]), str(paths[j]), vote, methods[i], methods[j], photo))
-            delta = nearness[i] - nearness[0]
-            label = "similar" if abs(delta) <= args.tie else "positive" if delta > 0 else "negative"
-            sets.append((stem, methods[i], str(paths[i]), label if i else "original", photo))
-    runs.check_writable(args.out, "--out")
-    args.out.mkdir(parents=True, exist_ok=True)
-    pairs = pd.DataFrame(pairs, columns=["left", "right", "score", "left_method", "right_method", "photo"])
-    analyses.write_csv(args.out / "pairs.csv", pairs, index=False)
-    sets = pd.DataFrame(sets, columns=["set", "version", "image", "label", "photo"])
-    analyses.write_csv(args.out / "sets.csv", sets, index=False)
-    text = f"{agreement.SYNTHETIC}: preferred is what is nearer to {args.gt} by {args.truth}"
-    runs.save_json(args.out / "about.json", {"command": sys.argv, **runs.describe_machine(), "truth": text,
-                                             "metrics": {}, "left_out": [], "identity": truth.identity})
-    photos = sets.photo.nunique()
-    print(f"{text}: {len(pairs)} pairs, {len(originals)} sets of {photos} photographs"
-          f"{', grouped by <photo>-<row>-<column>,' if photos < len(originals) else ''} in {args.out}; "
-          f"next: python analyze_iqa.py score --out {args.out} --metrics ...")
-
-
-def holds_patches(folder):
-    """Does the folder belong to a set in HGGT's layout (ROOT/Train or ROOT/Test/GT, with */*/original in it)?
-
-    Only there names are <photo>-<row>-<column>; of other names, such as trip-2023-01, nothing is read.
-    """
-    bases = [base for base in folder.resolve().parents if base.name == "Train" or base.match("Test/GT")]
-    return any(next(base.glob("*/*/[Oo]riginal"), None) for base in bases)
-
-
 def demo():
     """Every analysis on the demo set: of two versions the one nearer to the untouched photograph is preferred."""
     if not Path("datasets/demo").exists():
@@ -442,8 +360,12 @@ def demo():
 def main(args):
     if args.demo:
         demo()
-    elif args.command in ("score", "synthetic"):
-        {"score": score, "synthetic": synthetic}[args.command](args)
+    elif args.command == "score":
+        score(args)
+    elif args.command == "synthetic":
+        preferences.synthetic(args)
+    elif args.command in ("mos", "choices", "bapps"):
+        getattr(opinion_analyses, args.command)(args)
     else:
         getattr(analyses, args.command)(args)
 

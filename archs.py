@@ -525,7 +525,7 @@ def read_file(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise runs.UserError(f"{path}: no such weights file")
+        raise runs.UserError(f"{path}: no such weights file; {runs.how_to_get(path)}")
     if path.suffix.lower() == ".safetensors":
         try:
             from safetensors import SafetensorError
@@ -538,6 +538,9 @@ def read_file(path):
     try:
         return load(path)
     except damage as error:
+        if "TorchScript" in str(error):
+            raise runs.UserError(f"{path}: a TorchScript archive, which is a program, and nothing of it was run; save "
+                                 "the network's state_dict() instead") from None
         pickled = re.search(r"GLOBAL (\S+)", str(error))
         if pickled:
             raise runs.UserError(f"{path}: not a readable weights file: it holds a pickled {pickled[1]}, and nothing "
@@ -565,7 +568,7 @@ def unwrap(path, content, key=None):
 
 
 def first_keys(content):
-    return ", ".join(map(str, list(content)[:5])) or "nothing" if isinstance(content, dict) else "nothing"
+    return ", ".join(map(str, list(content)[:5])) or "nothing" if isinstance(content, dict) else type(content).__name__
 
 
 def present_names(state):
@@ -609,10 +612,13 @@ def read_weights(path, key=None):
                              "evaluate.py under the name adapter.pth")
     state, used = unwrap(path, content, key)
     is_state = isinstance(state, dict) and state and all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in state.items())
+        isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided and not v.is_meta
+        for k, v in state.items())
     if not is_state:
+        inner = [k for k, v in state.items() if isinstance(v, dict)] if isinstance(state, dict) else []
         raise runs.UserError(f"{path}: no state dict (it holds {first_keys(content)}); "
-                             "of a run take weights/ema_*.pth, not a training checkpoint")
+                             "of a run take weights/ema_*.pth, not a training checkpoint"
+                             + (f"; --weights-key {inner[0]} looks into {inner[0]}" if inner else ""))
     return {k: v.float() if v.is_floating_point() else v for k, v in present_names(state).items()}, used
 
 
@@ -636,7 +642,8 @@ def recognise(state):
             check_channels("a SwinIR", shapes["conv_first.weight"][1])
             return "swinir", swinir_sizes(shapes, count)
         if "body.0.rdb1.conv1.weight" in shapes:
-            num_feat, folded = shapes["conv_first.weight"][:2]
+            # one by one, so that a tensor of another kind is an IndexError
+            num_feat, folded = shapes["conv_first.weight"][0], shapes["conv_first.weight"][1]
             # scale 2 and 1 fold pixels into channels
             check_channels("an RRDBNet", folded, (3, 12, 48))
             ups = count("conv_up")
@@ -647,8 +654,11 @@ def recognise(state):
         if len(shapes.get("body.1.weight", ())) == 1:
             last = count("body.") - 1
             check_channels("an SRVGGNetCompact", shapes["body.0.weight"][1])
+            out = shapes[f"body.{last}.weight"][0]
+            if out != 3 * math.isqrt(out // 3) ** 2:
+                raise ValueError(f"an SRVGGNetCompact whose last layer has {out} channels; only those for RGB load")
             return "compact", dict(num_feat=shapes["body.0.weight"][0], num_conv=last // 2 - 1,
-                                   upscale=math.isqrt(shapes[f"body.{last}.weight"][0] // 3))
+                                   upscale=math.isqrt(out // 3))
     except (KeyError, IndexError) as error:
         raise ValueError(f"an incomplete state dict (first problem: {error})") from None
     # a backbone that was added to ARCHS, in the sizes of its entry
@@ -682,7 +692,7 @@ def swinir_sizes(shapes, count):
         upsampler = "pixelshuffle"
         upscale = math.prod(math.isqrt(shapes[f"upsample.{2 * i}.weight"][0] // 64) for i in range(count("upsample.")))
     return dict(upscale=upscale, img_size=math.isqrt(windows) * window, window=window, depths=tuple(depths),
-                embed_dim=embed_dim, heads=tuple(heads for _, heads in tables), upsampler=upsampler,
+                embed_dim=embed_dim, heads=tuple(table[1] for table in tables), upsampler=upsampler,
                 mlp_ratio=shapes["layers.0.residual_group.blocks.0.mlp.fc1.weight"][0] / embed_dim,
                 resi_connection="3conv" if "conv_after_body.0.weight" in shapes else "1conv")
 

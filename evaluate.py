@@ -45,15 +45,16 @@ def parse_args(argv=None):
     p.add_argument("--demo", action="store_true", help="compare orig and amo of the demo; trains what is missing")
     p.add_argument("--total-steps", type=runs.SIZE, metavar="N", help="steps of these trainings; default: the demo's")
     g = p.add_argument_group("rows")
-    g.add_argument("--weights", type=Path, nargs="+", default=[], metavar="PATH",
-                   help="weight files, run folders, adapter.pth files of finetune_lora.py")
+    g.add_argument("--weights", type=runs.CHECKPOINT, nargs="+", default=[], metavar="PATH",
+                   help="weight files, run folders, public names (python -m prepare.weights list), adapters of "
+                        "finetune_lora.py: adapter.pth, or a folder of weights/ with it and its card")
     runs.add_weights_key(g)
     g.add_argument("--pad-mode", choices=["hggt", "swinir"],
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for "
                         "nearest+conv files")
     g.add_argument("--names", nargs="+", default=[], metavar="NAME",
                    help="names of the rows of --weights, one for each; default: folder or file")
-    g.add_argument("--base", type=Path, metavar="PATH",
+    g.add_argument("--base", type=runs.CHECKPOINT, metavar="PATH",
                    help="weights or run that the adapters belong to; default: what their run folder says")
     g.add_argument("--scale", type=runs.number(float), nargs="+", default=[1.0], metavar="S",
                    help="strengths of adapters, one row each")
@@ -126,10 +127,15 @@ def complete(p, args):
         p.error("nothing to score: give --weights, --images or --baselines")
     if args.names and len(args.names) != len(args.weights):
         p.error(f"--names: {len(args.names)} names for {len(args.weights)} --weights; give one for each")
-    if args.base and not any(path.name == "adapter.pth" for path in args.weights):
+    if args.base and not any(map(is_adapter, args.weights)):
         p.error("--base: names what adapters belong to, and no adapter.pth is among --weights")
     if args.total_steps and not args.demo:
         p.error("--total-steps: is for --demo, which trains")
+
+
+def is_adapter(path):
+    """Is this an adapter's file, or a folder that holds one and its card?"""
+    return path.name == "adapter.pth" or (path / "adapter.pth").is_file()
 
 
 # --help and flag errors need no torch: seconds
@@ -144,15 +150,17 @@ import archs
 import data
 import lora
 import metrics
-from images import ModeError, find_realsr, image_size, list_images, match_images, nfc, without_scale
+from images import ModeError, find_pairs, find_realsr, image_size, list_images, match_images, nfc, remark_cut
 
 # Test images: {stem: {"lq": path or None, "refs": [path], "versions": [path]}}; lq None: made from versions[0]
 
 def find_items(args, world):
     if args.lq is not None:
-        return find_pairs(args, world)
+        pairs = find_pairs(args.lq, args.gt, "--lq", "--gt", world.is_main)
+        return {stem: {"lq": lq, "refs": [gt] if gt else [], "versions": []} for stem, (lq, gt) in pairs.items()}
     if args.gt is not None:
-        check_folder(args.gt)
+        if not args.gt.is_dir():
+            raise runs.UserError(f"--gt {args.gt}: no such folder")
         return {stem: {"lq": None, "refs": [path], "versions": [path]} for stem, path in list_images(args.gt).items()}
     pairs = find_realsr(args.data)
     if pairs:
@@ -175,32 +183,6 @@ def find_items(args, world):
                        "refs": positives if labelled else [sets.path(stem)],
                        "versions": [sets.path(stem, v) for v in sets.versions]}
     return items
-
-
-def check_folder(folder):
-    if not folder.is_dir():
-        raise runs.UserError(f"{folder}: no such folder")
-
-
-def find_pairs(args, world):
-    check_folder(args.lq)
-    images, references = list_images(args.lq), {}
-    if args.gt:
-        check_folder(args.gt)
-        references = list_images(args.gt)
-        # DIV2K's 0001x4.png belongs to 0001.png
-        shorter = {without_scale(stem): stem for stem in references}
-        names = {stem: stem if stem in references else shorter.get(without_scale(stem)) for stem in images}
-        missing = [stem for stem, name in names.items() if name is None]
-        unused = sorted(set(references) - set(names.values()))
-        if missing:
-            raise runs.UserError(f"{args.gt}: no reference for {len(missing)} of {len(images)} images, "
-                                 f"first {missing[0]}")
-        if unused and world.is_main:
-            print(f"remark: {len(unused)} references in --gt {args.gt} have no image in --lq {args.lq} "
-                  f"and are left out, first {unused[0]}")
-    return {stem: {"lq": path, "refs": [references[names[stem]]] if references else [], "versions": []}
-            for stem, path in images.items()}
 
 
 def choose(items, file):
@@ -228,15 +210,6 @@ def check_modes(items, rows):
                 raise runs.UserError(f"{error}; --rgb takes grey and transparent images") from None
 
 
-def remark_cut(items):
-    """Say which originals and references are cut to multiples of 4."""
-    images = [path for item in items.values() for path in {*item["refs"], *item["versions"][:1]}]
-    cut = [path for path in images if any(side % 4 for side in image_size(path))]
-    if cut:
-        print(f"remark: {len(cut)} of {len(images)} originals and references are cut to multiples of 4 pixels, "
-              f"at the right and at the bottom, first {cut[0]}")
-
-
 def remark_precision(args, rows, device):
     """Say once, of the first network, what bf16 would gain or costs on this CPU."""
     architectures = [row.record["arch"] for row in rows.values() if row.record and row.files is None]
@@ -255,10 +228,12 @@ def find_rows(args, items, device):
     if "reference" in args.baselines:
         rows["reference"] = metrics.Row(files={stem: (i["versions"] or i["refs"])[0] for stem, i in items.items()})
     for k, path in enumerate(args.weights):
-        adapter = path.name == "adapter.pth"
+        adapter = is_adapter(path)
         for scale in args.scale if adapter else [None]:
             if adapter:
                 net, info = lora.load_tuned(path, scale, args.base, args.weights_key, args.pad_mode, "--base")
+                if info["remark"]:
+                    print(f"remark: {info['remark']}")
             else:
                 net, info = archs.load_x4(path, "--weights", args.weights_key, args.pad_mode)
             made = {"hash": lora.base_hash(net)[:24], "pad_mode": getattr(net, "pad_mode", None), "tile": args.tile,
@@ -282,6 +257,8 @@ def row_name(path):
     """A run folder's name, also for the weights of it that name no step; else the file's, without suffix."""
     if path.parent.name in ("lora", "weights") and path.name in ("adapter.pth", "merged.pth"):
         return path.parent.parent.name
+    if path.name == "adapter.pth":
+        return path.parent.name
     return path.name if path.is_dir() else path.stem
 
 
@@ -436,7 +413,8 @@ def main(args):
     if not args.rgb:
         check_modes(items, rows)
     if world.is_main:
-        remark_cut(items)
+        originals = [path for item in items.values() for path in {*item["refs"], *item["versions"][:1]}]
+        remark_cut(originals, "originals and references")
         remark_precision(args, rows, world.device)
 
     common = (args.cache, world, PROTOCOLS[args.protocol])

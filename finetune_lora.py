@@ -6,7 +6,7 @@
     python finetune_lora.py --lambda-a 0.1                              FT_IG: with the discriminator of the run
     python finetune_lora.py --reward none --lambda-a 0.2                FT_NNR x2 (0.5: x5): more GAN, no reward
     python finetune_lora.py --tune all                                  all weights, no LoRA (the paper's Fig. 3 and 5)
-    python finetune_lora.py --base RealESRGAN_x4plus.pth --arch rrdbnet         from weights of a known architecture
+    python finetune_lora.py --base realesrgan-x4plus --arch rrdbnet             from weights of a known architecture
 
 It reads as train.py does. Data, pairs and losses are those of the run it starts from (--base); for a bare weights file
 they are the paper's of its --arch. What differs: the base is frozen and low-rank adapters are trained; there is a
@@ -48,8 +48,9 @@ def parse_args(argv=None):
                      help="from the demo's AMO run, which is made if it is missing; embedded reward; same code")
     pre.add_argument("--arch", choices=list(ARCHS),
                      help="backbone; default: that of --base, else swinir. Fills the defaults marked [arch]")
-    pre.add_argument("--base", type=Path, metavar="PATH",
-                     help="run folder to start from (default runs/<arch>-<sampler>), or a weights file with --arch")
+    pre.add_argument("--base", type=runs.CHECKPOINT, metavar="PATH",
+                     help="run folder to start from (default runs/<arch>-<sampler>), or with --arch a weights file or "
+                          "public name (python -m prepare.weights list)")
     pre.add_argument("--sampler", default="amo", help=argparse.SUPPRESS)
     first = pre.parse_known_args(words)[0]
     arch = first.arch or ("compact-small" if first.demo else "swinir")
@@ -74,7 +75,7 @@ def parse_args(argv=None):
                    help="no-reference metrics that validation reports and nothing optimises (CHOICE: piqe alone likes "
                         "pixel grids)")
     g = p.add_argument_group("start and continue")
-    g.add_argument("--d-init", type=Path, metavar="FILE",
+    g.add_argument("--d-init", type=runs.CHECKPOINT, metavar="FILE",
                    help="discriminator weights instead of the run's; with --lambda-a > 0 only")
     runs.add_weights_key(g)
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],
@@ -114,7 +115,7 @@ def parse_args(argv=None):
         variants = {"all": ["naive"], "layers": ["layers"], "lora": []}[args.tune] + ["hp"] * more_p
         if args.lambda_a:
             variants.append(f"nnr{args.lambda_a / 0.1:g}" if args.reward == ["none"] else "ig")
-        rewards = "+".join(word.partition("=")[0].partition(":")[0] for word in args.reward)
+        rewards = "+".join(map(runs.short_reward, args.reward))
         folder = Path("runs") / base.stem if base.is_file() else base
         args.out = folder.with_name("-".join([f"{folder.name}+{rewards}", *variants]))
     checked = argparse.Namespace(**vars(args) | {"reward": args.gt_reward})
@@ -387,7 +388,7 @@ def main(args):
         net_d = world.parallel(judge)
 
     def save(step, weights):
-        meter.check_finite(lambda s: ", ".join(dataset.names(s)))
+        meter.check_finite(lambda s: ", ".join(dataset.names(s)), raw_g, raw_d)
         state = {"net_g": raw_g.state_dict(), "ema": ema.state_dict(), "opt_g": opt_g.state_dict(),
                  "pool": pool.state(world.gather_lanes), "meter": meter.state_dict(),
                  "picked": world.reduce(picked.clone()).tolist()}
@@ -489,7 +490,7 @@ def main(args):
         lq, gt = lq.contiguous(memory_format=memory_g), gt.contiguous(memory_format=memory)
         keep = [raw_g.draw_keep([seeds(step, lane, "drop-path") for lane in lanes])] if args.drop_path else []
         logged = optimise(lq, gt, *keep)
-        meter.leave_out(step, "rewards", logged.pop("unscored", None), len(lanes), limit=10 * args.batch_size)
+        meter.leave_out(step, "rewards", logged.pop("unscored", None), len(lanes), limit=args.batch_size / 10)
         meter.add(step, score, **logged)
         if due(step, args.log_every):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))

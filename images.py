@@ -71,12 +71,13 @@ def open_image(path):
 def orientation(image):
     """EXIF's orientation of Pillow's image, 1 to 8. A header is enough, and libvips sees the same.
 
-    1 for a TIFF, which Pillow turns by itself, and for an EXIF block that is damaged.
+    1 for a TIFF, which Pillow turns by itself, for an EXIF block that is damaged, and for any other value.
     """
     exif = Image.Exif()
     with contextlib.suppress(SyntaxError, struct.error):
         exif.load(image.info.get("exif", b""))
-    return exif.get(ExifTags.Base.Orientation, 1)
+    value = exif.get(ExifTags.Base.Orientation)
+    return value if value in TURNS else 1
 
 
 def decoded(image):
@@ -176,7 +177,8 @@ def save_image(path, image):
     if image.dtype != torch.uint8:
         image = image.clamp(0, 1).mul(255).round().byte()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path, format="PNG", compress_level=1)
+    with runs.says_where(path):
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path, format="PNG", compress_level=1)
 
 
 def sample_hash(files):
@@ -326,6 +328,60 @@ def match_images(folder, stems, flag):
                                  f"expected {stem}.png or {stem}_<anything>.png")
         matches[stem] = fitting[0]
     return matches
+
+
+def find_pairs(lq_dir, gt_dir, lq_flag, gt_flag, remarks=True):
+    """{stem: (LR path, reference path)} of a folder of LR images and one of references; gt_dir None: no references.
+
+    The stems are those of the LR images; 0001x4.png and 0001.png are one name. remarks: print how many references have
+    no LR image. Raises UserError for an LR image without a reference, and for two files that are one name. Sizes are
+    compared by check_pairs.
+    """
+    for folder, flag in ((lq_dir, lq_flag), (gt_dir, gt_flag)):
+        if folder and not Path(folder).is_dir():
+            raise runs.UserError(f"{flag} {folder}: no such folder")
+    images, references = list_images(lq_dir), list_images(gt_dir) if gt_dir else {}
+    if not gt_dir:
+        return {stem: (path, None) for stem, path in images.items()}
+    # DIV2K's 0001x4.png belongs to 0001.png
+    names = {stem: [stem] if stem in references else
+             [name for name in references if without_scale(name) == without_scale(stem)] for stem in images}
+    missing = [stem for stem, fitting in names.items() if not fitting]
+    if missing:
+        raise runs.UserError(f"{gt_flag} {gt_dir}: no reference for {len(missing)} of {len(images)} images, "
+                             f"first {missing[0]}")
+    users = {}
+    for stem, fitting in names.items():
+        pair = [references[name] for name in fitting] if len(fitting) > 1 else None
+        pair = pair or [images[user] for user in (users.setdefault(fitting[0], stem), stem)]
+        if pair[0] != pair[1]:
+            raise runs.UserError(f"{pair[0]} and {pair[1].name}: two images of one name: remove one")
+    unused = sorted(set(references) - set(users))
+    if unused and remarks:
+        print(f"remark: {len(unused)} references in {gt_flag} {gt_dir} have no image in {lq_flag} {lq_dir} "
+              f"and are left out, first {unused[0]}")
+    return {stem: (path, references[names[stem][0]]) for stem, path in images.items()}
+
+
+def check_pairs(pairs, remarks=True):
+    """UserError where an LR image is not a quarter of its reference, or one of them not 8-bit RGB; by their headers.
+
+    pairs: as of find_pairs. References may have up to three rows and columns more, which cut_to_x4 removes: it is said.
+    """
+    for lq, reference in pairs.values():
+        size = image_size(lq, only_rgb=True)
+        if reference:
+            check_lr_size(lq, size, image_size(reference, only_rgb=True))
+    if remarks:
+        remark_cut([reference for _, reference in pairs.values() if reference], "references")
+
+
+def remark_cut(paths, what):
+    """Say how many images are cut to multiples of 4."""
+    cut = [path for path in paths if any(side % 4 for side in image_size(path))]
+    if cut:
+        print(f"remark: {len(cut)} of {len(paths)} {what} are cut to multiples of 4 pixels, "
+              f"at the right and at the bottom, first {cut[0]}")
 
 
 def find_realsr(root):

@@ -3,6 +3,7 @@
     create_reward(["musiq"])                     default of the paper; any pyiqa no-reference metric by its pyiqa name
     create_reward(["ranker"])                    the small model of this repository (rewards/ranker.py), no download
     create_reward(["my_file:build"])             the user's own: my_file.build(device) -> callable (B, 3, H, W) -> (B,)
+    create_reward(["runs/rewards/clive.pth"])    a reward file of rewards.train_opinion, learned from people's opinions
     create_reward(["musiq=0.05", "nima=0.5"])    several, summed with weights
     score_images(paths, reward, cache, world)    scores of whole images, kept on disk (ScoreCache)
 
@@ -45,7 +46,7 @@ def parse_rewards(words):
     """["musiq=0.05", "my_module:build"] -> [("musiq", 0.05), ("my_module:build", 1.0)]"""
     parsed = []
     for word in words:
-        name, _, weight = word.partition("=")
+        name, weight = runs.split_reward(word)
         try:
             parsed.append((name, float(weight) if weight else 1.0))
         except ValueError:
@@ -163,7 +164,7 @@ def _plain(model):
 
 
 def create_reward(words, device="cpu", weights_file=None, need_gradient=False, flag="--reward", musiq="pyiqa"):
-    """Build Q from `--reward` words: pyiqa NR metric, `ranker`, or the user's own `module:function`, or a sum of them.
+    """Build Q from `--reward` words: pyiqa NR metric, `ranker`, reward file PATH.pth, `module:function`, or their sum.
 
     module:function is called with the device and returns a callable (B, 3, H, W) in [0, 1] -> (B,); it may carry
     `lower_better = True`. weights_file: a local weight file for the one pyiqa metric named. need_gradient: the models
@@ -183,6 +184,9 @@ def create_reward(words, device="cpu", weights_file=None, need_gradient=False, f
         if name == "ranker":
             from rewards import ranker
             model = ranker.load_ranker(weights_file or ranker.RANKER_WEIGHTS)
+        elif runs.is_reward_file(name):
+            from rewards import opinion
+            model = opinion.load(name)[0]
         elif ":" in name:
             model = _user_model(name, device, flag)
         else:
@@ -190,12 +194,13 @@ def create_reward(words, device="cpu", weights_file=None, need_gradient=False, f
             if musiq != "pyiqa" and name.startswith("musiq"):
                 model = _Fused(model, musiq == "fused-bf16")
         # ModuleDict keys may hold no dot
-        key = name.replace(".", "_")
+        key = (Path(name).stem if runs.is_reward_file(name) else name).replace(".", "_")
+        if key in models:
+            raise runs.UserError(f"{flag}: two rewards are called {key}: rename one of the files")
         models[key], weights[key] = model.to(device), weight
     reward = Reward(models, weights).to(device)
-    for name in models:
-        probe = Reward({name: models[name]}, {name: 1.0})
-        _probe(probe, name, device, need_gradient, flag)
+    for (name, _), key in zip(parsed, models):
+        _probe(Reward({key: models[key]}, {key: 1.0}), name, device, need_gradient, flag)
     return reward
 
 
@@ -259,7 +264,7 @@ def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag
     except OSError as error:
         place = re.search(r'Downloading: "([^"]+)" to (.+)', printed.getvalue())
         reason = " ".join(str(error).split())[:80]
-        where = (f"download {place[1]} and save it as {place[2]}" if place else
+        where = (f"download {place[1]} and save it as {place[2]} ({runs.how_to_get(place[2])})" if place else
                  f"its files come from the Hugging Face hub ({reason}); connect once or copy the hub's cache")
         # else it is torchvision's or timm's backbone
         own = place and Path(place[2]).parent.name == "pyiqa"

@@ -9,7 +9,7 @@ parametrization of `weight` (torch.nn.utils.parametrize): layers need no change,
 care, and the adapted network computes with the very weight that merging leaves behind.
 
     names = add_lora(net, default_targets(net), rank=48)      freezes net, adapts the layers whose names match
-    save_lora("adapter.pth", net)                             A, B, rank, alpha, names and the base's hash; nothing else
+    save_lora("adapter.pth", net)                             A, B, rank, alpha, names; hash and samples of the base
     load_lora(net, "adapter.pth", scale=0.7); merge_lora(net)
 
 As a script it merges an adapter into its base, at any strength:
@@ -23,9 +23,11 @@ import runs
 
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
-    p.add_argument("adapter", type=Path, metavar="ADAPTER", help="run folder of finetune_lora.py, or an adapter.pth")
-    p.add_argument("--base", type=Path, metavar="PATH",
-                   help="weights or run that was tuned; default: as the run folder of ADAPTER says")
+    p.add_argument("adapter", type=Path, metavar="ADAPTER",
+                   help="run folder of finetune_lora.py, folder with an adapter and its card, or an adapter.pth")
+    p.add_argument("--base", type=runs.CHECKPOINT, metavar="PATH",
+                   help="weights or run that was tuned, or a public name (python -m prepare.weights list); default: as "
+                        "the run folder of ADAPTER, or its card, says")
     runs.add_weights_key(p)
     p.add_argument("--scale", type=runs.number(float), default=1.0,
                    help="strength: 0 is the base, 1 the tuned network, 1.5 beyond it")
@@ -137,17 +139,40 @@ def base_state_dict(net):
             if not re.search(r"\.parametrizations\.weight\.\d+\.lora_[AB]$", key)}
 
 
+def parameter_names(net):
+    """Names of the base's parameters, as without adapters. Its buffers are constants."""
+    return sorted(name.replace(".parametrizations.weight.original", ".weight") for name, _ in net.named_parameters()
+                  if not re.search(r"\.lora_[AB]$", name))
+
+
 def base_hash(net):
     """SHA-256 over names, shapes and values of the base's parameters: identifies the base of an adapter."""
     # tensor by tensor, and all digits, unlike runs.digest: adapter files hold it
-    digest = hashlib.sha256()
-    names = {name.replace(".parametrizations.weight.original", ".weight") for name, _ in net.named_parameters()}
-    for key, value in sorted(base_state_dict(net).items()):
-        # without buffers: SwinIR's are constants
-        if key in names:
-            values = value.detach().float().cpu().contiguous().numpy().tobytes()
-            digest.update(f"{key} {tuple(value.shape)} ".encode() + values)
+    digest, state = hashlib.sha256(), base_state_dict(net)
+    for key in parameter_names(net):
+        values = state[key].detach().float().cpu().contiguous().numpy().tobytes()
+        digest.update(f"{key} {tuple(state[key].shape)} ".encode() + values)
     return digest.hexdigest()
+
+
+def base_sample(net):
+    """64 weights of each of the base's parameters, evenly spread, all where there are fewer -> (n,) fp16."""
+    state = base_state_dict(net)
+    tensors = [state[name].detach().flatten() for name in parameter_names(net)]
+    spread = [tensor[torch.arange(min(64, tensor.numel())) * tensor.numel() // min(64, tensor.numel())]
+              for tensor in tensors]
+    return torch.cat([values.float().cpu() for values in spread]).half()
+
+
+def same_in_another_precision(net, sample):
+    """Are the weights of the net those of which base_sample gave `sample`, but for the precision of a half?
+
+    Equal within 2^-10 of the larger one, a unit in the last place of a half, because 16-bit files hold rounded weights
+    or truncated ones; 2^-24 is that unit of the smallest. A hash of rounded weights would tell the two apart.
+    """
+    here, there = base_sample(net).float(), sample.float()
+    return here.shape == there.shape and bool(
+        ((here - there).abs() <= 2 ** -10 * torch.maximum(here.abs(), there.abs()) + 2 ** -24).all())
 
 
 def save_lora(path, net, ema=None):
@@ -158,7 +183,7 @@ def save_lora(path, net, ema=None):
     adapter = next(iter(adapted(net).values()))
     rank = adapter.lora_A.shape[0]
     state = {"lora": lora_state_dict(net), "rank": rank, "alpha": adapter.factor * rank, "targets": list(adapted(net)),
-             "base_sha256": base_hash(net)}
+             "base_sha256": base_hash(net), "base_sample": base_sample(net)}
     if ema is not None:
         state["lora_ema"] = lora_state_dict(ema)
     runs.write_atomic(path, lambda temporary: torch.save(state, temporary))
@@ -167,14 +192,20 @@ def save_lora(path, net, ema=None):
 def load_lora(net, path, scale=1.0):
     """Adapt the plain net with the adapters of a file that save_lora wrote, with their average where there is one.
 
-    scale: strength, 0 is the base, 1 the tuned net. UserError for a file of another kind or an adapter of another base.
+    scale: strength, 0 is the base, 1 the tuned net. -> "", or a remark where the net is the adapter's base in another
+    precision, as a file in fp16 is. UserError for a file of another kind or an adapter of another base.
     """
     state = archs.read_file(path)
     if not isinstance(state, dict) or not {"lora", "rank", "alpha", "targets", "base_sha256"} <= set(state):
         raise runs.UserError(f"{path}: not a LoRA adapter of this repository")
+    remark = ""
     if state["base_sha256"] != base_hash(net):
-        raise runs.UserError(f"{path}: this adapter belongs to another base (its weights have SHA-256 "
-                             f"{state['base_sha256'][:12]}, these {base_hash(net)[:12]})")
+        # adapters of earlier commits have no sample
+        sample = state.get("base_sample")
+        if not isinstance(sample, torch.Tensor) or not same_in_another_precision(net, sample):
+            raise runs.UserError(f"{path}: this adapter belongs to another base (its weights have SHA-256 "
+                                 f"{state['base_sha256'][:12]}, these {base_hash(net)[:12]})")
+        remark = f"the base of {path} in another precision: its weights agree to 16 bits, not to the last one"
     add_lora(net, "^(" + "|".join(map(re.escape, state["targets"])) + ")$", state["rank"], state["alpha"])
     values = state.get("lora_ema", state["lora"])
     shapes = {key: value.shape for key, value in lora_state_dict(net).items()}
@@ -185,6 +216,7 @@ def load_lora(net, path, scale=1.0):
     for name, adapter in adapted(net).items():
         adapter.load_state_dict({key: values[f"{name}.{key}"] for key in ("lora_A", "lora_B")})
         adapter.scale = scale
+    return remark
 
 
 def merged_state_dict(net):
@@ -210,27 +242,36 @@ def merge_lora(net):
 def load_tuned(path, scale=1.0, base=None, key=None, pad_mode=None, flag="--base"):
     """The generator that an adapter belongs to, tuned at this strength and merged -> (net, info of archs.load_run).
 
-    path: run folder of finetune_lora.py, or an adapter.pth. base: weights or run that was tuned; None for the one that
-    the run folder names. key, pad_mode: see archs.load_run; flag: that of the base, for errors.
+    path: run folder of finetune_lora.py, folder of an adapter.pth and its card, or an adapter.pth. base: weights or run
+    that was tuned; None for the one that the run folder or the card names. key, pad_mode: see archs.load_run; flag:
+    that of the base, for errors. info also has adapter, strength and remark (see load_lora).
     UserError as load_lora and archs.load_run, and where the base is not known or not there.
     """
-    file = path / "lora" / "adapter.pth" if path.is_dir() else path
+    file = next((file for file in (path / "lora" / "adapter.pth", path / "adapter.pth") if file.is_file()), path)
     if not file.is_file():
-        raise runs.UserError(f"{file}: no such adapter; finetune_lora.py leaves <run>/lora/adapter.pth")
-    record = file.parent.parent / "args.json"
+        here = f"{path}/lora/adapter.pth" if path.is_dir() else path
+        raise runs.UserError(f"{here}: no such adapter; finetune_lora.py leaves <run>/lora/adapter.pth")
+    record, card = file.parent.parent / "args.json", file.parent / "README.md"
     args = runs.read_record(record)["args"] if record.is_file() else {}
     # init: a flag of earlier commits, weights in place of those of the run --base
-    recorded = args.get("init") or args.get("base")
-    if base is None and recorded and not Path(recorded).exists():
-        raise runs.UserError(f"{record}: was tuned from {recorded}, which is not here; call from the folder where it "
-                             f"was trained, or name it with {flag}")
-    base = base or recorded
+    recorded = args.get("init") or args.get("base") or card_base(card)
+    if base is None and recorded:
+        base = runs.CHECKPOINT(recorded)
+        if not base.exists():
+            raise runs.UserError(f"{record if args else card}: was tuned from {recorded}, which is not here; call from "
+                                 f"the folder where it was trained, or name it with {flag}; {runs.how_to_get(base)}")
     if base is None:
-        raise runs.UserError(f"{file}: no args.json of a run beside it to say what it belongs to; "
-                             f"name the tuned weights with {flag}")
+        raise runs.UserError(f"{file}: no args.json of a run and no card beside it to say what it belongs to; "
+                             f"name the tuned weights with {flag}; {runs.how_to_get()}")
     net, info = archs.load_run(base, flag, key or args.get("weights_key"), pad_mode or args.get("pad_mode"))
-    load_lora(net, file, scale)
-    return merge_lora(net), info | {"adapter": str(file), "strength": scale}
+    remark = load_lora(net, file, scale)
+    return merge_lora(net), info | {"adapter": str(file), "strength": scale, "remark": remark}
+
+
+def card_base(card):
+    """What the card of an adapter (README.md beside it) calls its base, on a line "base: NAME" of its own, or None."""
+    line = re.search(r"^base: (\S+)$", card.read_text(), re.M) if card.is_file() else None
+    return line and line[1]
 
 
 def main(args):
@@ -238,6 +279,8 @@ def main(args):
     net, info = load_tuned(args.adapter, args.scale, args.base, args.weights_key)
     runs.save_weights(args.out, net.state_dict())
     print(f"{args.out}: {info['file']} + {args.scale:g} x {info['adapter']}")
+    if info["remark"]:
+        print(info["remark"])
 
 
 if __name__ == "__main__":

@@ -35,15 +35,22 @@ def generator_terms(sr, gt, lambdas, vgg=None, net_d=None, reward=None):
 def mean_reward(reward, sr):
     """-> mean reward of (B, 3, H, W), clamped to [0, 1], and the share of samples whose reward is not finite.
 
-    These count as 0 and have no gradient.
+    These count as 0 and have no gradient. A sample of finite reward without a finite gradient has none either; it is in
+    the share once the backward pass is done.
     """
     seen = sr.clamp(0, 1)
     scores = reward(seen)
     finite = torch.isfinite(scores.detach())
-    if seen.requires_grad:
+    unscored = 1 - finite.float().mean()
+
+    def leave_out(gradient):
         # here, since NaN times 0 is NaN again inside the reward
-        seen.register_hook(lambda gradient: gradient.where(finite[:, None, None, None], 0))
-    return scores.where(finite, 0).mean(), 1 - finite.float().mean()
+        usable = finite & torch.isfinite(gradient).flatten(1).all(1)
+        unscored.copy_(1 - usable.float().mean())
+        return gradient.where(usable[:, None, None, None], 0)
+    if seen.requires_grad:
+        seen.register_hook(leave_out)
+    return scores.where(finite, 0).mean(), unscored
 
 
 def compile_parts(net_g, vgg=None, reward=None):
@@ -138,5 +145,5 @@ def vgg19_download(otherwise):
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:120]
         folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise runs.UserError(f"no VGG19 weights ({reason}): put vgg19-dcbb9e9d.pth into {folder}, or name a file with "
-                             f"{otherwise}") from None
+        raise runs.UserError(f"no VGG19 weights ({reason}): put vgg19-dcbb9e9d.pth into {folder} "
+                             f"({runs.how_to_get('vgg19-dcbb9e9d.pth')}), or name a file with {otherwise}") from None

@@ -170,10 +170,10 @@ def create_metric(name, device, weights_file=None, border=4, y=False, flag="--me
     """The Metric called `name`, for evaluation.
 
     name: psnr, ssim (y: on luma only), vgg (distance of VGG19 features, the loss of Eq. 1), flat_hf, a pyiqa metric
-    (lpips, stlpips and dists are full-reference ones; niqe, musiq, ... are not), ranker, or module:function. border:
-    pixels that full-reference metrics but vgg and flat_hf crop from every side (HGGT, LPIPS and DISTS included);
-    no-reference ones see the whole image. weights_file: a local copy of the weights. flag: named in errors. Raises as
-    iqa.create_reward does.
+    (lpips, stlpips and dists are full-reference ones; niqe, musiq, ... are not), ranker, a reward file PATH.pth, or
+    module:function. border: pixels that full-reference metrics but vgg and flat_hf crop from every side (HGGT, LPIPS
+    and DISTS included); no-reference ones see the whole image. weights_file: a local copy of the weights. flag: named
+    in errors. Raises as iqa.create_reward does.
     """
     if "=" in name:
         raise runs.UserError(f"{flag} {name}: a metric has no weight here; write {name.partition('=')[0]}")
@@ -184,7 +184,8 @@ def create_metric(name, device, weights_file=None, border=4, y=False, flag="--me
     if name in ("psnr", "ssim"):
         function, part = {"psnr": psnr, "ssim": ssim}[name], luma if y else nn.Identity()
         return Metric(lambda sr, gt: function(part(sr), part(gt), border), False, True, [name])
-    if name != "ranker" and ":" not in name and iqa.pyiqa_modes().get(name) == "FR":
+    own = name == "ranker" or ":" in name or runs.is_reward_file(name)
+    if not own and iqa.pyiqa_modes().get(name) == "FR":
         model = iqa.pyiqa_model(name, device, weights_file, mode="FR", flag=flag)
 
         @torch.no_grad()
@@ -227,8 +228,8 @@ class LPIPS(nn.Module):
             file = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}[net]
             reason, folder = " ".join(str(error).split())[:80], Path(torch.hub.get_dir()) / "checkpoints"
             raise runs.UserError(f"--distance lpips: {file} is not here and could not be fetched ({reason}): "
-                                 f"put it into {folder}, or take --distance vgg (VGG19's weights) or proxy (none) "
-                                 "in pretraining") from None
+                                 f"put it into {folder} ({runs.how_to_get(file)}), or take --distance vgg (VGG19's "
+                                 "weights) or proxy (none) in pretraining") from None
 
     def forward(self, a, b, weight=None):
         with torch.autocast(a.device.type, enabled=False):

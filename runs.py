@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -63,6 +64,28 @@ class UserError(ValueError):
     """Something that the user can mend: bad data, a missing file, flags. The text says what, where, what to do."""
 
 
+class Console(io.FileIO):
+    """Standard output or error; printing never raises: who reads it may have gone (head), or its disk may be full."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+    @staticmethod
+    def of(stream):
+        try:
+            stream.flush()
+            raw = Console(stream.fileno(), "w", closefd=False)
+        except (AttributeError, OSError):
+            # closed, which Python calls None, or a notebook's
+            return stream
+        # a console that knows no arrow gets a question mark
+        return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "replace",
+                                line_buffering=stream.line_buffering, write_through=stream.write_through)
+
+
 def cli(main):
     """Run a script's `main`: a UserError ends in one line and exit code 2, other exceptions in a traceback and code 1.
 
@@ -75,9 +98,7 @@ def cli(main):
     if record_file:
         from torch.distributed.elastic.multiprocessing.errors import record
         main = record(main)
-    for stream in (sys.stdout, sys.stderr):
-        # a console that knows no arrow gets a question mark
-        stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = map(Console.of, (sys.stdout, sys.stderr))
     try:
         main()
     except KeyboardInterrupt:
@@ -192,6 +213,11 @@ class Parser(argparse.ArgumentParser):
         options = {"prog": name if name.endswith(".py") else f"python -m {name}"} | options
         super().__init__(*names, allow_abbrev=allow_abbrev, formatter_class=formatter_class, **options)
 
+    def _print_message(self, message, file=None):
+        # before cli has made the console take any letter
+        encoding = getattr(file, "encoding", None) or "utf-8"
+        super()._print_message(message and message.encode(encoding, "replace").decode(encoding), file)
+
     def error(self, message):
         # under torchrun every process meets the same error
         first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -243,6 +269,33 @@ def literal(module, name):
     raise AttributeError(f"{module}.py has no constant {name}")
 
 
+def downloads():
+    """The folder of downloaded weights, as seen from here."""
+    folder = REPO / "weights" / "downloads"
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def public_weights():
+    """{name: file, address, hash, ...} of the public weight files that prepare.weights can get."""
+    return json.loads((REPO / "prepare" / "weights.json").read_text())
+
+
+def CHECKPOINT(text):
+    """An argparse type: a weight file, a run folder, or a name that `python -m prepare.weights list` knows.
+
+    A name becomes the path that `get` leaves. Whether it is there is seen later, with the other paths.
+    """
+    known = public_weights()
+    return downloads() / known[text]["file"] if text in known and not Path(text).exists() else Path(text)
+
+
+def how_to_get(path=""):
+    """How errors about missing weights end: with the command that fetches this file, else public ones."""
+    name = next((name for name, entry in public_weights().items() if entry["file"] == Path(path).name), None)
+    return f"python -m prepare.weights get {name} fetches it" if name else \
+        "public weights: python -m prepare.weights get NAME"
+
+
 def add_weights_key(group):
     """The flag of every script that reads a network's file, see archs.read_weights."""
     group.add_argument("--weights-key", metavar="KEY",
@@ -273,8 +326,9 @@ def add_training(p, leave_out=()):
     g = p.add_argument_group("ground-truth sampling (Sec. 4.2)")
     add(g, "--sampler", choices=literal("data", "SAMPLERS"), default="amo", help="which GT supervises (Eq. 2-4)")
     add(g, "--reward", nargs="+", default=["musiq"], metavar="NAME[=WEIGHT]",
-        help="NR-IQA model Q: pyiqa metric, ranker, module:function; several are summed; none: no score is needed. "
-             "train.py with a sampler that needs none loads one only if it is named, for validation to report")
+        help="NR-IQA model Q: pyiqa metric, ranker, reward file PATH.pth, module:function; several are summed; none: "
+             "no score is needed. train.py with a sampler that needs none loads one only if it is named, for "
+             "validation to report")
     add(g, "--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
     add(g, "--tau", type=RATE,
         help="softmax temperature in score units: default 10 for sma and smp (Sec. 8.1); with --atlas soft AMO, "
@@ -323,6 +377,23 @@ def add_training(p, leave_out=()):
     add(g, "--val-every", type=COUNT, default=50_000,
         help="steps between weight files, validations and sample grids (HGGT); 0: only at the end")
     add(g, "--tensorboard", action=onoff, default=False, help="also write TensorBoard events")
+
+
+def is_reward_file(name):
+    """Does the name of a reward mean a file of rewards.train_opinion?"""
+    return name.endswith(".pth")
+
+
+def split_reward(word):
+    """A word of --reward -> (name, text of the weight, "" for none)."""
+    # a path may hold an equals sign of its own
+    return (word, "") if is_reward_file(word) or "=" not in word else tuple(word.rsplit("=", 1))
+
+
+def short_reward(word):
+    """What stands in names of folders for a word of --reward: the stem of a file, the module of module:function."""
+    name = split_reward(word)[0]
+    return Path(name).stem if is_reward_file(name) else name.partition(":")[0]
 
 
 def chooses_by_score(sampler):
@@ -640,8 +711,8 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         with says_where(path):
-            # torch.save hides what the system said
-            if isinstance(error, RuntimeError):
+            # torch.save, Pillow and libvips hide what the system said
+            if isinstance(error, Exception) and not getattr(error, "errno", None) and temporary.exists():
                 with open(temporary, "ab", buffering=0) as f:
                     f.write(bytes(2 ** 20))
                     os.fsync(f.fileno())
@@ -732,7 +803,8 @@ def find_weights(path, remedy):
     path = Path(path)
     files = [path] if path.is_file() else [*sorted(path.glob("weights/ema_*.pth")), *path.glob("weights/merged.pth")]
     if not files:
-        raise UserError(f"{path}: no {'weights/ema_*.pth in it' if path.is_dir() else 'such file or run'}; {remedy}")
+        missing = "weights/ema_*.pth in it" if path.is_dir() else "such file or run"
+        raise UserError(f"{path}: no {missing}; {remedy}; {how_to_get(path)}")
     return files[-1]
 
 
@@ -887,8 +959,8 @@ class Lock:
 
 
 def changes(before, now):
-    """{name: "name old -> new"} of the values in `now` that `before` has otherwise."""
-    return {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v}
+    """{name: "name old -> new"} of the values in `now` that `before` has otherwise; what it lacks was off."""
+    return {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k, None if v else v) != v}
 
 
 class Run:
@@ -1051,6 +1123,9 @@ class Meter:
     Also remembers, for every term, the first step at which it was not finite, so that the check costs nothing per step.
     """
 
+    # steps
+    WINDOW = 100
+
     def __init__(self, world, state=None):
         self.world, self.sums, self.count, self.first_bad, self.unscored = world, {}, 0, {}, {}
         self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
@@ -1087,7 +1162,7 @@ class Meter:
     def leave_out(self, step, what, number, each=1, limit=None):
         """Count what has no finite score: `number` times `each`, a 0-d tensor, of this process at `step`; None: none.
 
-        limit: UserError where it is more in 100 steps, of all processes.
+        limit: UserError where it is more per step, of all processes, on average over WINDOW steps.
         """
         if number is None:
             return
@@ -1096,12 +1171,12 @@ class Meter:
         total, first, recent, told = self.unscored.get(what, (zero, never, zero, 0))
         first = torch.minimum(first, torch.where(number > 0, step, never))
         recent = recent + number
-        if limit is not None and step % 100 == 0:
+        if limit is not None and step % self.WINDOW == 0:
             # a device sync
-            sum_of_all = int(self.world.reduce(recent).item())
+            sum_of_all, limit = int(self.world.reduce(recent).item()), limit * self.WINDOW
             if sum_of_all > limit:
-                raise UserError(f"{sum_of_all} {what} had no finite score in the 100 steps up to step {step}; more "
-                                f"than {limit} are too many: look at the images and the --reward")
+                raise UserError(f"{sum_of_all} {what} had no finite score in the {self.WINDOW} steps up to step "
+                                f"{step}; more than {limit:.0f} are too many: look at the images and the --reward")
             recent = zero
         self.unscored[what] = total + number, first, recent, told
 
@@ -1118,14 +1193,23 @@ class Meter:
                 self.unscored[what] = total, first, recent, count
         return sentences
 
-    def check_finite(self, describe):
-        """Raise UserError naming the first non-finite term and its step; describe(step) names the samples."""
+    def check_finite(self, describe, *nets):
+        """Raise UserError naming the first non-finite term and its step; describe(step) names the samples.
+
+        nets: what is about to be saved. A finite loss may have had a gradient that is not; a run that was resumed from
+        such weights would end at its next step for ever.
+        """
         for name, first in self.first_bad.items():
             # a device sync
             step = int(self.world.reduce(first.clone(), "MIN").item())
             if step < 2 ** 31 - 1:
                 raise UserError(f"{name} is not finite at step {step}; the last checkpoint is older. "
                                 f"Samples: {describe(step)}")
+        weights = [weight.detach() for net in nets if net is not None for weight in net.parameters()]
+        # one device sync
+        if weights and not torch.stack([torch.isfinite(weight).all() for weight in weights]).all().item():
+            raise UserError("the weights are not finite any more, though every loss is: a gradient was not. The last "
+                            "checkpoint is older: look at the images and the losses, or try a smaller --lr")
 
     def read(self):
         """Starts a new window. -> averages over window and processes, steps per second, share of time spent waiting"""

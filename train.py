@@ -42,9 +42,13 @@ def parse_args(argv=None):
     psnr = first.stage == "psnr"
     p = runs.Parser(description=__doc__, parents=[pre])
     runs.add_training(p)
+    p.add_argument("--d-warmup", type=runs.COUNT, default=0, metavar="N",
+                   help="the first N steps train the discriminator alone: one that begins from random weights says "
+                        "nothing of use for hundreds of steps (CHOICE; HGGT: 0)")
     g = p.add_argument_group("start and continue")
-    g.add_argument("--init", type=Path, metavar="FILE",
-                   help="generator weights, or a run folder; gan default runs/<arch>-psnr; psnr default: none, random")
+    g.add_argument("--init", type=runs.CHECKPOINT, metavar="FILE",
+                   help="generator weights, a run folder, or a public name (python -m prepare.weights list); gan "
+                        "default runs/<arch>-psnr; psnr default: none, random")
     runs.add_weights_key(g)
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],
                    help="continue --out from its checkpoint; auto: start if there is none (Slurm requeue)")
@@ -62,6 +66,8 @@ def parse_args(argv=None):
         args.init = Path("runs") / f"{args.arch}-psnr"
     if psnr and args.sampler != "orig":
         p.error("--stage psnr trains on plain photos: its only sampler is orig")
+    if args.d_warmup and args.lambda_a == 0:
+        p.error(f"--d-warmup {args.d_warmup} trains the discriminator, and --lambda-a 0 is without one")
     runs.check_training(p, args)
     return args
 
@@ -86,7 +92,8 @@ import metrics
 
 # what a resumed run must share with its checkpoint
 FIXED = ("arch", "stage", "sampler", "versions", "reward", "degradation", "usm", "tau", "batch_size", "group_size",
-         "pool_size", "crop", "load_size", "drop_path", "d_features", "chosen_by", "seed", "discriminator", "samples")
+         "pool_size", "crop", "load_size", "drop_path", "d_features", "chosen_by", "seed", "discriminator", "samples",
+         "d_warmup")
 # flags of earlier commits, and what this one does in their place
 RETIRED = {"jpeg_table": "hggt", "pad_mode": "hggt", "include_original": True, "drop_without_positive": False,
            "clip_grad": 0.0, "margin": 0.0}
@@ -297,7 +304,7 @@ def main(args):
         net_d = world.parallel(judge)
 
     def save(step, weights):
-        meter.check_finite(lambda s: ", ".join(dataset.names(s)))
+        meter.check_finite(lambda s: ", ".join(dataset.names(s)), raw_g, raw_d)
         state = {"net_g": raw_g.state_dict(), "ema": ema.state_dict(), "opt_g": opt_g.state_dict(),
                  "pool": pool.state(world.gather_lanes), "meter": meter.state_dict(),
                  "picked": world.reduce(picked.clone()).tolist()}
@@ -327,7 +334,7 @@ def main(args):
     def no_sync(net, last):
         return net.no_sync() if world.size > 1 and not last else contextlib.nullcontext()
 
-    def optimise(lq, gt, *keep):
+    def optimise(lq, gt, *keep, train_g=True):
         """One step of the networks on this process's pairs -> {term: its mean}. keep: SwinIR's, with --drop-path."""
         share = len(lanes) // args.accumulate
         parts = [slice(i, i + share) for i in range(0, len(lanes), share)]
@@ -338,16 +345,18 @@ def main(args):
             raw_d.requires_grad_(False)
         opt_g.zero_grad(set_to_none=True)
         for part in parts:
-            with no_sync(net_g, part is parts[-1]):
+            with torch.set_grad_enabled(train_g), no_sync(net_g, part is parts[-1]):
                 with autocast():
                     sr = net_g(lq[part], *(scales[:, part] for scales in keep))
                     terms = losses.generator_terms(sr, gt[part], lambdas, vgg, judge)
                 loss_g = sum(weight * value for weight, value in terms.values())
-                (loss_g / len(parts)).backward()
+                if train_g:
+                    (loss_g / len(parts)).backward()
             fakes.append(sr.detach())
             logged.update({name: value.detach() / len(parts) for name, (_, value) in terms.items()})
-        opt_g.step()
-        runs.update_ema(ema, raw_g, args.ema_decay)
+        if train_g:
+            opt_g.step()
+            runs.update_ema(ema, raw_g, args.ema_decay)
 
         # discriminator: real = the chosen GT, fake = SR. No forward pass is shared: D's of the generator's loss and
         # these two each come after another power iteration of the spectral norm.
@@ -364,6 +373,7 @@ def main(args):
             opt_d.step()
         return logged
 
+    warm_up = partial(optimise, train_g=False)
     if "graph" in args.fast:
         optimise = runs.Graphed(optimise, [opt_g] if raw_d is None else [opt_g, opt_d])
     stop = runs.StopSignal(world)
@@ -388,7 +398,7 @@ def main(args):
         lq, gt = pool.swap((lq, gt), step)
         lq, gt = lq.contiguous(memory_format=memory_g), gt.contiguous(memory_format=memory)
         keep = [raw_g.draw_keep([seeds(step, lane, "drop-path") for lane in lanes])] if args.drop_path else []
-        logged = optimise(lq, gt, *keep)
+        logged = (warm_up if step <= args.d_warmup else optimise)(lq, gt, *keep)
         meter.add(step, score, **logged)
         if due(step, args.log_every):
             meter.check_finite(lambda s: ", ".join(dataset.names(s)))

@@ -1,6 +1,7 @@
 """Apply a network to images: files, folders or patterns, of any size.
 
     python upscale.py --weights runs/swinir-amo photo.jpg                          writes sr/photo.jpg
+    python upscale.py --weights realesrgan-x4plus photo.jpg                        a name of prepare.weights
     python upscale.py --weights W.pth --out big scans 'more/*.tif'                 a folder, a pattern
     python upscale.py --lora runs/swinir-amo+musiq --scale 0.7 photo.jpg           an adapter, at 0.7 of its strength
 
@@ -33,14 +34,16 @@ def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
     p.add_argument("images", nargs="+", metavar="IMAGE",
                    help="files, folders (all images in them) or patterns in quotes")
-    p.add_argument("--weights", type=Path, metavar="PATH",
-                   help="weight file or run folder (its newest EMA weights); default with --lora: the adapter's base")
+    p.add_argument("--weights", type=runs.CHECKPOINT, metavar="PATH",
+                   help="weight file, public name (python -m prepare.weights list) or run folder (its newest EMA "
+                        "weights); default with --lora: the adapter's base")
     runs.add_weights_key(p)
     p.add_argument("--pad-mode", choices=["hggt", "swinir"],
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for "
                         "nearest+conv files")
     p.add_argument("--lora", type=Path, metavar="PATH",
-                   help="adapter of finetune_lora.py: its run folder, or an adapter.pth that belongs to --weights")
+                   help="adapter of finetune_lora.py: its run folder, a folder of weights/ with an adapter and its "
+                        "card, or an adapter.pth that belongs to --weights")
     p.add_argument("--scale", type=runs.number(float), default=1.0,
                    help="strength of --lora: 0 leaves the network as it is, 1 is as tuned")
     p.add_argument("--out", type=Path, default=Path("sr"), metavar="DIR",
@@ -61,7 +64,8 @@ def parse_args(argv=None):
     p.add_argument("--threads", type=runs.COUNT, default=0, help="CPU threads; 0: PyTorch's choice")
     args = p.parse_args(argv)
     if not (args.weights or args.lora):
-        p.error("which network? --weights names a weight file or a run folder")
+        p.error("which network? --weights names a weight file, a run folder, or a public network: python -m "
+                "prepare.weights get realesrgan-x4plus, then --weights realesrgan-x4plus")
     if args.scale != 1 and not args.lora:
         p.error("--scale is the strength of --lora: name the adapter")
     if args.tile != 0 and (512 if args.tile == "auto" else args.tile) <= 2 * args.overlap:
@@ -96,6 +100,8 @@ pyvips = runs.Lazy("pyvips")
 PILLOW_LIMIT = 178_956_970
 # largest width and height of the formats
 LARGEST_SIDE = {".webp": 16_383, ".jpg": 65_535, ".jpeg": 65_535}
+# CHOICE: opacity up to which a pixel counts as transparent: its own colour moves what is seen by at most 5 grey levels
+HIDDEN = 0.02
 # CHOICE: bytes per LR pixel, rounded up from those of the largest network here
 BYTES_PER_LR_PIXEL = 32_768
 
@@ -133,7 +139,8 @@ def fill_hidden(pixels, hidden):
 def enlarge(net, image, factor, tile, overlap, device, stop):
     """pyvips image -> pyvips image: colours by the network, alpha bicubically; bit depth, profile, metadata are kept.
 
-    Colours that nobody sees (alpha 0) do not reach the network: at edges it would mix them with those beside them.
+    Colours that nobody sees (alpha up to HIDDEN) do not reach the network: at edges it would mix them with those beside
+    them.
 
     UserError where the network's output is not finite; KeyboardInterrupt when stop.received, between rows of tiles.
     """
@@ -142,7 +149,7 @@ def enlarge(net, image, factor, tile, overlap, device, stop):
         alpha, colour = image[image.bands - 1], image[:image.bands - 1]
     pixels, top = colour.numpy().reshape(image.height, image.width, -1), 255 if image.format == "uchar" else 65_535
     if alpha is not None:
-        pixels = fill_hidden(pixels, alpha.numpy() == 0)
+        pixels = fill_hidden(pixels, alpha.numpy() <= HIDDEN * top)
     lq = torch.from_numpy(pixels.astype(np.float32) / top).permute(2, 0, 1)[None].expand(1, 3, -1, -1).to(device)
     sr = np.empty((image.height * factor, image.width * factor, pixels.shape[2]), pixels.dtype)
 
@@ -278,8 +285,8 @@ def main(args):
     adapter = f" + {args.scale:g} x {args.lora}" if args.lora else ""
     if world.is_main:
         print(f"{info['file']}: {info['arch']} x{info['scale']}, key {info['key']}{adapter}")
-        if remark:
-            print(remark, file=sys.stderr)
+        for line in filter(None, (info.get("remark"), remark)):
+            print(line, file=sys.stderr)
     # without it a signal that arrives within libvips would be lost
     failed, stop = 0, runs.StopSignal(world)
     for path in tqdm(paths[world.rank::world.size], unit="img", disable=None if world.is_main else True):

@@ -24,7 +24,7 @@ import degradations
 import metrics
 import runs
 from dpo import preference
-from images import image_size, list_images, load_image, match_images, save_image
+from images import check_pairs, cut_to_x4, find_pairs, load_image, save_image
 
 # whole images, PSNR and SSIM on Y (CHOICE)
 PROTOCOL = {"border": 0, "y": True}
@@ -53,21 +53,17 @@ def write_lines(path, rows):
 
 # Images
 
-def find_items(lq_dir, gt_dir):
-    """The items of a folder of LR images. UserError for a ground truth that is not four times its image."""
-    if not lq_dir.is_dir():
-        raise runs.UserError(f"{lq_dir}: no such folder of low-resolution images (--lq-dir)")
-    files = list_images(lq_dir)
-    gts = match_images(gt_dir, files, "--gt-dir") if gt_dir else {}
-    for name, gt in gts.items():
-        (width, height), size = image_size(files[name]), image_size(gt)
-        if size != (4 * width, 4 * height):
-            raise runs.UserError(f"{gt}: {size[0]}x{size[1]} pixels, "
-                                 f"expected four times its LR image's {width}x{height}")
+def find_items(lq_dir, gt_dir, remarks=False):
+    """The items of a folder of LR images. UserError for a ground truth that is not four times its image.
+
+    remarks: print what is left out of the ground truth.
+    """
+    pairs = find_pairs(lq_dir, gt_dir, "--lq-dir", "--gt-dir", remarks)
+    check_pairs(pairs, remarks)
     about = lq_dir.parent / "pool.json"
     drawn_here = about.is_file() and "hr" in read_json(about, "make the pool again")
-    return {name: {"lq": path, "refs": [gts[name]] if gts else [], "versions": [gts.get(name, path)],
-                   "photo": data.photo_of(name) if drawn_here else name} for name, path in files.items()}
+    return {name: {"lq": lq, "refs": [gt] if gt else [], "versions": [gt or lq],
+                   "photo": data.photo_of(name) if drawn_here else name} for name, (lq, gt) in pairs.items()}
 
 
 def draw_crops(hr, groups, patch, load_size, degradation, seed, purpose, device):
@@ -91,7 +87,7 @@ def open_images(folder, world, source, purpose, **facts):
     record = {name: str(value) if isinstance(value, Path) else value for name, value in source.items()} | facts
     if "lq_dir" in source:
         record["images"] = runs.digest([[name, *map(runs.digest, (item["lq"], *item["refs"]))]
-                                           for name, item in find_items(**source).items()])
+                                        for name, item in find_items(**source, remarks=world.is_main).items()])
     made = folder / "pool.json"
     earlier = read_json(made, "remove the folder") if made.exists() else {}
     # all processes have looked before anything is made
@@ -121,7 +117,8 @@ def copy_images(folder, record, source, purpose, device):
     else:
         for name, item in find_items(**source).items():
             for kind, path in (("lq", item["lq"]), *(("gt", path) for path in item["refs"])):
-                save_image(temporary / kind / f"{name}.png", load_image(path))
+                image = load_image(path)
+                save_image(temporary / kind / f"{name}.png", image if kind == "lq" else cut_to_x4(image))
     runs.save_json(temporary / "pool.json", record | runs.describe_machine())
     if folder.is_dir():
         # it is empty

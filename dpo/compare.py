@@ -77,7 +77,7 @@ import torch
 
 import metrics
 from dpo import candidates, flow, preference
-from images import load_image, save_image
+from images import cut_to_x4, load_image, save_image
 from report import pictures, style, tables
 
 # the crops of --hr are always the same
@@ -202,7 +202,7 @@ def main(args):
     if args.hr:
         items = candidates.open_images(args.out / "images", world, options.image_source(args, SEED), "test")
     else:
-        items = candidates.find_items(args.lq_dir, args.gt_dir)
+        items = candidates.find_items(args.lq_dir, args.gt_dir, world.is_main)
     candidates.check_references(judges, items)
     if world.is_main:
         runs.check_writable(args.out, "--out")
@@ -284,7 +284,9 @@ def draw_curves(summary, path):
     rows, kinds = list(summary["rows"].items()), ("best", "mean", "worst")
     for n, (row, v) in enumerate(rows):
         for kind, line in zip(kinds, ("-", "--", ":")):
-            left.plot(summary["k"], v["curve"][kind], line, color=style.COLOURS[n % len(style.COLOURS)],
+            # the marker of this row on the right
+            marker = style.MARKERS[(n - 1) % len(style.MARKERS)] if n and kind == "best" else None
+            left.plot(summary["k"], v["curve"][kind], line, color=style.COLOURS[n % len(style.COLOURS)], marker=marker,
                       label=row if kind == "best" else None)
     left.set(xscale="log", xlabel="k, number of seeds", ylabel=f"reward ({summary['reward']}), higher is better",
              title="Solid: best of k seeds,\ndashed: mean, dotted: worst")
@@ -321,7 +323,7 @@ def draw_sheet(path, items, files, rewards):
             order = r.argsort()
             for rank, seed in (("worst", order[0]), ("middle", order[len(order) // 2]), ("best", order[-1])):
                 line.append((load_image(outputs[name][seed]), f"{row}\n{rank} {r[seed]:.3f}"))
-        lines.append(line + [(load_image(ref), "GT") for ref in items[name]["refs"]])
+        lines.append(line + [(cut_to_x4(load_image(ref)), "GT") for ref in items[name]["refs"]])
     pictures.save_grid(path, lines)
 
 

@@ -31,7 +31,7 @@ def parse_args(argv=None):
                    help="1.4, 5.9, 10.1, 21.8 million weights")
     g.add_argument("--prediction", choices=runs.literal("dpo/flow", "PREDICTIONS"), default="flow",
                    help="rectified flow, or a diffusion model that predicts the noise or v")
-    g.add_argument("--base", type=Path, metavar="PATH",
+    g.add_argument("--base", type=runs.CHECKPOINT, metavar="PATH",
                    help="frozen x4 network whose output the residual is added to, any that upscale.py takes; "
                         "default: bicubic enlargement")
     g.add_argument("--steps", type=runs.SIZE, default=8, help="steps of sampling")
@@ -165,7 +165,7 @@ def main(args):
     net = world.parallel(raw.train())
 
     def save(step):
-        meter.check_finite(lambda s: ", ".join(dataset.names(s)))
+        meter.check_finite(lambda s: ", ".join(dataset.names(s)), raw)
         run.save(step, {"net": raw.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
                         "meter": meter.state_dict(), "sigma_r": gen.sigma_r})
 

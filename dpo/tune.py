@@ -284,7 +284,7 @@ def main(args):
     net = world.parallel(raw.train())
 
     def save(step):
-        meter.check_finite(lambda s: ", ".join(dataset.names(s)))
+        meter.check_finite(lambda s: ", ".join(dataset.names(s)), raw)
         run.save(step, {"net": raw.state_dict(), "opt": opt.state_dict(), "meter": meter.state_dict(), "first": first,
                         "best": best, "ended": ended})
 

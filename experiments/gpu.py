@@ -2,6 +2,7 @@
 
     python -m experiments.gpu                                eight minutes: device, checks, speed, exact
     python -m experiments.gpu --only speed --minutes 4       one job
+    python -m experiments.gpu --only paper_network           an experiment; the same command goes on with its next rows
     python -m experiments.gpu --device cpu --minutes 1       a rehearsal in small
 
 Needs PyTorch, torchvision, SciPy, scikit-image and pytest only, and downloads nothing. Every job is a process of its
@@ -23,20 +24,23 @@ JOBS = {
     "speed": (0.6, "training, fine-tuning, inference: images/s, share of the peak, memory, where the time goes"),
     "exact": (0.19, "bitwise resume, operations without a deterministic form, 500 steps in bf16"),
 }
+# {experiment: flags that a device machine needs}: only by name, each as long as --minutes, with its data where
+# experiments/README.md says; no metric that is a package of its own
+EXPERIMENTS = {"paper_network": "--scale gpu --jobs 1 --unseen --slow".split()}
 
 
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
     p.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for the results")
-    p.add_argument("--only", nargs="+", choices=list(JOBS), default=list(JOBS), metavar="JOB",
-                   help=f"some of {', '.join(JOBS)}; default: all")
+    p.add_argument("--only", nargs="+", choices=[*JOBS, *EXPERIMENTS], default=list(JOBS), metavar="JOB",
+                   help=f"some of {', '.join([*JOBS, *EXPERIMENTS])}; default: {', '.join(JOBS)}")
     p.add_argument("--minutes", type=runs.RATE, default=8.0, help="for all jobs together; each has its share")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu: a rehearsal with small networks")
     p.add_argument("--data", type=Path, metavar="DIR", help="quintuplets, packed or not; default: made up")
     p.add_argument("--vgg-weights", type=Path, metavar="FILE",
                    help="as train.py takes it, or in 8 bits as prepare.vgg19 takes it; default: random weights")
     # what the jobs' processes are told
-    p.add_argument("--job", choices=list(JOBS), help="run this job in this process, within --minutes")
+    p.add_argument("--job", choices=[*JOBS, *EXPERIMENTS], help="run this job in this process, within --minutes")
     return p.parse_args(argv)
 
 
@@ -44,6 +48,7 @@ def parse_args(argv=None):
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -334,6 +339,19 @@ def job_exact(args, report, work):
             pictures.write(file, f"{file.parent.parent.name}-{file.name}")
 
 
+# experiments
+
+def job_experiment(args, report, work):
+    """The rows of an experiment that are not there yet; each writes its own file into OUT/<experiment>/."""
+    module = importlib.import_module(f"experiments.{args.job}")
+    words = [*EXPERIMENTS[args.job], "--results", args.out / args.job, "--vgg-weights", work / "vgg19.pth"]
+
+    def rows():
+        module.main(module.parse_args([*map(str, words), "--device", args.device]))
+        return {"files": sorted(file.name for file in (args.out / args.job).glob("*.json"))}
+    report.part("rows", rows)
+
+
 # all jobs
 
 def prepare(args, work):
@@ -356,7 +374,7 @@ def prepare(args, work):
 def summary(out, lines):
     """summary.md: every part of every job in a line."""
     rows = []
-    for name in JOBS:
+    for name in (*JOBS, *EXPERIMENTS):
         file = out / f"{name}.json"
         record = json.loads(file.read_text()) if file.exists() else {}
         for part, result in record.items():
@@ -365,7 +383,7 @@ def summary(out, lines):
             shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in result.items()
                      if isinstance(v, (int, float, str)) or k in ("counts", "failed_tests", "plain", "deterministic")}
             rows.append([name, part, "; ".join(f"{k} {v}" for k, v in shown.items())])
-    machine = next((json.loads((out / f"{name}.json").read_text())["machine"] for name in JOBS
+    machine = next((json.loads((out / f"{name}.json").read_text())["machine"] for name in (*JOBS, *EXPERIMENTS)
                     if (out / f"{name}.json").exists()), {})
     text = "\n".join([f"# {machine.get('device', 'no device')}", "", *(f"{k}: {v}  " for k, v in machine.items()), "",
                       *lines, "", runs.markdown(["job", "part", "result"], rows), ""])
@@ -379,21 +397,23 @@ def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
     if args.job:
         work, report = args.data, Report(args.out / f"{args.job}.json", 60 * args.minutes)
-        globals()[f"job_{args.job}"](args, report, work)
+        (job_experiment if args.job in EXPERIMENTS else globals()[f"job_{args.job}"])(args, report, work)
         return
     started, lines, left = time.monotonic(), [], 0.0
-    total = sum(JOBS[name][0] for name in args.only)
+    share = {name: part for name, (part, _) in JOBS.items()} | dict.fromkeys(EXPERIMENTS, 1.0)
+    total = sum(share[name] for name in args.only)
     with tempfile.TemporaryDirectory() as folder, open(args.out / "log.txt", "w") as log:
         work = Path(folder)
         prepare(args, work)
         left -= time.monotonic() - started
         for name in args.only:
             # what a job leaves of its time is the next one's
-            left += 60 * args.minutes * JOBS[name][0] / total
+            left += 60 * args.minutes * share[name] / total
             begun, limit = time.monotonic(), max(left, 10.0)
             words = ["--job", name, "--out", args.out, "--device", args.device, "--data", work,
                      "--minutes", 0.93 * limit / 60]
-            print(f"{name}: {JOBS[name][1]}; at most {limit:.0f} s", flush=True)
+            what = JOBS[name][1] if name in JOBS else "rows of an experiment"
+            print(f"{name}: {what}; at most {limit:.0f} s", flush=True)
             child = subprocess.Popen(runs.python("experiments.gpu", *words), stdout=log, stderr=log,
                                      env=runs.python_path(), start_new_session=True)
             try:

@@ -31,8 +31,8 @@ from prepare.demo_set import build_demo
 from report import style
 
 DEMO, SIDE = Path("datasets/demo"), 96
-# of results/experiment.png: the second row, cells of 256 pixels below strips of 16 with gaps of 4
-ROW, CELL, STRIP, GAP = 1, 256, 16, 4
+# of results/experiment.png: the second row, cells of 256 pixels below strips of 23 with gaps of 4
+ROW, CELL, STRIP, GAP = 1, 256, 23, 4
 LABELS = ("LR image", "trained with originals", "with random versions", "with AMO", "reference")
 
 

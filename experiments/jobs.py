@@ -107,14 +107,18 @@ def test_pair(work, stem):
     return [load_image(work / "test" / folder / f"{stem}.png")[None].float() / 255 for folder in ("lq", "gt")]
 
 
-def evaluate(exp, weights, out, names, baselines=()):
-    """evaluate.py on the test set of exp.work -> its JSON, also in the file `out`. exp: flags of samplers.py."""
+def evaluate(exp, weights, out, names, baselines=(), more=()):
+    """evaluate.py on the test set of exp.work -> its JSON, also in the file `out`.
+
+    exp: flags of samplers.py; weights: None, where `more`, further flags, names the rows.
+    """
     files = [word for word in exp.metric_weights if word.partition("=")[0] in names]
     files += [f"vgg={exp.vgg_weights}"] if "vgg" in names else []
     test = exp.work / "test"
-    call(out.with_suffix(".log"), "evaluate.py", "--weights", weights, "--lq", test / "lq", "--gt", test / "gt",
+    rows = ["--weights", weights] if weights else []
+    call(out.with_suffix(".log"), "evaluate.py", *rows, "--lq", test / "lq", "--gt", test / "gt",
          "--baselines", *baselines, "--metrics", *names, "--metric-weights", *files, "--out-json", out,
-         "--cache", exp.work / "evaluation-cache", "--device", exp.device)
+         "--cache", exp.work / "evaluation-cache", "--device", exp.device, *more)
     return json.loads(out.read_text())
 
 

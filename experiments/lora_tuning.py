@@ -258,18 +258,24 @@ def strength(exp):
 
 
 def strength_plot(summary, results):
-    """STEM-strength.png of STEM.json, whose first metric is the reward."""
+    """STEM-strength.png of STEM.json, whose first metric is the reward; thin: from start to end of every seed."""
     points, reward = summary["strength"], summary["metrics"][0]
+    ends = [summary["seed_means"][row] for row in ("before", [row for row in summary["mean"] if "lora +" in row][-1])]
     drawing, axes = style.figure(columns=2, height=3.4)
     labels = {"psnr": "PSNR, dB (higher is better)", "vgg": "VGG distance (lower is better)"}
     for axis, (name, text) in zip(axes, labels.items()):
+        for both in zip(*ends):
+            axis.plot(*([means[summary["metrics"].index(metric)] for means in both] for metric in (reward, name)),
+                      color=style.COLOURS[0], linewidth=0.7, alpha=0.5)
         axis.plot([point["reward"] for point in points], [point[name] for point in points], "o-")
         for point in points:
             place = point["reward"], point[name]
             axis.annotate(f"{point['scale']:g}", place, textcoords="offset points", xytext=(-6, -8), ha="right")
         axis.margins(0.14)
         axis.set(xlabel=f"{tables.SHOWN.get(reward, reward)}, the reward", ylabel=text)
-    drawing.suptitle("Strength of one adapter (0: before tuning, 1: as tuned)", fontsize=style.FONT)
+    seeds = len(ends[0])
+    drawing.suptitle("Strength of one adapter (0: before tuning, 1: as tuned)"
+                     + (f"; thin: 0 to 1 of all {seeds} seeds" if seeds > 1 else ""), fontsize=style.FONT)
     style.save(drawing, results.with_name(f"{results.name}-strength.png"))
 
 

@@ -26,7 +26,7 @@ DATA = Path(runs.literal("experiments/jobs", "DATA"))
 
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
-    p.add_argument("--weights", type=Path, metavar="FILE", help="checkpoint of part `process`",
+    p.add_argument("--weights", type=runs.CHECKPOINT, metavar="FILE", help="checkpoint of part `process`",
                    default=DATA / "weights" / "sr" / "realesr-general-x4v3_fp16.pth")
     p.add_argument("--image", type=Path, metavar="FILE", help="LR photograph of part `process`",
                    default=DATA / "images" / "lr_realsrset" / "dped_crop00061.png")

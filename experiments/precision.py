@@ -21,7 +21,8 @@ ARCHITECTURES = ("compact", "swinir", "rrdbnet")
 
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
-    p.add_argument("--weights", type=Path, nargs="+", metavar="FILE", help="x4 checkpoints; what they are is seen",
+    p.add_argument("--weights", type=runs.CHECKPOINT, nargs="+", metavar="FILE",
+                   help="x4 checkpoints; what they are is seen",
                    default=[DATA / "weights" / "sr" / "realesr-general-x4v3_fp16.pth"])
     p.add_argument("--photo", type=Path, metavar="FILE", help="LR photograph",
                    default=DATA / "images" / "lr_realsrset" / "dped_crop00061.png")

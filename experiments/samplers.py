@@ -51,9 +51,10 @@ def parse_args(argv=None):
     p.add_argument("--test-photos", type=Path, nargs="+", metavar="DIR", help="test photographs, never trained on",
                    default=[DATA / "images" / name for name in ("test_set5", "test_set14")])
     enhancers = ("4xLSDIRCompactC3", "realesr-general-wdn-x4v3", "realesr-general-x4v3", "realesr-animevideov3-x4")
-    p.add_argument("--enhancers", type=Path, nargs="+", metavar="FILE", help="x4 checkpoints of versions 01, 02, ...",
+    p.add_argument("--enhancers", type=runs.CHECKPOINT, nargs="+", metavar="FILE",
+                   help="x4 checkpoints of versions 01, 02, ...",
                    default=[SR / f"{name}_fp16.pth" for name in enhancers])
-    p.add_argument("--init", type=Path, metavar="FILE", default=SR / "realesr-general-x4v3_fp16.pth",
+    p.add_argument("--init", type=runs.CHECKPOINT, metavar="FILE", default=SR / "realesr-general-x4v3_fp16.pth",
                    help="weights that all runs start from")
     p.add_argument("--rewards", nargs="+", default=["rewards.cnniqa:build", "ranker"], metavar="NAME",
                    help="quality models; the first is compared with orig and rand")

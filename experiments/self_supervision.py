@@ -84,7 +84,8 @@ def parse_args(argv=None):
                    metavar="DIR", help="photographs of the domains that are adapted to")
     g.add_argument("--realsr", type=Path, default=images / "pairs_realsr", metavar="DIR",
                    help="pairs <name>_LR and <name>_HR of RealSR")
-    g.add_argument("--sr", type=Path, default=Path("weights/downloads/RealESRGAN_x4plus.pth"), metavar="PATH",
+    g.add_argument("--sr", type=runs.CHECKPOINT, metavar="PATH",
+                   default=Path("weights/downloads/RealESRGAN_x4plus.pth"),
                    help="x4 network to adapt, which python -m prepare.weights fetches")
     g.add_argument("--compact", type=Path, default=DATA / "weights" / "sr" / "realesr-general-x4v3_fp16.pth",
                    metavar="PATH", help="the network of the first experiment: one row")

@@ -23,8 +23,9 @@ def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make, or to continue")
     p.add_argument("--photos", type=Path, required=True, metavar="DIR", help="folder of photographs")
-    p.add_argument("--enhancers", type=Path, required=True, nargs="+", metavar="FILE",
-                   help="x4 checkpoints, one per enhanced version (HGGT has four)")
+    p.add_argument("--enhancers", type=runs.CHECKPOINT, required=True, nargs="+", metavar="FILE",
+                   help="x4 checkpoints or public names (python -m prepare.weights list), one per enhanced version "
+                        "(HGGT has four)")
     p.add_argument("--shrink", type=runs.number(float, 0, 1, above=True), default=0.75,
                    help="the enhancers see the photo reduced to this share of its sides (CHOICE, measured by "
                         "experiments.samplers; 0.25 is nine times faster, but the enhancers then invent content that "
@@ -200,7 +201,8 @@ def survey(args, world):
         else:
             kept.append(i)
     if not kept:
-        raise runs.UserError(f"{args.photos}: no photo is left ({counted(Counter(dropped.values()))})")
+        hint = f"; --patch {args.patch} may be less" if "too small" in dropped.values() else ""
+        raise runs.UserError(f"{args.photos}: no photo is left ({counted(Counter(dropped.values()))}){hint}")
     return {usable[i]: paths[usable[i]] for i in kept}, dropped
 
 

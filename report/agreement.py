@@ -80,25 +80,54 @@ def read_csv(path, flag, **options):
         raise runs.UserError(f"{flag} {path}: not a CSV file ({' '.join(str(error).split())})") from None
 
 
+def write_csv(path, frame, **options):
+    runs.write_atomic(path, lambda temporary: frame.to_csv(temporary, **options))
+
+
+def named_columns(text, usage):
+    """"left=a,right=b" -> {"left": "a", "right": "b"}. Numbers, from 0, name the columns of a file without a header.
+
+    usage: the roles, optional ones behind "[,", as "left=A,right=B[,photo=F]". UserError for a text of another form.
+    """
+    named = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    unknown = [role for role in named if role not in re.findall(r"\w+(?==)", usage)]
+    missing = [role for role in re.findall(r"\w+(?==)", usage.partition("[")[0]) if not named.get(role)]
+    if unknown or missing or len(text.split(",")) != text.count("="):
+        fault = f" ({', '.join(unknown or missing)} is {'unknown' if unknown else 'missing'})"
+        raise runs.UserError(f"--columns {text}: write {usage} with the names of columns, or their numbers from 0"
+                             + fault * bool(unknown or missing))
+    if len({name.isdigit() for joined in named.values() for name in joined.split("+") if name}) > 1:
+        raise runs.UserError(f"--columns {text}: names or numbers, not both")
+    return {role: name for role, name in named.items() if name}
+
+
 def parse_columns(text):
     """"left=a,right=b,score=c[,methods=d+e][,photo=f]" -> {"left": "a", ..., "left_method": "d", "right_method": "e"}.
 
-    Numbers, from 0, name the columns of a file without a header. methods is one column that names the pair, or two
-    joined by a plus. UserError otherwise.
+    methods is one column that names the pair, or two joined by a plus. UserError for a text of another form.
     """
-    columns = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    columns = named_columns(text, "left=A,right=B,score=C[,methods=D+E][,photo=F]")
     methods = columns.pop("methods", None)
     if methods:
         columns["left_method"], _, columns["right_method"] = methods.partition("+")
-    unknown = [role for role in columns if role not in ("left", "right", "score", *OPTIONAL)]
-    missing = [role for role in ("left", "right", "score") if not columns.get(role)]
-    if unknown or missing or len(text.split(",")) != text.count("="):
-        fault = f" ({', '.join(unknown or missing)} is {'unknown' if unknown else 'missing'})"
-        raise runs.UserError(f"--columns {text}: write left=A,right=B,score=C[,methods=D+E][,photo=F] with the names "
-                             "of columns, or their numbers from 0" + fault * bool(unknown or missing))
-    if len({name.isdigit() for name in columns.values() if name}) > 1:
-        raise runs.UserError(f"--columns {text}: names or numbers, not both")
     return {role: name for role, name in columns.items() if name}
+
+
+def read_columns(path, columns, flag):
+    """Columns of a CSV as strings, by role. columns: {role: name}, all names or all numbers.
+
+    -> DataFrame whose index is the line of the file; empty lines are no rows. UserError for an absent column.
+    """
+    numbered = all(name.isdigit() for name in columns.values())
+    table = read_csv(path, flag, header=None if numbered else "infer", skip_blank_lines=False)
+    where = {role: int(name) if numbered else name for role, name in columns.items()}
+    absent = [str(name) for name in where.values() if name not in table.columns]
+    if absent:
+        raise runs.UserError(f"--columns: {path} has no column {', '.join(absent)}; "
+                             f"it has {', '.join(map(str, table.columns))}")
+    table.index += 1 if numbered else 2
+    empty = table.fillna("").eq("").all(axis=1)
+    return pd.DataFrame({role: table[name].fillna("").str.strip() for role, name in where.items()})[~empty]
 
 
 def read_pairs(path, columns=COLUMNS, pattern=None, photo_pattern=None):
@@ -108,17 +137,8 @@ def read_pairs(path, columns=COLUMNS, pattern=None, photo_pattern=None):
     UserError where no usable pair is left, or where most votes look like per cent.
     """
     names = parse_columns(columns)
-    numbered = all(name.isdigit() for name in names.values())
-    table = read_csv(path, "--pairs", header=None if numbered else "infer")
-    where = {role: int(name) if numbered else name for role, name in names.items()}
-    absent = [str(name) for name in where.values() if name not in table.columns]
-    if absent:
-        raise runs.UserError(f"--columns: {path} has no column {', '.join(absent)}; "
-                             f"it has {', '.join(map(str, table.columns))}")
-    pairs = pd.DataFrame({role: table[name] for role, name in where.items()})
+    pairs = read_columns(path, names, "--pairs")
     pairs["score"] = pd.to_numeric(pairs["score"], errors="coerce")
-    for side in ("left", "right"):
-        pairs[side] = pairs[side].str.strip()
     if ((pairs.score > 1) & (pairs.score <= 100)).mean() > 0.5:
         raise runs.UserError(f"--columns {columns}: most votes of {path} lie between 1 and 100, as per cent do: divide "
                              "them by 100 (a vote is the fraction that prefers the second image)")
@@ -130,7 +150,7 @@ def read_pairs(path, columns=COLUMNS, pattern=None, photo_pattern=None):
     def drop(bad, reason):
         nonlocal pairs
         if bad.any():
-            first, line = pairs[bad].iloc[0], pairs.index[bad][0] + (1 if numbered else 2)
+            first, line = pairs[bad].iloc[0], pairs.index[bad][0]
             left_out.append(f"{int(bad.sum())} pairs left out: {reason} "
                             f"(first: line {line}, {first.left} {first.right} {first.score})")
             pairs = pairs[~bad]

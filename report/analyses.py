@@ -4,17 +4,15 @@
     complement   accuracy of the others where one metric fails           Table 3
     hggt         rank correlation and misalignment on quintuplets        Table 4
     recommend    the metric to train with, the metrics to keep           Sec. 3, Supp. 7.1
-    bapps        full-reference distances on BAPPS's votes
     disagree     a sheet of the pairs on which two metrics disagree most; the only one that reads images
 
-Each function takes the arguments of its command. The statistics are in agreement.py.
+Each function takes the arguments of its command. The statistics are in agreement.py; opinion_analyses.py has the
+analyses of opinions.
 
     python -m report.analyses FILE.json       draws the plot of sbs, complement, hggt or bapps beside it again
 """
 import json
-import os
 import sys
-import textwrap
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +22,7 @@ import pandas as pd
 
 import data
 import runs
-from report import agreement, style, tables
+from report import agreement, opinions, preferences, style, tables
 
 PAIR_RULE = ("accuracy: pairs on which metric and majority prefer the same image, of those with a consensus; two equal "
              "scores prefer neither; 'ties wrong' counts votes of 0.5 as wrong.")
@@ -43,9 +41,10 @@ BAPPS_NAMES = {f"{net}_{kind}": f"{words}, {name}" for net, name in (("alex", "A
 # Reading and writing
 
 def load_run(folder, kind=None, metrics=None):
-    """A folder that `score` left: name, truth, about, scores, metrics, lower, and pairs and sets (None where absent).
+    """A folder that `score` left: name, truth, about, scores, metrics, lower, pairs, sets, mos, choices (None: absent).
 
-    UserError where it has no scores, lacks `kind` ("pairs" or "sets"), or one of `metrics` (None: all) was not scored.
+    Choices and opinions also count as pairs with votes, see opinions.votes_of and opinions.random_pairs. UserError
+    where it has no scores, lacks `kind`, or one of `metrics` (None: all) was not scored.
     """
     if not (folder / "scores.csv").exists():
         raise runs.UserError(f"{folder}: no scores.csv in it; make it with: "
@@ -58,14 +57,17 @@ def load_run(folder, kind=None, metrics=None):
         raise runs.UserError(f"--metrics {' '.join(unknown)}: not scored in {folder}; "
                              f"it has {', '.join(scores.columns)}")
     scores = scores[metrics or list(scores.columns)]
-    frames = {}
-    for name in ("pairs", "sets"):
-        file = folder / f"{name}.csv"
-        frames[name] = agreement.read_csv(file, "RUN") if file.exists() else None
+    frames = dict.fromkeys(preferences.KINDS) | preferences.read_frames(folder, "RUN")
+    if kind and kind != "pairs" and frames[kind] is None:
+        raise runs.UserError(f"{folder}: no {kind}.csv in it; this analysis needs `score --{kind}`")
+    if frames["choices"] is not None:
+        frames["pairs"] = opinions.votes_of(frames["choices"])
+    elif frames["mos"] is not None:
+        frames["pairs"] = opinions.random_pairs(frames["mos"])
     if frames["pairs"] is not None:
         frames["pairs"]["score"] = frames["pairs"]["score"].astype(float)
-    if kind and frames[kind] is None:
-        raise runs.UserError(f"{folder}: no {kind}.csv in it; this analysis needs `score --{kind}`")
+    elif kind == "pairs":
+        raise runs.UserError(f"{folder}: no pairs.csv in it; this analysis needs `score --pairs`")
     return SimpleNamespace(folder=folder, name=folder.name, about=about, truth=about["truth"], scores=scores,
                            metrics=list(scores.columns),
                            lower={m for m in scores.columns if about["metrics"][m]["lower_is_better"]}, **frames)
@@ -94,10 +96,6 @@ def together(photos):
     return np.concatenate([codes + start for codes, start in zip(photos, starts)])
 
 
-def write_csv(path, frame, **options):
-    runs.write_atomic(path, lambda temporary: frame.to_csv(temporary, **options))
-
-
 class Report:
     """Tables of one analysis: printed, and written as <name>.md, .tex, .json and one .csv per table."""
 
@@ -118,7 +116,7 @@ class Report:
         self.markdown.append(f"**{title}**\n\n{runs.markdown(head, rows)}")
         self.latex.append(tables.tabular(title, head, rows))
         if csv:
-            write_csv(self.out / f"{self.name}-{csv}.csv", frame.assign(preferences=self.truth))
+            agreement.write_csv(self.out / f"{self.name}-{csv}.csv", frame.assign(preferences=self.truth))
 
     def save(self):
         latex = [f"% Preferences: {self.truth}", *self.latex]
@@ -143,11 +141,13 @@ def number(value, text):
 
 
 def shown(metric):
-    return tables.SHOWN.get(metric, metric)
+    """A metric's name in tables: the usual one; of a reward file its stem."""
+    return tables.SHOWN.get(metric, Path(metric).stem if metric.endswith(".pth") else metric)
 
 
-def wrapped(text, width=60):
-    return textwrap.fill(text, width)
+def warning(truth):
+    """A further line for plots of preferences that nobody had; what made them, with its paths, is in the JSON."""
+    return f"\n{agreement.SYNTHETIC}" if agreement.SYNTHETIC in truth else ""
 
 
 def plot_accuracy(path, result, title, truth, reported):
@@ -161,7 +161,7 @@ def plot_accuracy(path, result, title, truth, reported):
         style.legend(drawing, axis)
     axis.axvline(50, color="grey", linewidth=0.8)
     axis.set(yticks=range(len(rows)), yticklabels=[BAPPS_NAMES.get(m, shown(m)) for m in rows.index], title=title,
-             xlabel=f"accuracy on pairs, %, with 95 % intervals (grey line: chance)\n{wrapped(truth)}")
+             xlabel=f"accuracy on pairs, %, with 95 % intervals (grey line: chance){warning(truth)}")
     axis.margins(y=0.2 if len(rows) < 8 else 0.05)
     style.save(drawing, path)
 
@@ -268,7 +268,7 @@ def complement(args):
         report.table(f"{name}: pairs on which {shown(args.fails)} fails", head, rows, name.replace(" ", "-"), share)
         shares[name] = share
     last = pair_sets[-1][0]
-    plot_shares(report.out / "complement.png", shares[last], f"{last}: {report.truth}")
+    plot_shares(report.out / "complement.png", shares[last], f"{last}{warning(report.truth)}")
     report.text("accuracy on the pairs with a consensus that the named metric gets wrong (two equal scores included); "
                 "Wilson intervals, widened where needed to t over photos where they are known; the matrix is in the "
                 ".csv files and complement.png")
@@ -289,67 +289,10 @@ def plot_shares(path, share, title):
         colour = "black" if values[i, j] > 60 else "white"
         axis.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", color=colour)
     axis.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names,
-             xlabel="agreement of this metric", ylabel="on pairs where this metric fails", title=wrapped(title, 55))
+             xlabel="agreement of this metric", ylabel="on pairs where this metric fails", title=title)
     axis.tick_params(axis="x", rotation=90)
     axis.grid(False)
     style.save(drawing, path)
-
-
-def bapps(args):
-    """Distances with votes: accuracy and 2AFC score of each file's metric, and paired differences."""
-    distances = read_distances(args.files)
-    names, votes = list(distances), next(iter(distances.values())).vote.to_numpy()
-    margin = np.stack([(table.d0 - table.d1).to_numpy(float) for table in distances.values()], 1)
-    agreed, afc = agreement.agree(margin, votes), agreement.two_afc(margin, votes)
-    report = Report(args.out, "bapps", ["people's votes of BAPPS"])
-    result, pairs = agreement.accuracy(agreed, margin, names), agreement.paired(agreed, names)
-    # every pair is a patch of its own
-    photo = np.arange(len(votes))
-    mean = {m: agreement.over_photos(afc[:, k], photo) for k, m in enumerate(names)}
-    head = ["metric", "2AFC [95 %]", "accuracy, %", "n", "equal distances"]
-    rows = [[r.Index, "{:.4f} [{:.4f}, {:.4f}]".format(*mean[r.Index][:3]), percent(r.accuracy, r.low, r.high), r.n,
-             r.ties] for r in result.itertuples()]
-    report.table(f"{len(votes)} pairs", head, rows, "accuracy", result.assign(afc=[mean[m][0] for m in result.index]))
-    rows = []
-    for r in pairs.itertuples():
-        delta = agreement.over_photos(afc[:, names.index(r.a)] - afc[:, names.index(r.b)], photo)
-        rows.append([f"{r.a} – {r.b}", signed_points(r.difference), r.only_a, r.only_b, *verdict(r),
-                     "{:+.4f} [{:+.4f}, {:+.4f}]".format(*delta[:3]), f"{delta[3]:.2g}"])
-    head = ["metrics", "accuracy, points", "first alone right", "second alone", "McNemar p", "q", "verdict",
-            "2AFC difference [95 %]", "p"]
-    report.table("paired", head, rows, "paired", pairs)
-    report.text("2AFC: mean share of people that the metric sides with; two equal distances side with nobody: 0.5 in "
-                "2AFC, wrong in accuracy. q: p after Benjamini-Hochberg.")
-    report.record |= {"2afc": {m: values[:3] for m, values in mean.items()}, "accuracy": result.to_dict("index"),
-                      "paired": pairs.to_dict("records")}
-    plot_accuracy(report.out / "bapps.png", result, "BAPPS: agreement with the majority", "people's votes", {})
-    report.save()
-
-
-def read_distances(files):
-    """{name: DataFrame of name, d0, d1, afc, vote} of BAPPS files, which must hold the same pairs in the same order.
-
-    The names are those of the files without their common beginning, which says nothing about a metric.
-    """
-    common = os.path.commonprefix([path.stem for path in files]).rpartition("_")[0]
-    columns = ["name", "d0", "d1", "afc", "vote"]
-    distances = {path.stem[len(common):].lstrip("_"): agreement.read_csv(path, "bapps", header=None, names=columns)
-                 for path in files}
-    if len(distances) < len(files):
-        raise runs.UserError("bapps: two files of one name; rename one")
-    first_name, first = next(iter(distances.items()))
-    for name, table in distances.items():
-        numbers = table[["d0", "d1", "vote"]].apply(pd.to_numeric, errors="coerce")
-        bad = numbers.isna().any(axis=1) | ~numbers.vote.between(0, 1)
-        if bad.any():
-            row = int(bad.idxmax())
-            raise runs.UserError(f"bapps {name}: line {row + 1} is not name, distance, distance, 2AFC, vote in [0, 1]: "
-                                 f"{', '.join(map(str, table.iloc[row]))}")
-        table[["d0", "d1", "vote"]] = numbers
-        if not table.name.equals(first.name) or not np.allclose(table.vote, first.vote):
-            raise runs.UserError(f"bapps {name}: other pairs or votes than {first_name}; "
-                                 "paired tests need the same in each file")
-    return distances
 
 
 def disagree(args):
@@ -364,8 +307,10 @@ def disagree(args):
     a, b = run.metrics[:2]
     synthetic = " (synthetic)" * run.truth.startswith(agreement.SYNTHETIC)
 
+    files = {} if run.choices is None else opinions.images_of(run.choices, args.images)
+
     def cell(name, label):
-        image = load_image(args.images / name).float()[None] / 255
+        image = load_image(files.get(name) or args.images / name).float()[None] / 255
         image = interpolate(image, scale_factor=args.side / max(image.shape[2:]), mode="bicubic", antialias=True)
         scores = [f"{shown(m)} {run.scores.loc[name, m]:.2f}{' (low is good)' * (m in run.lower)}" for m in (a, b)]
         caption = f"{Path(name).parent.name}/{Path(name).name}\n{' '.join(scores)}\n{label}{synthetic}"
@@ -499,7 +444,7 @@ def plot_misalignment(path, result, title, truth):
         mean, low, high = np.array([values[key] for values in result.values()]).T
         style.interval(axis, mean, np.arange(len(mean)) + 0.2 * (k - 1), (low, high), label=label)
     axis.set(yticks=range(len(result)), yticklabels=map(shown, result), title=title,
-             xlabel=f"mean correlation, or share of quintuplets, with 95 % intervals\n{wrapped(truth)}")
+             xlabel=f"mean correlation, or share of quintuplets, with 95 % intervals{warning(truth)}")
     axis.invert_yaxis()
     style.legend(drawing, axis, columns=2)
     style.save(drawing, path)
@@ -509,7 +454,7 @@ def plot_misalignment(path, result, title, truth):
 
 def recommend(args):
     loaded = load_runs(args)
-    metrics = [m for m in loaded[0].metrics if all(m in run.metrics for run in loaded)]
+    metrics = [m for m in loaded[0].metrics if all(m in run.metrics for run in loaded) and m != tables.CONTROL]
     with_pairs = [run for run in loaded if run.pairs is not None]
     with_sets = [run for run in loaded if run.sets is not None]
     if not with_pairs or len(metrics) < 2:
@@ -531,7 +476,10 @@ def recommend(args):
             table.loc[m, ["pm", "nm"]] = per_set["pm"].mean(), per_set["nm"].mean()
     table["forward"] = [speed.get("forward", np.nan) for speed in speeds.values()]
     table["backward"] = [speed.get("backward") or np.nan for speed in speeds.values()]
-    table["differentiable"] = [bool(speed.get("differentiable", True)) for speed in speeds.values()]
+    # a distance to a reference needs ground truth, and cannot choose one
+    comparing = {m for group in tables.GROUPS.values() for m in group}
+    table["differentiable"] = [bool(speed.get("differentiable", True)) and m.lower() not in comparing
+                               for m, speed in speeds.items()]
     pooled = np.concatenate(agreed)
     # the others are compared with the most accurate differentiable one
     usable = table[table.differentiable].accuracy
@@ -579,7 +527,7 @@ def redraw(path):
                       agreement.paper_accuracy(about.get("paper")))
     elif path.stem == "complement":
         name, share = list(record["share"].items())[-1]
-        plot_shares(out, pd.DataFrame.from_dict(share, "index"), f"{name}: {truth}")
+        plot_shares(out, pd.DataFrame.from_dict(share, "index"), f"{name}{warning(truth)}")
     elif path.stem == "hggt":
         plot_misalignment(out, record["result"]["similar"], f"{folder.name}: the original counts as similar", truth)
     elif path.stem == "bapps":

@@ -3,7 +3,8 @@
     python -m report.page FILE.json OUT.html [--images N]
 
 FILE.json is a file of evaluate.py --out-json, made with --save. Arrow keys change the image, the space bar swaps the
-two sides of the slider while it is held, the wheel zooms all views together. page.html is the template.
+two sides of the slider while it is held, the wheel or two fingers zoom all views together. page.html is the template,
+viewer.js and viewer.css are the viewer, which the pages of study.make have as well.
 """
 import base64
 import html
@@ -15,6 +16,9 @@ from pathlib import Path
 import runs
 from report import tables
 
+HERE = Path(__file__).resolve().parent
+DATA_URL = "data:image/webp;base64,"
+
 
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
@@ -24,36 +28,40 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def encode(file):
-    """An image file as the data URL of a lossless WebP."""
+def encode(image, quality=None):
+    """The base64 text of a WebP: lossless, or of this quality. image: (3, H, W) uint8. No metadata are kept."""
     from PIL import Image
-
-    from images import load_image
+    how = {"lossless": True, "quality": 50} if quality is None else {"quality": quality}
     buffer = io.BytesIO()
-    image = load_image(file, rgb=True).permute(1, 2, 0).numpy()
-    Image.fromarray(image).save(buffer, "WEBP", lossless=True, quality=50)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "WEBP", **how)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def fill(template, parts, path):
+    """Writes a page: <!--NAME--> of the template becomes parts["NAME"], and <!--VIEWER--> the viewer of all pages."""
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("viewer.css", "viewer.js"))
+    parts = parts | {"VIEWER": f"<style>\n{style}</style>\n<script>\n{script}</script>"}
+    # in one pass: a part may hold the name of another
+    text = re.sub("<!--([A-Z]+)-->", lambda found: parts[found[1]], template.read_text(encoding="utf-8"))
+    runs.write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write(result, path, count=24):
     """The page of `count` images of a result, evenly spread over it (0: all)."""
-    from images import image_size
+    from images import image_size, load_image
     from report.pictures import saved_images, spread
     images, scores, shown = saved_images(result), result["scores"], []
     for stem in spread(list(images), count):
         # a row's image: the LR image comes first
         *_, last = images[stem].values()
         of_rows, references = {row: scores[row][stem] for row in scores}, result["saved"]["references"].get(stem, {})
-        shown.append({"stem": stem, "size": image_size(last), "scores": of_rows | references,
-                      "cells": {cell: encode(file) for cell, file in images[stem].items()}})
+        cells = {cell: DATA_URL + encode(load_image(file, rgb=True)) for cell, file in images[stem].items()}
+        shown.append({"stem": stem, "size": image_size(last), "scores": of_rows | references, "cells": cells})
     metrics = [{"name": m, "shown": text} for m, text in zip(tables.ordered(result), tables.headings(result))]
     content = {"metrics": metrics, "rows": list(scores), "images": shown}
     parts = {"TITLE": html.escape(f"{', '.join(scores)}: {tables.title_of(result)}"), "TABLE": table(result),
              "CONTENT": json.dumps(content).replace("<", "\\u003c")}
-    text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    # in one pass: a part may hold the name of another
-    text = re.sub("<!--([A-Z]+)-->", lambda found: parts[found[1]], text)
-    runs.write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    fill(HERE / "page.html", parts, path)
 
 
 def table(result):

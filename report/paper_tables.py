@@ -55,7 +55,7 @@ def parse_args(argv=None):
         arch, _, file = word.partition("=")
         if arch not in args.archs or not file:
             p.error(f"--init {word}: write ARCH=FILE with an ARCH of --archs ({', '.join(args.archs)})")
-    args.init = {arch: Path(file) for arch, _, file in (word.partition("=") for word in args.init)}
+    args.init = {arch: runs.CHECKPOINT(file) for arch, _, file in (word.partition("=") for word in args.init)}
     return args
 
 

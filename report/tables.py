@@ -24,7 +24,10 @@ NINE = ("psnr", "ssim", "lpips", "stlpips", "dists", "musiq", "nima", "qalign", 
 SHOWN = {"psnr": "PSNR", "ssim": "SSIM", "vgg": "VGG distance", "flat_hf": "flat HF share", "lpips": "LPIPS",
          "stlpips": "LPIPS-ST", "dists": "DISTS", "musiq": "MUSIQ", "nima": "NIMA", "qalign": "Q-Align",
          "topiq_nr": "TOPIQ", "niqe": "NIQE", "brisque": "BRISQUE", "piqe": "PIQE", "ilniqe": "IL-NIQE",
-         "rewards.cnniqa:build": "CNNIQA-LIVE", "cnniqa_live:build": "CNNIQA-LIVE"}
+         "rewards.cnniqa:build": "CNNIQA-LIVE", "cnniqa_live:build": "CNNIQA-LIVE",
+         "rewards.sharpness:build": "log Laplacian variance"}
+# a row of every table of opinions, never a model to train with
+CONTROL = "rewards.sharpness:build"
 # the paper's "FR low", "FR mid" and "NR high"; other metrics that a result says to compare are full-reference, too
 FULL_REFERENCE, PERCEPTUAL, NO_REFERENCE = "full-reference", "perceptual full-reference", "no-reference"
 GROUPS = {FULL_REFERENCE: ("psnr", "ssim", "flat_hf"), PERCEPTUAL: ("lpips", "stlpips", "dists", "vgg")}

@@ -70,8 +70,8 @@ def build(device="cpu"):
     """The frozen model, for --reward and --metrics. UserError for a missing or another file of weights."""
     path = Path(os.environ.get("CNNIQA_WEIGHTS") or WEIGHTS)
     if not path.is_file():
-        raise runs.UserError(f"{path}: no weights of CNNIQA; get {SOURCE} and save it there, "
-                             "or set CNNIQA_WEIGHTS to where it is")
+        raise runs.UserError(f"{path}: no weights of CNNIQA; {runs.how_to_get(WEIGHTS)}: {SOURCE}; or set "
+                             "CNNIQA_WEIGHTS to where it is")
     net = CNNIQA()
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

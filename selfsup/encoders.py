@@ -134,8 +134,8 @@ def clip_state(path=None):
         except (OSError, RuntimeError) as error:
             raise runs.UserError(
                 f"--far-enc clip: RN50.pt is not here and could not be fetched ({' '.join(str(error).split())[:80]}): "
-                f"save {CLIP_URL} as {path}, name a copy with --clip-weights FILE, take another encoder in "
-                "pre-training (--far-enc vgg), or finetune --no-far") from None
+                f"save {CLIP_URL} as {path} ({runs.how_to_get(path)}), name a copy with --clip-weights "
+                "FILE, take another encoder in pre-training (--far-enc vgg), or finetune --no-far") from None
     try:
         state = torch.jit.load(str(path), map_location="cpu").state_dict()
     except (RuntimeError, ValueError):

@@ -29,7 +29,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("networks")
     g.add_argument("--rec", type=Path, default=Path("runs/rec-hra"), metavar="PATH",
                    help="run folder of selfsup.pretrain, or its rec.pth")
-    g.add_argument("--sr", type=Path, metavar="PATH",
+    g.add_argument("--sr", type=runs.CHECKPOINT, metavar="PATH",
                    help="x4 network to adapt: any weight file or run folder that upscale.py takes")
     runs.add_weights_key(g)
     options.add_files(p)
@@ -98,7 +98,7 @@ import data
 import degradations
 import lora
 import metrics
-from images import image_size, load_image, match_images, save_image
+from images import check_pairs, cut_to_x4, find_pairs, image_size, load_image, save_image
 from selfsup import encoders
 from selfsup import networks as rec
 
@@ -185,6 +185,7 @@ def check(net, patches, judge, items, image_metrics, world, colours=None):
         sums = torch.zeros(len(image_metrics), dtype=torch.float64, device=world.device)
         for paths in items[world.rank::world.size]:
             lq, gt = (path and load_image(path)[None].to(world.device).float() / 255 for path in paths)
+            gt = None if gt is None else cut_to_x4(gt)
             whole = degradations.to_8bit(archs.upscale_tiled(net, lq, tile=TILE))
             sums += torch.stack([metric(whole, gt).double().mean() for metric in image_metrics.values()]).to(sums)
         values |= dict(zip(image_metrics, (world.reduce(sums) / len(items)).tolist()))
@@ -219,23 +220,17 @@ def choose_switches(settings, s_rule, far, stop):
     return s_rule, far
 
 
-def open_images(lr_dir, gt_dir, patch):
+def open_images(lr_dir, gt_dir, patch, remarks):
     """-> Sets of the LR images, {stem: ground truth}; UserError for sizes that cannot be."""
-    if not lr_dir.is_dir():
-        raise runs.UserError(f"--lr-dir {lr_dir}: no such folder")
-    sets = data.find_photos(lr_dir)
-    gts = match_images(gt_dir, sets.stems, "--gt-dir") if gt_dir else {}
-    for stem in sets.stems:
-        width, height = image_size(sets.path(stem))
+    pairs = find_pairs(lr_dir, gt_dir, "--lr-dir", "--gt-dir", remarks)
+    check_pairs(pairs, remarks)
+    for path, _ in pairs.values():
+        width, height = image_size(path)
         shorter = min(width, height)
         if shorter < patch:
             remedy = f"--patch {shorter // 4 * 4} or less, or leave it out" if shorter >= 16 else "leave it out"
-            raise runs.UserError(f"{sets.path(stem)}: {width}x{height} pixels, smaller than a patch: {remedy}")
-        if stem in gts and image_size(gts[stem]) != (4 * width, 4 * height):
-            gt_width, gt_height = image_size(gts[stem])
-            raise runs.UserError(f"{gts[stem]}: {gt_width}x{gt_height} pixels, expected four times its LR image's "
-                                 f"{width}x{height}")
-    return sets, gts
+            raise runs.UserError(f"{path}: {width}x{height} pixels, smaller than a patch: {remedy}")
+    return data.find_photos(lr_dir), {stem: gt for stem, (_, gt) in pairs.items() if gt}
 
 
 def watched_metrics(names, gts, distance, device):
@@ -258,7 +253,7 @@ def main(args):
         starts = [options.DEMO_SET, options.DEMO_DOMAIN] if args.lr_dir == DEMO["lr_dir"] else []
         starts += [path for path in (args.sr, args.rec) if path in options.DEMO_COMMANDS]
         options.make_demo_start(starts, world, args.device, shorter)
-    sets, gts = open_images(args.lr_dir, args.gt_dir, args.patch)
+    sets, gts = open_images(args.lr_dir, args.gt_dir, args.patch, world.is_main)
     net, settings = rec.load_reconstruction(args.rec)
     s_rule, far = choose_switches(settings, args.s_rule, args.far, args.stop)
     weaknesses = rec.weaknesses(settings["held_out"], far)
@@ -380,7 +375,7 @@ def adapt(args, record, world, seeds, autocast, judge, sets, gts, out, resume, s
         return ", ".join(dataset.names(step))
 
     def save(step):
-        meter.check_finite(samples_of)
+        meter.check_finite(samples_of, raw)
         run.save(step, {"net": raw.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
                         "meter": meter.state_dict(), "first": first, "colours": colours.cpu(), "weight": weight,
                         "shift": judge.shift, "best": best, "ended": ended})

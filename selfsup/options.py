@@ -82,7 +82,7 @@ def add_files(p):
                    help="torchvision vgg19 or features-only file instead of a download")
     g.add_argument("--clip-weights", type=Path, metavar="FILE",
                    help="OpenAI's RN50.pt, or its state dict, instead of a download")
-    g.add_argument("--far-sr", type=Path, metavar="PATH", help="the x4 network of --far-enc sr")
+    g.add_argument("--far-sr", type=runs.CHECKPOINT, metavar="PATH", help="the x4 network of --far-enc sr")
 
 
 def add_machine(p):

@@ -244,7 +244,7 @@ def main(args):
         return ", ".join(dataset.names(step))
 
     def save(step):
-        meter.check_finite(samples_of)
+        meter.check_finite(samples_of, raw)
         run.save(step, {"net": raw.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
                         "meter": meter.state_dict(), "balance": balance.cpu()})
 

@@ -31,7 +31,7 @@ def parse_args(argv=None):
     p.add_argument("--runs", type=Path, nargs="+", default=[], metavar="DIR",
                    help="fig9: run folders of selfsup.finetune")
     p.add_argument("--hr", type=Path, metavar="DIR", help="fig7, fig8: photographs that pre-training did not see")
-    p.add_argument("--sr", type=Path, nargs="*", default=[], metavar="PATH",
+    p.add_argument("--sr", type=runs.CHECKPOINT, nargs="*", default=[], metavar="PATH",
                    help="fig8: x4 networks whose outputs are probed as well, before and after tuning")
     p.add_argument("--lr-dir", type=Path, metavar="DIR", help="fig8: images that --sr enlarges")
     p.add_argument("--crops", type=runs.SIZE, default=128, help="fig7, fig8: crops of the photographs (CHOICE)")

@@ -26,7 +26,7 @@ DEMO = dict(sr=options.DEMO_SR, lr_dir=options.DEMO_DOMAIN / "lq", clean=options
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
     p.add_argument("--demo", action="store_true", help="the demo's domain and compact network; same code")
-    p.add_argument("--sr", type=Path, metavar="PATH",
+    p.add_argument("--sr", type=runs.CHECKPOINT, metavar="PATH",
                    help="x4 network to adapt: any weight file or run folder that upscale.py takes")
     runs.add_weights_key(p)
     p.add_argument("--lr-dir", type=Path, metavar="DIR", help="low-resolution images of one source")
@@ -366,6 +366,8 @@ def main(args):
             patches = draw_patches(lq, args.patch, lanes)
             again = degrade_again(patches, types, [seed + 1 for seed in lanes])
             losses.append(step(student, teacher, opt, patches, again, masks, start, autocast))
+            if not np.isfinite(losses[-1]):
+                raise runs.UserError(f"{files[stem]}: the loss of step {count} is not finite: take a smaller --lr")
         net = student.net if types else base
         sr = archs.upscale_tiled(archs.within(autocast, net), lq)
         runs.write_atomic(args.out / "online" / f"{stem}.png", partial(save_image, image=sr[0]))

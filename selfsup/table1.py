@@ -58,7 +58,7 @@ def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
     p.add_argument("--lq", type=Path, required=True, metavar="DIR", help="low-resolution images of one source")
     p.add_argument("--gt", type=Path, required=True, metavar="DIR", help="their ground truth, only looked at to score")
-    p.add_argument("--sr", type=Path, required=True, metavar="PATH", help="x4 network that is adapted")
+    p.add_argument("--sr", type=runs.CHECKPOINT, required=True, metavar="PATH", help="x4 network that is adapted")
     p.add_argument("--hr", type=Path, required=True, metavar="DIR",
                    help="sharp photographs for pre-training and SRTTA, none of them of --gt")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of all runs and of the table")

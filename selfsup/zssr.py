@@ -261,6 +261,8 @@ def main(args):
         lq = load_image(path)[None].to(world.device).float() / 255
         sr = super_resolve(lq, kernels_of.get(stem), CONFIGS[args.config], args.seed, stem, width=args.width,
                            crop=args.crop, total_steps=args.total_steps, lr=args.lr, autocast=autocast)
+        if not sr.isfinite().all():
+            raise runs.UserError(f"{path}: the training diverged: take a smaller --lr")
         runs.write_atomic(target, partial(save_image, image=sr[0]))
     world.barrier()
     if world.is_main:

@@ -1,6 +1,11 @@
 """Shared by the test files: the repository on the path, few threads, small data sets and rewards of known order."""
+import contextlib
+import importlib
 import json
+import multiprocessing
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +89,20 @@ def vgg_file(tmp_path_factory):
 
 
 @pytest.fixture
+def browser():
+    """Headless Chromium, with pages as playwright has them."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
+    with sync_playwright() as p:
+        started = p.chromium.launch(executable_path=chromium, args=flags)
+        yield started
+        started.close()
+
+
+@pytest.fixture
 def compiled(monkeypatch):
     """Names of the classes of the modules that are compiled, by a compiler that leaves the code as it is."""
     names, compile_module = [], torch.nn.Module.compile
@@ -113,12 +132,53 @@ def script(rewards):
     """Run one of the repository's scripts as a user would -> CompletedProcess.
 
     script("train.py", "--demo", ...), script("selfsup.finetune", ..., processes=2). check: fail if the script does.
+    Where it must not fail, several processes are started without torchrun, which would import torch a time more.
     """
     def call(name, *words, processes=1, cwd=REPO, timeout=300, check=True):
         environment = {**os.environ, "PYTHONPATH": f"{rewards}{os.pathsep}{REPO}", "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(runs.python(name, *words, processes=processes), capture_output=True, text=True,
-                                cwd=cwd, timeout=timeout, env=environment)
+        others = []
+        with contextlib.ExitStack() as stack:
+            if processes > 1 and check:
+                with socket.socket() as free:
+                    free.bind(("127.0.0.1", 0))
+                    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                             "MASTER_PORT": str(free.getsockname()[1])}
+                for rank in range(1, processes):
+                    place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    others.append(subprocess.Popen(runs.python(name, *words), cwd=cwd, env=environment | group | place))
+                    # in the other order: where rank 0 has failed it would wait for ever
+                    stack.callback(others[-1].wait)
+                    stack.callback(others[-1].kill)
+                environment |= group | {"RANK": "0", "LOCAL_RANK": "0"}
+                processes = 1
+            result = subprocess.run(runs.python(name, *words, processes=processes), capture_output=True, text=True,
+                                    cwd=cwd, timeout=timeout, env=environment)
+            assert result.returncode or not any(other.wait(60) for other in others)
         if check and result.returncode:
             raise AssertionError(f"{name} exited {result.returncode}:\n{result.stdout}\n{result.stderr}")
         return result
+    return call
+
+
+def run_script(name, words):
+    """In a child of the fork server, which has imported the scripts: importing torch would be half of every run."""
+    module = importlib.import_module(name)
+    module.main(module.parse_args([*words, "--threads", "1"]))
+
+
+@pytest.fixture(scope="session")
+def forked_call():
+    """Instead of experiments.jobs.call: scripts of one process are children of a fork server."""
+    from experiments import jobs
+    real_call, server = jobs.call, multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["evaluate", "finetune_lora", "prepare.quintuplets", "train", "pyiqa"])
+
+    def call(log, script, *words, processes=1):
+        if processes > 1:
+            return real_call(log, script, *words, processes=processes)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        child = server.Process(target=run_script, args=(script.removesuffix(".py"), list(map(str, words))))
+        child.start()
+        child.join()
+        assert child.exitcode == 0, script
     return call

@@ -629,8 +629,9 @@ def test_files_that_hold_no_weights_are_refused_in_one_line(tmp_path):
     torch.save({"params": torch.zeros(3)}, tmp_path / "tensor.pth")
     torch.save({"a": Path("x")}, tmp_path / "object.pth")
     messages = dict.fromkeys((*cases, "object"), "not a readable weights file")
-    messages |= {"checkpoint": r"no state dict \(it holds net_g, step\); .* not a training checkpoint",
-                 "list": "it holds nothing", "nothing": "it holds nothing",
+    messages |= {"checkpoint": r"no state dict \(it holds net_g, step\); .* not a training checkpoint; "
+                               "--weights-key net_g looks into net_g",
+                 "list": "it holds list", "nothing": "it holds nothing",
                  "numbers": "no state dict", "tensor": r"none of SwinIR.*\(first keys: params\)"}
     for name, message in messages.items():
         with pytest.raises(ValueError, match=message) as error:
@@ -714,12 +715,23 @@ def test_what_does_not_load_is_told_in_one_true_sentence(tmp_path):
              "swinir": (grey(swinir, "conv_first.weight"), "a SwinIR for images of 1 channel;"),
              "x2": (without_up2, "an RRDBNet that enlarges by 2; only those with two steps of 2 load"),
              "x8": (esrgan_x8(x8), "an RRDBNet that enlarges by 8"),
+             "out": (compact | {f"body.14.{end}": compact[f"body.14.{end}"][:16] for end in ("weight", "bias")},
+                     "an SRVGGNetCompact whose last layer has 16 channels; only those for RGB load"),
+             "flat": (rrdb | {"conv_first.weight": torch.zeros(8)}, r"an incomplete state dict \(first problem: "),
+             "meta": ({k: v.to("meta") for k, v in rrdb.items()}, "no state dict"),
              "more": (rrdb | {"n_averaged": torch.zeros(1)},
                       r"the file is rrdbnet \(.*\); 1 key differs: n_averaged is not expected")}
     for name, (state, message) in cases.items():
         torch.save(state, tmp_path / f"{name}.pth")
         with pytest.raises(runs.UserError, match=f"{name}.pth: {message}"):
             archs.load_generator(tmp_path / f"{name}.pth")
+
+
+@pytest.mark.fast
+def test_a_torchscript_archive_is_called_one(tmp_path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 1), torch.zeros(1, 2)), tmp_path / "net.pt")
+    with pytest.raises(runs.UserError, match="net.pt: a TorchScript archive.*; save the network's state_dict"):
+        archs.load_generator(tmp_path / "net.pt")
 
 
 def esrgan_x8(state):

@@ -1,9 +1,11 @@
 """DP2O-SR: reward, pairs, weights, loss, estimates against worked numbers and brute force; stages as users run them."""
+import argparse
 import copy
 import itertools
 import json
 import math
 import shutil
+import sys
 from functools import partial
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 import data
 import metrics
 import runs
+from dpo import __main__ as demo
 from dpo import candidates, compare, flow, options, pool, preference, pretrain, tune
 from images import image_size, list_images, load_image, save_image
 
@@ -858,7 +861,7 @@ def test_a_reference_of_another_size(stages, tmp_path):
     shutil.copytree(stages / "pool" / "gt", tmp_path / "gt")
     path = next(iter(list_images(tmp_path / "gt").values()))
     save_image(path, torch.zeros(3, 28, 32))
-    with pytest.raises(runs.UserError, match=f"{path.name}: 32x28 pixels, expected four times its LR image's 8x8"):
+    with pytest.raises(runs.UserError, match=f"{path.name}: 8x8 pixels, expected a quarter of its original's 32x28"):
         run(pool, "sample", "--gen", stages / "gen", "--lq-dir", stages / "pool" / "lq", "--gt-dir", tmp_path / "gt",
             "--out", tmp_path / "pool")
     assert not (tmp_path / "pool").exists()
@@ -974,6 +977,22 @@ def test_a_demo_makes_what_it_starts_from(script, tmp_path):
         assert (tmp_path / path).exists()
     for folder in (options.DEMO_GENERATOR, options.DEMO_TUNED):
         assert weights_of(tmp_path / folder / "ckpt" / "last.pt")["step"] == 2
-    log = script("dpo", "--demo", "--total-steps", 2, cwd=tmp_path, timeout=580).stdout
-    assert "# python -m dpo.pretrain --demo --resume auto --total-steps 2" in log and "missing" not in log
-    assert log.count("nothing to do") == 2 and "8 images of 2 photos" in log
+    log = script("dpo.tune", "--demo", "--total-steps", 2, "--resume", "auto", cwd=tmp_path).stdout
+    assert "missing" not in log and log.count("nothing to do") == 1
+    log = script("dpo.compare", "--demo", cwd=tmp_path).stdout
+    assert "missing" not in log and "8 images of 2 photos" in log
+
+
+def test_all_stages_of_the_demo(monkeypatch, capsys):
+    """python -m dpo --demo starts the scripts one after the other, and continues trainings that are there."""
+    started = []
+    monkeypatch.setattr(demo.subprocess, "run",
+                        lambda command, **more: started.append(command[2:]) or argparse.Namespace(returncode=0))
+    monkeypatch.setattr(sys, "argv", ["dpo", "--demo", "--total-steps", "2"])
+    demo.main()
+    assert [words[0] for words in started] == ["dpo.pretrain", "dpo.pool", "dpo.pool", "dpo.pool", "dpo.tune",
+                                               "dpo.compare"]
+    assert [words[1] for words in started[1:4]] == ["sample", "score", "curate"]
+    for training in (started[0], started[4]):
+        assert training[1:] == ["--demo", "--resume", "auto", "--total-steps", "2"]
+    assert "# python -m dpo.pretrain --demo --resume auto --total-steps 2" in capsys.readouterr().out

@@ -64,7 +64,8 @@ def test_baselines_are_rows_of_their_own_and_the_reference_is_no_rival(pairs, ca
     result = call(pairs, "--metrics", "psnr", "ssim", "--baselines", "reference")
     assert list(result["mean"]) == ["reference", "net"]
     assert result["mean"]["reference"]["psnr"] == 100 and result["mean"]["reference"]["ssim"] == pytest.approx(1)
-    printed = capsys.readouterr().out.splitlines()
+    # a CPU with units for bf16 gets a remark
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("remark: --precision")]
     assert printed[0] == ("protocol hggt: RGB, 4 pixels of border cropped, mean over an image's references (HGGT: its "
                           "positives); mean of 3 images")
     assert printed[1] == "full-reference: PSNR, SSIM" and "PSNR ↑" in printed[3] and "SSIM ↑" in printed[3]
@@ -815,21 +816,3 @@ def test_the_demos_sentence_says_what_was_seen(scores, change, verb):
     assert evaluate.demo_sentence(result) == (
         f"amo - orig, ranker: {change} (3 patches of 2 photographs). AMO's ground truths {verb} the score of the model "
         "that chose them.")
-
-
-def test_the_demo_makes_what_is_missing(script, tmp_path):
-    """In an empty folder: two steps of each training, then the table, the picture and the sentence."""
-    done = script("evaluate.py", "--demo", "--total-steps", 2, "--threads", 1, cwd=tmp_path)
-    for sampler in ("orig", "amo"):
-        assert f"python train.py --demo --sampler {sampler} --resume auto --device auto --total-steps 2" in done.stdout
-        assert (tmp_path / "runs" / f"compact-small-{sampler}" / "weights").is_dir()
-    result = json.loads((tmp_path / "runs" / "demo.json").read_text())
-    assert list(result["mean"]) == ["bicubic", "compact-small-orig", "compact-small-amo"]
-    assert list(result["lower_is_better"]) == ["ranker", "piqe", "psnr"] and result["against"] == "compact-small-orig"
-    assert image_size(tmp_path / "runs" / "demo.png")[0] > 4 * 100
-    last = done.stdout.rstrip().splitlines()[-1]
-    assert last.startswith("amo - orig, ranker: ") and last.endswith(" the score of the model that chose them.")
-    assert "(8 patches of 2 photographs)" in last
-    # the second time nothing is trained
-    again = script("evaluate.py", "--demo", "--threads", 1, cwd=tmp_path)
-    assert "missing" not in again.stdout and again.stdout.rstrip().splitlines()[-1] == last

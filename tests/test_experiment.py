@@ -1,8 +1,6 @@
 """experiments/samplers.py and lora_tuning.py: statistics, the rule for the shrink factor, the queue, both in small."""
 import argparse
-import importlib
 import json
-import multiprocessing
 import time
 from functools import partial
 
@@ -133,15 +131,6 @@ def test_what_was_made_with_other_flags_is_refused(tmp_path, monkeypatch):
         jobs.once(tmp_path / "made", tmp_path / "log", "train.py", "--lr", 1, inputs=[tmp_path / "input"])
 
 
-SCRIPTS = ["evaluate", "finetune_lora", "prepare.quintuplets", "train", "pyiqa"]
-
-
-def run_script(name, words):
-    """In a child of the fork server, which has imported the scripts: importing torch would be half of every run."""
-    script = importlib.import_module(name)
-    script.main(script.parse_args([*words, "--threads", "1"]))
-
-
 def small_flags(words):
     """The flags of the trainings, with small sizes."""
     values = {"--arch": "compact-small", "--total-steps": "2", "--batch-size": "2", "--group-size": "2",
@@ -150,20 +139,9 @@ def small_flags(words):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, vgg_file):
+def small(tmp_path_factory, vgg_file, forked_call):
     """Flags of samplers.py for two photographs and two steps a run, after `shrink data runs report`, real scripts."""
-    folder, real_call = tmp_path_factory.mktemp("samplers"), jobs.call
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(SCRIPTS)
-
-    def call(log, script, *words, processes=1):
-        if processes > 1:
-            return real_call(log, script, *words, processes=processes)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        child = server.Process(target=run_script, args=(script.removesuffix(".py"), list(map(str, words))))
-        child.start()
-        child.join()
-        assert child.exitcode == 0, script
+    folder = tmp_path_factory.mktemp("samplers")
     from skimage import data as photos
     for name in ("astronaut", "coffee"):
         image = torch.from_numpy(getattr(photos, name)()[64:256, 128:320].copy()).permute(2, 0, 1)
@@ -175,7 +153,7 @@ def small(tmp_path_factory, vgg_file):
     with pytest.MonkeyPatch.context() as patch:
         # train.py keeps static scores in runs/scores
         patch.chdir(folder)
-        patch.setattr(jobs, "call", call)
+        patch.setattr(jobs, "call", forked_call)
         patch.setattr(samplers, "TRAIN", small_flags(samplers.TRAIN))
         quintuplets = "--soften 1 --patch 96 --step 96 --min-std 0 --min-laplacian 0".split()
         patch.setattr(samplers, "QUINTUPLETS", quintuplets)

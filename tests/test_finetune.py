@@ -22,7 +22,7 @@ import metrics
 import runs
 import train
 from images import image_size
-from losses import VGGFeatureLoss
+from losses import VGGFeatureLoss, mean_reward
 
 TINY = ["--crop", "64", "--watch", "--log-every", "1", "--val-every", "0", "--lr", "1e-2", "--lambda-q", "0.01",
         "--rank", "3", "--device", "cpu", "--workers", "0"]
@@ -298,7 +298,7 @@ def test_auto_weighs_the_gradients_on_the_target_layers(base, tmp_path, vgg_file
 
 def test_two_processes_do_as_one(base, tmp_path, script):
     words = flags(base, "--lambda-q", "auto", steps=2)
-    script("finetune_lora.py", *words, "--out", tmp_path / "one")
+    ft.main(ft.parse_args(list(map(str, [*words, "--out", tmp_path / "one"]))))
     script("finetune_lora.py", *words, "--out", tmp_path / "two", processes=2)
     one, two = (weights(tmp_path / n / "weights" / "merged.pth") for n in ("one", "two"))
     assert all(torch.allclose(one[k], two[k], rtol=1e-3, atol=1e-5) for k in one)
@@ -453,10 +453,28 @@ def test_samples_whose_reward_is_not_finite_are_left_out_counted_and_named_once(
         assert all(torch.isfinite(t).all() for t in weights(tmp_path / fault / "weights" / "merged.pth").values())
 
 
-def test_too_many_rewards_that_are_not_finite_end_the_run(base, tmp_path, late_nan):
-    error = "98 rewards had no finite score in the 100 steps up to step 100; more than 40 are too many"
+def test_too_many_rewards_that_are_not_finite_end_the_run(base, tmp_path, late_nan, monkeypatch):
+    assert runs.Meter.WINDOW == 100
+    monkeypatch.setattr(runs.Meter, "WINDOW", 6)
+    error = "4 rewards had no finite score in the 6 steps up to step 6; more than 2 are too many"
     with pytest.raises(runs.UserError, match=error):
-        tune(base, tmp_path / "out", "--sampler", "orig", reward="late_nan:one", steps=101)
+        tune(base, tmp_path / "out", "--sampler", "orig", reward="late_nan:one", steps=7)
+
+
+@pytest.mark.fast
+def test_a_sample_of_finite_reward_without_a_finite_gradient_is_left_out():
+    """sqrt has none at 0: a flat image has a contrast, and no gradient of it."""
+    def contrast(x):
+        return x.var((1, 2, 3), unbiased=False).sqrt()
+    sr = torch.rand(3, 3, 4, 4) * 0.8 + 0.1
+    sr[1] = 0.5
+    sr.requires_grad_()
+    value, unscored = mean_reward(contrast, sr)
+    value.backward()
+    assert unscored.item() == pytest.approx(1 / 3) and value.item() == pytest.approx(contrast(sr).mean().item())
+    alone = sr.detach()[[0, 2]].requires_grad_()
+    (contrast(alone).sum() / 3).backward()
+    assert torch.equal(sr.grad[1], torch.zeros(3, 4, 4)) and torch.allclose(sr.grad[[0, 2]], alone.grad)
 
 
 @pytest.mark.fast

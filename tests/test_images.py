@@ -1,4 +1,5 @@
 """images.py: one contract of all scripts for what an image file is: upright, modes, formats, size; names in folders."""
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 import runs
-from images import find_realsr, image_size, list_images, load_image, match_images, read_any, save_image
+from images import find_pairs, find_realsr, image_size, list_images, load_image, match_images, read_any, save_image
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 ORIENTATION = 0x0112
@@ -184,8 +185,6 @@ def test_sidecars_and_hidden_files_are_skipped_everywhere(tmp_path):
 
 @pytest.mark.fast
 def test_folders_that_macos_adds_to_archives_are_no_second_set(quintuplets, tmp_path):
-    import shutil
-
     import data
     shutil.copytree(quintuplets, tmp_path / "set")
     for folder in ("Train/__MACOSX/images/0-6/original", "Train/.Trash/images/0-6/original"):
@@ -214,7 +213,6 @@ def test_names_match_after_nfc_and_two_that_become_one_are_named(tmp_path):
 
 @pytest.mark.fast
 def test_labels_are_found_by_either_spelling(quintuplets, tmp_path):
-    import shutil
     import unicodedata
 
     import data
@@ -252,3 +250,66 @@ def test_low_resolution_names_of_public_sets_match(tmp_path):
     for stem in ("001", "0001x", "x40001"):
         with pytest.raises(runs.UserError, match="0 files for image"):
             match_images(tmp_path / "sr", [stem], "--images")
+
+
+def find_pairs_of(script, folder, capsys):
+    """(names, sizes of the references that a script compares with, its remarks) of folder/lq and folder/gt."""
+    import data
+    from dpo import candidates
+    from selfsup import finetune
+    if script == "dpo":
+        items = candidates.open_images(folder / "pool", runs.World(0, 1, torch.device("cpu")),
+                                       {"lq_dir": folder / "lq", "gt_dir": folder / "gt"}, "pool")
+        pairs = {name: item["refs"][0] for name, item in items.items()}
+    else:
+        sets, pairs = finetune.open_images(folder / "lq", folder / "gt", 4, True)
+        assert isinstance(sets, data.Sets) and sets.stems == list(pairs)
+    # a pool keeps copies, selfsup.finetune cuts what it reads
+    return list(pairs), [image_size(path) for path in pairs.values()], capsys.readouterr().out
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("script", ["dpo", "selfsup"])
+def test_methods_read_two_folders_as_evaluate_does(script, tmp_path, capsys):
+    for name, height, width in (("0001", 43, 53), ("caf\u00e9", 40, 48), ("9", 40, 40)):
+        save_image(tmp_path / "gt" / f"{name}.png", torch.rand(3, height, width))
+    save_image(tmp_path / "lq" / "0001x4.png", torch.rand(3, 10, 13))
+    save_image(tmp_path / "lq" / "cafe\u0301.png", torch.rand(3, 10, 12))
+    for folder in ("lq", "gt"):
+        (tmp_path / folder / "._0001x4.png").write_bytes(b"\0")
+    names, sizes, said = find_pairs_of(script, tmp_path, capsys)
+    assert names == ["0001x4", "caf\u00e9"] and sizes == [(52, 40) if script == "dpo" else (53, 43), (48, 40)]
+    assert said.count("remark: 1 references in --gt-dir") == said.count("are left out, first 9") == 1
+    assert said.count("remark: 1 of 2 references are cut to multiples of 4 pixels") == 1
+    save_image(tmp_path / "lq" / "0001.png", torch.rand(3, 10, 13))
+    (tmp_path / "pool").exists() and shutil.rmtree(tmp_path / "pool")
+    with pytest.raises(runs.UserError, match="0001.png and 0001x4.png: two images of one name"):
+        find_pairs_of(script, tmp_path, capsys)
+    save_image(tmp_path / "lq" / "0001.png", torch.rand(3, 11, 13))
+    (tmp_path / "lq" / "0001x4.png").unlink()
+    with pytest.raises(runs.UserError, match="0001.png: 13x11 pixels, expected a quarter of its original's 53x43"):
+        find_pairs_of(script, tmp_path, capsys)
+    Image.new("L", (13, 10)).save(tmp_path / "lq" / "0001.png")
+    with pytest.raises(runs.UserError, match="0001.png: image mode L, expected 8-bit RGB"):
+        find_pairs_of(script, tmp_path, capsys)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("value", [0, 9, 255])
+def test_an_orientation_that_does_not_exist_turns_nothing(photo, tmp_path, value):
+    Image.fromarray(photo).save(tmp_path / "a.png", exif=exif(value))
+    assert image_size(tmp_path / "a.png") == (36, 24) and load_image(tmp_path / "a.png").shape == (3, 24, 36)
+    assert read_vips(tmp_path / "a.png").shape == (3, 24, 36)
+
+
+@pytest.mark.fast
+def test_one_name_for_several_files_of_two_folders(tmp_path):
+    touch(tmp_path / "gt", "a.png", "ax4.png", "b.png")
+    touch(tmp_path / "lq", "a.png", "ax4.png", "b_x4.png")
+    pairs = find_pairs(tmp_path / "lq", tmp_path / "gt", "--lq", "--gt")
+    assert {name: gt.name for name, (_, gt) in pairs.items()} == {"a": "a.png", "ax4": "ax4.png", "b_x4": "b.png"}
+    (tmp_path / "lq" / "a.png").rename(tmp_path / "lq" / "a_X4.png")
+    with pytest.raises(runs.UserError, match="gt/a.png and ax4.png: two images of one name"):
+        find_pairs(tmp_path / "lq", tmp_path / "gt", "--lq", "--gt")
+    with pytest.raises(runs.UserError, match="--gt .*nowhere: no such folder"):
+        find_pairs(tmp_path / "lq", tmp_path / "nowhere", "--lq", "--gt")

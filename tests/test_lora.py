@@ -168,7 +168,7 @@ def test_a_file_holds_adapters_only_and_fits_its_base_only(tmp_path):
     lora.save_lora(tmp_path / "adapter.pth", net)
     lora.save_lora(tmp_path / "both.pth", net, ema)
     content = torch.load(tmp_path / "adapter.pth", weights_only=True)
-    assert set(content) == {"lora", "rank", "alpha", "targets", "base_sha256"}
+    assert set(content) == {"lora", "rank", "alpha", "targets", "base_sha256", "base_sample"}
     assert (content["rank"], content["alpha"]) == (2, 4)
     assert sum(v.numel() for v in content["lora"].values()) == sum(p.numel() for p in lora.lora_parameters(net))
     with torch.no_grad():
@@ -223,6 +223,117 @@ def test_an_adapter_finds_its_base_by_the_record_of_its_run(tmp_path, record):
         assert torch.allclose(merged.body[2].weight, start + scale * (end - start), atol=1e-7)
     with torch.no_grad():
         assert torch.allclose(merged(x), net(x), atol=1e-6)
+
+
+def truncated(value):
+    """float32 -> the next half towards zero, as float32."""
+    half = value.half()
+    return torch.where(half.float().abs() > value.abs(), half.view(torch.int16) - 1, half.view(torch.int16)).view(
+        torch.float16).float()
+
+
+def converted(net, convert):
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(convert(p))
+    return net
+
+
+ROUNDINGS = {"rounded": lambda p: p.half().float(), "truncated": truncated}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("name", ["rrdbnet-small", "swinir-small"])
+def test_an_adapter_takes_its_base_in_another_precision(name, rounding, tmp_path):
+    """Trained on a file in fp32, used with that in fp16, and the other way round; some weights are subnormal there."""
+    full = converted(build(name), lambda p: p * torch.logspace(0, -6, p.numel()).view(p.shape))
+    half = converted(full, ROUNDINGS[rounding])
+    assert lora.base_hash(full) != lora.base_hash(half)
+    for trained, used in ((full, half), (half, full)):
+        net = copy.deepcopy(trained)
+        lora.add_lora(net, lora.default_targets(net), rank=2)
+        lora.save_lora(tmp_path / "adapter.pth", fill(net))
+        assert lora.load_lora(copy.deepcopy(trained), tmp_path / "adapter.pth") == ""
+        other = copy.deepcopy(used)
+        remark = lora.load_lora(other, tmp_path / "adapter.pth")
+        assert "adapter.pth in another precision: its weights agree to 16 bits" in remark
+        layer = lora.add_lora(copy.deepcopy(used), lora.default_targets(used), rank=2)[0]
+        adapter = lora.adapted(net)[layer]
+        merged = used.get_submodule(layer).weight + (adapter.lora_B @ adapter.lora_A).view_as(
+            used.get_submodule(layer).weight)
+        assert torch.allclose(other.get_submodule(layer).weight, merged, atol=1e-7)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("change", ["one step of training", "one tensor", "bf16", "more layers", "no sample"])
+def test_an_adapter_refuses_what_is_not_its_base(change, tmp_path):
+    net = adapt("compact-small")
+    lora.save_lora(tmp_path / "adapter.pth", net)
+    other = build("compact-small")
+    if change == "one step of training":
+        other(torch.rand(1, 3, 16, 16)).square().mean().backward()
+        torch.optim.Adam(other.parameters(), lr=5e-5).step()
+    elif change == "one tensor":
+        other.body[6].bias.data += 1e-3
+    elif change == "bf16":
+        other = converted(other, lambda p: p.bfloat16().float())
+    elif change == "more layers":
+        other = archs.create("compact-small", num_conv=7)
+    else:
+        # adapters of earlier commits know their exact base only
+        content = torch.load(tmp_path / "adapter.pth", weights_only=True)
+        content.pop("base_sample")
+        torch.save(content, tmp_path / "adapter.pth")
+        assert lora.load_lora(build("compact-small"), tmp_path / "adapter.pth") == ""
+        other = converted(other, ROUNDINGS["rounded"])
+    with pytest.raises(runs.UserError, match="adapter.pth: this adapter belongs to another base"):
+        lora.load_lora(other, tmp_path / "adapter.pth")
+
+
+@pytest.mark.fast
+def test_a_sample_is_64_weights_of_each_parameter():
+    net = build("compact-small")
+    sizes = [min(64, p.numel()) for _, p in sorted(net.named_parameters())]
+    sample = lora.base_sample(net)
+    assert sample.dtype == torch.float16 and sample.shape == (sum(sizes),)
+    names, begin = sorted(name for name, _ in net.named_parameters()), 0
+    for name, size in zip(names, sizes):
+        values = dict(net.named_parameters())[name].flatten()
+        expected = [values[k * len(values) // size].item() for k in range(size)]
+        assert torch.equal(sample[begin:begin + size], torch.tensor(expected).half())
+        begin += size
+    assert torch.equal(lora.base_sample(adapt("compact-small")), sample)
+
+
+@pytest.mark.fast
+def test_a_folder_with_an_adapter_and_its_card(tmp_path, monkeypatch):
+    """weights/NAME: the card's line "base: ..." names a public network or a path."""
+    net = adapt()
+    lora.save_lora(tmp_path / "sharp" / "adapter.pth", net)
+    runs.save_weights(tmp_path / "downloads" / "RealESRGAN_x4plus.pth", build("compact-small").state_dict())
+    monkeypatch.setattr(runs, "downloads", lambda: tmp_path / "downloads")
+    with pytest.raises(runs.UserError, match="no args.json of a run and no card beside it .* name the tuned weights "
+                                             "with --weights; public weights: python -m prepare.weights"):
+        lora.load_tuned(tmp_path / "sharp", flag="--weights")
+    card = tmp_path / "sharp" / "README.md"
+    card.write_text("---\nbase: realesrgan-x4plus\nlicence: BSD-3-Clause\n---\n# Sharp\n")
+    merged, info = lora.load_tuned(tmp_path / "sharp")
+    assert info["file"].endswith("RealESRGAN_x4plus.pth") and info["remark"] == ""
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(merged(x), net(x), atol=1e-6)
+    # as it is committed: in fp16
+    content = torch.load(tmp_path / "sharp" / "adapter.pth", weights_only=True)
+    content["lora"] = {key: value.half() for key, value in content["lora"].items()}
+    torch.save(content, tmp_path / "sharp" / "adapter.pth")
+    with torch.no_grad():
+        assert (lora.load_tuned(tmp_path / "sharp")[0](x) - net(x)).abs().max() < 2e-3
+    (tmp_path / "downloads" / "RealESRGAN_x4plus.pth").unlink()
+    with pytest.raises(runs.UserError, match="README.md: was tuned from realesrgan-x4plus, which is not here; .*"
+                                             "python -m prepare.weights get realesrgan-x4plus fetches it"):
+        lora.load_tuned(tmp_path / "sharp")
 
 
 @pytest.mark.fast

@@ -1,4 +1,5 @@
 """experiments/gpu.py, what `make gpu` runs: in small on a CPU, without the packages that a GPU machine lacks."""
+import importlib
 import json
 import os
 import subprocess
@@ -50,3 +51,16 @@ def test_a_part_that_fails_or_does_not_fit_costs_itself_alone(tmp_path, capsys):
     assert record["a"]["x"] == 1 and "does not fit into memory (CUDA out of memory" in record["b"]["skipped"]
     assert record["c"]["failed"].startswith("ZeroDivisionError") and "no time left" in record["d"]["skipped"]
     assert record["machine"]["torch"] == torch.__version__ and "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_an_experiment_runs_by_name_with_flags_that_exist(tmp_path, monkeypatch):
+    for name, words in gpu.EXPERIMENTS.items():
+        module = importlib.import_module(f"experiments.{name}")
+        assert name not in gpu.JOBS and module.parse_args(words).scale == "gpu"
+        given = []
+        monkeypatch.setattr(module, "main", given.append)
+        args = gpu.parse_args(["--job", name, "--only", name, "--out", str(tmp_path), "--device", "cpu"])
+        report = gpu.Report(tmp_path / f"{name}.json", 100)
+        gpu.job_experiment(args, report, tmp_path)
+        assert given[0].results == tmp_path / name and given[0].device == "cpu" and "rows" in report.record
+        assert gpu.summary(tmp_path, []) == [] and name in (tmp_path / "summary.md").read_text()

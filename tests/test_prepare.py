@@ -454,7 +454,7 @@ def test_an_interrupted_atlas_continues(quintuplets, rewards, tmp_path, monkeypa
 def test_two_processes_make_the_same_atlas(quintuplets, script, tmp_path):
     root = shutil.copytree(quintuplets, tmp_path / "set")
     words = [root, "--reward", "ranker", *GRID]
-    script("prepare.atlas", *words, "--out", tmp_path / "one.npy")
+    call(atlas, *words, "--out", tmp_path / "one.npy")
     script("prepare.atlas", *words, "--out", tmp_path / "two.npy", processes=2)
     assert np.array_equal(np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy"))
     output = script("prepare.atlas", *words, "--compare", 20, "--out-json", tmp_path / "c.json").stdout

@@ -70,23 +70,12 @@ def test_a_sampler(copy, sampler):
     # two good versions of five: more than one is chosen, and the worst, 04, is not
     assert len(shares) >= 2 and "04" not in shares
     run("finetune_lora.py", "--demo", "--sampler", sampler, "--total-steps", 2)
-    use(root, run, f"compact-small-{sampler}")
 
 
 def test_a_backbone(copy):
     root, run = copy
     run("train.py", "--demo", "--arch", "edsr-small", "--total-steps", 2)
     run("finetune_lora.py", "--demo", "--arch", "edsr-small", "--total-steps", 2)
-    use(root, run, "edsr-small-amo")
-
-
-def use(root, run, name):
-    """evaluate.py and upscale.py take what was trained and what was tuned."""
-    table = run("evaluate.py", "--weights", f"runs/{name}", f"runs/{name}+ranker", "--lq", "lq", "--gt", "hr",
-                "--metrics", "psnr")
-    assert f"{name}+ranker" in table
-    run("upscale.py", "--weights", f"runs/{name}+ranker", "lq/a.png", "--out", f"sr/{name}")
-    assert Path(root, "sr", name, "a.png").exists()
 
 
 def test_a_further_loss_with_a_flag_is_logged_by_both_trainings(copy):
@@ -95,7 +84,6 @@ def test_a_further_loss_with_a_flag_is_logged_by_both_trainings(copy):
     assert log.count("fourier") >= 2
     tuned = run("finetune_lora.py", "--demo", "--base", "runs/fourier", "--total-steps", 2, "--log-every", 1)
     assert tuned.count("fourier") >= 2 and "lambda_f" in tuned.split("values of")[1].split("; given")[0]
-    use(root, run, "fourier")
 
 
 def test_a_loss_in_place_of_another(copy):
@@ -106,4 +94,16 @@ def test_a_loss_in_place_of_another(copy):
     values = [float(re.search(r"pix ([\d.]+)", text)[1]) for text in (log, other)]
     assert 0 < values[1] - values[0] < 2e-3
     run("finetune_lora.py", "--demo", "--base", "runs/charbonnier", "--total-steps", 2)
-    use(root, run, "charbonnier")
+
+
+def test_evaluate_and_upscale_take_what_was_trained_and_what_was_tuned(copy):
+    """After the other tests: one call of each for all recipes, since a start takes seconds."""
+    root, run = copy
+    bases = "compact-small-top2", "compact-small-top2-static", "edsr-small-amo", "fourier", "charbonnier"
+    names = [name for base in bases for name in (base, f"{base}+ranker")]
+    table = run("evaluate.py", "--weights", *(f"runs/{name}" for name in names), "--lq", "lq", "--gt", "hr",
+                "--metrics", "psnr")
+    assert all(f"{name} " in table for name in names)
+    for name in (names[1], names[5]):
+        run("upscale.py", "--weights", f"runs/{name}", "lq/a.png", "--out", f"sr/{name}")
+        assert Path(root, "sr", name, "a.png").exists()

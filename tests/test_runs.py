@@ -192,7 +192,8 @@ def test_user_errors_are_one_line_and_all_others_keep_their_traceback(tmp_path):
         return subprocess.run([sys.executable, str(tmp_path / "x.py")], capture_output=True, text=True,
                               env=runs.python_path() | environment)
     own = run("import archs; archs.read_file('nowhere.pth')")
-    assert own.returncode == 2 and own.stderr == "x.py: error: nowhere.pth: no such weights file\n"
+    message = "nowhere.pth: no such weights file; public weights: python -m prepare.weights get NAME"
+    assert own.returncode == 2 and own.stderr == f"x.py: error: {message}\n"
     assert "Traceback" in run("import archs; archs.read_file('nowhere.pth')", IQASR_TRACEBACK="1").stderr
     missing = run("open('nowhere.txt')")
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "nowhere.txt" in missing.stderr
@@ -289,13 +290,19 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
         # what is written goes to the device that is always full
         (full / name).symlink_to("/dev/full")
         return full / name
-    for write in (lambda t: torch.save({"x": torch.zeros(1000)}, t), lambda t: t.write_text("x" * 10_000)):
+    from PIL import Image
+    # the last two say nothing of a disk
+    for write in (lambda t: t.write_text("x" * 10_000), lambda t: torch.save({"x": torch.zeros(1000)}, t),
+                  lambda t: Image.new("RGB", (99, 99)).save(t, "BMP")):
         onto_full_disk("last.pt.tmp")
         with pytest.raises(OSError, match=message + "last.pt'"):
             runs.write_atomic(full / "last.pt", write)
         assert not list(full.iterdir())
     with pytest.raises(OSError, match=message + "log.txt'"):
         runs.append(onto_full_disk("log.txt"), "a line")
+    from images import save_image
+    with pytest.raises(OSError, match=message + "a.png'"):
+        save_image(onto_full_disk("a.png"), torch.rand(3, 64, 64))
     with pytest.raises(OSError, match=message + "scores.0.jsonl'"), iqa.ScoreCache(full, "scores", 0) as cache:
         # after the earlier lines were read: /dev/full gives zeros without end
         cache.out.close()
@@ -320,3 +327,55 @@ def test_printing_never_raises(tmp_path, encoding):
     done = subprocess.run([sys.executable, "x.py"], capture_output=True, cwd=tmp_path,
                           env=runs.python_path() | {"PYTHONIOENCODING": encoding})
     assert done.returncode == 2 and done.stdout.split() == [b"?", b"?"] and done.stderr.strip() == b"x.py: error: ?"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_neither_do_help_and_errors_of_flags(tmp_path, encoding):
+    (tmp_path / "x.py").write_text("import runs\np = runs.Parser(description='\u2191')\n"
+                                   "p.add_argument('--n', type=int)\np.parse_args()\n")
+    for words, status in ((["--help"], 0), (["--n", "\u4e2d"], 2)):
+        done = subprocess.run([sys.executable, "x.py", *words], capture_output=True, cwd=tmp_path,
+                              env=runs.python_path() | {"PYTHONIOENCODING": encoding})
+        assert done.returncode == status and b"?" in done.stdout + done.stderr and b"Traceback" not in done.stderr
+
+
+def test_work_goes_on_when_nobody_reads_the_output(tmp_path):
+    """As behind `| head -1`, and with standard output in a file on a full disk."""
+    (tmp_path / "x.py").write_text("import pathlib, runs\ndef main():\n    for k in range(20_000):\n        print(k)\n"
+                                   "    pathlib.Path('done').touch()\nruns.cli(main)\n")
+    for unread in (None, open("/dev/full", "w")):
+        process = subprocess.Popen([sys.executable, "x.py"], cwd=tmp_path, env=runs.python_path(),
+                                   stdout=unread or subprocess.PIPE, stderr=subprocess.PIPE)
+        if unread is None:
+            process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait() == 0 and not errors
+        (tmp_path / "done").unlink()
+
+
+def test_a_closed_output_ends_nothing(tmp_path):
+    (tmp_path / "x.py").write_text("import pathlib, runs\ndef main():\n    print(1)\n    pathlib.Path('done').touch()\n"
+                                   "runs.cli(main)\n")
+    done = subprocess.run(f"exec {sys.executable} x.py >&- 2>&-", shell=True, cwd=tmp_path, env=runs.python_path())
+    assert done.returncode == 0 and (tmp_path / "done").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    """A loss may be finite where its gradient is not, as that of a square root at 0."""
+    meter, net = runs.Meter(runs.World(0, 1, torch.device("cpu"))), torch.nn.Linear(2, 1)
+    meter.add(1, pix=torch.tensor(0.5))
+    meter.check_finite(str, net, None)
+    optimiser = torch.optim.SGD(net.parameters(), 0.1)
+    (net(torch.zeros(1, 2)) * 0).abs().sqrt().sum().backward()
+    optimiser.step()
+    with pytest.raises(runs.UserError, match="the weights are not finite any more.*The last checkpoint is older"):
+        meter.check_finite(str, net, None)
+
+
+def test_more_than_a_tenth_of_the_samples_of_100_steps_without_a_reward_are_too_many():
+    meter = runs.Meter(runs.World(0, 1, torch.device("cpu")))
+    with pytest.raises(runs.UserError, match="98 rewards had no finite score in the 100 steps up to step 100; more "
+                                             "than 40 are too many"):
+        for step in range(1, 101):
+            meter.leave_out(step, "rewards", torch.tensor(0.25 if step > 2 else 0.0), 4, limit=0.4)
+    assert step == 100

@@ -818,7 +818,7 @@ def test_the_share_of_energy_that_t_explains():
     (["--rec", "PLAIN", "--far"], r"was trained without; python -m selfsup.pretrain --far"),
     (["--rec", "PLAIN", "--s-rule", "eq8"], r"was trained without a controller"),
     (["--s-rule", "one"], r"was trained with a controller"),
-    (["--gt-dir", "LQ"], r"expected four times its LR image's 24x24"),
+    (["--gt-dir", "LQ"], r"24x24 pixels, expected a quarter of its original's 24x24"),
     (["--out", "LQ"], r"exists and is not empty"),
     (["--rec", "OLD"], r"not a reconstruction network .*mean_d"),
     (["--rec", "OTHER"], r"FAR's encoder: other weights than pre-training had"),
@@ -878,15 +878,15 @@ def test_switches_of_the_tables():
 
 def test_two_processes_learn_what_one_learns(photos, tmp_path, script):
     words = ["--hr", photos / "gt", *TINY, "--total-steps", 3]
-    script("selfsup.pretrain", *words, "--out", tmp_path / "one")
+    run(pretrain, *words, "--out", tmp_path / "one")
     script("selfsup.pretrain", *words, "--out", tmp_path / "two", processes=2)
     one, two = (torch.load(tmp_path / n / "weights" / "rec.pth", weights_only=True)["params"] for n in ("one", "two"))
     for k in one:
         torch.testing.assert_close(one[k], two[k], atol=2e-4, rtol=1e-3)
     words = ["--rec", tmp_path / "one", "--sr", photos / "sr.pth", "--lr-dir", photos / "lq", "--gt-dir", photos / "gt",
              *TUNE, "--total-steps", 2, "--lr", 1e-4]
-    for name, processes in (("a", 1), ("b", 2)):
-        script("selfsup.finetune", *words, "--out", tmp_path / name, processes=processes)
+    run(finetune, *words, "--out", tmp_path / "a")
+    script("selfsup.finetune", *words, "--out", tmp_path / "b", processes=2)
     start = torch.load(photos / "sr.pth", weights_only=True)["params"]
 
     def flat(state):

@@ -80,11 +80,11 @@ def between_logs(monkeypatch, enter, leave):
             enter()
         return stopping
 
-    def leave_and_check_finite(self, describe):
+    def leave_and_check_finite(self, describe, *nets):
         while on:
             on.pop()
             leave()
-        return check_finite(self, describe)
+        return check_finite(self, describe, *nets)
     monkeypatch.setattr(runs.StopSignal, "requested", requested_and_enter)
     monkeypatch.setattr(runs.Meter, "check_finite", leave_and_check_finite)
 

@@ -141,7 +141,8 @@ def test_help_answers_at_once_with_defaults(script, name):
 @pytest.mark.parametrize("words, message", [
     (["--stage", "psnr", "--sampler", "amo"], "only sampler"), (["--reward", "none"], "needs a --reward"),
     (["--arch", "rrdbnet", "--drop-path", "0.1"], "SwinIR"),
-    (["--crop", "36"], "multiple of 8"), (["--crop", "24"], "at least 32"),
+    (["--d-warmup", "5", "--lambda-a", "0"], "without one"), (["--crop", "36"], "multiple of 8"),
+    (["--crop", "24"], "at least 32"),
     (["--degradation", "realesrgan", "--crop", "72"], "at least 80"), (["--load-size", "128"], "at least the crop"),
     (["--lr", "-1"], "--lr: -1: must be more than 0"), (["--workers", "-1"], "at least 0"),
     (["--ema-decay", "2"], "at least 0 and less than 1"), (["--pool-size", "x"], "invalid whole number"),
@@ -451,6 +452,26 @@ def test_two_steps_written_out_by_hand(quintuplets, init, rewards, vgg_file, tmp
     assert all(saved[opt]["param_groups"][0]["betas"] == (0.9, 0.99) for opt in ("opt_g", "opt_d"))
 
 
+def test_the_warm_up_trains_the_discriminator_alone_and_resumes_bitwise(quintuplets, init, rewards, tmp_path):
+    more = dict(save_every=1, val_every=0, d_warmup=2, lambda_a=1.0)
+    for name, steps in (("warm", 2), ("whole", 4), ("parts", 1), ("parts", 3), ("parts", 4)):
+        again = ["--resume", "auto"] if name == "parts" else []
+        train_with(flags(quintuplets, init, tmp_path / name, total_steps=steps, **more) + again)
+    start = archs.read_weights(init["compact-small"])[0]
+    warm, whole, parts = (runs.load_checkpoint(tmp_path / name / "ckpt" / "last.pt") for name in
+                          ("warm", "whole", "parts"))
+    assert equal(warm["net_g"], start) and equal(warm["ema"], start) and not warm["opt_g"]["state"]
+    assert all(state["step"] == 2 for state in warm["opt_d"]["state"].values())
+    # the generator's losses are logged from the first step; its own steps are counted from the warm-up's end
+    assert all({"pix", "adv", "D_real", "D_fake"} <= set(event) for event in events(tmp_path / "warm"))
+    assert all(state["step"] == 2 for state in whole["opt_g"]["state"].values())
+    assert not equal(whole["net_g"], start)
+    for name in ("net_g", "ema", "opt_g", "net_d", "opt_d"):
+        assert equal(whole[name], parts[name]), name
+    with pytest.raises(runs.UserError, match="d_warmup 2 -> 0"):
+        train_with(flags(quintuplets, init, tmp_path / "parts", total_steps=5) + ["--resume"])
+
+
 def test_validation_is_of_the_ema(quintuplets, init, rewards, tmp_path):
     args = train.parse_args(flags(quintuplets, init, tmp_path / "run", total_steps=2, val_photos=1, lr=1e-2))
     train.main(args)
@@ -491,22 +512,24 @@ RANKS = """
 import importlib, os, sys
 import torch
 import runs
-name, defaults, folder, *words = sys.argv[1:]
-script, save, wrapped = importlib.import_module(name), runs.Run.save, []
-wrap = torch.nn.parallel.DistributedDataParallel if defaults == "defaults" else runs.World(0, 2, None).parallel
+name, folder, *words = sys.argv[1:]
+script, save = importlib.import_module(name), runs.Run.save
+wraps = {"ours": runs.World(0, 2, None).parallel, "defaults": torch.nn.parallel.DistributedDataParallel}
 
 def parallel(world, net):
-    net = wrap(net)
+    net = wraps[ddp](net)
     wrapped.append((net.gradient_as_bucket_view, net.will_sync_module_buffers()))
     return net
 runs.World.parallel = parallel
 
 def save_all(self, step, state):
     kept = {k: state[k] for k in ("net_g", "net_d", "opt_g", "opt_d") if k in state}
-    torch.save({"wrapped": wrapped, **kept}, f"{folder}/{defaults}-{os.environ['RANK']}.pth")
+    torch.save({"wrapped": wrapped, **kept}, f"{folder}/{ddp}-{os.environ['RANK']}.pth")
     save(self, step, state)
 runs.Run.save = save_all
-script.main(script.parse_args(words))
+for ddp in wraps:
+    wrapped = []
+    script.main(script.parse_args([*words, "--out", f"{folder}/{ddp}"]))
 """
 
 
@@ -516,8 +539,7 @@ def equal_on_both_ranks(script, tmp_path, name, words):
     Those are weights, buffers and moments, which must be equal bit by bit.
     """
     (tmp_path / "ranks.py").write_text("import sys\nsys.path[:0] = [" + repr(str(runs.REPO)) + "]\n" + RANKS)
-    for ddp in ("ours", "defaults"):
-        script(tmp_path / "ranks.py", name, ddp, tmp_path, *words, "--out", tmp_path / ddp, processes=2)
+    script(tmp_path / "ranks.py", name, tmp_path, *words, processes=2)
     first, *others = (torch.load(tmp_path / f"{ddp}-{rank}.pth") for ddp in ("ours", "defaults") for rank in (0, 1))
     wrapped = [state.pop("wrapped") for state in (first, *others)]
     nets = 2 if "net_d" in first else 1

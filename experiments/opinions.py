@@ -1,0 +1,338 @@
+"""Rewards trained on people's opinions: do they agree with people on images they have not seen, and can they be fooled?
+
+    python -m experiments.opinions train 0 1 2        plain and hardened models of these splits of CLIVE
+    python -m experiments.opinions ridge              the same splits, ridge regression on the backbone as it is
+    python -m experiments.opinions study              a judge that learns from the choices of a user study, and controls
+    python -m experiments.opinions report             tables and plot of all that is there
+
+Ten random 80/20 splits of CLIVE (report.opinions.splits), fixed before the first training. Per split a plain model and
+one hardened from it are trained on the 80 %, and judged on the 20 %: whole images, the mean of four random crops of 96
+to 256 pixels, and attacks on ten photographs of Kodak (rewards/attack.py), their starting points, steps and step sizes
+other than the training's. One JSON per model in --results; what is there is not computed again.
+"""
+import sys
+from pathlib import Path
+
+import runs
+
+DATA = Path("datasets/public")
+
+
+def parse_args(argv=None):
+    p = runs.Parser(description=__doc__)
+    p.add_argument("stage", choices=["train", "ridge", "study", "report"], help="what to do")
+    p.add_argument("splits", type=runs.COUNT, nargs="*", default=list(range(10)), help="train: numbers of the splits")
+    p.add_argument("--models", nargs="+", choices=["plain", "hard"], default=["plain", "hard"],
+                   help="train: which; hard begins with plain, which is made if it is missing")
+    p.add_argument("--clive", type=Path, default=DATA / "human" / "clive", help="folder of labels.csv and images/")
+    p.add_argument("--study", type=Path, default=DATA / "human" / "sr_study", help="folder of choice_of_4.csv")
+    p.add_argument("--kodak", type=Path, default=DATA / "images" / "hr_kodak24", help="photographs that are attacked")
+    p.add_argument("--backbone", type=Path, default=Path("runs/mobilenet_v2.pth"), help="of prepare.mobilenet_v2")
+    p.add_argument("--work", type=Path, default=Path("runs/opinions"), help="where the reward files go")
+    p.add_argument("--results", type=Path, default=Path("results/human"), help="where the JSON files go")
+    p.add_argument("--threads", type=runs.SIZE, default=1, help="CPU threads")
+    return p.parse_args(argv)
+
+
+# before the imports that take seconds, so that --help answers at once
+ARGS = parse_args() if __name__ == "__main__" else None
+
+import json
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+from tqdm import tqdm
+
+import iqa
+from images import load_image
+from report import opinions, style
+from rewards import attack, opinion, train_opinion
+
+CROP, SEED = 224, 0
+# of a training, by model; decided on split 0 before the other splits were trained
+# those of the models that are attacked
+ATTACKED = (0, 1, 2)
+# of the user study
+METHODS = ("BSRGAN", "RealESRGAN", "ResShift", "SwinIR")
+SETTINGS = {"plain": dict(epochs=3, lr=2e-4), "hard": dict(epochs=2, lr=2e-4)}
+
+
+def train(args, mos, features, split, name):
+    """One model of one split: the reward file, which has the settings and the scores in it."""
+    file = args.work / f"{name}-{split}.pth"
+    if file.exists():
+        return file
+    began, machine = time.process_time(), runs.describe_machine(on_cpu=True)
+    rows, test_rows = opinions.splits(mos["names"])[split]
+    training, test = (train_opinion.part(mos, part) for part in (rows, test_rows))
+    teacher, settings = None, SETTINGS[name] | dict(crop=CROP, seed=SEED)
+    if name == "hard":
+        plain = train(args, mos, features, split, "plain")
+        net, teacher = (opinion.load(plain)[0] for _ in range(2))
+    else:
+        torch.manual_seed(SEED)
+        net = imagenet(args)
+        net.start_linear(features(net)[rows], training["mos"])
+    losses = train_opinion.fit(net, training, teacher=teacher, **settings)
+    record = {"arch": "mobilenet_v2", "command": sys.argv, **machine, "model": name, "split": split,
+              "mos": {"file": "clive/labels.csv", "images": len(rows)}, **settings, "losses": losses,
+              "seconds_of_training": round(time.process_time() - began)}
+    record["test"] = train_opinion.test_scores(net, test["images"], test["mos"].numpy())
+    opinion.save(file, net, record)
+    return file
+
+
+def judge(args, mos, photos, features, split, name):
+    """The JSON of one model of one split."""
+    out = args.results / f"clive-{name}-{split}.json"
+    if out.exists():
+        return
+    file = train(args, mos, features, split, name)
+    record = opinion.load(file)[1] | {"file_sha256": runs.digest(file)}
+    if split in ATTACKED:
+        reward = iqa.create_reward([str(file)], need_gradient=True)
+        record["attack"] = attack.measure({name: reward}, photos, [1, 2, 4])[name]
+    runs.save_json(out, record)
+    print(out, record["test"], flush=True)
+
+
+def imagenet(args):
+    net = opinion.ARCHITECTURES["mobilenet_v2"]()
+    net.backbone.load_imagenet(args.backbone)
+    return net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def ridge(args, mos, first_crops):
+    """The baseline: every split's ridge regression on features of the backbone as it is. One JSON."""
+    machine, net = runs.describe_machine(on_cpu=True), imagenet(args)
+    sides = ("whole", *map(str, train_opinion.TEST_CROPS))
+    means = {side: [] for side in sides}
+    for k, image in enumerate(tqdm(mos["images"], desc="features", mininterval=5)):
+        means["whole"].append(net.features(image[None].float() / 255)[0])
+        for size in train_opinion.TEST_CROPS:
+            rng = np.random.default_rng([SEED, 5, size, k])
+            x = train_opinion.random_crops([image] * train_opinion.REPEATS, size, rng)
+            means[str(size)].append(net.features(x).mean(0))
+    means, result = {side: torch.stack(rows) for side, rows in means.items()}, []
+    for split, (rows, test) in enumerate(opinions.splits(mos["names"])):
+        net.start_linear(first_crops[rows], mos["mos"][rows])
+        scores = {side: net.linear((features[test] - net.centre) / net.spread)[:, 0].numpy()
+                  for side, features in means.items()}
+        result.append({"split": split, **{side: round(float(spearmanr(score, mos["mos"][test]).statistic), 4)
+                                          for side, score in scores.items()}})
+    runs.save_json(args.results / "clive-ridge.json", {"command": sys.argv, **machine, "images": len(mos["images"]),
+                                                       "srcc": result})
+
+
+# The user study
+
+def fit_head(table, choices, penalty):
+    """Weights (1 + F,) under which the choices are most likely: utility = w0 score + w f, with a penalty on w.
+
+    table: {METHOD/SCENE: (score, standardised features (F,))}.
+    """
+    names = sorted({f"{m}/{row.scene}" for row in choices.itertuples() for m in row.candidates})
+    place = {name: k for k, name in enumerate(names)}
+    x = torch.stack([torch.cat([table[name][0].view(1), table[name][1]]) for name in names]).double()
+    width = max(map(len, choices.candidates))
+    candidates = torch.tensor([[place[f"{m}/{row.scene}"] for m in row.candidates] +
+                               [-1] * (width - len(row.candidates)) for row in choices.itertuples()])
+    selected = torch.tensor([row.candidates.index(row.selected) for row in choices.itertuples()])
+    w = torch.zeros(x.shape[1], dtype=torch.double, requires_grad=True)
+    opt = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        opt.zero_grad()
+        utility = (x @ w)[candidates].masked_fill(candidates < 0, -torch.inf)
+        value = F.cross_entropy(utility, selected) + penalty * w[1:].square().sum()
+        value.backward()
+        return value
+    opt.step(loss)
+    return w.detach()
+
+
+def utility_of(w, table):
+    """The utility of an image under these weights, as a function of (scene, method)."""
+    def value(scene, method):
+        score, features = table[f"{method}/{scene}"]
+        return (w[0] * score + w[1:] @ features.double()).item()
+    return value
+
+
+def without(choices, method):
+    """The choices as if a method had not been shown; those that selected it are gone."""
+    left = choices[choices.selected != method]
+    left = left.assign(candidates=left.candidates.map(lambda row: tuple(m for m in row if m != method)))
+    return left[left.candidates.map(len) > 1]
+
+
+def study(args):
+    """A judge: the head of a model that saw CLIVE's training images, fitted to the choices, on scenes it did not see.
+
+    Beside it: the model as it is, the method's name alone, sharpness alone. With every method left out in turn as well:
+    then judged on the pairs that contain it.
+    """
+    machine = runs.describe_machine(on_cpu=True)
+    files = {name: args.work / f"{name}-0.pth" for name in ("plain", "hard")}
+    models = {name: opinion.load(file)[0] for name, file in files.items() if file.exists()}
+    if "plain" not in models:
+        raise runs.UserError(f"{files['plain']}: no such model; make it with: python -m experiments.opinions train 0")
+    best, _ = opinions.read_choices(args.study / "choice_of_4.csv", "observer=observer,scene=image,selected=selected",
+                                    METHODS)
+    pairs, _ = opinions.read_choices(args.study / "pairs.csv",
+                                     "observer=observer,candidates=left+right,selected=selected",
+                                     pattern="(?P<scene>.+)_(?P<method>[^_]+)")
+    net, table, values = models["plain"], {}, {name: {} for name in (*models, "sharpness")}
+    sharp = iqa.create_reward(["rewards.sharpness:build"])
+    with torch.no_grad():
+        for name, file in tqdm(opinions.images_of(best, args.study).items(), desc="study", mininterval=5):
+            x = load_image(file)[None].float() / 255
+            features = (net.features(x)[0] - net.centre) / net.spread
+            for model in models:
+                values[model][name] = models[model](x).item()
+            values["sharpness"][name] = sharp(x).item()
+            table[name] = (torch.tensor(values["plain"][name] / train_opinion.TEMPERATURE), features)
+    scenes = np.array(sorted(best.scene.unique()))
+    folds = np.array_split(np.random.default_rng(SEED).permutation(scenes), 5)
+
+    def learned(left_out=None):
+        """{METHOD/SCENE: utility} of all images, each by a head that did not see its scene (nor the method)."""
+        found = {}
+        for fold in folds:
+            seen = best[~best.scene.isin(fold)]
+            seen = without(seen, left_out) if left_out else seen
+            value = utility_of(fit_head(table, seen, penalty_by_scenes(table, seen)), table)
+            found |= {name: value(*reversed(name.split("/", 1))) for name in table if name.split("/", 1)[1] in fold}
+        return found
+    values["judge"] = learned()
+
+    def value_of(name):
+        return lambda scene, method: values[name][f"{method}/{scene}"]
+    rows = {name: {"best": opinions.judge(best, value_of(name)), "pairs": opinions.judge(pairs, value_of(name))}
+            for name in values}
+    rows["name of the method"] = {"best": opinions.judge(best, opinions.names_only(best))}
+    left_out = {}
+    for method in METHODS:
+        values["left out"] = learned(method)
+        own = opinions.names_only(without(best, method))
+        by_name = opinions.judge(best, lambda scene, m, own=own: own(scene, m))
+        of_row = {"judge": "left out"} | {name: name for name in (*models, "sharpness")}
+        left_out[method] = {name: opinions.judge(best, value_of(row))["containing"][method]
+                            for name, row in of_row.items()}
+        left_out[method]["name of the method"] = by_name["containing"][method]
+    runs.save_json(args.results / "study-judge.json", {
+        "command": sys.argv, **machine, "model": "plain-0.pth, trained on 80 % of CLIVE", "folds": len(folds),
+        "seed": SEED, "scenes": len(scenes), "choices": len(best), "pair_choices": len(pairs),
+        "ceilings": {"best": opinions.ceilings(best), "pairs": opinions.ceilings(pairs)},
+        "rows": rows, "left_out": left_out})
+    for name, row in rows.items():
+        print(f"{name:<20} pairs {row['best']['pairs'][0]:.3f}  within {row['best']['within'][0]:+.3f}")
+
+
+def penalty_by_scenes(table, choices, grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
+    """The penalty with the most likely choices on scenes left out of the choices at hand."""
+    folds = np.array_split(np.random.default_rng(SEED).permutation(sorted(choices.scene.unique())), 4)
+
+    def likelihood(penalty):
+        total = 0.0
+        for fold in folds:
+            inside = choices.scene.isin(fold)
+            value = utility_of(fit_head(table, choices[~inside], penalty), table)
+            utility, selected = opinions.utilities(choices[inside], value)
+            total += opinions.choice_likelihood(utility, selected)[0].sum()
+        return total
+    return max(grid, key=likelihood)
+
+
+# Report
+
+def read_models(args):
+    """{"ridge", "plain", "hard": {split: {"whole", "96", ...: SRCC, "plcc": of whole images}}}, and all records."""
+    table, records = {}, {}
+    if (args.results / "clive-ridge.json").exists():
+        rows = json.loads((args.results / "clive-ridge.json").read_text())["srcc"]
+        table["ridge"] = {row.pop("split"): row for row in rows}
+    for name in SETTINGS:
+        for split in range(10):
+            file = args.results / f"clive-{name}-{split}.json"
+            if file.exists():
+                record = records[name, split] = json.loads(file.read_text())
+                test = record["test"]
+                table.setdefault(name, {})[split] = {"whole": test["whole"]["srcc"], **test["crops"],
+                                                     "plcc": test["whole"]["plcc"]}
+    return table, records
+
+
+def report(args):
+    """Markdown tables, printed, and a plot beside the JSON files."""
+    table, records = read_models(args)
+    if not table:
+        raise runs.UserError(f"{args.results}: no clive-*.json; make them with: python -m experiments.opinions train")
+    columns = ("whole", *map(str, reversed(train_opinion.TEST_CROPS)))
+    rows = []
+    for name, splits in table.items():
+        values = {column: [row[column] for row in splits.values()] for column in columns}
+        rows.append([name, len(splits), *(f"{np.median(v):.3f} [{min(v):.3f}, {max(v):.3f}]" for v in values.values())])
+    print(runs.markdown(["SRCC, median [range] over splits", "splits", *columns], rows), "\n")
+    rows = []
+    for name, base in (("plain", "ridge"), ("hard", "plain")):
+        both = sorted(set(table.get(name, {})) & set(table.get(base, {})))
+        gains = {column: [table[name][k][column] - table[base][k][column] for k in both] for column in columns}
+        if both:
+            rows.append([f"{name} - {base}", len(both), *(
+                f"{np.mean(v):+.3f}, above 0 in {sum(x > 0 for x in v)}" for v in gains.values())])
+    print(runs.markdown(["paired difference of SRCC, mean", "splits", *columns], rows), "\n")
+    starts = [f"{start} {level}" for start in ("photo", "bicubic") for level in (1, 2, 4)]
+    rows = []
+    for name in SETTINGS:
+        attacked = {split: record["attack"] for (model, split), record in records.items()
+                    if model == name and "attack" in record}
+        if attacked:
+            gains = [attack.in_units({name: entry})[name, name] for entry in attacked.values()]
+            scale = np.mean([entry["D"] for entry in attacked.values()])
+            rows.append([name, len(attacked), f"{scale:.1f}",
+                         *(f"{np.mean([g[start] for g in gains]):+.2f}" for start in starts)])
+    print(runs.markdown(["gain in units of D", "models", "D", *starts], rows))
+    drawing, axes = style.figure(columns=2, height=3.5)
+    for name, splits in table.items():
+        sides = list(map(str, train_opinion.TEST_CROPS))
+        style.seeds(axes[0], range(5), [[row[side] for side in (*sides, "whole")] for row in splits.values()], name)
+    axes[0].set(xticks=range(5), xticklabels=[*map(str, train_opinion.TEST_CROPS), "whole"], ylabel="SRCC on CLIVE",
+                xlabel="side of the crops, pixels")
+    for name in SETTINGS:
+        curves = [[0, *(attack.in_units({name: record["attack"]})[name, name][f"photo {level}"] for level in (1, 2, 4))]
+                  for (model, _), record in records.items() if model == name and "attack" in record]
+        if curves:
+            style.seeds(axes[1], (0, 1, 2, 4), curves, colour=style.COLOURS[list(table).index(name)])
+    axes[1].set(xlabel="limit of the attack, grey levels", ylabel="gain, units of D")
+    style.legend(drawing, axes[0], columns=3)
+    style.save(drawing, args.results / "opinions.png")
+
+
+def main(args):
+    runs.start_world("cpu", args.threads)
+    if args.stage in ("study", "report"):
+        return (study if args.stage == "study" else report)(args)
+    mos = train_opinion.read_mos(args.clive / "labels.csv", args.clive / "images", CROP)
+    photos = attack.read_photos(args.kodak, 10, 256)
+
+    def features(net):
+        """Of the backbone as it is, one crop per image: the same for all splits."""
+        file = args.work / "features.pth"
+        if not file.exists():
+            found = train_opinion.crop_features(net, mos["images"], CROP, SEED)
+            runs.write_atomic(file, lambda temporary: torch.save(found, temporary))
+        return torch.load(file, weights_only=True)
+    if args.stage == "ridge":
+        return ridge(args, mos, features(imagenet(args)))
+    for split in args.splits:
+        for name in args.models:
+            judge(args, mos, photos, features, split, name)
+
+
+if __name__ == "__main__":
+    runs.cli(lambda: main(ARGS))

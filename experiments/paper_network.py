@@ -1,0 +1,441 @@
+"""The paper's experiment on the paper's network: RealESRGAN_x4plus, real camera pairs, a reward chosen by human votes.
+
+    python -m experiments.paper_network                        every stage at CPU scale; resumes where it stopped
+    python -m experiments.paper_network --scale gpu            one CUDA device: the paper's crop and batch per GPU
+
+data      two sets of quintuplets from the same photographs, the test images, and, before any training, the share of
+          crops that each reward leaves to the original. `soft`: enlarged by 1.5 first, so that enhanced versions often
+          win; `sharp`: the photographs as they are
+train     every sampler on both sets from the published weights; train.py, then evaluate.py
+tune      amo's first network of the set `soft`, tuned by the reward with LoRA of rank 24 (the paper's) and 4, with the
+          full weights of the same layers, and with all weights, each until the reward on held-out photographs has
+          gained --gain
+controls  the start's outputs, blurred or sharpened until they have amo's PSNR, or its reward
+slow      IL-NIQE of some rows on 20 pairs
+report    tables and a picture
+
+The analysis was fixed before the runs. Test images: RealSR's pairs (x4, crops of 128 -> 512 pixels) and Set5 with Set14
+after two rounds of degradation, reported apart. All trainings of one seed see the same crops and degradations in the
+same order; only the ground truth differs. A difference of two rows is the mean over test images of (mean over seeds of
+A - the same of B), with a 95 % bootstrap interval over images; its sign is claimed where the interval excludes zero,
+every seed agrees and a paired t test has p < 0.05 (report.tables.difference). Rows of one seed say so. Hypotheses, from
+the paper: (1) amo > rand > orig on the reward and on quality metrics that nobody optimised; (2) tuning adds to amo's;
+(3) the VGG distance of both rises by less than 2 % over orig's; (4) PSNR falls; (5) the change by LoRA has less
+structured noise (metrics.noise_peaks) than the change by naive tuning at the same gain. The start is a row of every
+table: a difference in how much was lost is not a gain. A row whose gain over the start a control reaches has no more
+than that control.
+"""
+from pathlib import Path
+
+import runs
+
+DATA = Path(runs.literal("experiments/jobs", "DATA"))
+STAGES = ("data", "train", "tune", "controls", "slow", "report")
+# {set: flags of prepare.quintuplets}
+SETS = {"soft": "--soften 1.5 --shrink 0.5".split(), "sharp": "--soften 1 --shrink 0.75".split()}
+# crops of 192 pixels: below that the reward knows little (docs/opinions.md)
+SCALES = {
+    "cpu": dict(train="""--crop 192 --load-size 256 --batch-size 2 --group-size 2 --pool-size 16 --total-steps 140
+                         --d-warmup 40 --ema-decay 0.95 --lr 1e-4 --milestones --precision bf16 --workers 0""",
+                tune="--total-steps 100 --val-every 5 --ema-decay 0.9", pairs=40, patch=256),
+    "gpu": dict(train="""--crop 256 --load-size 0 --batch-size 12 --group-size 12 --pool-size 180 --total-steps 1400
+                         --d-warmup 400 --ema-decay 0.99 --lr 1e-4 --milestones --precision bf16 --fast graph
+                         --workers 12""",
+                tune="--total-steps 400 --val-every 10 --ema-decay 0.95", pairs=100, patch=384),
+}
+# {variant: flags of finetune_lora.py}; at the paper's 5e-5, adapters that begin at zero do nothing in so few steps
+VARIANTS = {"lora24": "--tune lora --rank 24 --lr 5e-4", "lora4": "--tune lora --rank 4 --lr 5e-4",
+            "layers": "--tune layers --lr 5e-5", "naive": "--tune all --lr 5e-5"}
+# photographs that no training of a row sees; their reward ends the tunings
+VALIDATION = 4
+# test images that may be shown, side of the part
+PICTURE = ("test_set14_comic", "test_set14_baboon", "test_set5_butterfly"), 96
+# standard deviations of the blur, amounts of the unsharp mask
+BLURS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7, 2.0)
+AMOUNTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.2, 1.5, 2.0, 2.5, 3.0)
+
+
+def parse_args(argv=None):
+    p = runs.Parser(description=__doc__)
+    p.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default all")
+    p.add_argument("--scale", choices=list(SCALES), default="cpu", help="steps, crops, batches")
+    p.add_argument("--photos", type=Path, nargs="+", metavar="DIR", help="training photographs",
+                   default=[DATA / "images" / name for name in ("hr_kodak24", "hr_bsd100", "hr_urban100")])
+    p.add_argument("--every", type=runs.SIZE, default=1, help="take every n-th photograph of each folder")
+    p.add_argument("--pairs", type=Path, metavar="DIR", default=DATA / "images" / "pairs_realsr",
+                   help="RealSR's test crops, <name>_LR and <name>_HR")
+    p.add_argument("--test-photos", type=Path, nargs="+", metavar="DIR",
+                   default=[DATA / "images" / name for name in ("test_set5", "test_set14")])
+    p.add_argument("--start", type=runs.CHECKPOINT, metavar="FILE", default="realesrgan-x4plus",
+                   help="of every row, and enhancer of version 01")
+    p.add_argument("--enhancers", type=runs.CHECKPOINT, nargs="+", metavar="FILE", help="of versions 02, 03, 04",
+                   default=[DATA / "weights" / "sr" / f"{name}_fp16.pth" for name in
+                            ("4xLSDIRCompactC3", "realesr-general-wdn-x4v3", "realesr-general-x4v3")])
+    p.add_argument("--rewards", nargs="+", default=["weights/downloads/opinion.pth", "rewards.cnniqa:build", "ranker"],
+                   metavar="NAME", help="quality models; the first, which agrees best with people, is the reward of "
+                                        "sma, amo and tuning, the others of one amo each")
+    p.add_argument("--unseen", nargs="*", default=["niqe", "brisque", "piqe"], metavar="NAME",
+                   help="no-reference metrics that nothing optimises, a model that judges only among them")
+    p.add_argument("--slow", nargs="*", default=["ilniqe"], metavar="NAME", help="likewise, on 20 pairs")
+    files = {"niqe": "niqe_modelparameters.mat", "brisque": "brisque_svm_weights.pth",
+             "ilniqe": "ILNIQE_templateModel.mat"}
+    p.add_argument("--metric-weights", nargs="*", metavar="NAME=FILE",
+                   default=[f"{name}={DATA / 'weights' / 'iqa' / file}" for name, file in files.items()])
+    p.add_argument("--vgg-weights", type=Path, metavar="FILE", default=Path("runs/vgg19.pth"),
+                   help="VGG19, for the loss and the distance (python -m prepare.vgg19 makes it)")
+    p.add_argument("--gain", type=runs.RATE, default=3.0, help="points of the reward at which tunings are compared")
+    p.add_argument("--seeds", type=runs.COUNT, nargs="+", default=[0, 1, 2], help="of orig, rand, amo; 1 for the rest")
+    p.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), help="train on these")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: what the scale is for")
+    p.add_argument("--jobs", type=runs.SIZE, default=2, help="processes at a time, each with one thread")
+    p.add_argument("--work", type=Path, default=Path("runs/paper_network"), metavar="DIR")
+    p.add_argument("--results", type=Path, default=Path("results/paper_network"), metavar="DIR",
+                   help="one JSON file per row, and the report")
+    args = p.parse_args(argv)
+    args.stages = args.stages or list(STAGES)
+    args.device = args.device or {"cpu": "cpu", "gpu": "cuda"}[args.scale]
+    if set(args.stages) - set(STAGES):
+        p.error(f"stages are {', '.join(STAGES)}; got {' '.join(args.stages)}")
+    return args
+
+
+# --help needs no torch: seconds
+ARGS = parse_args() if __name__ == "__main__" else None
+
+import json
+import shutil
+import signal
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torchvision.transforms.functional import gaussian_blur
+
+import data
+import metrics
+from experiments import jobs, lora_tuning, samplers
+from images import list_images, load_image, save_image
+from report import pictures, tables
+
+TESTS = ("realsr", "sets")
+
+
+def label(reward):
+    """A quality model in names of rows: a file's stem, a module's last part."""
+    return Path(reward).stem if reward.endswith(".pth") else reward.partition(":")[0].rpartition(".")[2]
+
+
+def plan(args):
+    """-> {row: (set, flags of train.py)}, in order of value."""
+    first, *others = args.rewards
+    rows = {}
+    for where in args.sets:
+        for seed in args.seeds:
+            for sampler in ("orig", "amo", "rand"):
+                reward = first if sampler == "amo" else "none"
+                rows[f"{where}-{sampler}-{seed}"] = where, ["--sampler", sampler, "--reward", reward, "--seed", seed]
+        seed = args.seeds[0]
+        for sampler, reward in [("sma", first), *(("amo", reward) for reward in others)]:
+            name = f"{where}-{sampler}-{seed}" if reward == first else f"{where}-{sampler}-{label(reward)}-{seed}"
+            rows[name] = where, ["--sampler", sampler, "--reward", reward, "--seed", seed]
+    return rows
+
+
+# Stage 1: data
+
+def prepare(args):
+    scale = SCALES[args.scale]
+    photos = samplers.link_photos(args.photos, args.every, args.work / "photos")
+    for where in args.sets:
+        if not (args.work / where / "quintuplets.json").exists():
+            jobs.call(args.work / f"{where}.log", "prepare.quintuplets", "--photos", photos, "--enhancers", args.start,
+                      *args.enhancers, "--out", args.work / where, *SETS[where], "--patch", scale["patch"],
+                      "--step", scale["patch"], "--precision", "bf16", "--device", args.device,
+                      processes=args.jobs if args.device == "cpu" else 1)
+    samplers.make_test(args.test_photos, args.work / "sets" / "test")
+    pairs = sorted(args.pairs.glob("*_LR.*"))
+    for k in range(scale["pairs"]):
+        # evenly from both cameras
+        low = pairs[k * len(pairs) // scale["pairs"]]
+        high = low.with_name(low.name.replace("_LR.", "_HR."))
+        for part, path in (("gt", high), ("lq", low)):
+            file = args.work / "realsr" / "test" / part / f"{low.stem.removesuffix('_LR')}.png"
+            if not file.exists():
+                runs.write_atomic(file, partial(save_image, image=load_image(path)))
+    file = args.results / "picks.json"
+    if not file.exists():
+        world, seeds = runs.start_world("cpu", args.jobs), partial(runs.sample_seed, args.seeds[0])
+        numbers = [samplers.last_value(scale["train"].split(), name)
+                   for name in ("--batch-size", "--group-size", "--crop", "--load-size")]
+        picks = {}
+        for where in args.sets:
+            sets = data.find_sets(args.work / where, "Train")
+            crops = data.TrainingSet(sets, "amo", seeds, *numbers)
+            record = json.loads((args.work / where / "quintuplets.json").read_text())
+            chosen = {label(name): samplers.rewards_choice(name, sets, crops, world) for name in args.rewards}
+            picks[where] = {"sets": len(sets.stems), "photos": len(record["photos"]), "dropped": record["dropped"],
+                            "settings": record["settings"], "rewards": chosen}
+        runs.save_json(file, {"command": sys.argv, **runs.describe_machine(), "crops": samplers.CROPS, "picks": picks})
+
+
+# Stages 2 and 3: networks
+
+def judge(args, row, *words):
+    """evaluate.py on both tests -> {test: its JSON}. words: --weights FILE, or --images DIR, where {test} is filled in.
+
+    Outputs are kept in WORK/outputs/<test>/<name of the row>/.
+    """
+    judged, names = {}, [*args.rewards, *args.unseen, *jobs.WITH_REFERENCE]
+    for test in TESTS:
+        out = args.work / "rows" / f"{row}-{test}.json"
+        setting = SimpleNamespace(**vars(args) | {"work": args.work / test})
+        filled = [str(word).replace("{test}", test) for word in words]
+        judged[test] = jobs.evaluate(setting, None, out, names, more=[
+            *filled, "--precision", "bf16", "--save", args.work / "outputs" / test])
+    return judged
+
+
+def record_of(judged, row):
+    """What is kept of a row's evaluations."""
+    first = judged[TESTS[0]]
+    return {**{key: first[key] for key in (*jobs.MADE_BY, "lower_is_better")},
+            "scores": {test: judged[test]["scores"][row] for test in TESTS}}
+
+
+def add_start(args):
+    """RESULTS/start.json and the rows without a network."""
+    if (args.results / "start.json").exists():
+        return
+    judged = judge(args, "start", "--weights", args.start, "--names", "start", "--baselines", "bicubic", "reference")
+    for row in ("bicubic", "reference", "start"):
+        runs.save_json(args.results / f"{row}.json", record_of(judged, row))
+    precision_check(args)
+
+
+def precision_check(args, count=10):
+    """RESULTS/precision.json: the start's scores in fp32 on ten pairs, beside those in bf16."""
+    folder, every = args.work / "precision", max(1, SCALES[args.scale]["pairs"] // count)
+    for part in ("lq", "gt"):
+        for file in sorted((args.work / "realsr" / "test" / part).iterdir())[::every]:
+            runs.write_atomic(folder / "test" / part / file.name, partial(shutil.copy, file))
+    setting = SimpleNamespace(**vars(args) | {"work": folder})
+    scores = {}
+    for precision in ("fp32", "bf16"):
+        result = jobs.evaluate(setting, args.start, folder / f"{precision}.json",
+                               [*args.rewards, *args.unseen, *jobs.WITH_REFERENCE], more=["--precision", precision])
+        scores[precision] = result["scores"][args.start.stem]
+    kept = {key: result[key] for key in jobs.MADE_BY}
+    runs.save_json(args.results / "precision.json", {**kept, "scores": scores})
+
+
+def train_row(args, row, where, flags):
+    """Train, evaluate, write RESULTS/<row>.json; continues an interrupted training."""
+    run, words = args.work / "runs" / row, SCALES[args.scale]["train"].split()
+    jobs.call(run.with_suffix(".log"), "train.py", "--arch", "rrdbnet", "--data", args.work / where, "--init",
+              args.start, "--vgg-weights", args.vgg_weights, *words, "--val-photos", VALIDATION, "--val-every", 0,
+              "--save-every", 50, "--log-every", 10, *flags, "--device", args.device, "--out", run, "--resume", "auto")
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [event for event in events if event["split"] == "train"]
+    if steps[-1]["step"] != samplers.last_value(words, "--total-steps"):
+        raise runs.UserError(f"{run}: training was stopped at step {steps[-1]['step']}; the same command continues")
+    losses = [{key: event[key] for key in ("step", "pix", "percep", "adv", "D_real", "D_fake") if key in event}
+              for event in steps]
+    record = record_of(judge(args, row, "--weights", run, "--names", row), row)
+    runs.save_json(args.results / f"{row}.json", {"train": [*words, *map(str, flags)], "losses": losses,
+                                                  "picked": steps[-1]["picked"], **record})
+    # 321 MB each
+    (run / "ckpt" / "last.pt").unlink()
+
+
+def tune_row(args, variant):
+    """Tune amo's first network until the gain is there; RESULTS/<row>.json."""
+    row, base = f"soft-amo-{args.seeds[0]}+{variant}", args.work / "runs" / f"soft-amo-{args.seeds[0]}"
+    if (args.results / f"{row}.json").exists():
+        return
+    run, words = args.work / "runs" / row, [*SCALES[args.scale]["tune"].split(), *VARIANTS[variant].split()]
+    jobs.call(run.with_suffix(".log"), "finetune_lora.py", "--base", base, "--reward", args.rewards[0], "--lambda-q",
+              "auto", "--milestones", *words, "--watch", "ranker", "--stop-gain", args.gain, "--save-every", 20,
+              "--log-every", 5, "--device", args.device, "--out", run, "--resume", "auto")
+    steps = lora_tuning.validations(run, args.gain)
+    state = runs.load_checkpoint(run / "ckpt" / "last.pt")
+    record = record_of(judge(args, row, "--weights", run / "weights" / "merged.pth", "--names", row), row)
+    peaks = {test: structured_noise(args, test, base.name, row) for test in TESTS}
+    runs.save_json(args.results / f"{row}.json", {
+        "tune": words, "steps": steps[-1]["step"], "gain": steps[-1]["reward"] - steps[0]["reward"],
+        "lambda_q": state["lambda_q"], "validation": steps, "structured_noise": peaks, **record})
+
+
+def outputs(args, test, row):
+    """{image: (1, 3, H, W) in [0, 1]} that evaluate.py kept."""
+    files = list_images(args.work / "outputs" / test / row)
+    return {stem: load_image(path)[None].float() / 255 for stem, path in files.items()}
+
+
+def structured_noise(args, test, before, after):
+    """{image: metrics.noise_peaks of the change}"""
+    old, new = outputs(args, test, before), outputs(args, test, after)
+    return {stem: metrics.noise_peaks(new[stem] - old[stem]).item() for stem in old}
+
+
+# Stage 4: what a filter reaches
+
+def controls(args):
+    """RESULTS/<row>.json of the start's outputs, filtered until they have amo's mean PSNR or its mean reward."""
+    amo = json.loads((args.results / f"{args.sets[0]}-amo-{args.seeds[0]}.json").read_text())["scores"]
+    reward = jobs.judge(args.rewards[0], args.metric_weights)
+    filters = {"blur": (BLURS, lambda image, sigma: gaussian_blur(image, 2 * round(3 * sigma) + 3, sigma)),
+               "unsharp": (AMOUNTS, metrics.unsharp)}
+    for name, (strengths, function) in filters.items():
+        for equal in ("psnr", "reward"):
+            row = f"start, {name} of equal {equal}"
+            file = args.results / f"{row.replace(', ', '-').replace(' ', '-')}.json"
+            if file.exists():
+                continue
+            used = {}
+            for test in TESTS:
+                metric = equal if equal == "psnr" else args.rewards[0]
+                goal = np.mean([scores[metric] for scores in amo[test].values()])
+                used[test] = filtered(args, test, row, strengths, function, goal, reward if equal == "reward" else None)
+            judged = judge(args, file.stem, "--images", args.work / "controls" / "{test}" / row)
+            runs.save_json(file, {"strength": used, **record_of(judged, row)})
+
+
+@torch.no_grad()
+def filtered(args, test, row, strengths, function, goal, reward):
+    """Filter all outputs with the strength whose mean PSNR, or mean reward, is nearest to `goal` -> what it reached."""
+    images, best = outputs(args, test, "start"), None
+    for strength in strengths:
+        changed = {stem: (function(image, strength).clamp(0, 1) * 255).round() / 255 for stem, image in images.items()}
+        means = np.mean([reward(image, None).item() if reward else
+                         metrics.psnr(image, jobs.test_pair(args.work / test, stem)[1]).item()
+                         for stem, image in changed.items()])
+        if best is None or abs(means - goal) < abs(best["reached"] - goal):
+            best, kept = {"strength": strength, "reached": float(means), "goal": float(goal)}, changed
+    for stem, image in kept.items():
+        save_image(args.work / "controls" / test / row / f"{stem}.png", image[0])
+    return best
+
+
+# Stage 5: a metric of 15 seconds an image
+
+def slow(args, count=20):
+    """RESULTS/slow.json: {row: {image: {metric: value}}} of the first seed's outputs that are here."""
+    seed, only = args.seeds[0], args.work / "slow.txt"
+    stems = list(list_images(args.work / "realsr" / "test" / "lq"))[::max(1, SCALES[args.scale]["pairs"] // count)]
+    runs.write_atomic(only, lambda path: path.write_text("\n".join(stems) + "\n"))
+    trained = [f"{where}-{sampler}-{seed}" for where in args.sets for sampler in ("orig", "amo")]
+    rows = ["start", *trained, *(f"soft-amo-{seed}+{variant}" for variant in VARIANTS)]
+    folders = [args.work / "outputs" / "realsr" / row for row in rows]
+    folders = [folder for folder in folders if folder.is_dir()]
+    setting = SimpleNamespace(**vars(args) | {"work": args.work / "realsr"})
+    judged = jobs.evaluate(setting, None, args.work / "rows" / "slow.json", args.slow,
+                           more=["--images", *folders, "--only", only])
+    kept = {key: judged[key] for key in (*jobs.MADE_BY, "lower_is_better")}
+    runs.save_json(args.results / "slow.json", {**kept, "scores": judged["scores"]})
+
+
+# Stage 6: report
+
+def report(args):
+    """RESULTS.json: means, differences with verdicts, per test; the tables; RESULTS.png where outputs are here."""
+    files = {path.stem: json.loads(path.read_text()) for path in args.results.glob("*.json")
+             if path.stem not in ("picks", "precision", "slow")}
+    groups = {}
+    for name in files:
+        trained = name.rpartition("-")[2].isdigit()
+        groups.setdefault(name.rpartition("-")[0] if trained else name, []).append(name)
+    lower = files["start"]["lower_is_better"]
+    summary = {"command": sys.argv, **runs.describe_machine(), "lower_is_better": lower, "metrics": list(lower),
+               "rows": {group: len(names) for group, names in groups.items()}}
+    for test in TESTS:
+        stems = sorted(files["start"]["scores"][test])
+        # {row: (seeds, images, metrics)}
+        scores = {group: np.array([[[files[name]["scores"][test][stem][metric] for metric in lower] for stem in stems]
+                                   for name in sorted(names)]) for group, names in groups.items()}
+        compared = {}
+        for a, b in pairs_of(groups):
+            # rows of fewer seeds are compared on those
+            n = min(len(scores[a]), len(scores[b]))
+            compared[f"{a} - {b}"] = {metric: tables.difference(scores[a][:n, :, k], scores[b][:n, :, k])
+                                      for k, metric in enumerate(lower)} | {"seeds": n}
+        noise = {group: float(np.mean([list(files[name]["structured_noise"][test].values()) for name in names]))
+                 for group, names in groups.items() if "structured_noise" in files[names[0]]}
+        summary[test] = {"images": len(stems), "mean": {row: v.mean((0, 1)).tolist() for row, v in scores.items()},
+                         "differences": compared, "structured_noise": noise}
+    runs.save_json(args.results.with_suffix(".json"), summary)
+    for test in TESTS:
+        print(table(summary, test))
+    if (args.work / "outputs").is_dir():
+        picture(args)
+
+
+def picture(args):
+    """RESULTS.png: parts of test images, enlarged twice: LR, start, the first seed of some rows, reference."""
+    (names, side), seed, cells = PICTURE, args.seeds[0], []
+    rows = ["start", f"soft-orig-{seed}", f"soft-amo-{seed}", *(f"soft-amo-{seed}+{variant}" for variant in VARIANTS)]
+    rows = [row for row in rows if (args.work / "outputs" / "sets" / row).is_dir()]
+    for stem in names:
+        lq, gt = jobs.test_pair(args.work / "sets", stem)
+        images = {"LR": lq.repeat_interleave(4, 2).repeat_interleave(4, 3)}
+        images |= {row: outputs(args, "sets", row)[stem] for row in rows} | {"reference": gt}
+        y, x = ((n - side) // 2 for n in gt.shape[2:])
+        cells.append([(pictures.enlarged_crop(image, y, x, side, 2), name) for name, image in images.items()])
+    pictures.save_grid(args.results.with_suffix(".png"), cells)
+
+
+def pairs_of(groups):
+    """The differences that were fixed before the runs, of the rows that are there."""
+    chosen = []
+    for where in SETS:
+        orig, rand, sma, amo = (f"{where}-{sampler}" for sampler in ("orig", "rand", "sma", "amo"))
+        chosen += [(amo, orig), (amo, rand), (rand, orig), (amo, sma)]
+        chosen += [(row, "start") for row in groups if row.startswith(f"{where}-")]
+        chosen += [(row, orig) for row in groups if row.startswith(f"{amo}-")]
+    tuned = [row for row in groups if "+" in row]
+    chosen += [(row, row.partition("+")[0].rpartition("-")[0]) for row in tuned]
+    chosen += [(row, other) for row in tuned for other in tuned if row.endswith("+naive") and "+lora" in other]
+    chosen += [(row, "start") for row in groups if row.startswith("start-")]
+    return [(a, b) for a, b in dict.fromkeys(chosen) if a in groups and b in groups]
+
+
+def table(summary, test):
+    """Markdown: means, then differences with their intervals."""
+    lower, part = summary["lower_is_better"], summary[test]
+    digits = [tables.digits([values[k] for values in part["mean"].values()]) for k in range(len(lower))]
+    head = [f"{test}, {part['images']} images", *(tables.heading(name, lower[name]) for name in lower)]
+    means = [[f"{row} ({summary['rows'][row]})", *(f"{value:.{d}f}" for value, d in zip(values, digits))]
+             for row, values in part["mean"].items()]
+    differences = [[f"{pair} ({found['seeds']})", *(tables.difference_cell(found[name], d)
+                                                    for name, d in zip(lower, digits))]
+                   for pair, found in part["differences"].items()]
+    return runs.markdown(head, means) + "\n\n" + runs.markdown(head, differences)
+
+
+def main(args):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    if args.stages != ["report"]:
+        for path in [*args.photos, args.pairs, *args.test_photos, args.start, *args.enhancers, args.vgg_weights]:
+            if not path.exists():
+                command = f"; {runs.how_to_get(path)}" if path in (args.start, *args.enhancers) else ""
+                raise runs.UserError(f"{path}: not there; docs/data.md says where it comes from, --help which flag "
+                                     f"names another{command}")
+    left = {row: words for row, words in plan(args).items() if not (args.results / f"{row}.json").exists()}
+    if "data" in args.stages:
+        prepare(args)
+    if "train" in args.stages:
+        add_start(args)
+        jobs.parallel(args.jobs, [partial(train_row, args, row, *words) for row, words in left.items()])
+    if "tune" in args.stages:
+        jobs.parallel(args.jobs, [partial(tune_row, args, variant) for variant in VARIANTS])
+    if "controls" in args.stages:
+        controls(args)
+    if "slow" in args.stages and args.slow:
+        slow(args)
+    if "report" in args.stages:
+        report(args)
+
+
+if __name__ == "__main__":
+    runs.cli(partial(main, ARGS))

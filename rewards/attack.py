@@ -1,0 +1,132 @@
+"""How easily is a reward fooled? Projected gradient ascent on its score, in pixels, within 1, 2 and 4 grey levels.
+
+    python -m rewards.attack --reward ranker runs/rewards/clive.pth --images PHOTOS --out-json attack.json
+
+A gain is given in units of D, the reward's mean score of the photographs less that of their bicubic images (x4 down and
+up again): +1 says that a change nobody sees is worth as much as all the detail that bicubic interpolation loses. Two
+starts: the photographs, and their bicubic images. Each attack takes 10 steps of a quarter of the limit along the sign
+of the gradient (Madry et al., ICLR 2018), from a random point within the limit; the result is rounded to 8 bits. With
+several rewards the images found on each are judged by all others: what transfers fools more than one model.
+"""
+import sys
+from pathlib import Path
+
+import runs
+
+
+def parse_args(argv=None):
+    p = runs.Parser(description=__doc__)
+    p.add_argument("--reward", nargs="+", required=True, metavar="NAME", help="differentiable rewards, as for train.py")
+    p.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
+    p.add_argument("--count", type=runs.SIZE, default=10, help="at most so many photographs, the first by name")
+    p.add_argument("--crop", type=runs.number(int, 32), default=256, help="side of their centre crops, pixels")
+    p.add_argument("--levels", type=runs.RATE, nargs="+", default=[1, 2, 4],
+                   help="limits of the change of every value, grey levels")
+    p.add_argument("--steps", type=runs.SIZE, default=10, help="steps of an attack")
+    p.add_argument("--seed", type=runs.COUNT, default=0, help="of the random points")
+    p.add_argument("--out-json", type=Path, help="write the numbers here")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it runs")
+    p.add_argument("--threads", type=runs.COUNT, default=0, help="CPU threads (0: PyTorch's choice)")
+    return p.parse_args(argv)
+
+
+# before the imports that take seconds, so that --help answers at once
+ARGS = parse_args() if __name__ == "__main__" else None
+
+import numpy as np
+import torch
+
+import degradations
+import iqa
+from images import list_images, load_image
+from rewards.harden import bicubic
+from rewards.train_ranker import training_photos
+
+
+def ascend(score, start, level, steps, seed):
+    """Projected gradient ascent -> (B, 3, H, W) 8-bit images within `level` grey levels of the 8-bit `start`.
+
+    score: (B, 3, H, W) in [0, 1] -> (B,). Every step is a quarter of the limit along the gradient's sign.
+    """
+    limit = level / 255
+    noise = torch.rand(start.shape, generator=torch.Generator().manual_seed(seed)).to(start.device)
+    x = (start + (2 * noise - 1) * limit).clamp(0, 1)
+    for _ in range(steps):
+        x.requires_grad_()
+        gradient = torch.autograd.grad(score(x).sum(), x)[0]
+        x = x.detach() + gradient.sign() * limit / 4
+        x = torch.minimum(torch.maximum(x, start - limit), start + limit).clamp(0, 1)
+    return degradations.to_8bit(x)
+
+
+def measure(rewards, photos, levels, steps=10, seed=0, batch=5):
+    """{name: {"photo", "bicubic", "D", "gains"}} of {name: reward}. photos: (N, 3, H, W), 8-bit.
+
+    gains: {start: {level: {judge: N changes of the judge's score}}}, the judges being all rewards. Not divided by D.
+    """
+    starts = {"photo": photos, "bicubic": bicubic(photos)}
+
+    def score(reward, images):
+        with torch.no_grad():
+            return torch.cat([reward(part) for part in images.split(batch)])
+    before = {name: {start: score(reward, x) for start, x in starts.items()} for name, reward in rewards.items()}
+    table = {}
+    for name, reward in rewards.items():
+        gains = {}
+        for start, x in starts.items():
+            for level in levels:
+                found = torch.cat([ascend(reward, part, level, steps, seed + k)
+                                   for k, part in enumerate(x.split(batch))])
+                gains.setdefault(start, {})[f"{level:g}"] = {
+                    judge: (score(other, found) - before[judge][start]).tolist() for judge, other in rewards.items()}
+        means = {start: value.mean().item() for start, value in before[name].items()}
+        table[name] = means | {"D": means["photo"] - means["bicubic"], "gains": gains}
+    return table
+
+
+def in_units(table):
+    """Rows of mean gains in units of the judge's own D: {(attacked, judge): {start level: gain}}. NaN for a D <= 0."""
+    rows = {}
+    for name, entry in table.items():
+        for start, levels in entry["gains"].items():
+            for level, judges in levels.items():
+                for judge, gains in judges.items():
+                    d = table[judge]["D"]
+                    value = float(np.mean(gains)) / d if d > 0 else float("nan")
+                    rows.setdefault((name, judge), {})[f"{start} {level}"] = value
+    return rows
+
+
+def read_photos(folder, count, crop):
+    """Centre crops of the first photographs of a folder (None: scikit-image's) that are large enough: (N, 3, ...)."""
+    if folder is None:
+        photos = [degradations.to_8bit(photo)[0] for photo in training_photos()]
+    else:
+        photos = [load_image(path, rgb=True).float() / 255 for path in list_images(folder).values()]
+    photos = [photo for photo in photos if min(photo.shape[1:]) >= crop][:count]
+    if not photos:
+        raise runs.UserError(f"--images {folder}: no photograph of at least {crop} x {crop} pixels; take a smaller "
+                             "--crop")
+    middle = [[(n - crop) // 2 for n in photo.shape[1:]] for photo in photos]
+    return torch.stack([photo[:, top:top + crop, left:left + crop] for photo, (top, left) in zip(photos, middle)])
+
+
+def main(args):
+    runs.check_output(args.out_json, "--out-json")
+    device = runs.start_world(args.device, args.threads).device
+    rewards = {word: iqa.create_reward([word], device, need_gradient=True) for word in args.reward}
+    photos = read_photos(args.images, args.count, args.crop).to(device)
+    table = measure(rewards, photos, args.levels, args.steps, args.seed)
+    columns = [f"{start} {level:g}" for start in ("photo", "bicubic") for level in args.levels]
+    rows = [[attacked, judge, f"{table[judge]['D']:.1f}", *(f"{gains[column]:+.2f}" for column in columns)]
+            for (attacked, judge), gains in in_units(table).items()]
+    print(f"{len(photos)} photographs; gains in units of the judge's D, by start and grey levels")
+    print(runs.markdown(["attacked", "judge", "D", *columns], rows))
+    if args.out_json:
+        runs.save_json(args.out_json, {
+            "command": sys.argv, **runs.describe_machine(device.type == "cpu"), "photos": len(photos),
+            "crop": args.crop, "steps": args.steps, "seed": args.seed, "rewards": table})
+
+
+if __name__ == "__main__":
+    runs.cli(lambda: main(ARGS))

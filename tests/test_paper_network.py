@@ -1,0 +1,118 @@
+"""experiments/paper_network.py: what is compared with what, the controls, the whole queue in small."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import archs
+import metrics
+import runs
+import train
+from experiments import jobs, paper_network
+from images import load_image, save_image
+
+
+@pytest.mark.fast
+def test_the_plan_has_three_seeds_of_three_samplers_and_one_of_the_rest():
+    args = paper_network.parse_args(["--rewards", "runs/opinion.pth", "rewards.cnniqa:build", "ranker"])
+    plan = paper_network.plan(args)
+    assert len(plan) == 2 * (9 + 3)
+    assert list(plan)[:3] == ["soft-orig-0", "soft-amo-0", "soft-rand-0"]
+    assert plan["sharp-amo-2"] == ("sharp", ["--sampler", "amo", "--reward", "runs/opinion.pth", "--seed", 2])
+    assert plan["soft-amo-cnniqa-0"][1][3] == "rewards.cnniqa:build" and "soft-amo-cnniqa-1" not in plan
+    for scale in paper_network.SCALES.values():
+        for _, flags in plan.values():
+            given = train.parse_args(["--arch", "rrdbnet", *scale["train"].split(), *map(str, flags)])
+            assert 0 < given.d_warmup < given.total_steps and given.milestones == []
+
+
+@pytest.mark.fast
+def test_the_differences_are_the_ones_fixed_before_the_runs():
+    groups = ["start", "soft-orig", "soft-rand", "soft-amo", "soft-sma", "soft-amo-ranker", "soft-amo-0+lora4",
+              "soft-amo-0+naive", "start-blur-of-equal-psnr"]
+    pairs = paper_network.pairs_of(groups)
+    for pair in (("soft-amo", "soft-orig"), ("soft-amo", "soft-rand"), ("soft-rand", "soft-orig"),
+                 ("soft-amo", "start"), ("soft-amo-ranker", "soft-orig"), ("soft-amo-0+lora4", "soft-amo"),
+                 ("soft-amo-0+naive", "soft-amo-0+lora4"), ("start-blur-of-equal-psnr", "start")):
+        assert pair in pairs, pair
+    assert len(set(pairs)) == len(pairs) and all(a != b for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, vgg_file, forked_call):
+    """Flags after every stage on two photographs with a small network and two steps a run, real scripts."""
+    folder = tmp_path_factory.mktemp("paper_network")
+    from skimage import data as photos
+    for name in ("astronaut", "coffee"):
+        image = torch.from_numpy(getattr(photos, name)()[64:256, 128:320].copy()).permute(2, 0, 1)
+        save_image(folder / "photos" / f"{name}.png", image)
+        save_image(folder / "test" / f"{name}.png", image[:, :130, :150])
+        save_image(folder / "pairs" / f"{name}_HR.png", image[:, :128, :128])
+        save_image(folder / "pairs" / f"{name}_LR.png", image[:, :128:4, :128:4])
+    start, enhancer = folder / "start.pth", folder / "enhancer.pth"
+    torch.manual_seed(0)
+    runs.save_weights(start, archs.create("rrdbnet-small").state_dict())
+    runs.save_weights(enhancer, archs.create("compact-small").state_dict())
+    tiny = "--crop 64 --load-size 64 --batch-size 2 --group-size 2 --pool-size 4 --total-steps 2 --d-warmup 1 "
+    tiny += "--d-features 4 --workers 0 --ema-decay 0 --lr 1e-3 --milestones"
+    scale = dict(train=tiny, tune="--total-steps 8 --val-every 1 --ema-decay 0 --lambda-p 0", pairs=2, patch=96)
+    with pytest.MonkeyPatch.context() as patch:
+        # train.py keeps static scores in runs/scores
+        patch.chdir(folder)
+        patch.setattr(jobs, "call", forked_call)
+        patch.setattr(paper_network, "SCALES", {"cpu": scale})
+        patch.setattr(paper_network, "SETS", {"soft": "--shrink 0.5 --min-std 0 --min-laplacian 0".split()})
+        patch.setattr(paper_network, "VARIANTS", {"lora4": "--tune lora --rank 4 --lr 1e-2"})
+        patch.setattr(paper_network, "VALIDATION", 1)
+        patch.setattr(paper_network, "PICTURE", (["test_coffee"], 96))
+        patch.setattr(paper_network.samplers, "CROPS", 10)
+        words = ["--photos", folder / "photos", "--test-photos", folder / "test", "--pairs", folder / "pairs",
+                 "--start", start, "--enhancers", enhancer, "--rewards", "ranker", "--unseen", "--slow", "--seeds", 1,
+                 "--sets", "soft", "--gain", 0.01, "--vgg-weights", vgg_file, "--jobs", 1,
+                 "--work", folder / "work", "--results", folder / "out"]
+        args = paper_network.parse_args(list(map(str, words)))
+        paper_network.main(args)
+        yield args
+
+
+def test_the_whole_queue_in_small(small, monkeypatch):
+    summary = json.loads(small.results.with_suffix(".json").read_text())
+    trained = {f"soft-{sampler}" for sampler in ("orig", "rand", "sma", "amo")}
+    assert trained | {"start", "bicubic", "reference", "soft-amo-1+lora4"} < set(summary["rows"])
+    assert sum(row.startswith("start-") for row in summary["rows"]) == 4
+    amo = json.loads((small.results / "soft-amo-1.json").read_text())
+    assert [step["step"] for step in amo["losses"]] == [2] and "D_real" in amo["losses"][0]
+    assert sum(amo["picked"].values()) == 4
+    for test in paper_network.TESTS:
+        mean = np.mean([scores["ranker"] for scores in amo["scores"][test].values()])
+        column = summary["metrics"].index("ranker")
+        assert summary[test]["mean"]["soft-amo"][column] == pytest.approx(mean)
+        assert summary[test]["images"] == 2 and summary[test]["differences"]["soft-amo - soft-orig"]["seeds"] == 1
+    tuned = json.loads((small.results / "soft-amo-1+lora4.json").read_text())
+    assert tuned["gain"] >= 0.01 and set(tuned["structured_noise"]["sets"]) == {"test_astronaut", "test_coffee"}
+    picks = json.loads((small.results / "picks.json").read_text())["picks"]["soft"]["rewards"]["ranker"]
+    assert sum(picks["best crop (amo)"].values()) == pytest.approx(1)
+    precision = json.loads((small.results / "precision.json").read_text())["scores"]
+    assert set(precision) == {"fp32", "bf16"} and len(precision["bf16"]) == 2
+    assert small.results.with_suffix(".png").stat().st_size > 1000
+
+    def no_call(log, script, *words, **more):
+        pytest.fail(f"{script} again")
+    monkeypatch.setattr(jobs, "call", no_call)
+    paper_network.main(small)
+    assert json.loads(small.results.with_suffix(".json").read_text())["sets"] == summary["sets"]
+
+
+def test_controls_are_the_filter_whose_mean_is_nearest(small):
+    """The blur that was kept has the mean PSNR it says, and no other strength is nearer to amo's."""
+    control = json.loads((small.results / "start-blur-of-equal-psnr.json").read_text())
+    used = control["strength"]["realsr"]
+    folder = small.work / "controls" / "realsr" / "start, blur of equal psnr"
+    values = []
+    for file in sorted(folder.iterdir()):
+        gt = jobs.test_pair(small.work / "realsr", file.stem)[1]
+        values.append(metrics.psnr(load_image(file)[None].float() / 255, gt).item())
+    assert np.mean(values) == pytest.approx(used["reached"], abs=1e-4)
+    scored = [scores["psnr"] for scores in control["scores"]["realsr"].values()]
+    assert np.mean(scored) == pytest.approx(used["reached"], abs=1e-3)
