@@ -103,7 +103,11 @@ class Reward(nn.Module):
         # scores stay fp32 whatever the networks use
         with torch.autocast(x.device.type, enabled=False):
             for key, model in self.models.items():
-                score = scores_of(model, x.float()).float()
+                score = scores_of(model, x.float())
+                if not torch.is_tensor(score):
+                    raise runs.UserError(f"reward {key} returned {type(score).__name__}, expected a tensor of one "
+                                         "score per image")
+                score = score.float()
                 if score.numel() != len(x):
                     raise runs.UserError(f"reward {key} returned shape {tuple(score.shape)} for {len(x)} images, "
                                          "expected one score each")

@@ -21,7 +21,8 @@ DATA = Path("datasets/public")
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
     p.add_argument("stage", choices=["train", "ridge", "study", "report"], help="what to do")
-    p.add_argument("splits", type=runs.COUNT, nargs="*", default=list(range(10)), help="train: numbers of the splits")
+    p.add_argument("splits", type=runs.COUNT, nargs="*", default=list(range(10)),
+                   help="train: numbers of the splits; study: the split whose model is used")
     p.add_argument("--models", nargs="+", choices=["plain", "hard"], default=["plain", "hard"],
                    help="train: which; hard begins with plain, which is made if it is missing")
     p.add_argument("--clive", type=Path, default=DATA / "human" / "clive", help="folder of labels.csv and images/")
@@ -61,13 +62,13 @@ SETTINGS = {"plain": dict(epochs=3, lr=2e-4), "hard": dict(epochs=2, lr=2e-4)}
 
 
 def train(args, mos, features, split, name):
-    """One model of one split: the reward file, which has the settings and the scores in it."""
+    """One model of one split: the reward file, which has the settings in it."""
     file = args.work / f"{name}-{split}.pth"
     if file.exists():
         return file
     began, machine = time.process_time(), runs.describe_machine(on_cpu=True)
-    rows, test_rows = opinions.splits(mos["names"])[split]
-    training, test = (train_opinion.part(mos, part) for part in (rows, test_rows))
+    rows, _ = opinions.splits(mos["names"])[split]
+    training = train_opinion.part(mos, rows)
     teacher, settings = None, SETTINGS[name] | dict(crop=CROP, seed=SEED)
     if name == "hard":
         plain = train(args, mos, features, split, "plain")
@@ -80,7 +81,6 @@ def train(args, mos, features, split, name):
     record = {"arch": "mobilenet_v2", "command": sys.argv, **machine, "model": name, "split": split,
               "mos": {"file": "clive/labels.csv", "images": len(rows)}, **settings, "losses": losses,
               "seconds_of_training": round(time.process_time() - began)}
-    record["test"] = train_opinion.test_scores(net, test["images"], test["mos"].numpy())
     opinion.save(file, net, record)
     return file
 
@@ -91,7 +91,10 @@ def judge(args, mos, photos, features, split, name):
     if out.exists():
         return
     file = train(args, mos, features, split, name)
-    record = opinion.load(file)[1] | {"file_sha256": runs.digest(file)}
+    net, record = opinion.load(file)
+    record |= {"file_sha256": runs.digest(file), "judged_at": runs.describe_machine(on_cpu=True)["commit"]}
+    test = train_opinion.part(mos, opinions.splits(mos["names"])[split][1])
+    record["test"] = train_opinion.test_scores(net, test["images"], test["mos"].numpy())
     if split in ATTACKED:
         reward = iqa.create_reward([str(file)], need_gradient=True)
         record["attack"] = attack.measure({name: reward}, photos, [1, 2, 4])[name]
@@ -112,7 +115,8 @@ def ridge(args, mos, first_crops):
     sides = ("whole", *map(str, train_opinion.TEST_CROPS))
     means = {side: [] for side in sides}
     for k, image in enumerate(tqdm(mos["images"], desc="features", mininterval=5)):
-        means["whole"].append(net.features(image[None].float() / 255)[0])
+        # not standardised yet
+        means["whole"].append(net.described(image[None].float() / 255).mean((0, 1)))
         for size in train_opinion.TEST_CROPS:
             rng = np.random.default_rng([SEED, 5, size, k])
             x = train_opinion.random_crops([image] * train_opinion.REPEATS, size, rng)
@@ -177,10 +181,12 @@ def study(args):
     then judged on the pairs that contain it.
     """
     machine = runs.describe_machine(on_cpu=True)
-    files = {name: args.work / f"{name}-0.pth" for name in ("plain", "hard")}
+    split = args.splits[0]
+    files = {name: args.work / f"{name}-{split}.pth" for name in ("plain", "hard")}
     models = {name: opinion.load(file)[0] for name, file in files.items() if file.exists()}
     if "plain" not in models:
-        raise runs.UserError(f"{files['plain']}: no such model; make it with: python -m experiments.opinions train 0")
+        raise runs.UserError(f"{files['plain']}: no such model; make it with: "
+                             f"python -m experiments.opinions train {split}")
     best, _ = opinions.read_choices(args.study / "choice_of_4.csv", "observer=observer,scene=image,selected=selected",
                                     METHODS)
     pairs, _ = opinions.read_choices(args.study / "pairs.csv",
@@ -191,11 +197,11 @@ def study(args):
     with torch.no_grad():
         for name, file in tqdm(opinions.images_of(best, args.study).items(), desc="study", mininterval=5):
             x = load_image(file)[None].float() / 255
-            features = (net.features(x)[0] - net.centre) / net.spread
             for model in models:
                 values[model][name] = models[model](x).item()
             values["sharpness"][name] = sharp(x).item()
-            table[name] = (torch.tensor(values["plain"][name] / train_opinion.TEMPERATURE), features)
+            table[name] = (torch.tensor(values["plain"][name] / train_opinion.TEMPERATURE),
+                           net.described(x).mean((0, 1)))
     scenes = np.array(sorted(best.scene.unique()))
     folds = np.array_split(np.random.default_rng(SEED).permutation(scenes), 5)
 
@@ -225,8 +231,8 @@ def study(args):
                             for name, row in of_row.items()}
         left_out[method]["name of the method"] = by_name["containing"][method]
     runs.save_json(args.results / "study-judge.json", {
-        "command": sys.argv, **machine, "model": "plain-0.pth, trained on 80 % of CLIVE", "folds": len(folds),
-        "seed": SEED, "scenes": len(scenes), "choices": len(best), "pair_choices": len(pairs),
+        "command": sys.argv, **machine, "model": f"{files['plain'].name}, trained on 80 % of CLIVE",
+        "folds": len(folds), "seed": SEED, "scenes": len(scenes), "choices": len(best), "pair_choices": len(pairs),
         "ceilings": {"best": opinions.ceilings(best), "pairs": opinions.ceilings(pairs)},
         "rows": rows, "left_out": left_out})
     for name, row in rows.items():

@@ -45,7 +45,7 @@ SHOWN = ("best-worst", "1 of 2", "HPO")
 # names in pictures
 NAMES = {"base": "untuned generator", "best-worst": "best against worst",
          "1 of 8": "best eighth against worst", "1 of 4": "best quarter against worst",
-         "1 of 2": "better half against worse", "HPO": "the quarters, weighted (HPO)",
+         "1 of 2": "better half against worse", "HPO": "best quarter against worst, HPO",
          "fr": "full-reference reward", "nr": "no-reference reward"}
 # pairs beside each variant against the untuned generator
 PAIRS = [("1 of 4", "best-worst"), ("1 of 4", "1 of 8"), ("1 of 4", "1 of 2"), ("HPO", "best-worst"),

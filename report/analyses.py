@@ -493,10 +493,11 @@ def recommend(args):
     table["where_it_fails"] = share.loc[train] if train else np.nan
 
     report = Report(args.out or args.runs[0], "recommend", [run.truth for run in loaded])
-    unmeasured = [m for m, speed in speeds.items() if not speed]
+    unmeasured = [m for m, speed in speeds.items() if not speed and m.lower() not in comparing]
     rows = []
     for r in table.sort_values("accuracy", ascending=False).itertuples():
-        differentiable = "not measured" if r.Index in unmeasured else "yes" if r.differentiable else "no"
+        differentiable = ("needs a reference" if r.Index.lower() in comparing else
+                          "not measured" if r.Index in unmeasured else "yes" if r.differentiable else "no")
         rows.append([shown(r.Index), percent(r.accuracy), "yes" if r.less else "no", number(r.pm, "{:.2f}"),
                      number(r.nm, "{:.2f}"), number(r.forward, "{:.1f}"), number(r.backward, "{:.1f}"), differentiable,
                      percent(r.where_it_fails) if r.Index != train else ""])

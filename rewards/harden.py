@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import degradations
+import runs
 from rewards.train_ranker import apply, draw_style
 
 # weights of the terms
@@ -84,7 +85,11 @@ def unit(teacher, images, seed, device, draws=16):
     for _ in range(draws):
         x = photographs(images, rng).to(device)
         differences.append(teacher(degradations.to_8bit(x)) - teacher(bicubic(x)))
-    return torch.cat(differences).mean().item()
+    d = torch.cat(differences).mean().item()
+    if d <= 0:
+        raise runs.UserError(f"the model prefers bicubic images to photographs by {-d:.1f} points: train it without "
+                             "--harden and --gradient-norm first")
+    return d
 
 
 def spread(scores):

@@ -21,8 +21,11 @@ import runs
 from rewards.ranker import Ranker
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# smaller images are mirrored to this size: MobileNetV2 reduces by 32
+# the edge of smaller images is repeated up to this size: MobileNetV2 reduces by 32
 SMALLEST = 32
+# CHOICE: larger images are scored in tiles of this side, pixels, which overlap by half: the middle counts more, as in
+# the mean of random crops by which quality models are usually tested
+TILE = 256
 
 
 class MobileNetV2(nn.Module):
@@ -102,12 +105,22 @@ def download(weights):
                              "--backbone FILE") from None
 
 
+def tiles(x):
+    """Views of (B, 3, H, W) that cover it: whole sides below 1.5 TILE pixels, else parts of TILE, half overlapping."""
+    def starts(size):
+        count = math.ceil(2 * size / TILE) - 1 if size >= 1.5 * TILE else 1
+        return [round(k * (size - TILE) / (count - 1)) for k in range(count)] if count > 1 else [0]
+    h, w = (TILE if size >= 1.5 * TILE else size for size in x.shape[2:])
+    return [x[..., top:top + h, left:left + w] for top in starts(x.shape[2]) for left in starts(x.shape[3])]
+
+
 class DeepRegressor(nn.Module):
     """Quality from pooled features of an ImageNet network: (B, 3, H, W) RGB in [0, 1] -> (B,), higher is better.
 
     Every map of the backbone is described by the mean and the standard deviation of each channel, at any image size.
     The score is linear in these standardised features, plus a small MLP, in the units of the opinions (0 to 100). It
-    has no bounds, so its gradient never vanishes. Images with sides below 32 pixels are extended by mirroring.
+    has no bounds, so its gradient never vanishes. The edge of images with sides below 32 pixels is repeated; those of
+    384 pixels or more have the mean score of tiles of 256 that overlap by half.
     """
 
     def __init__(self, backbone):
@@ -130,9 +143,8 @@ class DeepRegressor(nn.Module):
         """(B, 3, H, W) -> (B, F) float32: mean and standard deviation of every channel of every map."""
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"a quality model wants (B, 3, H, W) RGB, got {tuple(x.shape)}")
-        while min(x.shape[2:]) < SMALLEST:
-            h, w = (min(max(SMALLEST - n, 0), n - 1) for n in x.shape[2:])
-            x = F.pad(x, (0, w, 0, h), mode="reflect" if max(h, w) else "replicate")
+        h, w = (max(SMALLEST - size, 0) for size in x.shape[2:])
+        x = F.pad(x, (0, w, 0, h), mode="replicate")
         pooled = []
         for maps in self.backbone((x - self.mean) / self.std):
             maps = maps.float()
@@ -141,18 +153,27 @@ class DeepRegressor(nn.Module):
             pooled += [mean, ((maps - mean[:, :, None, None]).square().mean((2, 3)) + 1e-6).sqrt()]
         return torch.cat(pooled, 1)
 
+    def described(self, x):
+        """(T, B, F): the standardised features of the tiles of (B, 3, H, W)."""
+        return torch.stack([(self.features(tile) - self.centre) / self.spread for tile in tiles(x)])
+
     def forward(self, x):
-        z = (self.features(x) - self.centre) / self.spread
+        z = self.described(x)
         with torch.autocast(x.device.type, enabled=False):
-            return self.shift + self.stretch * (self.linear(z) + self.mlp(z))[:, 0]
+            return self.shift + self.stretch * (self.linear(z) + self.mlp(z))[..., 0].mean(0)
+
+    def standardise(self, features):
+        """Have features like these (N, F) centred, each with standard deviation 1, for the head."""
+        self.centre.copy_(features.mean(0))
+        self.spread.copy_(features.std(0).clamp_min(1e-4))
 
     def start_linear(self, features, quality):
         """Begin with ridge regression of quality (N,), 0 to 100, on features (N, F) of the backbone as it is.
 
         The penalty is that of the least generalised cross-validation error (Golub, Heath and Wahba, 1979).
         """
-        centre, spread = features.mean(0), features.std(0).clamp_min(1e-4)
-        z = ((features - centre) / spread).double()
+        self.standardise(features)
+        z = ((features - self.centre.cpu()) / self.spread.cpu()).double()
         mean = quality.mean()
         target = ((quality - mean) / self.stretch.item()).double()
         values, vectors = torch.linalg.eigh(z @ z.T)
@@ -162,8 +183,6 @@ class DeepRegressor(nn.Module):
             error = ((left * projected).square().mean() / left.mean().square()).item()
             best = min(best, (error, penalty.item()))
         weight = z.T @ (vectors @ (projected / (values.clamp_min(0) + best[1])))
-        self.centre.copy_(centre)
-        self.spread.copy_(spread)
         self.shift.copy_(mean)
         with torch.no_grad():
             self.linear.weight.copy_(weight.float()[None])

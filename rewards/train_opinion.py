@@ -65,9 +65,10 @@ def parse_args(argv=None):
         p.error("nothing to learn from: give --mos, --choices or both")
     if args.harden and not (args.init and args.mos):
         p.error("--harden keeps the scale of a trained model: give --init FILE.pth, and its --mos")
+    if args.gradient_norm and not args.mos:
+        p.error("--gradient-norm is taken on the images of --mos")
     if args.mos_range[0] == args.mos_range[1]:
         p.error("--mos-range: the two ends must differ")
-    args.lr = args.lr or RATES[args.arch]
     return args
 
 
@@ -163,9 +164,9 @@ def crop_features(net, images, crop, seed, device="cpu", batch=16):
 
 def optimiser(net, lr, all_layers):
     """AdamW with a rate per part. A plain training leaves the first layers of a backbone as they are."""
+    net.requires_grad_(True)
     if not isinstance(net, opinion.DeepRegressor):
         return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-4)
-    net.requires_grad_(True)
     if not all_layers:
         net.backbone.layers[:net.backbone.FIRST].requires_grad_(False)
     groups = [{"params": [p for p in net.backbone.parameters() if p.requires_grad], "lr": lr},
@@ -185,6 +186,9 @@ def fit(net, mos=None, choices=None, epochs=5, lr=2e-4, batch_size=16, crop=224,
     count = len(mos["images"]) if mos else len(choices["images"])
     per_epoch = math.ceil(count / (batch_size if mos else CHOICES))
     total = epochs * per_epoch
+    if not total:
+        net.eval().requires_grad_(False)
+        return {}
     attacked = teacher is not None or gradient_norm > 0
     unit = harden.unit(teacher or net, mos["images"], seed, device) if attacked else None
     opt = optimiser(net, lr, all_layers=attacked)
@@ -310,6 +314,9 @@ def read_choices(path, folder, crop, columns=None, methods=None, pattern=None):
     loaded = {name: load_image(files[name], rgb=True) for name in opinions.names_of(table)}
     check_size(loaded.values(), [files[name] for name in loaded], crop)
     images = [[loaded[f"{method}/{row.scene}"] for method in row.candidates] for row in table.itertuples()]
+    for row, candidates in zip(table.itertuples(), images):
+        if len({image.shape for image in candidates}) > 1:
+            raise runs.UserError(f"--choices {path}: the images of scene {row.scene} differ in size")
     selected = [row.candidates.index(row.selected) for row in table.itertuples()]
     return {"table": table, "images": images, "selected": torch.tensor(selected)}
 
@@ -351,10 +358,15 @@ def main(args):
                                args.name_pattern)
         record["choices"] = {"file": args.choices.name, "sha256": runs.digest(args.choices),
                              "choices": len(choices["images"])}
-    settings = {"epochs": args.epochs, "lr": args.lr, "batch_size": args.batch_size, "crop": args.crop,
-                "seed": args.seed, "gradient_norm": args.gradient_norm}
-    if mos and not args.init and args.arch != "ranker":
-        net.start_linear(crop_features(net, mos["images"], args.crop, args.seed), mos["mos"])
+    settings = {"epochs": args.epochs, "lr": args.lr or RATES[record["arch"]], "batch_size": args.batch_size,
+                "crop": args.crop, "seed": args.seed, "gradient_norm": args.gradient_norm}
+    if not args.init and args.arch != "ranker":
+        seen = mos["images"] if mos else [image for images in choices["images"] for image in images]
+        features = crop_features(net, seen, args.crop, args.seed)
+        if mos:
+            net.start_linear(features, mos["mos"])
+        else:
+            net.standardise(features)
     teacher = opinion.load(args.init)[0].to(device) if args.harden else None
     record |= settings | {"harden": args.harden, "losses": fit(net, mos, choices, device=device, teacher=teacher,
                                                               **settings)}

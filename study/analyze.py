@@ -3,10 +3,8 @@
     python -m study.analyze VOTES/ --key runs/study/key.json
 
 VOTES holds the files that the raters sent back. Prints the paper's statistics (two methods) or Bradley-Terry strengths
-(more), and what was left out; writes analysis.json and two tables of the votes, pairs.csv and choices.csv:
-
-    python analyze_iqa.py score --pairs DIR/pairs.csv --columns
-        left=left,right=right,score=score,methods=left_method+right_method,photo=photo --out RUN
+(more), and what was left out; writes analysis.json and two tables of the votes for analyze_iqa.py and
+rewards.train_opinion: pairs.csv, the share per pair, and choices.csv, a row per vote. docs/study.md has the commands.
 """
 import json
 import math
@@ -65,7 +63,7 @@ def read_file(path, key):
         raise ValueError("no file of votes")
     if votes.get("study") != key["study"]:
         raise ValueError(f"of another study ({votes.get('study')}, the key is of {key['study']})")
-    if votes.get("rater") not in key["raters"]:
+    if not isinstance(votes.get("rater"), str) or votes["rater"] not in key["raters"]:
         raise ValueError(f"rater {votes.get('rater')} is not in the key")
     trials, answers = key["raters"][votes["rater"]], votes["answers"]
     if not isinstance(answers, list) or len(answers) > len(trials):
@@ -173,15 +171,15 @@ def preference(shares):
     """The paper's statistics (Supp. 12) of (n,) shares, one per rater: how often this rater preferred our method.
 
     mean, median, se (of the mean), t and p of the one-sided t test against 0.5, low and high of the 95 % interval with
-    Student's t. normal_low, normal_high: mean -+ 1.96 se, which is what the paper's [60.2, 79.1] is. NaN for one rater.
+    Student's t. normal_low, normal_high: mean -+ 1.96 se, which is what the paper's [60.2, 79.1] is. NaN for one rater,
+    and where all raters have the same share: a t test of no spread would be sure of anything.
     """
     shares = np.asarray(shares, float)
     n, mean = len(shares), float(shares.mean())
-    se = float(shares.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    t = (mean - 0.5) / se if se else math.copysign(math.inf, mean - 0.5) if mean != 0.5 else math.nan
-    width, normal = stats.t.ppf(0.975, n - 1) * se if n > 1 else math.nan, stats.norm.ppf(0.975) * se
+    se = float(shares.std(ddof=1)) / math.sqrt(n) if np.ptp(shares) else math.nan
+    t, width, normal = (mean - 0.5) / se, stats.t.ppf(0.975, n - 1) * se, stats.norm.ppf(0.975) * se
     return {"raters": n, "mean": mean, "median": float(np.median(shares)), "se": se, "t": t,
-            "p": float(stats.t.sf(t, n - 1)) if n > 1 else math.nan, "low": mean - width, "high": mean + width,
+            "p": float(stats.t.sf(t, n - 1)), "low": mean - width, "high": mean + width,
             "normal_low": mean - normal, "normal_high": mean + normal}
 
 
@@ -195,15 +193,24 @@ def power(share, raters, each, spread, level=0.05):
     return float(stats.nct.sf(stats.t.isf(level, raters - 1), raters - 1, (share - 0.5) / se))
 
 
+def over_both(won, observers, scenes):
+    """Ends of the 95 % interval of a share by a bootstrap that draws raters and photographs at once (Owen, 2007)."""
+    codes = [pd.factorize(names)[0] for names in (observers, scenes)]
+    by_rater, by_scene = (opinions.draw_clusters(code.max() + 1, seed=k)[:, code] for k, code in enumerate(codes))
+    weight = by_rater * by_scene
+    weight = weight[weight.any(1)]
+    return np.percentile(weight @ won / weight.sum(1), [2.5, 97.5]).tolist()
+
+
 def against(choices, ours):
-    """{other method: preference() of ours over it, and scene_low, scene_high: its interval over photographs}."""
+    """{other method: preference() of ours over it, and both_low, both_high: ends of over_both()}."""
     table = {}
     for other in sorted({method for both in choices.candidates for method in both} - {ours}):
         votes = choices[choices.candidates.map(set) == {ours, other}]
         won = (votes.selected == ours).astype(float)
         if len(votes):
-            _, low, high = opinions.over_clusters(won, votes.scene)
-            table[other] = preference(won.groupby(votes.observer).mean()) | {"scene_low": low, "scene_high": high,
+            low, high = over_both(won.to_numpy(), votes.observer, votes.scene)
+            table[other] = preference(won.groupby(votes.observer).mean()) | {"both_low": low, "both_high": high,
                                                                             "votes": len(votes)}
     return table
 
@@ -233,7 +240,14 @@ def pairs_table(choices, files):
 
 
 def percent(value):
-    return "" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def without_nan(value):
+    """For JSON: NaN becomes null."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def report_text(summary, raters, ours):
@@ -248,15 +262,20 @@ def report_text(summary, raters, ours):
                      f"{percent(a['high'])}] (chance 50; Kendall's u {a['u']:.2f}); the majority has "
                      f"{percent(a['majority'])} % of the votes.")
     rows = [[f"{ours} over {other}", f"{percent(r['mean'])} [{percent(r['low'])}, {percent(r['high'])}]",
-             percent(r["median"]), percent(r["se"]), f"{r['p']:.2g}",
-             f"[{percent(r['scene_low'])}, {percent(r['scene_high'])}]"] for other, r in summary["preference"].items()]
+             percent(r["median"]), percent(r["se"]), "-" if math.isnan(r["p"]) else f"{r['p']:.2g}",
+             f"[{percent(r['both_low'])}, {percent(r['both_high'])}]"] for other, r in summary["preference"].items()]
     parts.append(runs.markdown(["preferred, %", "mean over raters, 95 % interval", "median", "standard error",
-                                "one-sided p", "interval over photographs"], rows))
+                                "one-sided p", "interval over raters and photographs"], rows))
     if len(summary["strengths"]) > 2:
-        rows = [[method, f"{s['strength']:+.2f} [{s['low']:+.2f}, {s['high']:+.2f}]", f"{s['choices']}/{s['shown']}"]
+        rows = [[method, f"{s['strength']:+.2f} [{s['low']:+.2f}, {s['high']:+.2f}]".replace("+nan", "-"),
+                 f"{s['choices']}/{s['shown']}"]
                 for method, s in summary["strengths"].items()]
         parts.append(runs.markdown(["method", "Bradley-Terry strength, 95 % interval over raters and photographs",
                                     "preferred"], rows))
+        extreme = [method for method, s in summary["strengths"].items() if s["choices"] in (0, s["shown"])]
+        if extreme:
+            parts.append(f"{', '.join(extreme)}: preferred always or never, so the strength has no finite value and "
+                         "its interval says nothing.")
     return "\n\n".join(parts)
 
 
@@ -285,7 +304,7 @@ def main(args):
     opinions.write_choices(out / "choices.csv", choices)
     runs.save_json(out / "analysis.json", {
         "command": sys.argv, **runs.describe_machine(on_cpu=True), "study": key["study"], "ours": ours,
-        "left_out": left_out, "rater_table": raters.to_dict("index"), **summary})
+        "left_out": left_out, "rater_table": without_nan(raters.to_dict("index")), **without_nan(summary)})
     print(f"wrote {out}/analysis.json, pairs.csv ({len(pairs)} pairs), choices.csv ({len(choices)} votes)")
 
 

@@ -36,7 +36,7 @@ def parse_args(argv=None):
     p.add_argument("--view", choices=["slider", "flip", "side"], default="slider",
                    help="slider (paper); flip: one picture, the other while a key or button is held; side: both")
     p.add_argument("--question", default="Which picture is better?", help="what the raters are asked")
-    p.add_argument("--lossless", action="store_true", help="lossless WebP instead of quality 95; three times as large")
+    p.add_argument("--lossless", action="store_true", help="lossless WebP instead of quality 95: four times as large")
     p.add_argument("--split", action="store_true",
                    help="a file per rater, with that rater's pictures only; done anyway where one would exceed "
                         f"{LARGEST // 10**6} MB")
@@ -181,9 +181,9 @@ def main(args):
           + (f" or {low + 1}" if rest else "") + f" of {args.raters} raters")
     print(f"a rater has {count} pairs ({each}, {count - each} of them again or as checks), "
           f"about {max(1, round(count * 10 / 60))} minutes")
-    sizes = [(args.out / f).stat().st_size for f in sorted(f.name for f in args.out.glob("study*.html"))]
+    largest = max(file.stat().st_size for file in args.out.glob("study*.html"))
     what = f"{len(groups)} files study-NUMBER.html" if split else "study.html"
-    print(f"{args.out}: {what}, {'up to ' if split else ''}{max(sizes) / 1e6:.1f} MB, for the raters; keep key.json "
+    print(f"{args.out}: {what}, {'up to ' if split else ''}{largest / 1e6:.1f} MB, for the raters; keep key.json "
           f"from them. Their files come into a folder: python -m study.analyze VOTES --key {args.out / 'key.json'}")
 
 

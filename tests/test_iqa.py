@@ -37,6 +37,10 @@ def darkness(device):
     score.lower_better = True
     return score
 
+def list_of_numbers(device):
+    return lambda x: x.mean((1, 2, 3)).tolist()
+
+
 def one_for_all(device):
     return lambda x: x.mean().expand(2)
 
@@ -141,6 +145,7 @@ def test_scores_stay_fp32_under_autocast(own):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("word, gradient, match", [
+    ("my_rewards:list_of_numbers", False, "returned list, expected a tensor of one score per image"),
     ("my_rewards:one_for_all", False, r"returned shape \(2,\) for 1 images"),
     ("my_rewards:nan", False, "score on a photograph is not finite"),
     ("my_rewards:absent", False, "absent.*PYTHONPATH"),

@@ -169,6 +169,20 @@ def test_pooled_features_are_means_and_deviations_and_any_size_is_taken(reward_f
 
 
 @pytest.mark.fast
+def test_large_images_have_the_mean_score_of_tiles_that_cover_them(reward_file):
+    net = reward_file[1]
+    x = torch.rand(1, 3, 400, 300, generator=torch.Generator().manual_seed(0))
+    expected = (net(x[:, :, :256]) + net(x[:, :, 72:328]) + net(x[:, :, 144:])) / 3
+    assert torch.allclose(net(x), expected, atol=1e-3)
+    seen = torch.zeros(1, 1, 1020, 676)
+    for tile in opinion.tiles(seen):
+        assert tile.shape == (1, 1, 256, 256)
+        tile += 1
+    assert seen.min() == 1 and seen[..., 300:700, 300:400].min() >= 4 and len(opinion.tiles(seen)) == 35
+    assert len(opinion.tiles(torch.zeros(1, 3, 383, 200))) == 1
+
+
+@pytest.mark.fast
 def test_a_reward_file_is_a_reward_like_any_other(reward_file):
     file, net = reward_file
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -307,6 +321,19 @@ def test_the_command_trains_judges_and_names_what_is_wrong(script, tmp_path):
     assert record["arch"] == "ranker" and record["mos"]["images"] == 24 and record["test"]["images"] == 6
     assert set(record["test"]["crops"]) == {"96", "128", "192", "256"} or record["test"]["whole"]
     assert {"commit", "torch", "seed", "command"} <= set(record)
+    # from a file, and from choices alone
+    for method, level in (("dark", 60), ("light", 190)):
+        for k, image in enumerate(gray([level, level + 10], 80)):
+            save_image(tmp_path / "study" / method / f"{k}.png", image)
+    (tmp_path / "choices.csv").write_text(
+        "observer,scene,candidates,selected\n1,0,dark|light,dark\n1,1,light|dark,dark\n2,1,light|dark,none\n")
+    done = script("rewards.train_opinion", "--init", tmp_path / "bright.pth", "--choices", tmp_path / "choices.csv",
+                  "--choice-images", tmp_path / "study", "--crop", 64, "--epochs", 1, "--out", tmp_path / "judge.pth")
+    assert "1 choices left out" in done.stdout
+    judge, record = opinion.load(tmp_path / "judge.pth")
+    assert record["lr"] == train_opinion.RATES["ranker"] and record["init"]["mos"]["images"] == 24
+    assert any(not torch.equal(a, b) for a, b in zip(
+        judge.parameters(), opinion.load(tmp_path / "bright.pth")[0].parameters()))
     for words, message in ((["--crop", 96], "less than a crop"), (["--harden"], "--init"),
                            (["--mos-images", tmp_path / "none"], "none")):
         failed = script("rewards.train_opinion", *flags, *words, "--out", tmp_path / "x.pth", check=False)
@@ -342,6 +369,8 @@ def test_negatives_are_worse_by_more_at_higher_severity_and_bicubic_loses_detail
         rows.append((u, (y - x).square().mean().sqrt().item() * 255))
     u, distance = np.array(rows).T
     assert distance.min() > 0.3 and stats.spearmanr(u, distance).statistic > 0.5
+    with pytest.raises(runs.UserError, match="prefers bicubic images"):
+        harden.unit(lambda z: -z.diff(dim=3).abs().mean((1, 2, 3)), [(x[0] * 255).byte()], 0, "cpu", draws=1)
     board = harden.checkerboard(8, 8, 2)[0, 0]
     assert board[0, 0] == 1 and (board[:, 1:] == -board[:, :-1]).all() and (board[1:] == -board[:-1]).all()
 
