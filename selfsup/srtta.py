@@ -174,6 +174,9 @@ class Classifier(nn.Module):
         self.layers = nn.ModuleList([nn.Conv2d(3, width, 5, 1, 2), nn.Conv2d(width, width, 3, 2, 1),
                                      nn.Conv2d(width, 2 * width, 3, 2, 1), nn.Conv2d(2 * width, 2 * width, 3, 2, 1)])
         self.head = nn.Linear(4 * width, len(TYPES))
+        for layer in self.layers:
+            # PyTorch's default makes the signal smaller from layer to layer, and short trainings end with no verdict
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def forward(self, lq):
         # differences of neighbours, which degradations change, brought to about unit size
