@@ -24,8 +24,7 @@ def main(args):
     options.make_demo_start([options.DEMO_SR], runs.World(0, 1, "cpu"), "auto", args.total_steps)
     shorter = ["--total-steps", args.total_steps] if args.total_steps else []
     options.run("selfsup.pretrain", "--demo", "--resume", "auto", *shorter)
-    # what a shortened pre-training leaves is refused otherwise
-    options.run("selfsup.finetune", "--demo", "--resume", "auto", *shorter, *(["--force"] if shorter else []))
+    options.run("selfsup.finetune", "--demo", "--resume", "auto", *shorter)
     options.run("evaluate.py", "--protocol", "whole-y", "--weights", options.DEMO_SR, options.DEMO_TUNED,
                 "--lq", options.DEMO_DOMAIN / "lq", "--gt", options.DEMO_DOMAIN / "gt",
                 "--metrics", "ranker", "piqe", "psnr", "ssim", "--out-json", f"{options.DEMO_TUNED}.json")

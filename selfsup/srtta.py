@@ -174,10 +174,13 @@ class Classifier(nn.Module):
         self.layers = nn.ModuleList([nn.Conv2d(3, width, 5, 1, 2), nn.Conv2d(width, width, 3, 2, 1),
                                      nn.Conv2d(width, 2 * width, 3, 2, 1), nn.Conv2d(2 * width, 2 * width, 3, 2, 1)])
         self.head = nn.Linear(4 * width, len(TYPES))
+        for layer in self.layers:
+            # PyTorch's default makes the signal smaller from layer to layer, and short trainings end with no verdict
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def forward(self, lq):
-        # differences of neighbours: what degradations change
-        x = 4 * (lq - F.avg_pool2d(F.pad(lq, (1, 1, 1, 1), mode="replicate"), 3, 1))
+        # differences of neighbours, which degradations change, brought to about unit size
+        x = 12 * (lq - F.avg_pool2d(F.pad(lq, (1, 1, 1, 1), mode="replicate"), 3, 1))
         for layer in self.layers:
             x = F.relu(layer(x))
         return self.head(torch.cat([x.mean((2, 3)), x.square().mean((2, 3)).add(1e-6).sqrt()], 1))
@@ -192,10 +195,10 @@ def train_classifier(clean, side, steps, seed, device, batch=32):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Classifier().to(device)
-    opt = torch.optim.Adam(net.parameters(), lr=1e-3)
+    opt = torch.optim.Adam(net.parameters())
     side = min(side, *(length for image in clean for length in image.shape[2:]))
     for step in range(steps):
-        opt.param_groups[0]["lr"] = 1e-3 * (1 + np.cos(np.pi * step / steps)) / 2
+        opt.param_groups[0]["lr"] = 2e-3 * (1 + np.cos(np.pi * step / steps)) / 2
         seeds = rng.integers(2 ** 62, size=batch)
         images = torch.cat([draw_patches(clean[rng.integers(len(clean))], side, [seed]) for seed in seeds])
         labels = (rng.random((batch, 3)) < 0.6) & (rng.random((batch, 1)) < 0.75)

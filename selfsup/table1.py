@@ -121,8 +121,9 @@ def make_rows(args):
             "kernelgan-real")
     if "+SRTTA" in args.rows:
         places["+SRTTA"] = args.out / "srtta"
+        # CHOICE: photographs of a camera have all three; a classifier that sees none would leave the network as it is
         run("srtta", "--sr", args.sr, "--lr-dir", args.lq, "--clean", args.hr, "--out", places["+SRTTA"],
-            "--resume", "auto")
+            "--resume", "auto", "--types", "blur", "noise", "jpeg")
         places["online"] = places["+SRTTA"] / "online"
     for row, arch, rec in (("+LWay", "lway", args.rec_lway), ("+full", "hra", args.rec)):
         if row not in args.rows:

@@ -758,6 +758,7 @@ def test_what_has_not_learned_is_refused(photos, trained, tmp_path):
     attempt("good", psnr=30.0)
     attempt("without", "--no-far", explained=0.1)
     attempt("forced", "--force", psnr=20.0, explained=0.1)
+    assert (tmp_path / "forced" / "log.txt").read_text().count("WARNING, forced although it") == 3
     # of before: unknown
     attempt("old", held_out=None)
     log = (tmp_path / "good" / "log.txt").read_text()
