@@ -64,6 +64,15 @@ PRESETS = {
         REALESRGAN | dict(kernel_sizes=(21,), sinc_prob=0.0, families=dict(iso=0.5, aniso=0.5), blur_sigma=(0.2, 4.0),
                           resize_prob=(0.0, 0.0, 1.0), resize_range=(1.0, 1.0), gaussian_sigma=(0, 6),
                           gaussian_prob=1.0, poisson_scale=(0.0, 0.1), jpeg_quality=(60, 95))]),
+    # CHOICE, of no paper: a camera's order, for self-supervision: blur on the HR grid, noise and JPEG on that of the LR
+    # image. realesrgan shrinks after most of its noise, of which an LR image keeps 1 grey level (median of 240 draws)
+    "lr-grid": dict(pad_kernels_to=21, final_sinc_prob=0.0, final_sinc_sizes=(3,), rounds=[
+        REALESRGAN | dict(kernel_sizes=(21,), sinc_prob=0.0, families=dict(iso=0.5, aniso=0.5), blur_sigma=(0.2, 4.0),
+                          resize_prob=(0.0, 0.0, 1.0), resize_range=(1.0, 1.0), gaussian_prob=1.0,
+                          gaussian_sigma=(0, 0), poisson_scale=(0.0, 0.0), jpeg_quality=(99, 99.9)),
+        REALESRGAN | dict(kernel_sizes=(3,), blur_prob=0.0, blur_sigma=(0.2, 0.3), resize_prob=(0.0, 0.0, 1.0),
+                          resize_range=(1.0, 1.0), gaussian_prob=0.7, gaussian_sigma=(0, 12),
+                          poisson_scale=(0.0, 1.0), jpeg_quality=(20, 95))]),
     # Real-ESRGAN options
     "realesrgan": dict(pad_kernels_to=21, final_sinc_prob=0.8, final_sinc_sizes=tuple(range(7, 22, 2)), rounds=[
         REALESRGAN | dict(blur_sigma=(0.2, 3.0), resize_prob=(0.2, 0.7, 0.1), resize_range=(0.15, 1.5),

@@ -711,8 +711,8 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         with says_where(path):
-            # torch.save, Pillow and libvips hide what the system said
-            if isinstance(error, Exception) and not getattr(error, "errno", None) and temporary.exists():
+            # torch.save hides what the system said
+            if isinstance(error, RuntimeError):
                 with open(temporary, "ab", buffering=0) as f:
                     f.write(bytes(2 ** 20))
                     os.fsync(f.fileno())

@@ -197,11 +197,11 @@ def study(args):
     with torch.no_grad():
         for name, file in tqdm(opinions.images_of(best, args.study).items(), desc="study", mininterval=5):
             x = load_image(file)[None].float() / 255
+            z = net.described(x)
             for model in models:
-                values[model][name] = models[model](x).item()
+                values[model][name] = (net.head(z) if model == "plain" else models[model](x)).item()
             values["sharpness"][name] = sharp(x).item()
-            table[name] = (torch.tensor(values["plain"][name] / train_opinion.TEMPERATURE),
-                           net.described(x).mean((0, 1)))
+            table[name] = torch.tensor(values["plain"][name] / train_opinion.TEMPERATURE), z.mean((0, 1))
     scenes = np.array(sorted(best.scene.unique()))
     folds = np.array_split(np.random.default_rng(SEED).permutation(scenes), 5)
 

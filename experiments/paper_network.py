@@ -254,6 +254,8 @@ def tune_row(args, variant):
     row, base = f"soft-amo-{args.seeds[0]}+{variant}", args.work / "runs" / f"soft-amo-{args.seeds[0]}"
     if (args.results / f"{row}.json").exists():
         return
+    if not base.exists():
+        raise runs.UserError(f"{base}: not there; remove {args.results / base.name}.json, and `train` makes it again")
     run, words = args.work / "runs" / row, [*SCALES[args.scale]["tune"].split(), *VARIANTS[variant].split()]
     jobs.call(run.with_suffix(".log"), "finetune_lora.py", "--base", base, "--reward", args.rewards[0], "--lambda-q",
               "auto", "--milestones", *words, "--watch", "ranker", "--stop-gain", args.gain, "--save-every", 20,

@@ -1,32 +1,36 @@
-"""Does HR-aware self-supervision help, and which part of it? One resumable queue on images whose ground truth is kept.
+"""Does HR-aware self-supervision help the network it was made for, and which part of it? One resumable queue.
 
     python -m experiments.self_supervision                       all stages; resumes where it stopped
-    python -m experiments.self_supervision finetune report       some of them
+    python -m experiments.self_supervision tune report           some of them
 
-data      photographs for pre-training; the test photographs and as many others under one hidden degradation
-          (prepare.degrade, camera): "domain", which networks are adapted to, and "held", which nothing is adapted to
-pretrain  for every seed one reconstruction network each: LWay, baseline, + controller, + FAR, both, and variants
+data      photographs for pre-training; the test photographs under two hidden degradations (prepare.degrade, camera):
+          "inside" what pre-training draws (lr-grid) and "outside" of it; 20 pairs of RealSR
+pretrain  for every seed one reconstruction network each: LWay, baseline, + controller, + FAR, both
 probe     the paper's Fig. 7 (baseline, + controller) and Fig. 8 (+ FAR) on photographs that pre-training did not see
-finetune  the network --sr adapted with each of them, and with "both" and the other sign of the controller (Table 4);
-          the number of steps is the same for all
-real      "both" and LWay of the first seed, adapted to real photographs without ground truth: outputs as a page
+tune      RealESRGAN_x4plus adapted to every domain with each of them, and with "both" and the other sign of the
+          controller (Table 4); the compact network with "both" as one row
+controls  the start's outputs, blurred and sharpened until their PSNR is nearest to that of "both"
+precision start and "both" in fp32 on ten images, since everything else is scored in bf16
 report    the results as JSON, plots, and tables
 
-The analysis was fixed before the runs. A difference is the mean over images of (mean over seeds of A - B). It is in
-bold when its 95 % BCa interval over the images excludes zero, every seed has its sign, and a paired t test has p <
-0.05 (report.tables). 100 steps of 2e-5 move a weight about as far as the paper's 300 to 600 of 2e-6 to 5e-6.
-Hypotheses of the paper: the method beats the network before tuning on PSNR and on no-reference quality (Table 1); +
-controller and + FAR each beat the baseline perceptually (Table 2); a controller of the other sign is worse (Table 4);
-without a controller half a blur reconstructs better than the true image, with it this stops (Fig. 7); FAR is larger
-for degraded images (Fig. 8). Widths, patches and steps are those of a CPU, and VGG19's features stand for LPIPS and
-CLIP: no number here is the paper's.
-
-Added after results were known. Eq. 8 asks R for s of about 0.9, and pre-training with noise of 0.1 had shown it 0.2 +-
-0.13. "shifted" keeps s where R was trained. "controller-noise1", "both-noise1" and "flipped-noise1" have the paper's
-noise of 1. This noise is drawn for each of the 512 numbers, so along an embedding it changes s by only some 0.08
-(sqrt(3 / 512)), and R still never sees 0.9; it teaches R that the direction of an embedding cannot be relied on. The
-last two also have a fifth of the automatic weight of FAR (2.4e-3), which had left three of six networks below bicubic
-down-sampling: compare them with controller-noise1 and with each other, not with "both".
+PRE-REGISTERED before any run, after a first experiment (docs/results-selfsup.md) that adapted a network with a
+pixel-shuffle tail, moved its weights further than the paper can, in a domain that pre-training had not seen. A
+difference is the mean over images of (mean over seeds of A - B). It is in bold when its 95 % BCa interval over the
+images excludes zero, every seed has its sign, and a paired t test has p < 0.05 (report.tables). Three seeds for
+"baseline" and "both", one for the others: a difference takes the seeds that both have. 100 steps of 5e-6 with EMA 0.95
+move the averaged weights by at most 4.1e-4, within the paper's 8e-5 to 7.5e-4; the report has the largest movement.
+Hypotheses, each per domain:
+1. both - before: PSNR up, VGG distance down (Table 1); LWay - before: PSNR up.
+2. controller - baseline and FAR - baseline: VGG distance down (Table 2).
+3. both - flipped: PSNR up or VGG distance down (Table 4).
+4. both - blur control and both - unsharp control: VGG distance down. If not, adaptation did no more than a filter.
+5. Fig. 7: without a controller half a blur reconstructs better than the true image, with Eq. 8 this stops. Fig. 8: FAR
+   is larger for degraded images, blur included.
+6. Gains are larger inside than outside.
+No network is left out (--force), but one that does not beat bicubic down-sampling, or a FAR whose T predicts less than
+half of the descriptors' energy, counts as not tested: the report shows both.
+PSNR and SSIM are on Y; VGG19's features stand for LPIPS and CLIP; NIQE is reported and decides nothing. Networks,
+patches and steps of stage 1 are those of a CPU: no number here is the paper's.
 """
 import shlex
 from pathlib import Path
@@ -34,29 +38,38 @@ from pathlib import Path
 import runs
 
 DATA = Path(runs.literal("experiments/jobs", "DATA"))
-STAGES = ("data", "pretrain", "probe", "finetune", "real", "report")
+STAGES = ("data", "pretrain", "probe", "tune", "controls", "precision", "report")
+# flags of prepare.degrade; lr-grid draws sigmas up to 4, noise up to 12 grey levels, quality from 20
+DOMAINS = {"inside": "--blur 2.5 1.2 --angle 30 --noise 5 --jpeg 60",
+           "outside": "--blur 5 2 --angle 30 --noise 16 --jpeg 15"}
 # flags of pretrain
 PRETRAIN = {"LWay": "--arch lway", "baseline": "--s-rule one --no-far", "controller": "--no-far", "FAR": "--s-rule one",
-            "both": "", "controller-noise1": "--no-far --n-std 1", "both-noise1": "--n-std 1 --lambda-pt 5e-4"}
+            "both": ""}
 # pre-training, and flags of finetune
-FINETUNE = {name: (name, "") for name in PRETRAIN} | {
-    "flipped": ("both", "--s-rule flip"), "shifted": ("both", "--s-rule shifted"),
-    "flipped-noise1": ("both-noise1", "--s-rule flip")}
-# pairs beside each variant against the network before tuning
+FINETUNE = {name: (name, "") for name in PRETRAIN} | {"flipped": ("both", "--s-rule flip")}
+# of RealSR's pairs, which no pre-training imitates
+ON_REALSR = ("LWay", "baseline", "both")
+# those with all --seeds; the others have the first
+REPEATED = ("baseline", "both")
 PAIRS = [("controller", "baseline"), ("FAR", "baseline"), ("both", "baseline"), ("both", "LWay"), ("both", "flipped"),
-         ("both", "shifted"), ("shifted", "baseline"), ("controller-noise1", "baseline"), ("both-noise1", "baseline"),
-         ("both-noise1", "controller-noise1"), ("both-noise1", "LWay"), ("both-noise1", "flipped-noise1")]
-FIGURES = {"fig7": ("baseline", "controller"), "fig7-noise1": ("controller-noise1",), "fig8": ("FAR", "both"),
+         ("both", "blur control"), ("both", "unsharp control")]
+# rows that are no outputs of an adapted network
+CONTROLS = ("before", "before, compact", "blur control", "unsharp control")
+# of the second set of names: the first experiment, for --redraw
+FIGURES = {"fig7": ("baseline", "controller"), "fig8": ("FAR", "both"), "fig7-noise1": ("controller-noise1",),
            "fig8-noise1": ("both-noise1",)}
-# of Fig. 8, in its plots
 NETWORKS = {"FAR": "FAR alone", "both": "FAR and controller", "both-noise1": "FAR and controller, noise 1"}
-# CHOICE: sized for two cores
-COMMON = ("--patch 32 --load-size 160 --degradation blur --batch-size 4 --group-size 2 --val-photos 6 --deg-enc bands "
-          "--size small --distance vgg --vgg-stages 2 --far-enc vgg --n-std 0.1 --total-steps 2000 --lr 1e-3 "
+# CHOICE: sized for two cores, every run under 20 minutes
+COMMON = ("--patch 32 --load-size 160 --degradation lr-grid --batch-size 4 --group-size 2 --val-photos 6 "
+          "--deg-enc bands --size small --distance vgg --far-enc vgg --n-std 0.1 --total-steps 2000 --lr 1e-3 "
           "--ema-decay 0.99 --workers 0 --log-every 200 --save-every 200 --val-every 1000")
-TUNE = ("--patch 32 --batch-size 4 --total-steps 100 --lr 2e-5 --ema-decay 0.95 --workers 0 --log-every 25 "
-        "--save-every 25 --val-every 100")
-METRICS = ("psnr", "ssim", "vgg", "niqe", "brisque", "rewards.cnniqa:build")
+TUNE = ("--patch 24 --batch-size 2 --total-steps 100 --lr 5e-6 --ema-decay 0.95 --workers 0 --log-every 25 "
+        "--save-every 25 --val-every 50 --precision bf16 --force")
+METRICS = ("psnr", "ssim", "vgg", "niqe")
+# pairs of RealSR, and images of the stage precision
+PAIRS_OF_REALSR, IN_FP32 = 20, 10
+# strengths of the controls: sigmas of the blur in HR pixels, amounts of the unsharp mask
+SIGMAS, AMOUNTS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.4, 1.8, 2.3), (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2)
 
 
 def parse_args(argv=None):
@@ -66,13 +79,16 @@ def parse_args(argv=None):
     g = p.add_argument_group("data (docs/data.md says where it comes from)")
     g.add_argument("--photos", type=Path, nargs="+", metavar="DIR",
                    default=[images / name for name in ("hr_kodak24", "hr_urban100", "hr_bsd100")],
-                   help="photographs for pre-training; every other one of the last folder is kept out of it")
+                   help="photographs for pre-training; every other one of the last folder is kept for the probes")
     g.add_argument("--test", type=Path, nargs="+", default=[images / name for name in ("test_set5", "test_set14")],
-                   metavar="DIR", help="photographs of the domain that is adapted to")
-    g.add_argument("--real", type=Path, default=images / "lr_realsrset", metavar="DIR",
-                   help="real low-resolution photographs")
+                   metavar="DIR", help="photographs of the domains that are adapted to")
+    g.add_argument("--realsr", type=Path, default=images / "pairs_realsr", metavar="DIR",
+                   help="pairs <name>_LR and <name>_HR of RealSR")
     g.add_argument("--sr", type=runs.CHECKPOINT, metavar="PATH",
-                   default=DATA / "weights" / "sr" / "realesr-general-x4v3_fp16.pth", help="x4 network to adapt")
+                   default=Path("weights/downloads/RealESRGAN_x4plus.pth"),
+                   help="x4 network to adapt, which python -m prepare.weights fetches")
+    g.add_argument("--compact", type=Path, default=DATA / "weights" / "sr" / "realesr-general-x4v3_fp16.pth",
+                   metavar="PATH", help="the network of the first experiment: one row")
     g.add_argument("--vgg-weights", type=Path, default=Path("runs/vgg19.pth"), metavar="FILE",
                    help="VGG19, which python -m prepare.vgg19 makes")
     g = p.add_argument_group("runs")
@@ -80,12 +96,9 @@ def parse_args(argv=None):
     g.add_argument("--finetune", default=TUNE, help="flags of all fine-tunings (CHOICE)")
     g.add_argument("--seeds", type=runs.COUNT, nargs="+", default=[0, 1, 2])
     g.add_argument("--metrics", nargs="+", default=list(METRICS), help="psnr and ssim on Y, whole images")
-    g.add_argument("--metric-weights", nargs="*", metavar="NAME=FILE",
-                   default=[f"niqe={iqa}/niqe_modelparameters.mat", f"brisque={iqa}/brisque_svm_weights.pth"])
-    g.add_argument("--variants", nargs="+", choices=list(FINETUNE), default=list(FINETUNE), metavar="NAME",
-                   help=f"variants of pretrain, probe and finetune: {', '.join(FINETUNE)}; report needs all")
+    g.add_argument("--metric-weights", nargs="*", metavar="NAME=FILE", default=[f"niqe={iqa}/niqe_modelparameters.mat"])
     g.add_argument("--jobs", type=runs.SIZE, default=2, help="runs at a time, one thread each")
-    g.add_argument("--work", type=Path, default=Path("runs/selfsup-experiment"), metavar="DIR",
+    g.add_argument("--work", type=Path, default=Path("runs/selfsup-experiment-2"), metavar="DIR",
                    help="runs and data sets")
     g.add_argument("--results", type=Path, metavar="STEM",
                    help="leaves STEM.json and plots of the probes, STEM-fig7.png and others; default: WORK/selfsup")
@@ -104,14 +117,17 @@ def parse_args(argv=None):
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import json
+import re
 import signal
 import sys
 from functools import partial
 
 import numpy as np
 
+import degradations
+import metrics
 from experiments import jobs
-from images import list_images
+from images import list_images, load_image, save_image
 from report import tables
 from selfsup import probe as probes
 
@@ -124,11 +140,27 @@ def prepare(args):
         others = [path for folder in args.photos[:-1] for path in images(folder)]
         jobs.copy_photos(others + last[::2], args.work / "hr.tmp")
         (args.work / "hr.tmp").rename(args.work / "hr")
-    for name, files in (("domain", [path for folder in args.test for path in images(folder)]), ("held", last[1::2])):
+    for name, files in (("held", last[1::2]), ("test", [path for folder in args.test for path in images(folder)])):
+        if not (args.work / f"{name}-photos").exists():
+            jobs.copy_photos(files, args.work / f"{name}-photos.tmp")
+            (args.work / f"{name}-photos.tmp").rename(args.work / f"{name}-photos")
+    for name, flags in DOMAINS.items():
         if not (args.work / name).exists():
-            photos = args.work / f"{name}-photos"
-            jobs.copy_photos(files, photos)
-            jobs.call(args.work / f"{name}.log", "prepare.degrade", photos, args.work / name, "--degradation", "camera")
+            jobs.call(args.work / f"{name}.log", "prepare.degrade", args.work / "test-photos", args.work / name,
+                      "--degradation", "camera", *shlex.split(flags))
+    if not (args.work / "realsr").exists():
+        pairs = {stem.removesuffix("_LR"): path for stem, path in list_images(args.realsr).items()
+                 if stem.endswith("_LR")}
+        chosen = list(pairs)[::max(1, len(pairs) // PAIRS_OF_REALSR)][:PAIRS_OF_REALSR]
+        for name in chosen:
+            for kind, end in (("lq", "LR"), ("gt", "HR")):
+                file = pairs[name].with_name(f"{name}_{end}{pairs[name].suffix}")
+                save_image(args.work / "realsr.tmp" / kind / f"{name}.png", load_image(file))
+        (args.work / "realsr.tmp").rename(args.work / "realsr")
+
+
+def seeds_of(args, name):
+    return args.seeds if name in REPEATED else args.seeds[:1]
 
 
 def pretrain(args, name, seed):
@@ -138,57 +170,124 @@ def pretrain(args, name, seed):
               "--seed", seed, "--out", out, "--resume", "auto")
 
 
-def probe(args, seed):
-    for figure, names in FIGURES.items():
+def probe(args):
+    """Fig. 7 and Fig. 8 of the first seed, of which all networks are there."""
+    seed = args.seeds[0]
+    for figure in ("fig7", "fig8"):
         out = args.work / "probe" / f"{figure}-{seed}"
-        if set(names) <= set(args.variants):
-            networks = [args.work / "rec" / f"{name}-{seed}" for name in names]
-            jobs.once(out.with_name(out.name + ".json"), out.with_suffix(".log"), "selfsup.probe",
-                      figure.partition("-")[0], "--rec", *networks, "--hr", args.work / "held-photos",
-                      "--vgg-weights", args.vgg_weights, "--out", out)
+        networks = [args.work / "rec" / f"{name}-{seed}" for name in FIGURES[figure]]
+        jobs.once(out.with_name(out.name + ".json"), out.with_suffix(".log"), "selfsup.probe", figure, "--rec",
+                  *networks, "--hr", args.work / "held-photos", "--vgg-weights", args.vgg_weights, "--out", out)
 
 
-def finetune(args, name, seed, lr_dir, gt_dir, out):
-    network, switches = FINETUNE[name]
-    jobs.call(out.with_suffix(".log"), "selfsup.finetune", "--rec", args.work / "rec" / f"{network}-{seed}",
-              "--sr", args.sr, "--lr-dir", lr_dir, *(["--gt-dir", gt_dir] if gt_dir else []),
-              "--vgg-weights", args.vgg_weights, *shlex.split(args.finetune), *shlex.split(switches),
-              "--seed", seed, "--out", out, "--resume", "auto")
-
-
-def score(args, weights, folder, out):
-    """evaluate.py's JSON of one network on a folder of pairs; made again when the network was tuned further."""
-    files = list(weights.glob("weights/*.pth")) if weights.is_dir() else [weights]
-    if not out.exists() or any(file.stat().st_mtime > out.stat().st_mtime for file in files):
+def score(args, folder, out, *row):
+    """evaluate.py's JSON of one row on a folder of pairs: "--weights" PATH or "--images" DIR, and further flags."""
+    if not out.exists():
         vgg = [f"vgg={args.vgg_weights}"] if "vgg" in args.metrics else []
-        jobs.call(out.with_suffix(".log"), "evaluate.py", "--protocol", "whole-y", "--weights", weights, "--baselines",
+        jobs.call(out.with_suffix(".log"), "evaluate.py", "--protocol", "whole-y", *row, "--baselines",
                   "--lq", folder / "lq", "--gt", folder / "gt", "--metrics", *args.metrics,
                   "--metric-weights", *args.metric_weights, *vgg, "--out-json", out,
                   "--cache", args.work / "evaluation-cache")
     return json.loads(out.read_text())
 
 
-def tune_and_score(args, name, seed):
-    out = args.work / "tuned" / f"{name}-{seed}"
-    finetune(args, name, seed, args.work / "domain" / "lq", args.work / "domain" / "gt", out)
-    for folder in ("domain", "held"):
-        score(args, out, args.work / folder, args.work / "scores" / f"{folder}-{name}-{seed}.json")
+def tune_and_score(args, domain, name, seed, sr=None):
+    """name: of FINETUNE; sr: another network to adapt, "compact"."""
+    network, switches = FINETUNE[name]
+    row = f"{name}, {sr}" if sr else name
+    out = args.work / "tuned" / f"{domain}-{row.replace(', ', '-')}-{seed}"
+    jobs.call(out.with_suffix(".log"), "selfsup.finetune", "--rec", args.work / "rec" / f"{network}-{seed}",
+              "--sr", args.compact if sr else args.sr, "--lr-dir", args.work / domain / "lq",
+              "--vgg-weights", args.vgg_weights, *shlex.split(args.finetune), *shlex.split(switches),
+              "--seed", seed, "--out", out, "--resume", "auto")
+    score(args, args.work / domain, scores_file(args, domain, row, seed), "--weights", out, "--precision", "bf16")
 
 
-def real(args):
-    """STEM-real.json and a page of the real photographs: before, after LWay and after the method."""
-    seed, outs = args.seeds[0], []
-    for name in ("LWay", "both"):
-        outs.append(args.work / "real" / f"{name}-{seed}")
-        finetune(args, name, seed, args.real, None, outs[-1])
-    no_reference = [m for m in args.metrics if m not in runs.literal("metrics", "FULL_REFERENCE")]
-    scores = args.results.with_name(args.results.name + "-real.json")
-    jobs.call(args.work / "real.log", "evaluate.py", "--weights", args.sr, *outs,
-              "--names", "before", *(out.name for out in outs), "--lq", args.real, "--baselines", "bicubic",
-              "--metrics", *no_reference, "--metric-weights", *args.metric_weights, "--out-json", scores,
-              "--save", args.work / "real" / "outputs", "--cache", args.work / "evaluation-cache")
-    command = runs.python("report.page", scores, args.work / "real.html")
-    jobs.run_command(args.work / "real.log", "report.page", command, runs.python_path())
+def scores_file(args, domain, row, seed):
+    return args.work / "scores" / f"{domain}-{row.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+
+
+def score_start(args, domain, row, sr):
+    """The network before tuning. -> its result; its outputs are kept for the controls."""
+    return score(args, args.work / domain, scores_file(args, domain, row, 0), "--weights", sr, "--precision", "bf16",
+                 "--names", "start", "--save", args.work / "outputs" / domain / row.replace(", ", "-"))
+
+
+def controls(args, domain):
+    """The start's outputs under a blur, and under an unsharp mask, of the strength whose mean PSNR is nearest to that
+    of "both"; both are scored like networks."""
+    score_start(args, domain, "before", args.sr)
+    outputs = args.work / "outputs" / domain / "before" / "start"
+    goal = json.loads(scores_file(args, domain, "both", args.seeds[0]).read_text())["mean"]
+    goal = next(iter(goal.values()))["psnr"]
+    gt = {stem: load_image(path)[None].float() / 255 for stem, path in list_images(args.work / domain / "gt").items()}
+    start = {stem: load_image(outputs / f"{stem}.png")[None].float() / 255 for stem in gt}
+
+    def blurred(image, sigma):
+        return degradations.to_8bit(degradations.blur(image, degradations.gaussian_kernel(21, sigma)))
+    for name, change, strengths in (("blur control", blurred, SIGMAS), ("unsharp control", metrics.unsharp, AMOUNTS)):
+        def psnr(strength, change=change):
+            values = [metrics.psnr(metrics.luma(change(start[stem], strength)), metrics.luma(gt[stem]), 0).item()
+                      for stem in gt]
+            return np.mean(values)
+        best = min(strengths, key=lambda strength: abs(psnr(strength) - goal))
+        folder = args.work / "outputs" / domain / name.replace(" ", "-")
+        for stem in gt:
+            save_image(folder / f"{stem}.png", change(start[stem], best)[0])
+        runs.save_json(folder.with_suffix(".json"), {"strength": best, "psnr": psnr(best), "goal": goal})
+        score(args, args.work / domain, scores_file(args, domain, name, 0), "--images", folder)
+
+
+def precision(args):
+    """Start and "both" in fp32 and bf16 on the first images of "inside". -> {row: {metric: largest difference}}"""
+    names = sorted(list_images(args.work / "inside" / "lq"))[:IN_FP32]
+    only = args.work / "in-fp32.txt"
+    only.write_text("".join(f"{name}\n" for name in names))
+    differences, seed = {}, args.seeds[0]
+    for row, weights in (("before", args.sr), ("both", args.work / "tuned" / f"inside-both-{seed}")):
+        exact = score(args, args.work / "inside", args.work / "scores" / f"fp32-{row}.json", "--weights", weights,
+                      "--only", only)
+        exact, = exact["scores"].values()
+        rounded = json.loads(scores_file(args, "inside", row, 0 if row == "before" else seed).read_text())
+        rounded, = rounded["scores"].values()
+        differences[row] = {m: max(abs(exact[name][m] - rounded[name][m]) for name in names) for m in args.metrics}
+    runs.save_json(args.work / "precision.json", differences)
+
+
+def rows_of(args, domain):
+    """[(row, seeds)] of the domain's table."""
+    names = ON_REALSR if domain == "realsr" else FINETUNE
+    rows = [("before", [0]), *((name, seeds_of(args, name)) for name in names), ("blur control", [0]),
+            ("unsharp control", [0])]
+    return rows + ([("before, compact", [0]), ("both, compact", args.seeds[:1])] if domain == "inside" else [])
+
+
+def compare(args, domain):
+    """Scores of all rows of a domain, and their differences."""
+    values, movement = {}, {}
+    for row, seeds in rows_of(args, domain):
+        results = [json.loads(scores_file(args, domain, row, seed).read_text()) for seed in seeds]
+        lower = results[0]["lower_is_better"]
+        images = [next(iter(result["scores"].values())) for result in results]
+        stems = sorted(images[0])
+        # (seeds, images, metrics)
+        values[row] = np.array([[[scores[stem][m] for m in lower] for stem in stems] for scores in images])
+        logs = [args.work / "tuned" / f"{domain}-{row.replace(', ', '-')}-{seed}" / "log.txt" for seed in seeds]
+        moved = [re.findall(r"movement of the averaged weights: ([\d.e-]+)", log.read_text())[-1]
+                 for log in logs if log.exists()]
+        movement |= {row: [float(text) for text in moved]} if moved else {}
+    pairs = [*((row, "before") for row in values if row in FINETUNE), *PAIRS, ("both, compact", "before, compact")]
+    differences = {}
+    for a, b in (pair for pair in pairs if set(pair) <= set(values)):
+        count = len(values[a]) if b in CONTROLS else min(len(values[a]), len(values[b]))
+        # a control is the same for every seed
+        second = values[b].repeat(count, 0) if b in CONTROLS else values[b][:count]
+        differences[f"{a} - {b}"] = {m: tables.difference(values[a][:count, :, k], second[..., k])
+                                     for k, m in enumerate(lower)}
+    return {"images": len(stems), "metrics": list(lower), "lower_is_better": lower, "movement": movement,
+            "mean": {name: v.mean((0, 1)).tolist() for name, v in values.items()},
+            "seed_means": {name: v.mean(1).tolist() for name, v in values.items() if len(v) > 1},
+            "differences": differences}
 
 
 def events(folder, split):
@@ -196,49 +295,21 @@ def events(folder, split):
     return [event for event in lines if event["split"] == split]
 
 
-def compare(args, folder):
-    """Scores of all variants on "domain" or "held", and their differences."""
-    scores = args.work / "scores"
-    start = score(args, args.sr, args.work / folder, scores / f"{folder}-before.json")
-    lower = start["lower_is_better"]
-    stems = sorted(next(iter(start["scores"].values())))
-
-    def array_of(result):
-        """(images, metrics) of the one row."""
-        row, = result["scores"].values()
-        return [[row[stem][m] for m in lower] for stem in stems]
-    # (seeds, images, metrics)
-    values = {"before": np.array([array_of(start)] * len(args.seeds))}
-    for name in FINETUNE:
-        files = [scores / f"{folder}-{name}-{seed}.json" for seed in args.seeds]
-        values[name] = np.array([array_of(json.loads(file.read_text())) for file in files])
-    differences = {}
-    for a, b in [*((name, "before") for name in FINETUNE), *PAIRS]:
-        differences[f"{a} - {b}"] = {m: tables.difference(values[a][..., k], values[b][..., k])
-                                     for k, m in enumerate(lower)}
-    return {"images": len(stems), "metrics": list(lower), "lower_is_better": lower,
-            "mean": {name: v.mean((0, 1)).tolist() for name, v in values.items()},
-            "seed_means": {name: v.mean(1).tolist() for name, v in values.items() if name != "before"},
-            "differences": differences}
-
-
 def probed(args, figure, seed, keys):
-    """{line or network: its `keys`} of all probes of Fig. 7 or Fig. 8."""
-    files = [args.work / "probe" / f"{name}-{seed}.json" for name in FIGURES if name.startswith(figure)]
-    lines = [line for file in files for line in json.loads(file.read_text())["lines"].items()]
-    return {name: {key: values[key] for key in keys} for name, values in lines}
+    """{line or network: its `keys`} of the probe of Fig. 7 or Fig. 8."""
+    lines = json.loads((args.work / "probe" / f"{figure}-{seed}.json").read_text())["lines"]
+    return {name: {key: values[key] for key in keys} for name, values in lines.items()}
 
 
 def report(args):
     summary = {"command": sys.argv, **runs.describe_machine(), "seeds": args.seeds, "pretrain": args.pretrain,
-               "finetune": args.finetune, "sets": {folder: compare(args, folder) for folder in ("domain", "held")}}
+               "finetune": args.finetune, "sets": {domain: compare(args, domain) for domain in (*DOMAINS, "realsr")},
+               "precision": json.loads((args.work / "precision.json").read_text())}
     for figure, keys in (("fig7", ("half_minus_clean", "psnr", "distance", "photos", "crops")),
                          ("fig8", ("auc", "photos", "crops", "far_enc"))):
-        summary[figure] = [probed(args, figure, seed, keys) for seed in args.seeds]
+        summary[figure] = [probed(args, figure, args.seeds[0], keys)]
     summary["pretraining"] = {f"{name}-{seed}": events(args.work / "rec" / f"{name}-{seed}", "val")[-1]
-                              for name in PRETRAIN for seed in args.seeds}
-    summary["tuning"] = {f"{name}-{seed}": events(args.work / "tuned" / f"{name}-{seed}", "ema")
-                         for name in FINETUNE for seed in args.seeds}
+                              for name in PRETRAIN for seed in seeds_of(args, name)}
     runs.save_json(args.results.with_suffix(".json"), summary)
     draw(summary, args.results)
     print(markdown_tables(summary))
@@ -256,6 +327,8 @@ def draw(summary, results):
     for figure, names in FIGURES.items():
         by_seed = [{name: values for name, values in without_seed(lines).items() if name.partition(",")[0] in names}
                    for lines in summary[figure.partition("-")[0]]]
+        if not all(by_seed):
+            continue
         path = results.with_name(f"{results.name}-{figure}.png")
         if figure.startswith("fig7"):
             distance = shlex.split(summary["pretrain"])
@@ -270,12 +343,12 @@ def markdown_tables(summary):
     """The results as Markdown: scores and differences, pre-trainings, Fig. 7, Fig. 8."""
     parts = [f"{folder}, {values['images']} images\n\n{jobs.metric_tables(values)}"
              for folder, values in summary["sets"].items()]
-    seeds = [f"seed {seed}" for seed in summary["seeds"]]
+    seeds = [f"seed {seed}" for seed in summary["seeds"]][:len(summary["fig7"])]
 
     checks = summary["pretraining"]
-    names = [f"{metric}{end}" for metric in ("psnr", "percep") for end in ("", "_shuffled", "_bicubic")]
-    names = [name for name in names if all(name in values for values in checks.values())]
-    rows = [[network, *(f"{values[name]:.4g}" for name in names)] for network, values in checks.items()]
+    names = [f"{metric}{end}" for metric in ("psnr", "percep") for end in ("", "_shuffled", "_bicubic")] + ["explained"]
+    rows = [[network, *(f"{values[name]:.4g}" if name in values else "" for name in names)]
+            for network, values in checks.items()]
     parts.append(runs.markdown(["pre-training", *names], rows))
 
     def with_interval(values, form):
@@ -300,21 +373,29 @@ def main(args):
         draw(json.loads(args.redraw.read_text()), args.redraw.with_suffix(""))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    if not args.vgg_weights.is_file():
-        raise runs.UserError(f"--vgg-weights {args.vgg_weights}: no such file; python -m prepare.vgg19 makes it")
-    networks = {FINETUNE[name][0] for name in args.variants}
+    for flag, file in (("--vgg-weights", args.vgg_weights), ("--sr", args.sr), ("--compact", args.compact)):
+        if not file.is_file():
+            raise runs.UserError(f"{flag} {file}: no such file; --help says what makes it")
+    domains = (*DOMAINS, "realsr")
     if "data" in args.stages:
         prepare(args)
     if "pretrain" in args.stages:
         jobs.parallel(args.jobs, [partial(pretrain, args, name, seed)
-                                  for seed in args.seeds for name in PRETRAIN if name in networks])
+                                  for name in PRETRAIN for seed in seeds_of(args, name)])
     if "probe" in args.stages:
-        jobs.parallel(args.jobs, [partial(probe, args, seed) for seed in args.seeds])
-    if "finetune" in args.stages:
-        jobs.parallel(args.jobs, [partial(tune_and_score, args, name, seed)
-                                  for seed in args.seeds for name in args.variants])
-    if "real" in args.stages:
-        real(args)
+        probe(args)
+    if "tune" in args.stages:
+        tasks = [partial(score_start, args, domain, "before", args.sr) for domain in domains]
+        tasks += [partial(tune_and_score, args, domain, name, seed) for domain in domains
+                  for name in (ON_REALSR if domain == "realsr" else FINETUNE) for seed in seeds_of(args, name)]
+        tasks += [partial(score_start, args, "inside", "before, compact", args.compact),
+                  partial(tune_and_score, args, "inside", "both", args.seeds[0], "compact")]
+        jobs.parallel(args.jobs, tasks)
+    if "controls" in args.stages:
+        for domain in domains:
+            controls(args, domain)
+    if "precision" in args.stages:
+        precision(args)
     if "report" in args.stages:
         report(args)
 

@@ -89,7 +89,7 @@ ROWS = {
 def train(change, encoder_from, bands, seed, steps, lq, hr, held_lq, held_hr):
     """One row and seed -> {"psnr", "lost_by_shuffling", "spread"}"""
     torch.manual_seed(seed)
-    net = rec.Reconstruction(16, (3, 2, 4), 512, image_encoder=False, bands=bands)
+    net = rec.Reconstruction(16, (3, 2, 4), 512, image_encoder=False, bands=bands, skip=False)
     if change:
         change(net)
     opt = torch.optim.Adam([{"params": part.parameters()} for part in (net.e_deg, net.r)], lr=1e-3)

@@ -158,8 +158,11 @@ class DeepRegressor(nn.Module):
         return torch.stack([(self.features(tile) - self.centre) / self.spread for tile in tiles(x)])
 
     def forward(self, x):
-        z = self.described(x)
-        with torch.autocast(x.device.type, enabled=False):
+        return self.head(self.described(x))
+
+    def head(self, z):
+        """(T, B, F) -> (B,) scores, the means over the tiles."""
+        with torch.autocast(z.device.type, enabled=False):
             return self.shift + self.stretch * (self.linear(z) + self.mlp(z))[..., 0].mean(0)
 
     def standardise(self, features):

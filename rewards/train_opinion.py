@@ -267,10 +267,14 @@ def score_crops(net, images, size, seed=0, device="cpu"):
 
 
 def test_scores(net, images, mos, device="cpu"):
-    """{"whole": {srcc, plcc, ...}, "crops": {side: srcc}} of images (N of (3, H, W) uint8) with opinions (N,)."""
+    """{"whole": {srcc, plcc, ...}, "crops": {side: srcc}} of images (N of (3, H, W) uint8) with opinions (N,).
+
+    Of the crops those that fit into every image.
+    """
     whole = opinions.correlations(score_whole(net, images, device), mos)
     crops = {}
-    for size in TEST_CROPS:
+    smallest = min(min(image.shape[1:]) for image in images)
+    for size in (size for size in TEST_CROPS if size <= smallest):
         value = opinions.correlations(score_crops(net, images, size, device=device), mos)["srcc"]
         crops[str(size)] = round(float(value), 4)
     return {"images": len(images), "whole": {key: round(float(value), 4) for key, value in whole.items()},

@@ -7,7 +7,6 @@ The demo set, the degraded domain and the run runs/compact-small-psnr are made f
 that are there already are continued or kept: remove runs/rec-demo and runs/selfsup-demo to start again. The stages are
 scripts of their own: python -m selfsup.pretrain, selfsup.finetune, selfsup.probe.
 """
-import subprocess
 from functools import partial
 
 import runs
@@ -21,22 +20,15 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def run(script, *words):
-    print(f"\n# python {'' if script.endswith('.py') else '-m '}{script} {' '.join(map(str, words))}", flush=True)
-    status = subprocess.run(runs.python(script, *words), env=runs.python_path()).returncode
-    if status:
-        raise runs.UserError(f"{script} ended with {status}")
-
-
 def main(args):
     options.make_demo_start([options.DEMO_SR], runs.World(0, 1, "cpu"), "auto", args.total_steps)
     shorter = ["--total-steps", args.total_steps] if args.total_steps else []
-    run("selfsup.pretrain", "--demo", "--resume", "auto", *shorter)
-    run("selfsup.finetune", "--demo", "--resume", "auto", *shorter)
-    run("evaluate.py", "--protocol", "whole-y", "--weights", options.DEMO_SR, options.DEMO_TUNED,
-        "--lq", options.DEMO_DOMAIN / "lq", "--gt", options.DEMO_DOMAIN / "gt",
-        "--metrics", "ranker", "piqe", "psnr", "ssim", "--out-json", f"{options.DEMO_TUNED}.json")
-    run("selfsup.probe", "--demo")
+    options.run("selfsup.pretrain", "--demo", "--resume", "auto", *shorter)
+    options.run("selfsup.finetune", "--demo", "--resume", "auto", *shorter)
+    options.run("evaluate.py", "--protocol", "whole-y", "--weights", options.DEMO_SR, options.DEMO_TUNED,
+                "--lq", options.DEMO_DOMAIN / "lq", "--gt", options.DEMO_DOMAIN / "gt",
+                "--metrics", "ranker", "piqe", "psnr", "ssim", "--out-json", f"{options.DEMO_TUNED}.json")
+    options.run("selfsup.probe", "--demo")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import archs
 import degradations
 import runs
 
+# CHOICE: FAR needs a T that predicts at least this share of the energy of descriptors, see selfsup.pretrain.explained
+EXPLAINED = 0.5
 # CHOICE, not published: weight of the perceptual part of L_rec, beside L1 of weight 1
 PERCEP = 1.0
 
@@ -141,7 +143,7 @@ class ModulatedBlock(nn.Module):
 
 
 class Reconstructor(nn.Module):
-    """R: image features (B, channels, 4h, 4w) and embedding (B, dim) -> (B, 3, h, w).
+    """R: image features (B, channels, 4h, 4w) and embedding (B, dim) -> (B, 3, h, w), without the skip of Eq. 4's X^.
 
     PAPER: SRResNet and StyleGAN2 combined; CHOICE: the rest.
     Where the factor of four goes is not published: here two convolutions of stride 2 come first. The blocks are
@@ -171,16 +173,23 @@ class Reconstruction(nn.Module):
     width: channels of all three networks; blocks: residual blocks of E_deg, E_img and R; dim: length of the embedding;
     image_encoder=False: R sees the HR image itself (LWAY). bands: BandEncoder for E_deg.
     far_channels: channels of the established encoder's features, 0 for no FAR.
+    skip: the reconstruction is the mean of every 4 x 4 pixels of the HR image plus R (CHOICE). It begins near this
+    mean, so colours are right from the start; without it they are off by a grey level or more, and the adapted
+    network's colours drift. Neither paper has it; files of earlier commits are without.
     """
 
-    def __init__(self, width=64, blocks=(16, 6, 4), dim=512, image_encoder=True, far_channels=0, bands=False):
+    def __init__(self, width=64, blocks=(16, 6, 4), dim=512, image_encoder=True, far_channels=0, bands=False,
+                 skip=True):
         super().__init__()
         if far_channels and not image_encoder:
             raise ValueError("FAR aligns the image encoder's features, and LWay has none")
-        self.dim, self.noise_maps = dim, blocks[2]
+        self.dim, self.noise_maps, self.skip = dim, blocks[2], skip
         self.e_deg = BandEncoder(dim) if bands else DegradationEncoder(width, blocks[0], dim)
         self.e_img = ImageEncoder(width, blocks[1]) if image_encoder else nn.Identity()
         self.r = Reconstructor(width if image_encoder else 3, width, blocks[2], dim)
+        if skip:
+            self.r.last[1].weight.data *= 0.1
+            nn.init.zeros_(self.r.last[1].bias)
         if far_channels:
             self.t_a, self.t_m = nn.Linear(width, far_channels), nn.Linear(width, far_channels)
 
@@ -195,13 +204,20 @@ class Reconstruction(nn.Module):
         """
         e_d, e_im = self.e_deg(lq), self.e_img(hr)
         lq_again = self.r(e_im, s * (e_d.roll(1, 0) if shuffle else e_d), noise)
+        if self.skip:
+            lq_again = F.avg_pool2d(hr.float(), 4) + lq_again.float()
         if e_clip is None:
             return lq_again, None
-        ours = descriptors(e_im.detach() if path == "cl" else e_im, offdiag)
-        established = descriptors(e_clip.detach() if path == "im" else e_clip, offdiag)
-        with torch.autocast(hr.device.type, enabled=False):
-            far = sum(length(t(a) - b) for t, a, b in zip((self.t_a, self.t_m), ours, established))
-        return lq_again, far
+        e_im, e_clip = e_im.detach() if path == "cl" else e_im, e_clip.detach() if path == "im" else e_clip
+        pairs = self.aligned(e_im, e_clip, offdiag)
+        return lq_again, sum(length(ours - established) for ours, established in pairs)
+
+    def aligned(self, e_im, e_clip, offdiag=False):
+        """[(what T makes of a descriptor of the image encoder, that of the established encoder)], (B, C) each: S_avg,
+        then S_max."""
+        both = zip((self.t_a, self.t_m), descriptors(e_im, offdiag), descriptors(e_clip, offdiag))
+        with torch.autocast(e_im.device.type, enabled=False):
+            return [(layer(ours), established) for layer, ours, established in both]
 
 
 def descriptors(features, offdiag=False):
@@ -299,6 +315,24 @@ SETTINGS = ("sizes", "s_rule", "far_enc", "far_layer", "offdiag", "distance", "v
             "load_size", "n_std", "mean_d", "lambda_pt", "looked_through")
 
 
+# of later commits: what stands for it in files of before
+LATER = {"held_out": None}
+
+
+def weaknesses(held_out, far):
+    """[reason] why R, or FAR, would teach nothing. held_out: pre-training's last check, None where it is unknown."""
+    bars = {"psnr_bicubic": "it reconstructs no better than bicubic down-sampling",
+            "psnr_shuffled": "it does as well with the embeddings of other images, so it does not look at them"}
+    if not held_out:
+        return []
+    reasons = [f"{text} ({held_out['psnr']:.2f} against {held_out[bar]:.2f} dB on held-out photographs)"
+               for bar, text in bars.items() if not held_out["psnr"] > held_out[bar]]
+    if far and held_out["explained"] < EXPLAINED:
+        reasons.append(f"its T predicts {held_out['explained']:.0%} of the descriptors' energy, so FAR says little of "
+                       "an image (--no-far does without)")
+    return reasons
+
+
 def load_reconstruction(path):
     """A run folder of selfsup.pretrain, or its rec.pth -> (Reconstruction, its settings).
 
@@ -311,7 +345,8 @@ def load_reconstruction(path):
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         settings = {name: content["settings"][name] for name in SETTINGS}
-        net = Reconstruction(**settings["sizes"])
+        settings |= {name: content["settings"].get(name, value) for name, value in LATER.items()}
+        net = Reconstruction(**{"skip": False} | settings["sizes"])
         net.load_state_dict(content["params_ema"])
     except archs.TORCH_DAMAGE as error:
         raise runs.UserError(f"--rec {file}: not a reconstruction network as selfsup.pretrain leaves it "

@@ -1,5 +1,6 @@
 """Flags that the scripts of this folder share, and what their demos start from. Imports no torch: --help is fast."""
 import argparse
+import subprocess
 from pathlib import Path
 
 import runs
@@ -31,6 +32,48 @@ def make_demo_start(paths, world, device, total_steps=None):
         if is_run:
             flags += ["--device", device, *(["--total-steps", total_steps] if total_steps else [])]
         runs.make_missing(path / "weights" if is_run else path, world, script, *flags)
+
+
+def run(script, *words):
+    """Run a script of this repository, and show the command. UserError where it fails."""
+    print(f"\n# python {'' if script.endswith('.py') else '-m '}{script} {' '.join(map(str, words))}", flush=True)
+    status = subprocess.run(runs.python(script, *words), env=runs.python_path()).returncode
+    if status:
+        raise runs.UserError(f"{script} ended with {status}")
+
+
+def need_folders(p, args):
+    """Flag errors of the methods that learn from single images."""
+    for name in ("lr_dir", "out"):
+        if getattr(args, name) is None:
+            p.error(f"--{name.replace('_', '-')} is needed")
+
+
+def start_images(args, name):
+    """The beginning of a method that leaves one file per image -> world, autocast, {stem: path}.
+
+    OUT/<name>.json holds the settings. UserError where an earlier call, whose files are kept, had others.
+    """
+    from images import list_images
+    world, _, autocast = runs.start_training(args.device, args.threads, args.seed, getattr(args, "precision", "fp32"))
+    if args.demo:
+        make_demo_start([DEMO_SET, DEMO_DOMAIN], world, args.device)
+    if not args.lr_dir.is_dir():
+        raise runs.UserError(f"--lr-dir {args.lr_dir}: no such folder")
+    files = list_images(args.lr_dir)
+    left_out = ("demo", "out", "device", "threads")
+    settings = {k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(args).items() if k not in left_out}
+    record = args.out / f"{name}.json"
+    if record.exists():
+        changed = runs.changes(runs.read_record(record)["args"], settings)
+        if changed:
+            raise runs.UserError(f"--out {args.out}: its files were made with other settings "
+                                 f"({'; '.join(changed.values())}): remove it, or choose another")
+    runs.check_writable(args.out, "--out")
+    world.barrier()
+    if world.is_main and not record.exists():
+        runs.save_json(record, {"args": settings, **runs.describe_machine()})
+    return world, autocast, files
 
 
 def add_files(p):

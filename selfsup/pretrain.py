@@ -42,7 +42,8 @@ def parse_args(argv=None):
                    help="sharp photographs (PAPER: DIV2K's training images)")
     g.add_argument("--val-photos", type=runs.SIZE, default=8, help="photographs held out for the checks (CHOICE)")
     g.add_argument("--degradation", choices=runs.literal("degradations", "PRESETS"), default="realesrgan",
-                   help="preset of degradations.py (PAPER: second order)")
+                   help="preset of degradations.py (PAPER: second order, realesrgan; lr-grid: noise and JPEG on the LR "
+                        "grid, as of cameras, of which realesrgan leaves little)")
     g.add_argument("--load-size", type=runs.SIZE, default=400,
                    help="window of the photograph that is degraded, in HR pixels (Real-ESRGAN)")
     g.add_argument("--group-size", type=runs.SIZE, default=4,
@@ -53,11 +54,15 @@ def parse_args(argv=None):
     g.add_argument("--size", choices=list(SIZES), default="paper", help="widths and depths, see SIZES in this file")
     g.add_argument("--deg-enc", choices=["conv", "bands"], default="conv",
                    help="degradation encoder: convolutions (PAPER) or, for short runs, strengths of bands (CHOICE)")
+    g.add_argument("--skip", action=argparse.BooleanOptionalAction, default=True,
+                   help="X^ = mean of every 4 x 4 pixels of Y, plus R (CHOICE), so that R's colours are right and it "
+                        "begins as a down-sampling; PAPER and LWAY: X^ = R")
     g.add_argument("--distance", choices=["lpips", "vgg", "proxy"], default="lpips",
                    help="perceptual part of L_rec and distance of the controller: lpips (LWAY; CHOICE: VGG for L_rec, "
                         "AlexNet for the controller), vgg: cosine of VGG19's features, proxy: no weights")
     g.add_argument("--vgg-stages", type=runs.number(int, 1, 5), default=5,
-                   help="of --distance vgg; 2 takes a quarter of the time")
+                   help="of --distance vgg; 2 takes a quarter of the time, but d is so small that Eq. 8 asks R for an "
+                        "s that it has not seen")
     g.add_argument("--far-enc", choices=["clip", "vgg", "sr", "rand"], default="clip",
                    help="established encoder of FAR (Table 3): CLIP RN50 (PAPER), VGG19, a x4 network, random")
     options.add_files(p)
@@ -117,13 +122,14 @@ RETIRED = {"encoder_from": 0}
 
 
 @torch.no_grad()
-def check_pretraining(net, held_out, distance, hqi, encoder, s_rule):
+def check_pretraining(net, held_out, distance, hqi, encoder, s_rule, means=None):
     """Means over held-out pairs, without noise.
 
     l1, d, far; PSNR and perceptual distance to lq of the reconstruction, and of two images that it must beat: a
-    reconstruction with other images' embeddings (_shuffled) and bicubic down-sampling (_bicubic).
+    reconstruction with other images' embeddings (_shuffled) and bicubic down-sampling (_bicubic). explained: see below,
+    with its `means`.
     """
-    sums = {}
+    sums, aligned = {}, []
     for lq, hr in held_out:
         d = rec.hqi_distance(hqi, lq, hr)
         s = rec.controller(s_rule, d, pretrain=True)
@@ -136,19 +142,42 @@ def check_pretraining(net, held_out, distance, hqi, encoder, s_rule):
             values[f"percep{name}"] = distance(image, lq)
         if far is not None:
             values["far"] = far
+            aligned.append(net.aligned(net.e_img(hr), encoder(hr), OFFDIAG))
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value.sum().item()
-    return {name: value / sum(len(lq) for lq, _ in held_out) for name, value in sums.items()}
+    averages = {name: value / sum(len(lq) for lq, _ in held_out) for name, value in sums.items()}
+    return averages | ({"explained": explained(aligned, means)} if aligned else {})
+
+
+@torch.no_grad()
+def mean_descriptors(encoder, batches):
+    """[mean S_avg, mean S_max] of the established encoder over batches of lq, hr."""
+    each = [rec.descriptors(encoder(hr), OFFDIAG) for _, hr in batches]
+    return [torch.cat(part).mean(0) for part in zip(*each)]
+
+
+def explained(aligned, means):
+    """Share of the energy of the established descriptors that T predicts, S_avg and S_max together, as in FAR.
+
+    aligned: [Reconstruction.aligned of a batch]. Energy is the squared length of what differs from `means`, the mean
+    descriptors of training photographs, which T's bias alone predicts. 1: all of it; 0 or less: no better than the
+    mean, so FAR is blind to what is in an image.
+    """
+    pairs = [(*pair, mean) for parts in aligned for pair, mean in zip(parts, means)]
+    error = sum((ours - established).double().square().sum() for ours, established, _ in pairs)
+    return (1 - error / sum((established - mean).double().square().sum() for _, established, mean in pairs)).item()
 
 
 def warnings(values):
-    """Which of the two images that the reconstruction must beat it does not beat, as text."""
+    """Which of the two images that the reconstruction must beat it does not beat, and whether FAR is blind, as text."""
     texts = []
     for bar, name in (("bicubic down-sampling's", "bicubic"), ("with the embeddings of other images", "shuffled")):
         if not values["psnr"] > values[f"psnr_{name}"]:
             texts.append(f"psnr is no better than {bar}")
         if not values["percep"] < values[f"percep_{name}"]:
             texts.append(f"percep is no better than {bar}")
+    if values.get("explained", 1) < rec.EXPLAINED:
+        texts.append(f"T predicts {values['explained']:.0%} of the descriptors' energy, too little for FAR")
     return "".join(f"; WARNING, {text}" for text in texts)
 
 
@@ -176,13 +205,17 @@ def main(args):
     pairs = data.synthetic_pairs(dataset, seeds, device, args.degradation, args.patch, args.group_size)
     val_pairs = data.synthetic_pairs(val_set, check_seeds, device, args.degradation, args.patch, 1)
     held_out = [val_pairs(1, range(k, k + 8)) for k in range(0, 32, 8)]
+    means = encoder and mean_descriptors(encoder, [pairs(1, range(k, k + 8)) for k in range(0, 32, 8)])
     check = partial(check_pretraining, held_out=held_out, distance=distance, hqi=hqi, encoder=encoder,
-                    s_rule=args.s_rule)
+                    s_rule=args.s_rule, means=means)
 
     # initial weights; nothing else uses this state
     torch.manual_seed(args.seed)
+    # a resumed run goes on as it began, earlier commits' without
+    skip = run.checkpoint["args"].get("skip", False) if run.checkpoint else args.skip
+    run.pin(skip=skip)
     sizes = {**size, "image_encoder": args.arch == "hra", "far_channels": encoder.channels if args.far else 0,
-             "bands": args.deg_enc == "bands"}
+             "bands": args.deg_enc == "bands", "skip": skip}
     raw = rec.Reconstruction(**sizes).to(device)
     ema = copy.deepcopy(raw).eval().requires_grad_(False)
     # two groups, as the checkpoints of earlier commits have them
@@ -269,11 +302,12 @@ def main(args):
             return
     file = args.out / "weights" / "rec.pth"
     if world.is_main and not file.exists():
+        held = check(ema)
         as_given = ("s_rule", "distance", "vgg_stages", "degradation", "patch", "load_size", "n_std")
         settings = {"sizes": sizes, **{name: getattr(args, name) for name in as_given},
                     "lambda_pt": float(far_weight()) if args.far else args.lambda_pt, "offdiag": OFFDIAG,
                     "far_enc": far_enc, "far_layer": FAR_LAYER, "looked_through": looked_through,
-                    "mean_d": check(ema)["d"]}
+                    "mean_d": held["d"], "held_out": held}
         weights = {"params_ema": ema.state_dict(), "params": raw.state_dict(), "settings": settings}
         runs.write_atomic(file, partial(torch.save, weights))
         run.say(f"done: {file}")

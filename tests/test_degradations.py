@@ -34,7 +34,7 @@ _file = io.BytesIO()
 Image.new("RGB", (16, 16)).save(_file, "jpeg", quality=50)
 LUMA, CHROMA = (Image.open(_file).quantization[n] for n in (0, 1))
 # side in pixels that each preset is tried on
-IMAGES = {"one-round": 64, "two-round": 64, "blur": 64, "realesrgan": 96}
+IMAGES = {"one-round": 64, "two-round": 64, "blur": 64, "lr-grid": 64, "realesrgan": 96}
 
 
 def photo(h, w, top=60, left=180):
@@ -223,8 +223,8 @@ def test_the_chain_equals_a_slow_reference(name):
         # float32 moves a few values across a rounding border of the JPEG or of the output
         difference = np.abs(levels - expected)
         assert difference.mean() < 0.02 and (difference > 0.5).mean() < 0.02, (seed, difference.mean())
-    # it draws neither resizes nor Poisson noise
-    if name == "blur":
+    # they draw no resizes
+    if name in ("blur", "lr-grid"):
         return
     assert {"up", "down", *degradations.MODES} <= seen
     assert {(key, flag) for key in ("gaussian", "jpeg_last") for flag in (True, False)} <= seen
@@ -299,7 +299,7 @@ def test_bad_input_is_one_clear_error(gt, seeds, groups, message):
 
 def test_unknown_presets_keys_and_tables_are_named():
     gt = torch.rand(1, 3, 64, 64)
-    with pytest.raises(ValueError, match="three-round.*one-round, two-round, blur, realesrgan"):
+    with pytest.raises(ValueError, match="three-round.*one-round, two-round, blur, lr-grid, realesrgan"):
         degrade(gt, "three-round", [0], [0])
     with pytest.raises(ValueError, match="jpeg_qualty"):
         degrade(gt, custom(jpeg_qualty=(30, 95)), [0], [0])
@@ -331,7 +331,7 @@ TABLE = {
                         blur=0.8)],
 }
 FINAL = {"two-round": (0.1, [3, 5]), "realesrgan": (0.8, [7, 9, 11, 13, 15, 17, 19, 21])}
-PADDED = {"one-round": 9, "two-round": 9, "blur": 21, "realesrgan": 21}
+PADDED = {"one-round": 9, "two-round": 9, "blur": 21, "lr-grid": 21, "realesrgan": 21}
 FAMILIES = ["iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso"]
 DRAWS = 1500
 

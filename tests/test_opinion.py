@@ -29,10 +29,10 @@ class Linear(nn.Module):
         return (x * self.w).sum((1, 2, 3))
 
 
-def gray(levels, side=64):
-    """Noisy grey images around these levels, uint8."""
+def noisy(levels, side=64):
+    """Grey images with noise of these standard deviations, uint8."""
     rng = np.random.default_rng(0)
-    return [torch.from_numpy((level + rng.normal(0, 12, (3, side, side))).clip(0, 255).astype(np.uint8))
+    return [torch.from_numpy((128 + rng.normal(0, level, (3, side, side))).clip(0, 255).astype(np.uint8))
             for level in levels]
 
 
@@ -270,12 +270,12 @@ def test_crops_are_pieces_of_the_image_or_of_its_mirror_image_and_alike_for_a_sc
 # Training
 
 def test_what_is_learned_from_opinions_and_choices_has_the_right_sign_and_repeats_bitwise():
-    levels = torch.linspace(30, 220, 16)
-    images = gray(levels.tolist())
-    mos = {"images": images, "mos": levels / 2.55, "std": torch.full((16,), 15.0)}
-    # people choose the darker one of each pair
-    choices = {"images": [[images[k], images[k + 8]] for k in range(8)], "selected": torch.zeros(8, dtype=torch.long)}
-    test = gray([60, 120, 180])
+    levels = torch.linspace(2, 40, 16)
+    images = noisy(levels.tolist())
+    mos = {"images": images, "mos": 90 - 2 * levels, "std": torch.full((16,), 15.0)}
+    # the noisier one of each pair is chosen
+    choices = {"images": [[images[k], images[k + 8]] for k in range(8)], "selected": torch.ones(8, dtype=torch.long)}
+    test = noisy([5, 15, 30])
 
     def trained(**kwargs):
         torch.manual_seed(0)
@@ -283,16 +283,16 @@ def test_what_is_learned_from_opinions_and_choices_has_the_right_sign_and_repeat
         train_opinion.fit(net, lr=1e-2, crop=48, batch_size=8, **kwargs)
         return net, train_opinion.score_whole(net, test)
     net, scores = trained(mos=mos, epochs=12)
-    assert (np.diff(scores) > 5).all()
+    assert (np.diff(scores) < -5).all()
     again, _ = trained(mos=mos, epochs=12)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
     _, scores = trained(choices=choices, epochs=12)
-    assert (np.diff(scores) < -1).all()
+    assert (np.diff(scores) > 1).all()
 
 
 def test_a_plain_training_leaves_the_first_layers_and_a_hardened_one_keeps_the_scale(reward_file, monkeypatch):
     monkeypatch.setattr(harden, "SIDE", 48)
-    mos = {"images": gray(range(20, 240, 20), 100), "mos": torch.linspace(10, 90, 11), "std": None}
+    mos = {"images": noisy(range(4, 48, 4), 100), "mos": torch.linspace(10, 90, 11), "std": None}
     before = opinion.load(reward_file[0])[0].state_dict()
 
     def changed(**kwargs):
@@ -309,32 +309,32 @@ def test_a_plain_training_leaves_the_first_layers_and_a_hardened_one_keeps_the_s
 
 
 def test_the_command_trains_judges_and_names_what_is_wrong(script, tmp_path):
-    for k, image in enumerate(gray(np.linspace(20, 230, 30), 80)):
+    for k, image in enumerate(noisy(np.linspace(2, 40, 30), 100)):
         save_image(tmp_path / "images" / f"{k:02d}.png", image)
     rows = [f"{k:02d}.png,{100 - 3 * k}" for k in range(30)]
     (tmp_path / "mos.csv").write_text("image,mos\n" + "\n".join([*rows, "gone.png,50", "00.png,3", "01.png,x"]) + "\n")
     flags = ["--arch", "ranker", "--mos", tmp_path / "mos.csv", "--mos-images", tmp_path / "images", "--threads", 1]
     done = script("rewards.train_opinion", *flags, "--crop", 64, "--epochs", 2, "--test", 0.2, "--mos-range", 100, 0,
-                  "--out", tmp_path / "bright.pth")
+                  "--out", tmp_path / "noise.pth")
     assert "1 opinions left out" in done.stdout and "first: gone.png" in done.stdout
-    record = torch.load(tmp_path / "bright.pth", weights_only=True)["reward"]
+    record = torch.load(tmp_path / "noise.pth", weights_only=True)["reward"]
     assert record["arch"] == "ranker" and record["mos"]["images"] == 24 and record["test"]["images"] == 6
-    assert set(record["test"]["crops"]) == {"96", "128", "192", "256"} or record["test"]["whole"]
+    assert set(record["test"]["crops"]) == {"96"} and abs(record["test"]["whole"]["srcc"]) <= 1
     assert {"commit", "torch", "seed", "command"} <= set(record)
     # from a file, and from choices alone
-    for method, level in (("dark", 60), ("light", 190)):
-        for k, image in enumerate(gray([level, level + 10], 80)):
+    for method, level in (("clean", 3), ("noisy", 30)):
+        for k, image in enumerate(noisy([level, level + 3], 80)):
             save_image(tmp_path / "study" / method / f"{k}.png", image)
     (tmp_path / "choices.csv").write_text(
-        "observer,scene,candidates,selected\n1,0,dark|light,dark\n1,1,light|dark,dark\n2,1,light|dark,none\n")
-    done = script("rewards.train_opinion", "--init", tmp_path / "bright.pth", "--choices", tmp_path / "choices.csv",
+        "observer,scene,candidates,selected\n1,0,clean|noisy,clean\n1,1,noisy|clean,clean\n2,1,noisy|clean,none\n")
+    done = script("rewards.train_opinion", "--init", tmp_path / "noise.pth", "--choices", tmp_path / "choices.csv",
                   "--choice-images", tmp_path / "study", "--crop", 64, "--epochs", 1, "--out", tmp_path / "judge.pth")
     assert "1 choices left out" in done.stdout
     judge, record = opinion.load(tmp_path / "judge.pth")
     assert record["lr"] == train_opinion.RATES["ranker"] and record["init"]["mos"]["images"] == 24
     assert any(not torch.equal(a, b) for a, b in zip(
-        judge.parameters(), opinion.load(tmp_path / "bright.pth")[0].parameters()))
-    for words, message in ((["--crop", 96], "less than a crop"), (["--harden"], "--init"),
+        judge.parameters(), opinion.load(tmp_path / "noise.pth")[0].parameters()))
+    for words, message in ((["--crop", 128], "less than a crop"), (["--harden"], "--init"),
                            (["--mos-images", tmp_path / "none"], "none")):
         failed = script("rewards.train_opinion", *flags, *words, "--out", tmp_path / "x.pth", check=False)
         assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr

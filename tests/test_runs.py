@@ -290,10 +290,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
         # what is written goes to the device that is always full
         (full / name).symlink_to("/dev/full")
         return full / name
-    from PIL import Image
-    # the last two say nothing of a disk
-    for write in (lambda t: t.write_text("x" * 10_000), lambda t: torch.save({"x": torch.zeros(1000)}, t),
-                  lambda t: Image.new("RGB", (99, 99)).save(t, "BMP")):
+    for write in (lambda t: torch.save({"x": torch.zeros(1000)}, t), lambda t: t.write_text("x" * 10_000)):
         onto_full_disk("last.pt.tmp")
         with pytest.raises(OSError, match=message + "last.pt'"):
             runs.write_atomic(full / "last.pt", write)

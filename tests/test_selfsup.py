@@ -86,7 +86,7 @@ def test_shuffled_embeddings_are_those_of_the_neighbours(net):
     lq, hr = pair(3)
     with torch.no_grad():
         embeddings = net.e_deg(lq)
-        expected = net.r(net.e_img(hr), embeddings[[2, 0, 1]])
+        expected = net.r(net.e_img(hr), embeddings[[2, 0, 1]]) + F.avg_pool2d(hr, 4)
     torch.testing.assert_close(net(lq, hr, 1.0, shuffle=True)[0], expected)
     assert (expected - net(lq, hr, 1.0)[0]).abs().max() > 1e-6
 
@@ -357,7 +357,8 @@ def test_features_of_a_network(arch):
 
 TINY = ("--patch 16 --load-size 64 --degradation two-round --batch-size 4 --group-size 2 --val-photos 1 --size tiny "
         "--distance proxy --far-enc rand --workers 0 --device cpu").split()
-TUNE = "--patch 16 --batch-size 2 --workers 0 --device cpu".split()
+# networks of three steps teach nothing, and would be refused
+TUNE = "--patch 16 --batch-size 2 --workers 0 --device cpu --force".split()
 
 
 def run(module, *words):
@@ -714,12 +715,12 @@ def test_all_stages_in_small(tmp_path, monkeypatch):
     """python -m selfsup --demo starts the scripts one after the other."""
     monkeypatch.chdir(tmp_path)
     started = []
-    monkeypatch.setattr(demo, "run", lambda script, *words: started.append([script, *map(str, words)]))
-    monkeypatch.setattr(runs, "make_missing", lambda path, world, *words: demo.run(*words))
+    monkeypatch.setattr(options, "run", lambda script, *words: started.append([script, *map(str, words)]))
+    monkeypatch.setattr(runs, "make_missing", lambda path, world, *words: options.run(*words))
     demo.main(demo.parse_args(["--demo", "--total-steps", "2"]))
     scripts = [words[0] for words in started]
     assert scripts == ["train.py", "selfsup.pretrain", "selfsup.finetune", "evaluate.py", "selfsup.probe"]
-    assert all(words[-2:] == ["--total-steps", "2"] for words in started[:3])
+    assert all("--total-steps 2" in " ".join(words) for words in started[:3])
     assert "whole-y" in started[3] and started[3][started[3].index("--weights") + 1:][:2] == [
         str(options.DEMO_SR), str(options.DEMO_TUNED)]
 
@@ -735,6 +736,77 @@ def test_the_demo_from_nothing(tmp_path, script):
 
 
 # Errors
+
+def test_what_has_not_learned_is_refused(photos, trained, tmp_path):
+    content = torch.load(trained / "method" / "weights" / "rec.pth", weights_only=True)
+    good = {"psnr": 30.0, "psnr_bicubic": 29.0, "psnr_shuffled": 28.0, "far": 0.5, "explained": 0.6, "d": 0.3}
+
+    def words(**values):
+        held = {**good, **values} if values != {"held_out": None} else None
+        torch.save(content | {"settings": content["settings"] | {"held_out": held}}, tmp_path / "rec.pth")
+        return [w for w in TUNE if w != "--force"] + ["--total-steps", 1, "--lambda-ft", 0.1, "--val-every", 0]
+
+    def attempt(out, *more, **values):
+        run(finetune, *words(**values), "--rec", tmp_path / "rec.pth", "--sr", photos / "sr.pth", "--lr-dir",
+            photos / "lq", "--out", tmp_path / out, *more)
+    for values, message in (({"psnr": 28.9}, r"no better than bicubic .*\(28.90 against 29.00 dB"),
+                            ({"psnr_shuffled": 30.0}, "does not look at them"),
+                            ({"explained": 0.49}, "its T predicts 49% of the descriptors' energy")):
+        with pytest.raises(runs.UserError, match=message):
+            attempt("out", **values)
+        assert not (tmp_path / "out").exists()
+    attempt("good", psnr=30.0)
+    attempt("without", "--no-far", explained=0.1)
+    attempt("forced", "--force", psnr=20.0, explained=0.1)
+    assert (tmp_path / "forced" / "log.txt").read_text().count("WARNING, forced although it") == 3
+    # of before: unknown
+    attempt("old", held_out=None)
+    log = (tmp_path / "good" / "log.txt").read_text()
+    assert "largest movement of the averaged weights" in log and "8e-05 to 0.00075" in log
+
+
+def test_networks_of_before_have_no_skip(trained, tmp_path, photos):
+    content = torch.load(trained / "method" / "weights" / "rec.pth", weights_only=True)
+    assert rec.load_reconstruction(trained / "method")[0].skip
+    settings = copy.deepcopy(content["settings"])
+    del settings["sizes"]["skip"], settings["held_out"]
+    torch.save(content | {"settings": settings}, tmp_path / "rec.pth")
+    net, settings = rec.load_reconstruction(tmp_path / "rec.pth")
+    lq, hr = pair()
+    with torch.no_grad():
+        torch.testing.assert_close(net(lq, hr, 1.0)[0], net.r(net.e_img(hr), net.e_deg(lq)))
+    assert settings["held_out"] is None
+    run(pretrain, "--hr", photos / "gt", "--out", tmp_path / "out", *TINY, "--total-steps", 2, "--no-skip")
+    assert not rec.load_reconstruction(tmp_path / "out")[0].skip
+
+
+@pytest.mark.fast
+def test_with_the_skip_colours_are_right_from_the_start():
+    torch.manual_seed(0)
+    lq, hr = pair(4)
+    errors = []
+    for skip in (True, False):
+        again = rec.Reconstruction(**SMALL, skip=skip)(lq, hr, 1.0)[0]
+        errors.append((again.mean((2, 3)) - lq.mean((2, 3))).abs().mean().item())
+    assert errors[0] < 0.05 and errors[1] > 0.2
+
+
+@pytest.mark.fast
+def test_the_share_of_energy_that_t_explains():
+    generator = torch.Generator().manual_seed(0)
+    truth = [torch.randn(50, 8, generator=generator) + 10 for _ in range(2)]
+    noise = [torch.randn(50, 8, generator=generator) for _ in range(2)]
+
+    def share(*predictions, means=(10.0, 10.0)):
+        batches = [[(p[k:k + 25], t[k:k + 25]) for p, t in zip(predictions, truth)] for k in (0, 25)]
+        return pretrain.explained(batches, [torch.full((8,), mean) for mean in means])
+    assert share(*truth) == pytest.approx(1)
+    # the mean alone, which a bias predicts, however large it is
+    assert share(*(torch.full_like(t, 10.0) for t in truth)) == pytest.approx(0, abs=1e-6)
+    # an error of half the deviation in one of two leaves an eighth of the energy
+    assert share(truth[0], truth[1] + 0.5 * noise[1]) == pytest.approx(0.875, abs=0.03)
+    assert share(truth[0] + 2 * noise[0], truth[1] + 2 * noise[1]) < -2
+
 
 @pytest.mark.parametrize("words, message", [
     (["--patch", "32"], r"24x24 pixels, smaller than a patch: --patch 24 or less"),

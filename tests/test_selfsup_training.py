@@ -17,7 +17,7 @@ import degradations
 import metrics
 import runs
 from experiments import jobs, self_supervision
-from images import load_image
+from images import load_image, save_image
 from selfsup import encoders, finetune, pretrain, probe
 from selfsup import networks as rec
 
@@ -63,7 +63,8 @@ def far_of(net, e_im, e_cl, offdiag=False):
 
 @pytest.mark.parametrize("words, constants", [
     ([], {}), (["--s-rule", "flip"], {}), (["--s-rule", "shifted"], {}), (["--no-hf"], {}), (["--no-far"], {}),
-    ([], {"FAR_PATH": "im"}), ([], {"FAR_PATH": "cl"}), ([], {"PERCEP": 0.3})])
+    (["--no-far-floor"], {}),
+    (["--no-far-floor"], {"FAR_PATH": "im"}), (["--no-far-floor"], {"FAR_PATH": "cl"}), ([], {"PERCEP": 0.3})])
 def test_a_step_of_fine_tuning_follows_the_gradient_worked_out_here(photos, trained, tmp_path, gradients, words,
                                                                     constants, monkeypatch):
     monkeypatch.setattr(finetune, "CLIP_GRAD", 0)
@@ -86,7 +87,7 @@ def test_a_step_of_fine_tuning_follows_the_gradient_worked_out_here(photos, trai
     else:
         s = n + d if "flip" in words else n + 1 - d
     e_im, e_cl = net.e_img(sr), encoder(sr)
-    again = net.r(e_im, s * net.e_deg(lq), None)
+    again = net.r(e_im, s * net.e_deg(lq), None) + F.avg_pool2d(sr, 4)
     if "--no-hf" in words:
         # without a map the distance is its plain mean
         l1, percep = (again - lq).abs().mean(), distance(again, lq).mean()
@@ -97,10 +98,23 @@ def test_a_step_of_fine_tuning_follows_the_gradient_worked_out_here(photos, trai
     if "--no-far" not in words:
         path = constants.get("FAR_PATH", "both")
         features = e_im.detach() if path == "cl" else e_im, e_cl.detach() if path == "im" else e_cl
-        loss = loss + 0.05 * far_of(net, *features).mean()
+        excess = far_of(net, *features).mean() - (0 if "--no-far-floor" in words else settings["held_out"]["far"])
+        loss = loss + 0.05 * excess.clamp_min(0)
     assert len(gradients) == 1
     for ours, expected in zip(gradients[0], torch.autograd.grad(loss, list(m.parameters()))):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("floor, like", [(0.0, "--no-far-floor"), (1e9, "--no-far")])
+def test_far_counts_above_its_level_on_clean_photographs(photos, trained, tmp_path, gradients, floor, like):
+    content = torch.load(trained / "method" / "weights" / "rec.pth", weights_only=True)
+    settings = content["settings"] | {"held_out": content["settings"]["held_out"] | {"far": floor}}
+    torch.save(content | {"settings": settings}, tmp_path / "rec.pth")
+    for k, words in enumerate(([], [like])):
+        tune(photos, tmp_path / "rec.pth", tmp_path / f"{k}", "--total-steps", 1, "--lambda-ft", 0.05, *words)
+    for ours, expected in zip(*gradients):
+        torch.testing.assert_close(ours, expected, atol=1e-7, rtol=1e-4)
+    assert ("it was fooled" in (tmp_path / "0" / "log.txt").read_text()) == (floor > 0)
 
 
 def fixed_patches(photos):
@@ -295,7 +309,7 @@ def test_a_step_of_pretraining_follows_the_gradient_worked_out_here(photos, tmp_
     s = 1.0 if args.s_rule == "one" else n + d
     noise = torch.stack([degradations.normal_field((2, *lq.shape[2:]), seeds(1, lane, "noise")) for lane in range(4)])
     e_im = net.e_img(hr)
-    again = net.r(e_im, s * net.e_deg(lq), noise)
+    again = net.r(e_im, s * net.e_deg(lq), noise) + F.avg_pool2d(hr, 4)
     loss = (again - lq).abs().mean() + constants.get("PERCEP", 1.0) * distance(again, lq).mean()
     if lam is not None:
         far = far_of(net, e_im, encoder(hr), offdiag="OFFDIAG" in constants).mean()
@@ -347,8 +361,9 @@ def test_held_out_checks_are_what_they_say():
     assert values["psnr_bicubic"] == pytest.approx(psnr, abs=1e-3)
     assert values["d"] == pytest.approx(distance(enlarge(lq), hr).mean().item(), abs=1e-6)
     assert pretrain.warnings(values) == ""
-    weak = values | {"psnr": values["psnr_bicubic"], "percep": math.nan}
-    assert pretrain.warnings(weak).count("WARNING") == 3
+    weak = values | {"psnr": values["psnr_bicubic"], "percep": math.nan, "explained": 0.4}
+    assert pretrain.warnings(weak).count("WARNING") == 4
+    assert "T predicts 40% of the descriptors' energy" in pretrain.warnings(weak)
 
 
 # Probes
@@ -397,33 +412,52 @@ def test_networks_of_one_name_or_of_other_weights_are_refused(trained, tmp_path)
 def test_the_queue_in_small(photos, tmp_path, monkeypatch, capsys):
     """All stages in this process: what a child process would do, with the same words."""
     def call(log, script, *words, processes=1):
+        log.parent.mkdir(parents=True, exist_ok=True)
         fewer = ["--crops", 8] if script == "selfsup.probe" else []
         run(importlib.import_module(script.removesuffix(".py")), *words, *fewer, "--threads", 1)
     monkeypatch.setattr(jobs, "call", call)
     monkeypatch.setattr(jobs, "parallel", lambda count, tasks: [task() for task in tasks])
+    monkeypatch.setattr(self_supervision, "SIGMAS", (0.3, 2.0))
+    monkeypatch.setattr(self_supervision, "AMOUNTS", (0.1, 1.0))
     (tmp_path / "vgg.pth").touch()
+    for k in range(2):
+        for folder, end in (("lq", "LR"), ("gt", "HR")):
+            save_image(tmp_path / "realsr" / f"r{k}_{end}.png", load_image(photos / folder / f"p{k}.png"))
     short = "--workers 0 --total-steps 2 --val-every 2 --batch-size 2 --patch 16"
-    tiny = ("--load-size 64 --degradation two-round --group-size 2 --val-photos 1 --size tiny --distance proxy "
+    tiny = ("--load-size 64 --degradation lr-grid --group-size 2 --val-photos 1 --size tiny --distance proxy "
             f"--far-enc rand {short}")
     work, stem = tmp_path / "work", tmp_path / "selfsup"
-    words = ["--photos", photos / "gt", "--test", photos / "gt", "--real", photos / "lq", "--sr", photos / "sr.pth",
-             "--pretrain", tiny, "--finetune", short, "--seeds", 0, 1, "--vgg-weights", tmp_path / "vgg.pth",
-             "--metrics", "psnr", "ranker", "--metric-weights", "--jobs", 1, "--work", work, "--results", stem]
+    words = ["--photos", photos / "gt", "--test", photos / "gt", "--realsr", tmp_path / "realsr", "--sr",
+             photos / "sr.pth", "--compact", photos / "sr.pth", "--pretrain", tiny, "--finetune", f"{short} --force",
+             "--seeds", 0, 1, "--metrics", "psnr", "ranker", "--vgg-weights", tmp_path / "vgg.pth",
+             "--metric-weights", "--jobs", 1, "--work", work, "--results", stem]
     args = self_supervision.parse_args([str(word) for word in words])
     self_supervision.main(args)
     result, output = json.loads(stem.with_suffix(".json").read_text()), capsys.readouterr().out
-    assert set(result["sets"]) == {"domain", "held"}
-    assert list(result["sets"]["domain"]["mean"]) == ["before", *self_supervision.FINETUNE]
+    assert list(result["sets"]) == ["inside", "outside", "realsr"]
+    inside = result["sets"]["inside"]
+    assert list(inside["mean"]) == ["before", *self_supervision.FINETUNE, "blur control", "unsharp control",
+                                    "before, compact", "both, compact"]
+    assert list(result["sets"]["realsr"]["mean"]) == ["before", *self_supervision.ON_REALSR, "blur control",
+                                                      "unsharp control"]
 
     def mean_psnr(name):
-        row, = json.loads((work / "scores" / f"domain-{name}.json").read_text())["scores"].values()
+        row, = json.loads((work / "scores" / f"inside-{name}.json").read_text())["scores"].values()
         return np.mean([values["psnr"] for values in row.values()])
-    expected = (mean_psnr("both-0") + mean_psnr("both-1")) / 2 - mean_psnr("before")
-    assert result["sets"]["domain"]["differences"]["both - before"]["psnr"]["mean"] == pytest.approx(expected)
+    expected = {"both - before": (mean_psnr("both-0") + mean_psnr("both-1")) / 2 - mean_psnr("before-0"),
+                # one seed of LWay
+                "both - LWay": mean_psnr("both-0") - mean_psnr("LWay-0"),
+                "both - blur control": (mean_psnr("both-0") + mean_psnr("both-1")) / 2 - mean_psnr("blur-control-0")}
+    for pair, value in expected.items():
+        assert inside["differences"][pair]["psnr"]["mean"] == pytest.approx(value), pair
+    assert len(inside["movement"]["both"]) == 2 and 0 < inside["movement"]["both"][0] < 1e-4
+    control = json.loads((work / "outputs" / "inside" / "blur-control.json").read_text())
+    assert control["strength"] in (0.3, 2.0) and control["goal"] == pytest.approx(mean_psnr("both-0"))
+    assert set(result["precision"]) == {"before", "both"} and 0 < result["precision"]["both"]["psnr"] < 1
     assert "| both - LWay |" in output and "area under the ROC curve of FAR, both" in output
-    assert len(result["fig7"]) == 2 and (work / "real.html").stat().st_size > 1000
-    names = {f"{name}-{seed}" for name in self_supervision.PRETRAIN for seed in (0, 1)}
-    assert result["pretraining"].keys() == names
+    assert len(result["fig7"]) == 1
+    assert result["pretraining"].keys() == {"LWay-0", "controller-0", "FAR-0", "baseline-0", "baseline-1", "both-0",
+                                            "both-1"}
     # results that are there are kept
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *a, **k: pytest.fail("trained again"))
     self_supervision.main(args)
