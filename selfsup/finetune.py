@@ -392,9 +392,11 @@ def adapt(args, record, world, seeds, autocast, judge, sets, gts, out, resume, s
             batch = next(batches)
         lq, noise = draw(step, batch)
         with autocast():
-            terms = {name: value.mean() for name, value in judge(lq, net(lq), noise).items()}
+            values = judge(lq, net(lq), noise)
+            terms = {name: value.mean() for name, value in values.items()}
         opt.zero_grad(set_to_none=True)
-        excess = (terms["far"] - floor).clamp_min(0) if far and args.far_floor else terms.get("far")
+        # of each sample, so that it is the same with any number of processes
+        excess = (values["far"] - floor).clamp_min(0).mean() if far and args.far_floor else terms.get("far")
         (terms["rec"] + (weight * excess if far else 0)).backward()
         if CLIP_GRAD:
             torch.nn.utils.clip_grad_norm_(raw.parameters(), CLIP_GRAD)

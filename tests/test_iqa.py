@@ -525,7 +525,8 @@ def test_a_flat_image_has_no_finite_score_and_takes_none_from_the_others_of_its_
     textured = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     scores = reward(torch.cat([textured[:1], torch.ones(1, 3, 96, 96), textured[1:]]))
     assert torch.isfinite(scores).tolist() == [True, False, True]
-    assert scores[[0, 2]].tolist() == pytest.approx(reward(textured).tolist(), abs=1e-3)
+    # a batch of two and of three are rounded differently
+    assert scores[[0, 2]].tolist() == pytest.approx(reward(textured).tolist(), rel=1e-4)
     # a sum has no score where one part has none
     both = iqa.Reward(dict(reward.models) | {"own": Counting()}, reward.weights | {"own": 1.0})
     assert torch.isfinite(both(torch.cat([textured[:1], torch.ones(1, 3, 96, 96)]))).tolist() == [True, False]

@@ -110,6 +110,9 @@ def test_modes_are_kept(weights, photo, tmp_path, mode, suffix):
     if mode in ("L", "LA", "1"):
         colour = colour.mean(2, keepdims=True)
     pixels = np.array(sr.convert("RGB"), dtype=float)[..., :colour.shape[2]] / 255
+    if "A" in mode:
+        # the left edge is nearly transparent: its colours are those beside it
+        pixels, colour = pixels[:, 40:], colour[:, 40:]
     assert np.abs(pixels - colour).mean() < (0.6 / 255 if suffix in (".png", ".tif", ".tiff") else 0.03)
     if "A" in mode:
         alpha = np.array(sr)[..., -1]
