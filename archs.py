@@ -560,7 +560,9 @@ def unwrap(path, content, key=None):
         while inner := [k for k in WRAPPERS if isinstance(content, dict) and isinstance(content.get(k), dict)]:
             content, names = content[inner[0]], [*names, inner[0]]
         return content, ".".join(names) or "none"
-    for name in [] if key == "none" else key.split("."):
+    # the dot may belong to a name
+    whole = isinstance(content, dict) and key in content
+    for name in [] if key == "none" else [key] if whole else key.split("."):
         if not isinstance(content, dict) or name not in content:
             raise runs.UserError(f"{path}: no key {key!r} in it, it has {first_keys(content)}")
         content = content[name]
@@ -615,8 +617,12 @@ def read_weights(path, key=None):
         isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided and not v.is_meta
         for k, v in state.items())
     if not is_state:
-        inner = [k for k, v in state.items() if isinstance(v, dict)] if isinstance(state, dict) else []
-        raise runs.UserError(f"{path}: no state dict (it holds {first_keys(content)}); "
+        entries = state.items() if isinstance(state, dict) else []
+        inner = [k for k, v in entries if isinstance(v, dict)]
+        odd = [f"{k} is no tensor but {type(v).__name__}" for k, v in entries if not isinstance(v, torch.Tensor)]
+        # one that has something more, such as None, is told by that
+        told = odd[0] if odd and len(odd) < len(entries) else f"it holds {first_keys(content)}"
+        raise runs.UserError(f"{path}: no state dict ({told}); "
                              "of a run take weights/ema_*.pth, not a training checkpoint"
                              + (f"; --weights-key {inner[0]} looks into {inner[0]}" if inner else ""))
     return {k: v.float() if v.is_floating_point() else v for k, v in present_names(state).items()}, used

@@ -213,8 +213,10 @@ def check_whole(path, size, frames):
 
 def check_mode(path, mode):
     if mode not in RGB_MODES:
-        raise ModeError(f"{path}: image mode {mode}, expected 8-bit RGB: "
-                        "convert it (Pillow: image.convert('RGB')) or remove it")
+        # of more than 8 bit Pillow cuts off what is above 255
+        deep = mode.startswith(("I", "F"))
+        how = "scale its values to 0 to 255" if deep else "convert it (Pillow: image.convert('RGB'))"
+        raise ModeError(f"{path}: image mode {mode}, expected 8-bit RGB: {how} or remove it")
 
 
 def check_size(path, size, original, need=0):
@@ -317,11 +319,18 @@ def match_images(folder, stems, flag):
     """
     if not folder.is_dir():
         raise runs.UserError(f"{flag} {folder}: no such folder")
-    files, matches = list_images(folder), {}
+    names = {without_scale(stem): stem for stem in stems} | {stem: stem for stem in stems}
+
+    def owner(name):
+        """The stem that a name, or its longest part before an underscore, is; None: of none."""
+        while name and name not in names and without_scale(name) not in names:
+            name = name.rpartition("_")[0]
+        return names.get(name, names.get(without_scale(name)))
+    files, matches, owned = list_images(folder), {}, {}
+    for name, path in files.items():
+        owned.setdefault(owner(name), []).append(path)
     for stem in stems:
-        fitting = [files[stem]] if stem in files else [
-            path for name, path in files.items()
-            if without_scale(stem) in (without_scale(name), without_scale(name.rpartition("_")[0]))]
+        fitting = [files[stem]] if stem in files else owned.get(stem, [])
         if len(fitting) != 1:
             raise runs.UserError(f"{flag} {folder}: {len(fitting)} files for image {stem} "
                                  f"({', '.join(path.name for path in fitting) or 'none'}); "

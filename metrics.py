@@ -336,8 +336,9 @@ def low_resolution(stem, item, degradation, device):
     if item["lq"] is not None:
         return load(item["lq"], device, item.get("rgb"))
     original = item["versions"][0]
+    image = high_resolution(original, item, device)
     try:
-        return degradations.fixed(high_resolution(original, item, device), degradation, stem)
+        return degradations.fixed(image, degradation, stem)
     except runs.UserError as error:
         raise runs.UserError(f"{original}: {error}") from None
 

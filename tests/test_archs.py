@@ -695,6 +695,8 @@ def test_a_key_goes_into_nested_dictionaries(tmp_path):
     torch.save({"nets": {"g": zeros, "ema": {"g": ones}}, "step": 3}, tmp_path / "w.pth")
     assert archs.read_weights(tmp_path / "w.pth", "nets.ema.g")[0]["a"].item() == 1
     assert archs.read_weights(tmp_path / "w.pth", "nets.g") == (zeros, "nets.g")
+    torch.save({"nets.g": ones, "nets": {"g": zeros}}, tmp_path / "dot.pth")
+    assert archs.read_weights(tmp_path / "dot.pth", "nets.g") == (ones, "nets.g")
     for key, names in (("nets.d", "nets, step"), ("net", "nets, step"), ("step.a", "nets, step"), ("nets", None)):
         with pytest.raises(ValueError, match="no state dict" if names is None else f"no key '{key}' in it, it has"):
             archs.read_weights(tmp_path / "w.pth", key)
@@ -718,6 +720,7 @@ def test_what_does_not_load_is_told_in_one_true_sentence(tmp_path):
              "out": (compact | {f"body.14.{end}": compact[f"body.14.{end}"][:16] for end in ("weight", "bias")},
                      "an SRVGGNetCompact whose last layer has 16 channels; only those for RGB load"),
              "flat": (rrdb | {"conv_first.weight": torch.zeros(8)}, r"an incomplete state dict \(first problem: "),
+             "none": (rrdb | {"ema": None}, r"no state dict \(ema is no tensor but NoneType\)"),
              "meta": ({k: v.to("meta") for k, v in rrdb.items()}, "no state dict"),
              "more": (rrdb | {"n_averaged": torch.zeros(1)},
                       r"the file is rrdbnet \(.*\); 1 key differs: n_averaged is not expected")}

@@ -755,6 +755,11 @@ def test_grey_and_transparent_images_are_refused_by_name_and_read_as_rgb_on_requ
     Image.fromarray(deep).save(pairs / "lq" / "1.png")
     with pytest.raises(runs.UserError, match="1.png: image mode I;16"):
         run(pairs, "--rgb", "--lq", pairs / "lq", "--metrics", "ranker")
+    (pairs / "deep").mkdir()
+    Image.fromarray(np.tile(deep, (16, 16))).save(pairs / "deep" / "1.png")
+    with pytest.raises(runs.UserError) as error:
+        run(pairs, "--rgb", "--gt", pairs / "deep", "--degradation", "bicubic", "--metrics", "ranker")
+    assert str(error.value).count("1.png") == 1
 
 
 @pytest.mark.fast

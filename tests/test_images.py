@@ -247,6 +247,10 @@ def test_low_resolution_names_of_public_sets_match(tmp_path):
                                                       "0003.png"]
     touch(tmp_path / "sr", "0001x4_net.png")
     assert match_images(tmp_path / "sr", ["0001"], "--images")["0001"].name == "0001x4_net.png"
+    # as BasicSR names its outputs; an image's own name may go on with an underscore
+    touch(tmp_path / "basicsr", "0002_SwinIR_x4.png", "a_net_g_5000.png", "a_b_net_g_5000.png")
+    files = match_images(tmp_path / "basicsr", ["0002x4", "a", "a_b"], "--images")
+    assert [path.name for path in files.values()] == ["0002_SwinIR_x4.png", "a_net_g_5000.png", "a_b_net_g_5000.png"]
     for stem in ("001", "0001x", "x40001"):
         with pytest.raises(runs.UserError, match="0 files for image"):
             match_images(tmp_path / "sr", [stem], "--images")
