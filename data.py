@@ -90,7 +90,7 @@ def read_label(path, stem, versions, left_out=()):
     to another stem, or has an unexpected label.
     """
     try:
-        entries = dict(json.loads(Path(path).read_text()))
+        entries = dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise runs.UserError(f"{path}: label missing; every set needs the votes of three annotators A, B, C") from None
     except (ValueError, TypeError) as error:
@@ -120,7 +120,7 @@ def read_label(path, stem, versions, left_out=()):
 def label_versions(path):
     """The enhanced versions that a label knows; none of a file that is not one, which read_label refuses."""
     try:
-        return [entry["File"] for entry in json.loads(path.read_text()).values()
+        return [entry["File"] for entry in json.loads(path.read_text(encoding="utf-8")).values()
                 if re.fullmatch(r"\d\d", entry.get("File", ""))]
     except (OSError, ValueError, TypeError, AttributeError):
         return []

@@ -270,7 +270,7 @@ def load_tuned(path, scale=1.0, base=None, key=None, pad_mode=None, flag="--base
 
 def card_base(card):
     """What the card of an adapter (README.md beside it) calls its base, on a line "base: NAME" of its own, or None."""
-    line = re.search(r"^base: (\S+)$", card.read_text(), re.M) if card.is_file() else None
+    line = re.search(r"^base: (\S+)$", card.read_text(encoding="utf-8"), re.M) if card.is_file() else None
     return line and line[1]
 
 

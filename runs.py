@@ -260,7 +260,7 @@ def literal(module, name):
 
     It is read from the module's text: importing the module would import torch.
     """
-    for node in ast.parse((REPO / f"{module}.py").read_text()).body:
+    for node in ast.parse((REPO / f"{module}.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and [getattr(target, "id", None) for target in node.targets] == [name]:
             try:
                 return ast.literal_eval(node.value)

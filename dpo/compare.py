@@ -229,7 +229,7 @@ def main(args):
                "k": preference.curves(next(iter(rewards.values())))["k"], **runs.describe_machine()}
     runs.save_json(args.out / "eval.json", summary)
     text = table(summary)
-    runs.write_atomic(args.out / "table.md", lambda t: t.write_text(text + "\n"))
+    runs.write_atomic(args.out / "table.md", lambda t: t.write_text(text + "\n", encoding="utf-8"))
     print(text)
     draw_curves(summary, args.out / "curves.png")
     shown_rows = args.shown_rows or rows[:len(args.gen)]

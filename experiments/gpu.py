@@ -387,7 +387,7 @@ def summary(out, lines):
                     if (out / f"{name}.json").exists()), {})
     text = "\n".join([f"# {machine.get('device', 'no device')}", "", *(f"{k}: {v}  " for k, v in machine.items()), "",
                       *lines, "", runs.markdown(["job", "part", "result"], rows), ""])
-    runs.write_atomic(out / "summary.md", lambda temporary: temporary.write_text(text))
+    runs.write_atomic(out / "summary.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return [row for row in rows if row[2].startswith("failed")]
 
 
@@ -432,7 +432,7 @@ def main(args):
             lines.append(f"- {name} {status} after {seconds:.0f} s")
             print(lines[-1], flush=True)
             failed = summary(args.out, lines)
-    print((args.out / "summary.md").read_text())
+    print((args.out / "summary.md").read_text(encoding="utf-8"))
     if failed or any("ended with 0" not in line for line in lines):
         raise runs.UserError(f"some parts failed: {args.out / 'log.txt'}")
 

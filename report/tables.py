@@ -410,7 +410,7 @@ def main(args):
         result = change_row(result, args.against)
     table = FORMATS[args.format](result)
     if args.out:
-        runs.write_atomic(args.out, lambda temporary: temporary.write_text(table))
+        runs.write_atomic(args.out, lambda temporary: temporary.write_text(table, encoding="utf-8"))
         print(f"wrote {args.out}")
     else:
         print(table.rstrip("\n"))

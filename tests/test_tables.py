@@ -1,5 +1,6 @@
 """report.tables, report.pictures and report.style: statistics, formats, the files that a result becomes."""
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,16 @@ def file(tmp_path):
 
 def call(module, *words):
     module.main(module.parse_args([str(word) for word in words]))
+
+
+def test_files_are_utf8_whatever_the_locale(file, tmp_path):
+    """Arrows in tables, and in the modules that --help reads."""
+    plain = runs.python_path() | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ["report.tables", file, "--format", "markdown", "--out", tmp_path / "table.md"]
+    for command in (runs.python(*words), runs.python("evaluate.py", "--help")):
+        done = subprocess.run(command, env=plain, cwd=runs.REPO, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert "\u2191" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.fast
