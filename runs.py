@@ -381,7 +381,7 @@ def add_training(p, leave_out=()):
 
 def is_reward_file(name):
     """Does the name of a reward mean a file of rewards.train_opinion?"""
-    return name.endswith(".pth")
+    return name.lower().endswith(".pth")
 
 
 def split_reward(word):

@@ -71,7 +71,8 @@ def paper_accuracy(experiment):
 
 def read_csv(path, flag, **options):
     """A CSV file as a DataFrame of unchanged strings (.tsv: separated by tabs). UserError where it cannot be read."""
-    options |= {"sep": "\t" if str(path).endswith(".tsv") else ",", "skipinitialspace": True, "index_col": False}
+    separator = "\t" if str(path).lower().endswith(".tsv") else ","
+    options |= {"sep": separator, "skipinitialspace": True, "index_col": False}
     try:
         return pd.read_csv(path, dtype=object, keep_default_na=False, **options)
     except FileNotFoundError:

@@ -142,7 +142,7 @@ def number(value, text):
 
 def shown(metric):
     """A metric's name in tables: the usual one; of a reward file its stem."""
-    return tables.SHOWN.get(metric, Path(metric).stem if metric.endswith(".pth") else metric)
+    return tables.SHOWN.get(metric, Path(metric).stem if runs.is_reward_file(metric) else metric)
 
 
 def warning(truth):

@@ -286,3 +286,10 @@ def test_a_score_file_with_every_fault(tmp_path):
     (tmp_path / "t.csv").write_text("file,m\na,1\n")
     with pytest.raises(runs.UserError, match="needs a column image"):
         agreement.read_scores(tmp_path / "t.csv")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", ["a.tsv", "A.TSV"])
+def test_tabs_separate_a_tsv_file(tmp_path, name):
+    (tmp_path / name).write_text("image\tmos\nx, y.png\t3\n")
+    assert agreement.read_csv(tmp_path / name, "--mos").to_dict("records") == [{"image": "x, y.png", "mos": "3"}]

@@ -193,6 +193,7 @@ def test_a_reward_file_is_a_reward_like_any_other(reward_file):
     assert torch.allclose(reward(x), 0.5 * each["people"] + each["ranker"], atol=1e-4)
     assert not any(p.requires_grad for p in reward.parameters())
     assert runs.split_reward(str(file)) == (str(file), "") and runs.split_reward("musiq=0.1") == ("musiq", "0.1")
+    assert runs.split_reward("a=b/R.PTH") == ("a=b/R.PTH", "")
     assert [runs.short_reward(word) for word in (f"{file}=2", "a.b:build", "musiq=1")] == ["people", "a.b", "musiq"]
     # two files of one name, and one twice
     other = file.with_name("other")
