@@ -23,6 +23,7 @@ import pandas as pd
 import data
 import runs
 from report import agreement, opinions, preferences, style, tables
+from report.tables import shown
 
 PAIR_RULE = ("accuracy: pairs on which metric and majority prefer the same image, of those with a consensus; two equal "
              "scores prefer neither; 'ties wrong' counts votes of 0.5 as wrong.")
@@ -138,11 +139,6 @@ def signed_points(difference):
 
 def number(value, text):
     return "–" if np.isnan(value) else text.format(value)
-
-
-def shown(metric):
-    """A metric's name in tables: the usual one; of a reward file its stem."""
-    return tables.SHOWN.get(metric, Path(metric).stem if runs.is_reward_file(metric) else metric)
 
 
 def warning(truth):

@@ -18,7 +18,8 @@ import pandas as pd
 
 import runs
 from report import agreement, opinions, style, tables
-from report.analyses import Report, load_runs, number, percent, plot_accuracy, shown, signed_points, verdict
+from report.analyses import Report, load_runs, number, percent, plot_accuracy, signed_points, verdict
+from report.tables import shown
 
 MEASURES = {"srcc": "SRCC", "plcc": "PLCC", "plcc_logistic": "PLCC, logistic", "krcc": "KRCC"}
 MOS_RULE = ("SRCC, KRCC: Spearman's and Kendall's (tau-b) rank correlation; PLCC: Pearson's, without and after the "

@@ -178,7 +178,7 @@ def spans(result):
 
 
 def groups_line(result):
-    names = {name: [SHOWN.get(m, m) for m in metrics] for name, metrics in spans(result).items()}
+    names = {name: [shown(m) for m in metrics] for name, metrics in spans(result).items()}
     return "; ".join(f"{name}: {', '.join(metrics)}" for name, metrics in names.items())
 
 
@@ -204,9 +204,14 @@ def title_of(result):
 
 # Cells
 
+def shown(metric):
+    """A metric's name as tables have it; of a reward file its stem."""
+    return SHOWN.get(metric, Path(metric).stem if runs.is_reward_file(metric) else metric)
+
+
 def heading(metric, lower):
     """A metric's name with an arrow. lower None: neither is better."""
-    return SHOWN.get(metric, metric) + ("" if lower is None else " ↓" if lower else " ↑")
+    return shown(metric) + ("" if lower is None else " ↓" if lower else " ↑")
 
 
 def headings(result):
