@@ -93,7 +93,11 @@ class VGGFeatureLoss(nn.Module):
                 channels = width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers[:max(self.TAPS) + 1])
-        state = vgg19_download(otherwise) if weights is None else archs.read_weights(weights)[0]
+        if weights is None:
+            from torchvision.models import VGG19_Weights
+            state = torchvision_weights(VGG19_Weights.IMAGENET1K_V1, "VGG19", otherwise)
+        else:
+            state = archs.read_weights(weights)[0]
         source = weights or "the downloaded vgg19"
         prefix = "features." if any(k.startswith("features.") for k in state) else ""
         expected = self.features.state_dict()
@@ -136,14 +140,16 @@ class VGGFeatureLoss(nn.Module):
         return sum(weight * F.l1_loss(a.float(), b.float()) for weight, a, b in taps)
 
 
-def vgg19_download(otherwise):
-    """State dict of torchvision's ImageNet vgg19, from the torch hub cache or the network."""
-    from torchvision.models import VGG19_Weights
+def torchvision_weights(weights, network, otherwise):
+    """State dict of an entry of torchvision's weights, from the torch hub cache or the network.
+
+    network: its name, and otherwise: the flag that names a file, for errors.
+    """
     try:
-        return VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+        return weights.get_state_dict(progress=True, check_hash=True)
     # no network, wrong hash, damaged cache
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason, name = " ".join(str(error).split())[:120], Path(weights.url).name
         folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise runs.UserError(f"no VGG19 weights ({reason}): put vgg19-dcbb9e9d.pth into {folder} "
-                             f"({runs.how_to_get('vgg19-dcbb9e9d.pth')}), or name a file with {otherwise}") from None
+        raise runs.UserError(f"no {network} weights ({reason}): put {name} into {folder} ({runs.how_to_get(name)}), or "
+                             f"name a file with {otherwise}") from None

@@ -764,11 +764,17 @@ def check_output(path, flag):
             raise UserError(f"{flag} {path}: a folder; name a file")
 
 
+def sha256(path):
+    """All digits of a file's SHA-256, as it is published, and as the records of quintuplets hold it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest(value):
     """Hash of a file's bytes (of a Path), of bytes or a memoryview, or of plain values: 24 digits of its SHA-256."""
     if isinstance(value, Path):
-        value = value.read_bytes()
-    elif not isinstance(value, bytes | memoryview):
+        return sha256(value)[:24]
+    if not isinstance(value, bytes | memoryview):
         value = json.dumps(value, sort_keys=True).encode()
     return hashlib.sha256(value).hexdigest()[:24]
 

@@ -66,7 +66,6 @@ def parse_args(argv=None):
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import errno
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -143,7 +142,7 @@ def load_enhancers(paths, device, precision):
     nets, sources = {}, {}
     for k, path in enumerate(paths, 1):
         net, info = archs.load_x4(path, "--enhancers")
-        digest = sha256(Path(info["file"]))
+        digest = runs.sha256(Path(info["file"]))
         for other in sources.values():
             if other["sha256"] == digest:
                 raise runs.UserError(f"--enhancers: {path} is the same file as {other['file']}: "
@@ -152,11 +151,6 @@ def load_enhancers(paths, device, precision):
         nets[version] = archs.ready(net, device, precision)
         sources[version] = {"file": str(path), "sha256": digest, "arch": info["arch"]}
     return nets, sources
-
-
-def sha256(path):
-    # the whole of it, unlike runs.digest: the records of sets that were begun earlier hold it
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def survey(args, world):
@@ -219,7 +213,7 @@ def build_photo(name, path, nets, args, device):
     versions |= {version: enhance(photo.to(device), net, args).cpu() for version, net in nets.items()}
     # with interpolation in place of a network
     resized = enhance(photo.to(device), partial(F.interpolate, scale_factor=4, mode="bicubic"), args).cpu()
-    record = {"photo": name, "source": path.name, "sha256": sha256(path), "sets": [],
+    record = {"photo": name, "source": path.name, "sha256": runs.sha256(path), "sets": [],
               "dropped": {"flat": 0, "not enhanced": 0}}
     folder, seed = image_folder(args.out), runs.sample_seed(args.seed, 0, 0, name)
     places = corners(*photo.shape[1:], args.patch, args.step, args.jitter, seed)
@@ -300,7 +294,8 @@ def build(args, world):
     photos, dropped_photos = survey(args, world)
     done = {file.stem.removeprefix("photo-"): read_record(file) for file in records.glob("photo-*.json") if begun}
     gone = sorted(set(done) - set(photos))
-    altered = [name for name, record in done.items() if name in photos and record["sha256"] != sha256(photos[name])]
+    altered = [name for name, record in done.items()
+               if name in photos and record["sha256"] != runs.sha256(photos[name])]
     if gone or altered:
         problem = "are not used any more" if gone else "have changed since"
         raise runs.UserError(f"{args.out} has patches of photos that {problem}: {', '.join((gone or altered)[:5])}: "

@@ -76,11 +76,6 @@ def place(name, out=None):
     return (out or runs.downloads()) / entry["file"]
 
 
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 class Patient:
     """A connection that is made within CONNECT seconds, and then may pause for READ."""
 
@@ -128,7 +123,7 @@ def download(url, path, digest):
     else:
         with response:
             receive(response, part, begun if response.status == 206 else 0, path, url)
-    found = sha256(part)
+    found = runs.sha256(part)
     if digest and not found.startswith(digest):
         part.unlink()
         raise runs.UserError(f"{url}: SHA-256 {found[:16]}... where {digest[:16]}... is published: another file, or "
@@ -193,7 +188,7 @@ def get(name, out=None):
     if path.exists():
         if digest is None:
             return f"{path}: is there already; its hash is not published"
-        same = sha256(path).startswith(digest)
+        same = runs.sha256(path).startswith(digest)
         return f"{path}: is there already, " + ("with the published hash" if same else
                                                 "not the official file (converted?): remove it to get that")
     runs.check_writable(path.parent, "--out")

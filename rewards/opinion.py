@@ -8,8 +8,6 @@ was trained on, seed, commit and scores.
 """
 import json
 import math
-import pickle
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +53,8 @@ class MobileNetV2(nn.Module):
     def load_imagenet(self, file=None):
         """Take ImageNet weights: those of a file with torchvision's keys, else torchvision's download."""
         from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
-        state = archs.read_weights(file)[0] if file else download(MobileNet_V2_Weights.IMAGENET1K_V2)
+        state = archs.read_weights(file)[0] if file else losses.torchvision_weights(
+            MobileNet_V2_Weights.IMAGENET1K_V2, "MobileNetV2", "--backbone FILE")
         net = mobilenet_v2(weights=None).features.eval()
         state = {key.removeprefix("features."): value for key, value in state.items() if "classifier" not in key}
         archs.load_strict(net, state, file or "the downloaded mobilenet_v2")
@@ -91,18 +90,6 @@ def fold_batch_norms(net):
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, next_name, nn.Identity())
     return net
-
-
-def download(weights):
-    """State dict of torchvision's `weights`, from the torch hub cache or the network."""
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    # no network, wrong hash, damaged cache
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason, name = " ".join(str(error).split())[:120], Path(weights.url).name
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise runs.UserError(f"no ImageNet weights ({reason}): put {name} into {folder}, or name a file with "
-                             "--backbone FILE") from None
 
 
 def tiles(x):
