@@ -14,6 +14,10 @@ import runs
 
 DATA = Path("datasets/public")
 METHODS = ("BSRGAN", "RealESRGAN", "ResShift", "SwinIR")
+# how the study's choice_of_4.csv and pairs.csv are read
+BEST_COLUMNS = "observer=observer,scene=image,selected=selected"
+PAIR_COLUMNS = "observer=observer,candidates=left+right,selected=selected"
+PAIR_PATTERN = "(?P<scene>.+)_(?P<method>[^_]+)"
 METRICS = ("niqe", "brisque", "piqe", "rewards.cnniqa:build", "ranker")
 # takes 25 s an image: the study, and every 16th image of CLIVE by name
 SLOW, EVERY = "ilniqe", 16
@@ -42,7 +46,14 @@ import json
 import shutil
 import subprocess
 
-from report import agreement
+from report import agreement, opinions
+
+
+def read_study(folder):
+    """{"pairs", "choices"}: the study's pairs, and its best-of-four choices; and lines on the rows left out."""
+    pairs, left = opinions.read_choices(folder / "pairs.csv", PAIR_COLUMNS, pattern=PAIR_PATTERN)
+    best, more = opinions.read_choices(folder / "choice_of_4.csv", BEST_COLUMNS, METHODS)
+    return {"pairs": pairs, "choices": best}, left + more
 
 
 def analyze(*words):
@@ -79,13 +90,12 @@ def authors_scores(study, out):
 def judge_study(args, metrics, slow):
     """80 images, of which the pairs show 24."""
     study, best, pairs = args.data / "sr_study", args.work / BEST, args.work / PAIRS
-    score(best, metrics + slow, args.weights, "--choices", study / "choice_of_4.csv", "--columns",
-          "observer=observer,scene=image,selected=selected", "--methods", *METHODS, "--images", study)
+    score(best, metrics + slow, args.weights, "--choices", study / "choice_of_4.csv", "--columns", BEST_COLUMNS,
+          "--methods", *METHODS, "--images", study)
     authors_scores(study, args.work / "authors.csv")
     ready(best, args.work / "authors.csv", AUTHORS_LOWER)
-    analyze("score", "--out", pairs, "--choices", study / "pairs.csv", "--columns",
-            "observer=observer,candidates=left+right,selected=selected", "--name-pattern",
-            "(?P<scene>.+)_(?P<method>[^_]+)", "--scores", best / "scores.csv", "--lower", *lower_of(best))
+    analyze("score", "--out", pairs, "--choices", study / "pairs.csv", "--columns", PAIR_COLUMNS,
+            "--name-pattern", PAIR_PATTERN, "--scores", best / "scores.csv", "--lower", *lower_of(best))
     analyze("choices", best, pairs, "--out", args.work)
     analyze("recommend", best, "--out", args.work)
 

@@ -48,16 +48,16 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 import iqa
+from experiments.human import METHODS, read_study
 from images import load_image
 from report import opinions, style
 from rewards import attack, opinion, train_opinion
 
 CROP, SEED = 224, 0
-# of a training, by model; decided on split 0 before the other splits were trained
-# those of the models that are attacked
+# splits whose models are attacked
 ATTACKED = (0, 1, 2)
-# of the user study
-METHODS = ("BSRGAN", "RealESRGAN", "ResShift", "SwinIR")
+# of a training, by model. CHOICE, made before any training had ended. Split 1, which several variants saw, is the one
+# on which the rest was developed
 SETTINGS = {"plain": dict(epochs=3, lr=2e-4), "hard": dict(epochs=2, lr=2e-4)}
 
 
@@ -139,19 +139,17 @@ def fit_head(table, choices, penalty):
 
     table: {METHOD/SCENE: (score, standardised features (F,))}.
     """
-    names = sorted({f"{m}/{row.scene}" for row in choices.itertuples() for m in row.candidates})
+    names = opinions.names_of(choices)
     place = {name: k for k, name in enumerate(names)}
     x = torch.stack([torch.cat([table[name][0].view(1), table[name][1]]) for name in names]).double()
-    width = max(map(len, choices.candidates))
-    candidates = torch.tensor([[place[f"{m}/{row.scene}"] for m in row.candidates] +
-                               [-1] * (width - len(row.candidates)) for row in choices.itertuples()])
-    selected = torch.tensor([row.candidates.index(row.selected) for row in choices.itertuples()])
+    places, selected = map(torch.from_numpy, opinions.utilities(choices, lambda scene, m: place[f"{m}/{scene}"]))
+    absent, candidates = places.isnan(), places.nan_to_num(0).long()
     w = torch.zeros(x.shape[1], dtype=torch.double, requires_grad=True)
     opt = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss():
         opt.zero_grad()
-        utility = (x @ w)[candidates].masked_fill(candidates < 0, -torch.inf)
+        utility = (x @ w)[candidates].masked_fill(absent, -torch.inf)
         value = F.cross_entropy(utility, selected) + penalty * w[1:].square().sum()
         value.backward()
         return value
@@ -187,11 +185,8 @@ def study(args):
     if "plain" not in models:
         raise runs.UserError(f"{files['plain']}: no such model; make it with: "
                              f"python -m experiments.opinions train {split}")
-    best, _ = opinions.read_choices(args.study / "choice_of_4.csv", "observer=observer,scene=image,selected=selected",
-                                    METHODS)
-    pairs, _ = opinions.read_choices(args.study / "pairs.csv",
-                                     "observer=observer,candidates=left+right,selected=selected",
-                                     pattern="(?P<scene>.+)_(?P<method>[^_]+)")
+    tables, _ = read_study(args.study)
+    best, pairs = tables["choices"], tables["pairs"]
     net, table, values = models["plain"], {}, {name: {} for name in (*models, "sharpness")}
     sharp = iqa.create_reward(["rewards.sharpness:build"])
     with torch.no_grad():

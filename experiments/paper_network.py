@@ -116,15 +116,11 @@ from torchvision.transforms.functional import gaussian_blur
 import data
 import metrics
 from experiments import jobs, lora_tuning, samplers
+from experiments.sampler_report import label
 from images import list_images, load_image, save_image
 from report import pictures, tables
 
 TESTS = ("realsr", "sets")
-
-
-def label(reward):
-    """A quality model in names of rows: a file's stem, a module's last part."""
-    return Path(reward).stem if reward.endswith(".pth") else reward.partition(":")[0].rpartition(".")[2]
 
 
 def plan(args):

@@ -16,8 +16,9 @@ from report import pictures, tables
 
 
 def label(reward):
-    """A quality model in names of runs: cnniqa for rewards.cnniqa:build."""
-    return reward.partition(":")[0].rpartition(".")[2]
+    """A quality model in names of runs: cnniqa for rewards.cnniqa:build, of a reward file its stem."""
+    short = runs.short_reward(reward)
+    return short if runs.is_reward_file(reward) else short.rpartition(".")[2]
 
 
 def beside(results, part):

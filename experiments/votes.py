@@ -20,7 +20,6 @@ from pathlib import Path
 
 import runs
 
-METHODS = ("BSRGAN", "RealESRGAN", "ResShift", "SwinIR")
 RESULTS = runs.REPO / "results" / "human"
 # PAPER Supp. 12: mean preference, standard error over raters, raters, pairs per rater
 PAPER = {"mean": 0.697, "se": 0.048, "raters": 12, "each": 25}
@@ -37,20 +36,10 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 import numpy as np
 
-from report import opinions
+from experiments.human import METHODS, read_study
 from study import analyze
 
 # The real choices as files of votes
-
-def read_choices(folder):
-    """{"pairs", "choices"}: the study's pairs, and its best-of-four choices; rows left out are counted."""
-    pairs, left = opinions.read_choices(folder / "pairs.csv",
-                                        "observer=observer,candidates=left+right,selected=selected",
-                                        pattern="(?P<scene>.+)_(?P<method>[^_]+)")
-    best, more = opinions.read_choices(folder / "choice_of_4.csv", "observer=observer,scene=image,selected=selected",
-                                       METHODS)
-    return {"pairs": pairs, "choices": best}, left + more
-
 
 def write_votes(choices, folder, study):
     """Choices as key.json and a file per observer, as study.make and its page would have left them.
@@ -78,7 +67,7 @@ def write_votes(choices, folder, study):
 
 def ranking(folder):
     """Both sorts of choices through study.analyze; beside them what can be counted by hand."""
-    tables, left_out = read_choices(folder)
+    tables, left_out = read_study(folder)
     record = {"left_out": left_out}
     with tempfile.TemporaryDirectory() as temporary:
         for name, choices in tables.items():
@@ -142,7 +131,7 @@ def paper_spread():
 
 def power(folder):
     """Power of the one-sided t test at 5 % for raters, pairs and preferences, with two measured spreads."""
-    tables, _ = read_choices(folder)
+    tables, _ = read_study(folder)
     pairs = tables["pairs"]
     spreads = {"paper": paper_spread()}
     for method in METHODS:

@@ -474,7 +474,7 @@ def test_power_against_simulated_tests():
 @pytest.mark.skipif(not SR_STUDY.exists(), reason="needs the real study's choices in ../shared")
 def test_real_choices_equal_a_hand_computation():
     from experiments import votes
-    found = analyze.summarise(votes.read_choices(SR_STUDY)[0]["pairs"], "ResShift")
+    found = analyze.summarise(votes.read_study(SR_STUDY)[0]["pairs"], "ResShift")
     hand = votes.by_hand(SR_STUDY / "pairs.csv")
     assert found["won"] == hand["won"] and list(found["strengths"]) == ["ResShift", "SwinIR", "RealESRGAN", "BSRGAN"]
     assert {m: row["strength"] for m, row in found["strengths"].items()} == pytest.approx(hand["strengths"], abs=1e-4)
