@@ -28,8 +28,7 @@ def parse_args(argv=None):
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the kernels")
     p.add_argument("--total-steps", type=runs.SIZE, default=3000,
                    help="KernelGAN: 3,000; after 1,000 kernels hardly move any more")
-    p.add_argument("--seed", type=runs.COUNT, default=0, help="of every random draw")
-    options.add_machine(p)
+    options.add_seeded_machine(p)
     if p.parse_known_args(argv)[0].demo:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)

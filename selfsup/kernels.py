@@ -66,6 +66,17 @@ def back_project(sr, lq, kernel, rounds, scale=2):
     return sr
 
 
+def eight_ways(function, images):
+    """[function of the images turned by multiples of 90 degrees and mirrored, turned back], of all eight ways."""
+    outputs = []
+    for turns in range(4):
+        for mirror in (False, True):
+            turned = images.rot90(turns, (2, 3))
+            output = function(turned.flip(3) if mirror else turned)
+            outputs.append((output.flip(3) if mirror else output).rot90(-turns, (2, 3)))
+    return outputs
+
+
 def aligned(kernel, scale=2):
     """(K, K) array -> kernel of sum 1 whose centre of mass is at K // 2 + (scale - 1) / 2, by cubic splines.
 

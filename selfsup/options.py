@@ -92,6 +92,14 @@ def add_machine(p):
     return g
 
 
+def add_seeded_machine(p, precision=None):
+    """add_machine, --seed and, with its help, --precision."""
+    g = add_machine(p)
+    g.add_argument("--seed", type=runs.COUNT, default=0, help="of every random draw")
+    if precision:
+        g.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help=precision)
+
+
 def add_training(p):
     """What pretrain and finetune share. Where their defaults differ, the scripts set them."""
     g = p.add_argument_group("optimisation")

@@ -46,10 +46,7 @@ def parse_args(argv=None):
                    help="go back to --sr for every folder (SRTTA), or for every image: then there is no final network")
     g.add_argument("--classifier-steps", type=runs.SIZE, default=1000,
                    help="training of the classifier (CHOICE: a small network on this repository's degradations)")
-    g = options.add_machine(p)
-    g.add_argument("--seed", type=runs.COUNT, default=0, help="of every random draw")
-    g.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
-                   help="bf16 keeps losses and weights in fp32")
+    options.add_seeded_machine(p, "bf16 keeps losses and weights in fp32")
     if p.parse_known_args(argv)[0].demo:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
@@ -78,6 +75,7 @@ import archs
 import degradations
 import lora
 from images import cut_to_x4, image_size, list_images, load_image, save_image
+from selfsup import kernels
 
 # SRTTA: 1e-3 under the root of the loss; weight of the term of the network before adaptation; share of kept weights
 ROOT, ALPHA, KEPT = 1e-3, 1.0, 0.5
@@ -225,13 +223,7 @@ def types_of(classifier, lq):
 @torch.no_grad()
 def self_ensemble(net, lq):
     """Mean of the eight turned and mirrored outputs, turned back."""
-    outputs = []
-    for turns in range(4):
-        for mirror in (False, True):
-            turned = lq.rot90(turns, (2, 3))
-            sr = net(turned.flip(3) if mirror else turned).float()
-            outputs.append((sr.flip(3) if mirror else sr).rot90(-turns, (2, 3)))
-    return torch.stack(outputs).mean(0)
+    return torch.stack(kernels.eight_ways(lambda image: net(image).float(), lq)).mean(0)
 
 
 def kept_weights(net, names, clean, autocast):

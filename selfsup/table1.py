@@ -70,8 +70,7 @@ def parse_args(argv=None):
     p.add_argument("--paper", choices=SETS, help="the data are these: show the paper's values too")
     p.add_argument("--vgg-weights", type=Path, metavar="FILE",
                    help="torchvision vgg19 or features-only file instead of a download")
-    p.add_argument("--seed", type=runs.COUNT, default=0, help="of every random draw")
-    options.add_machine(p)
+    options.add_seeded_machine(p)
     return p.parse_args(argv)
 
 

@@ -56,10 +56,7 @@ def parse_args(argv=None):
                    help="most steps of each x2 run (ZSSR: 3,000); it ends before where the learning rate has fallen "
                         "three times")
     g.add_argument("--lr", type=runs.RATE, default=1e-3, help="first learning rate (ZSSR)")
-    g = options.add_machine(p)
-    g.add_argument("--seed", type=runs.COUNT, default=0, help="of every random draw")
-    g.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
-                   help="of the convolutions while training; tests and outputs stay in fp32")
+    options.add_seeded_machine(p, "of the convolutions while training; tests and outputs stay in fp32")
     if p.parse_known_args(argv)[0].demo:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
@@ -211,18 +208,16 @@ def train(image, kernel, config, seed, width=64, crop=128, total_steps=3000, lr=
 
 def enlarge(net, lq, kernel, config):
     """(1, 3, h, w) -> (1, 3, 2h, 2w) in [0, 1]: back-projected, and the median of eight turned outputs."""
-    outputs = []
-    for turns in range(4) if config["ensemble"] else [0]:
-        for mirror in (False, True) if config["ensemble"] else [False]:
-            turned = lq.rot90(turns, (2, 3))
-            sr = archs.upscale_tiled(net, turned.flip(3) if mirror else turned, 2).clamp(0, 1)
-            sr = (sr.flip(3) if mirror else sr).rot90(-turns, (2, 3))
-            outputs.append(kernels.back_project(sr, lq, kernel, config["rounds"]))
-    if len(outputs) == 1:
-        return outputs[0]
+    def once(image):
+        return archs.upscale_tiled(net, image, 2).clamp(0, 1)
+
+    def projected(sr):
+        return kernels.back_project(sr, lq, kernel, config["rounds"])
+    if not config["ensemble"]:
+        return projected(once(lq))
+    outputs = torch.stack(list(map(projected, kernels.eight_ways(once, lq))))
     # of eight values the mean of the two in the middle
-    middle = torch.stack(outputs).sort(0).values[3:5].mean(0)
-    return kernels.back_project(middle, lq, kernel, config["rounds"])
+    return projected(outputs.sort(0).values[3:5].mean(0))
 
 
 def super_resolve(lq, kernel, config, seed, stem, runs_of_two=2, say=print, **training):
