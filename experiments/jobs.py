@@ -5,13 +5,14 @@ Photographs and public weights are looked for below DATA; docs/data.md says wher
 import json
 import subprocess
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
 import metrics
 import runs
-from images import load_image, save_image
+from images import list_images, load_image, save_image
 from report import tables
 
 # images/<set>/*.png, weights/sr/*.pth (x4 networks), weights/iqa/* (quality models); not part of the repository
@@ -77,6 +78,19 @@ def copy_photos(files, target, tile=0):
             for left in lefts:
                 part = image[:, top:top + tile, left:left + tile] if tile else image
                 save_image(target / (f"{name}-{top}-{left}.png" if tile else f"{name}.png"), part)
+
+
+def copy_realsr(folder, target, count):
+    """TARGET/{lq,gt}/<name>.png: `count` pairs <name>_LR, <name>_HR of a folder, evenly spread over it, or all."""
+    pairs = [path for stem, path in list_images(folder).items() if stem.endswith("_LR")]
+    if not pairs:
+        raise runs.UserError(f"{folder}: no <name>_LR images with <name>_HR beside them")
+    for low in (pairs[k * len(pairs) // count] for k in range(count)):
+        name = low.stem.removesuffix("_LR")
+        for part, path in (("gt", low.with_stem(f"{name}_HR")), ("lq", low)):
+            file = target / part / f"{name}.png"
+            if not file.exists():
+                runs.write_atomic(file, partial(save_image, image=load_image(path)))
 
 
 def parallel(jobs, tasks):

@@ -272,7 +272,7 @@ def strength_plot(summary, results):
             place = point["reward"], point[name]
             axis.annotate(f"{point['scale']:g}", place, textcoords="offset points", xytext=(-6, -8), ha="right")
         axis.margins(0.14)
-        axis.set(xlabel=f"{tables.SHOWN.get(reward, reward)}, the reward", ylabel=text)
+        axis.set(xlabel=f"{tables.shown(reward)}, the reward", ylabel=text)
     seeds = len(ends[0])
     drawing.suptitle("Strength of one adapter (0: before tuning, 1: as tuned)"
                      + (f"; thin: 0 to 1 of all {seeds} seeds" if seeds > 1 else ""), fontsize=style.FONT)

@@ -151,15 +151,8 @@ def prepare(args):
                       "--step", scale["patch"], "--precision", "bf16", "--device", args.device,
                       processes=args.jobs if args.device == "cpu" else 1)
     samplers.make_test(args.test_photos, args.work / "sets" / "test")
-    pairs = sorted(args.pairs.glob("*_LR.*"))
-    for k in range(scale["pairs"]):
-        # evenly from both cameras
-        low = pairs[k * len(pairs) // scale["pairs"]]
-        high = low.with_name(low.name.replace("_LR.", "_HR."))
-        for part, path in (("gt", high), ("lq", low)):
-            file = args.work / "realsr" / "test" / part / f"{low.stem.removesuffix('_LR')}.png"
-            if not file.exists():
-                runs.write_atomic(file, partial(save_image, image=load_image(path)))
+    # evenly from both cameras
+    jobs.copy_realsr(args.pairs, args.work / "realsr" / "test", scale["pairs"])
     file = args.results / "picks.json"
     if not file.exists():
         world, seeds = runs.start_world("cpu", args.jobs), partial(runs.sample_seed, args.seeds[0])
@@ -361,10 +354,13 @@ def report(args):
         noise = {group: float(np.mean([list(files[name]["structured_noise"][test].values()) for name in names]))
                  for group, names in groups.items() if "structured_noise" in files[names[0]]}
         summary[test] = {"images": len(stems), "mean": {row: v.mean((0, 1)).tolist() for row, v in scores.items()},
+                         "seed_means": {row: v.mean(1).tolist() for row, v in scores.items()},
                          "differences": compared, "structured_noise": noise}
     runs.save_json(args.results.with_suffix(".json"), summary)
     for test in TESTS:
-        print(table(summary, test))
+        seeds = [f"{row} ({n})" for row, n in summary["rows"].items()]
+        print(f"{test}, {summary[test]['images']} images; seeds: {', '.join(seeds)}\n")
+        print(jobs.metric_tables(summary | summary[test]))
     if (args.work / "outputs").is_dir():
         picture(args)
 
@@ -396,19 +392,6 @@ def pairs_of(groups):
     chosen += [(row, other) for row in tuned for other in tuned if row.endswith("+naive") and "+lora" in other]
     chosen += [(row, "start") for row in groups if row.startswith("start-")]
     return [(a, b) for a, b in dict.fromkeys(chosen) if a in groups and b in groups]
-
-
-def table(summary, test):
-    """Markdown: means, then differences with their intervals."""
-    lower, part = summary["lower_is_better"], summary[test]
-    digits = [tables.digits([values[k] for values in part["mean"].values()]) for k in range(len(lower))]
-    head = [f"{test}, {part['images']} images", *(tables.heading(name, lower[name]) for name in lower)]
-    means = [[f"{row} ({summary['rows'][row]})", *(f"{value:.{d}f}" for value, d in zip(values, digits))]
-             for row, values in part["mean"].items()]
-    differences = [[f"{pair} ({found['seeds']})", *(tables.difference_cell(found[name], d)
-                                                    for name, d in zip(lower, digits))]
-                   for pair, found in part["differences"].items()]
-    return runs.markdown(head, means) + "\n\n" + runs.markdown(head, differences)
 
 
 def main(args):

@@ -91,13 +91,13 @@ def all_tables(summary, args):
     def percent(parts):
         return [f"{part:.0%}" for part in parts.values()]
     rows = load("shrink")["rows"]
-    parts = [runs.markdown(["soften", "shrink", *(tables.SHOWN.get(name, name) for name in rows[0]["any"]),
+    parts = [runs.markdown(["soften", "shrink", *(tables.shown(name) for name in rows[0]["any"]),
                             "mean of unseen", "PSNR"],
                            [[row["soften"], row["shrink"], *percent(row["any"]), f"{row['any_unseen']:.3f}",
                              f"{row['psnr_mean']:.1f}"] for row in rows])]
     picks = load("picks")["rewards"]
     versions = list(picks[args.rewards[0]]["best crop (amo)"])
-    parts.append(runs.markdown(["", *versions], [[f"{tables.SHOWN.get(reward, reward)}: {way}", *percent(picked)]
+    parts.append(runs.markdown(["", *versions], [[f"{tables.shown(reward)}: {way}", *percent(picked)]
                                                  for reward, ways in picks.items() for way, picked in ways.items()]))
     parts.append(jobs.metric_tables(summary))
     if beside(args.results, "grain").exists():

@@ -149,13 +149,7 @@ def prepare(args):
             jobs.call(args.work / f"{name}.log", "prepare.degrade", args.work / "test-photos", args.work / name,
                       "--degradation", "camera", *shlex.split(flags))
     if not (args.work / "realsr").exists():
-        pairs = {stem.removesuffix("_LR"): path for stem, path in list_images(args.realsr).items()
-                 if stem.endswith("_LR")}
-        chosen = list(pairs)[::max(1, len(pairs) // PAIRS_OF_REALSR)][:PAIRS_OF_REALSR]
-        for name in chosen:
-            for kind, end in (("lq", "LR"), ("gt", "HR")):
-                file = pairs[name].with_name(f"{name}_{end}{pairs[name].suffix}")
-                save_image(args.work / "realsr.tmp" / kind / f"{name}.png", load_image(file))
+        jobs.copy_realsr(args.realsr, args.work / "realsr.tmp", PAIRS_OF_REALSR)
         (args.work / "realsr.tmp").rename(args.work / "realsr")
 
 

@@ -190,7 +190,7 @@ def grid(result, path, count=4, crops=(), inset=None):
                 image = image.repeat_interleave(4, 1).repeat_interleave(4, 2)
             if box and file:
                 image = enlarged(image, box, side)
-            shown = "" if score is None else f"{tables.SHOWN.get(inset, inset)} {score:.{decimals}f}"
+            shown = "" if score is None else f"{tables.shown(inset)} {score:.{decimals}f}"
             line.append((image, f"{cell}\n{shown}"))
         lines.append(line)
     save_grid(path, without_empty(lines))
@@ -229,7 +229,7 @@ def front(result, x, y, path, names=None):
 
     def text(metric):
         better = "lower is better" if result["lower_is_better"][metric] else "higher is better"
-        return f"{tables.SHOWN.get(metric, metric)}{', dB' * (metric == 'psnr')} ({better})"
+        return f"{tables.shown(metric)}{', dB' * (metric == 'psnr')} ({better})"
     axis.set(xlabel=text(x), ylabel=text(y),
              title=f"Means of {result['images']} images with 95 % intervals")
     style.save(drawing, path)

@@ -153,7 +153,7 @@ def draw7(path, probes):
     lines = probes[0]
     distance = next(iter(lines.values()))["distance_name"]
     titles = {"psnr": ("PSNR of the reconstruction, dB", "higher is better"),
-              "distance": (f"{tables.SHOWN.get(distance, distance)} of the reconstruction", "lower is better")}
+              "distance": (f"{tables.shown(distance)} of the reconstruction", "lower is better")}
     for axis, (metric, (title, better)) in zip(axes, titles.items()):
         for name, line in lines.items():
             style.seeds(axis, line["i"], [of_seed[name][metric] for of_seed in probes], label=name)
@@ -337,7 +337,7 @@ def draw9(path, curves):
                 steps, values = ([event[key] for event in parts[which]] for key in ("step", metric))
                 axis.plot(steps, values, line, color=style.COLOURS[k % len(style.COLOURS)],
                           label=run if which == "ema" else None)
-        axis.set(title=NAMES.get(metric, tables.SHOWN.get(metric, metric)), xlabel="training steps")
+        axis.set(title=NAMES.get(metric, tables.shown(metric)), xlabel="training steps")
     for axis in list(axes.flat)[len(names):]:
         axis.remove()
     style.legend(drawing, axes.flat[0], title="solid: averaged weights (EMA), dotted: raw weights")

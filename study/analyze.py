@@ -234,12 +234,10 @@ def summarise(choices, ours):
 
 def pairs_table(choices, files):
     """The votes per pair as analyze_iqa.py reads them: score is the share that prefers the right image."""
-    rows = []
-    for (scene, (left, right)), group in choices.groupby(
-            [choices.scene, choices.candidates.map(sorted).map(tuple)]):
-        rows.append((files[left][scene], files[right][scene], (group.selected == right).mean(), left, right, scene,
-                     len(group)))
-    return pd.DataFrame(rows, columns=["left", "right", "score", "left_method", "right_method", "photo", "votes"])
+    table = opinions.votes_of(choices)
+    for side in ("left", "right"):
+        table[side] = [files[method][scene] for method, scene in zip(table[f"{side}_method"], table.photo)]
+    return table[["left", "right", "score", "left_method", "right_method", "photo", "votes"]]
 
 
 def link_images(folder, files):

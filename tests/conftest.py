@@ -102,6 +102,14 @@ def browser():
         started.close()
 
 
+@pytest.fixture(scope="session")
+def photographs():
+    """{name: (3, 192, 192) uint8} parts of two photographs of scikit-image."""
+    from skimage import data
+    return {name: torch.from_numpy(getattr(data, name)()[64:256, 128:320].copy()).permute(2, 0, 1)
+            for name in ("astronaut", "coffee")}
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """Names of the classes of the modules that are compiled, by a compiler that leaves the code as it is."""

@@ -139,12 +139,10 @@ def small_flags(words):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, vgg_file, forked_call):
+def small(tmp_path_factory, vgg_file, forked_call, photographs):
     """Flags of samplers.py for two photographs and two steps a run, after `shrink data runs report`, real scripts."""
     folder = tmp_path_factory.mktemp("samplers")
-    from skimage import data as photos
-    for name in ("astronaut", "coffee"):
-        image = torch.from_numpy(getattr(photos, name)()[64:256, 128:320].copy()).permute(2, 0, 1)
+    for name, image in photographs.items():
         save_image(folder / "photos" / f"{name}.png", image)
         save_image(folder / "test" / f"{name}.png", image[:, :130, :150])
     for k, seed in enumerate((1, 2)):

@@ -40,12 +40,10 @@ def test_the_differences_are_the_ones_fixed_before_the_runs():
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, vgg_file, forked_call):
+def small(tmp_path_factory, vgg_file, forked_call, photographs):
     """Flags after every stage on two photographs with a small network and two steps a run, real scripts."""
     folder = tmp_path_factory.mktemp("paper_network")
-    from skimage import data as photos
-    for name in ("astronaut", "coffee"):
-        image = torch.from_numpy(getattr(photos, name)()[64:256, 128:320].copy()).permute(2, 0, 1)
+    for name, image in photographs.items():
         save_image(folder / "photos" / f"{name}.png", image)
         save_image(folder / "test" / f"{name}.png", image[:, :130, :150])
         save_image(folder / "pairs" / f"{name}_HR.png", image[:, :128, :128])
