@@ -4,7 +4,7 @@
     POOL/lq/<name>.png, gt/<name>.png    the images; no gt where there is no ground truth
     POOL/cand/<name>/<seed>.png          8-bit outputs: the images that are scored are those that are trained on
     POOL/scores.jsonl, scores.json       {"name", "seed", metric: value in native units, ...}; what each metric is
-    POOL/norm.json                       the scale of the reward
+    POOL/norm.json                       the scale of the reward: of the pool, or with "scope": "group" of every image
 
 Items are {name: {"lq": path, "refs": [path of the ground truth], "versions": [path], "photo": name of the photograph}}.
 Crops of one photograph resemble each other, so it is held out, and counted in an interval, as a whole. Crops that were
@@ -216,7 +216,32 @@ def judge(judges, items, files, cache, world):
     return np.array([[[scores[row][name].get(m, math.nan) for m in judges] for row in rows] for name in items])
 
 
-# The scale of the reward
+# Scores, and the scale of the reward
+
+def read_scores(pool):
+    """-> names, (G, M, K) scores, {metric: description}. Images with a score that is not finite are left out."""
+    file, remedy = pool / "scores.jsonl", f"make it with: python -m dpo.pool score --pool {pool}"
+    about, rows = read_json(pool / "scores.json", remedy), read_lines(file, remedy)
+    try:
+        about, names = dict(about["metrics"]), list(dict.fromkeys(row["name"] for row in rows))
+        samples = len(rows) // len(names)
+        if [(row["name"], row["seed"]) for row in rows] != [(name, seed) for name in names for seed in range(samples)]:
+            raise ValueError("seeds of an image are missing, or not in order")
+        made = pool / "pool.json"
+        if made.exists() and samples != read_json(made, remedy).get("samples"):
+            raise ValueError("not as many seeds as were sampled")
+        raw = np.array([[row[m] for m in about] for row in rows], dtype=float).reshape(len(names), -1, len(about))
+    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise runs.UserError(f"{file}: not one whole row per candidate ({reason}); {remedy}") from None
+    finite = np.isfinite(raw).all((1, 2))
+    if not finite.any():
+        raise runs.UserError(f"{file}: every image has scores that are not finite: score again, without that metric")
+    if not finite.all():
+        print(f"{(~finite).sum()} images have scores that are not finite and are left out, first "
+              f"{names[int(finite.argmin())]}")
+    return [name for name, kept in zip(names, finite) if kept], raw[finite], about
+
 
 def open_norm(path):
     """norm.json as dpo.pool curate writes it; UserError for anything else."""
@@ -250,8 +275,16 @@ def check_norm(path, norm, judges):
                              "a scale of its own with dpo.pool curate")
 
 
-def rewards_of(raw, norm, which, names=None):
-    """(..., K) native scores, metrics in the order of `names` (default norm's) -> (...) rewards on norm's scale."""
+def rewards_of(raw, norm, which, names=None, base=None):
+    """(G, M, K) native scores, metrics in the order of `names` (default norm's) -> (G, M) rewards on norm's scale.
+
+    base: (G, M', K), the same of the untuned outputs for these images, which a scale for every image needs.
+    """
     names = list(norm["metrics"]) if names is None else names
     full_reference = [norm["metrics"][m]["full_reference"] for m in names]
-    return preference.reward(preference.normalise(raw, names, norm["metrics"]), full_reference, which)
+    if norm.get("scope") == "group":
+        lower = {m: norm["metrics"][m]["lower_is_better"] for m in names}
+        normalised = preference.normalise_groups(raw, names, lower, base)
+    else:
+        normalised = preference.normalise(raw, names, norm["metrics"])
+    return preference.reward(normalised, full_reference, which)

@@ -5,10 +5,10 @@
 
     OUT/eval.json  table.md  curves.png  grid.png     OUT/<row>/<name>/<seed>.png
 
-Three controls show whether the reward was fooled: metrics that had no part in it (--watch); the first generator's
-outputs under an unsharp mask; and the first generator with less noise at the start (--less-noise). If one of the last
-two gains as much as tuning does, the gain cannot be credited to the preferences. Intervals are over photographs,
-paired: crops of one photograph resemble each other.
+Controls show whether the reward was fooled: metrics that had no part in it (--watch); the first generator's outputs
+under an unsharp mask; their mean over the seeds, which a deterministic network would give; and the first generator with
+less noise at the start (--less-noise). If one of these rows gains as much as tuning does, the gain cannot be credited
+to the preferences. Intervals are over photographs, paired: crops of one photograph resemble each other.
 """
 from pathlib import Path
 
@@ -75,6 +75,7 @@ from functools import partial
 import numpy as np
 import torch
 
+import degradations
 import metrics
 from dpo import candidates, flow, preference
 from images import cut_to_x4, load_image, save_image
@@ -112,8 +113,13 @@ def sharpened(row, amount):
     return f"{row} + unsharp {amount:g}"
 
 
+def mean_of(row):
+    """Name of the control row: the mean of `row` over its seeds, the same image for every seed."""
+    return f"{row}, mean of seeds"
+
+
 def make_outputs(out, generators, items, samples, batch_size, world):
-    """{row: {name: [files by seed]}}: outputs of every generator, and those of the first under unsharp masks."""
+    """{row: {name: [files by seed]}}: outputs of every generator, and the controls made of the first one's."""
     files, first = {}, next(iter(generators))
     lq_hashes = {name: runs.digest(item["lq"]) for name, item in items.items()}
     for row, gen in generators.items():
@@ -135,6 +141,12 @@ def make_outputs(out, generators, items, samples, batch_size, world):
                 if not target.exists():
                     image = metrics.unsharp(metrics.load(source, world.device), amount)[0]
                     runs.write_atomic(target, partial(save_image, image=image))
+    row = mean_of(first)
+    files[row] = {name: [out / row / f"{name}.png"] * samples for name in items}
+    for name in list(items)[world.rank::world.size]:
+        if not files[row][name][0].exists():
+            mean = torch.stack([load_image(path).float() for path in files[first][name]]).mean(0) / 255
+            runs.write_atomic(files[row][name][0], partial(save_image, image=degradations.to_8bit(mean)))
     world.barrier()
     return files
 
@@ -196,7 +208,8 @@ def main(args):
     load = partial(flow.load_generator, model=args.model, device=world.device, steps=args.steps, tau=args.tau,
                    **dict(prompts=args.prompts, guidance=args.guidance) if args.model else {})
     generators = open_generators(args.gen, args.names, args.less_noise, load)
-    rows = [*generators, *(sharpened(next(iter(generators)), amount) for amount in UNSHARP)]
+    first = next(iter(generators))
+    rows = [*generators, *(sharpened(first, amount) for amount in UNSHARP), mean_of(first)]
     if unknown := [row for row in args.shown_rows or () if row not in rows]:
         raise runs.UserError(f"--shown-rows {unknown[0]!r}: no such row; choose from {', '.join(rows)}")
     if args.hr:
@@ -216,7 +229,9 @@ def main(args):
             image, _, k = np.argwhere(~np.isfinite(values))[0]
             raise runs.UserError(f"{row}, image {list(items)[image]}: {list(judges)[k]} has no finite score: leave out "
                                  "the metric or the image")
-    rewards = {row: candidates.rewards_of(values[..., :len(in_norm)], norm, args.reward, in_norm)
+    # where every image has its own scale: that of the first generator's outputs
+    base = raw[first][..., :len(in_norm)]
+    rewards = {row: candidates.rewards_of(values[..., :len(in_norm)], norm, args.reward, in_norm, base)
                for row, values in raw.items()}
     distances = {}
     if distance:
@@ -226,7 +241,10 @@ def main(args):
                "samples": args.samples, "images": len(items), "photos": len(set(photos)),
                "diversity_by": args.diversity, "norm": str(args.norm_file),
                **compare_rows(summarise(raw, rewards, distances, judges, photos), judges),
+               "scope": norm.get("scope", "pool"),
                "k": preference.curves(next(iter(rewards.values())))["k"], **runs.describe_machine()}
+    for row, values in rewards.items():
+        summary["rows"][row]["rewards"] = dict(zip(items, values.tolist()))
     runs.save_json(args.out / "eval.json", summary)
     text = table(summary)
     runs.write_atomic(args.out / "table.md", lambda t: t.write_text(text + "\n", encoding="utf-8"))

@@ -176,12 +176,18 @@ class FlowSR:
         self.net = FlowNet(width, blocks, 3 if base is None else 3 + DETAIL, prediction=prediction).to(device)
         self.base = base and base.to(device).eval().requires_grad_(False)
         self.prediction, self.sigma_r, self.steps, self.tau = prediction, sigma_r, steps, tau
-        self.device = torch.device(device)
+        self.device, self.kept = torch.device(device), (None, None)
 
     @torch.no_grad()
     def enlarged(self, lq):
-        """The image to which the residual is added."""
-        return F.interpolate(lq, scale_factor=SCALE, mode="bicubic") if self.base is None else self.base(lq).float()
+        """The image to which the residual is added. That of the last lq is kept: a network would run twice a step."""
+        if self.kept[0] is not lq:
+            if self.base is None:
+                image = F.interpolate(lq, scale_factor=SCALE, mode="bicubic")
+            else:
+                image = self.base(lq).float()
+            self.kept = lq, image
+        return self.kept[1]
 
     def encode(self, hr, lq):
         return F.pixel_unshuffle(hr - self.enlarged(lq), SCALE) / self.sigma_r
@@ -203,12 +209,14 @@ class FlowSR:
 
     @torch.no_grad()
     def sample(self, net, lq, names, seeds):
-        features = net.look(self.condition(lq))
+        # one image, expanded: its base and its features are computed once
+        image = lq[:1] if lq.stride(0) == 0 else lq
+        features = net.look(self.condition(image)).expand(len(lq), -1, -1, -1)
         x = self.tau * self.noise(lq, names, seeds)
         for k in range(self.steps, 0, -1):
             t = lq.new_full((len(lq),), k / self.steps)
             x = step_back(self.prediction, x, net(x, t, features=features), k / self.steps, (k - 1) / self.steps)
-        return (self.enlarged(lq) + self.sigma_r * F.pixel_shuffle(x, SCALE)).clamp(0, 1)
+        return (self.enlarged(image) + self.sigma_r * F.pixel_shuffle(x, SCALE)).clamp(0, 1)
 
     def settings(self):
         """Everything beside the weights that sampling depends on, as plain values."""

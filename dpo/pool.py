@@ -28,6 +28,10 @@ DEMO = {
 }
 # CHOICE: a median sigma_g below this means that the order of the seeds is mostly noise of the metrics
 FEW = 0.01
+# CHOICE, the paper does not say: --norm auto scales each image by its own range if the correlation of each half of the
+# reward with the whole then lies in here. On the range of the pool the half whose metrics differ more between the seeds
+# of an image than between images decides alone: full- and no-reference had 0.1 and 0.99 of it (docs/results-dpo.md)
+A_SAY = (0.4, 0.9)
 
 
 def parse_args(argv=None):
@@ -65,8 +69,9 @@ def parse_args(argv=None):
     g.add_argument("--pool", type=Path, default=Path("runs/dpo-pool"), metavar="DIR", help="scored by score")
     g.add_argument("--reward", choices=REWARDS, default="hybrid",
                    help="half full-, half no-reference (PAPER), or one of them")
-    g.add_argument("--norm", choices=["pool", "group"], default="pool",
-                   help="a metric's range is that of all candidates (INFERRED), or that of each image")
+    g.add_argument("--norm", choices=["auto", "pool", "group"], default="auto",
+                   help="a metric's range is that of all candidates, or that of each image; auto: of each image, if "
+                        "both halves of the reward then have a say (CHOICE)")
     g.add_argument("--norm-file", type=Path, metavar="FILE", help="use this norm.json instead of fitting one")
     g = c.add_argument_group("pairs")
     g.add_argument("--top", type=runs.SIZE, default=8,
@@ -75,6 +80,8 @@ def parse_args(argv=None):
     g.add_argument("--samples", type=runs.COUNT, default=0, help="use only this many seeds, the first ones; 0: all")
     g.add_argument("--min-sigma", type=runs.WEIGHT, default=0.0,
                    help="drop images whose rewards have a smaller standard deviation (CHOICE: 0)")
+    g.add_argument("--gain", type=runs.RATE, default=1.0,
+                   help="multiply what the weights of HPO differ from 1 by (PAPER: 1)")
     g.add_argument("--out", type=Path, metavar="DIR", help="folder of the pairs; default: the pool")
 
     args = options.parse(p, argv, {stages[name]: settings for name, settings in DEMO.items()})
@@ -123,34 +130,25 @@ def score(pool, fr, nr, metric_files, world):
                   "curate leaves them out")
 
 
-def read_scores(pool):
-    """-> names, (G, M, K) scores, {metric: description}. Images with a score that is not finite are left out."""
-    file, remedy = pool / "scores.jsonl", f"make it with: python -m dpo.pool score --pool {pool}"
-    about, rows = candidates.read_json(pool / "scores.json", remedy), candidates.read_lines(file, remedy)
-    try:
-        about, names = dict(about["metrics"]), list(dict.fromkeys(row["name"] for row in rows))
-        samples = len(rows) // len(names)
-        if [(row["name"], row["seed"]) for row in rows] != [(name, seed) for name in names for seed in range(samples)]:
-            raise ValueError("seeds of an image are missing, or not in order")
-        made = pool / "pool.json"
-        if made.exists() and samples != candidates.read_json(made, remedy).get("samples"):
-            raise ValueError("not as many seeds as were sampled")
-        raw = np.array([[row[m] for m in about] for row in rows], dtype=float).reshape(len(names), -1, len(about))
-    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise runs.UserError(f"{file}: not one whole row per candidate ({reason}); {remedy}") from None
-    finite = np.isfinite(raw).all((1, 2))
-    if not finite.any():
-        raise runs.UserError(f"{file}: every image has scores that are not finite: score again, without that metric")
-    if not finite.all():
-        print(f"{(~finite).sum()} images have scores that are not finite and are left out, first "
-              f"{names[int(finite.argmin())]}")
-    return [name for name, kept in zip(names, finite) if kept], raw[finite], about
+def choose_scope(raw, judges, norm, about):
+    """-> "pool" or "group", and {scope: preference.halves}, both by every other image of (G, M, K) scores.
+
+    {} and "pool" where the metrics are all of one kind.
+    """
+    full_reference = [about[m]["full_reference"] for m in judges]
+    if all(full_reference) or not any(full_reference):
+        return "pool", {}
+    raw = raw[1::2] if len(raw) > 1 else raw
+    normalised = {"pool": preference.normalise(raw, judges, norm["metrics"]),
+                  "group": preference.normalise_groups(raw, judges, {m: about[m]["lower_is_better"] for m in judges})}
+    halves = {scope: preference.halves(values, full_reference) for scope, values in normalised.items()}
+    low, high = A_SAY
+    return "group" if all(low <= r <= high for r in halves["group"].values()) else "pool", halves
 
 
-def curate(pool, out, reward="hybrid", norm_scope="pool", norm_file=None, top=8, samples=0, min_sigma=0.0):
+def curate(pool, out, reward="hybrid", scope="auto", norm_file=None, top=8, samples=0, min_sigma=0.0, gain=1.0):
     """Stage 4: the reward of every candidate, and the pairs. Arguments: the flags of curate."""
-    names, raw, about = read_scores(pool)
+    names, raw, about = candidates.read_scores(pool)
     judges = list(about)
     if samples > raw.shape[1]:
         raise runs.UserError(f"--samples {samples}: {pool} has {raw.shape[1]} candidates per image")
@@ -163,11 +161,10 @@ def curate(pool, out, reward="hybrid", norm_scope="pool", norm_file=None, top=8,
         scale = preference.fit_norm(raw, judges, lower)
         norm = {"metrics": {m: about[m] | ends for m, ends in scale.items()}, "groups": len(names),
                 "candidates": raw.shape[1], **runs.describe_machine()}
-    if norm_scope == "group":
-        full_reference = [v["full_reference"] for v in about.values()]
-        rewards = preference.reward(preference.normalise_groups(raw, judges, lower), full_reference, reward)
-    else:
-        rewards = candidates.rewards_of(raw, norm, reward, judges)
+    chosen, halves = choose_scope(raw, judges, norm, about)
+    scope = "pool" if norm_file else chosen if scope == "auto" else scope
+    norm["scope"] = scope
+    rewards = candidates.rewards_of(raw, norm, reward, judges)
     flat = np.ptp(rewards, 1) < 1e-9
     if flat.any() and not min_sigma:
         raise runs.UserError(f"{pool}: the candidates of {flat.sum()} image(s) are all equally good, first "
@@ -178,7 +175,7 @@ def curate(pool, out, reward="hybrid", norm_scope="pool", norm_file=None, top=8,
         raise runs.UserError(f"--min-sigma {min_sigma}: no image is left; the largest sigma_g is {sigma.max():.4g}")
     names, rewards = [name for name, kept in zip(names, keep) if kept], rewards[keep]
     best, worst = preference.choose(rewards, top)
-    intra, inter = preference.pair_weights(rewards, best, worst)
+    intra, inter = preference.pair_weights(rewards, best, worst, gain)
 
     runs.check_writable(out, "--out")
     # a call that is killed leaves no pairs that dpo.tune takes
@@ -192,11 +189,16 @@ def curate(pool, out, reward="hybrid", norm_scope="pool", norm_file=None, top=8,
     gap = np.take_along_axis(rewards, best, 1) - np.take_along_axis(rewards, worst, 1)
     summary = {
         "pool": "." if out.resolve() == pool.resolve() else str(pool.resolve()),
-        "pool_hash": candidates.pool_hash(pool), "reward": reward, "scope": norm_scope, "top": top,
-        "candidates": raw.shape[1], "groups": len(names), "dropped": int((~keep).sum()), "pairs": intra.size,
+        "pool_hash": candidates.pool_hash(pool), "reward": reward, "scope": scope, "halves": halves,
+        "top": top, "gain": gain, "candidates": raw.shape[1], "groups": len(names),
+        "dropped": int((~keep).sum()), "pairs": intra.size,
         "sigma": quartiles.tolist(), "gap": float(gap.mean()), "best": float(rewards.max(1).mean()),
         "mean": float(rewards.mean()), "worst": float(rewards.min(1).mean()), **runs.describe_machine()}
     runs.save_json(out / "curation.json", summary)
+    for name, values in halves.items():
+        print(f"by the range of each {'image' if name == 'group' else 'metric in the pool'}: correlation with the "
+              f"reward within images {values['fr']:.2f} of its full-, {values['nr']:.2f} of its no-reference half"
+              + (" (taken)" if name == scope else ""))
     print(f"sigma_g, the spread of the reward over {raw.shape[1]} seeds: median {quartiles[1]:.4f}, quartiles "
           f"{quartiles[0]:.4f} and {quartiles[2]:.4f}, over {len(sigma)} images")
     if quartiles[1] < FEW:
@@ -213,7 +215,7 @@ def main(args):
         if args.demo and args.pool == options.DEMO_POOL:
             options.make_demo_start(runs.World(0, 1, None), options.DEMO_POOL / "scores.json")
         curate(args.pool, args.out or args.pool, args.reward, args.norm, args.norm_file, args.top, args.samples,
-               args.min_sigma)
+               args.min_sigma, args.gain)
         return
     world = runs.start_world(args.device, args.threads)
     if args.stage == "score":

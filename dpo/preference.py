@@ -48,13 +48,15 @@ def normalise(raw, names, norm):
     return (sign * raw - low) / (high - low)
 
 
-def normalise_groups(raw, names, lower):
+def normalise_groups(raw, names, lower, base=None):
     """As normalise, on the extremes of every group of (G, M, K): the paper may also mean this.
 
-    A metric without spread in a group is 0.5 there.
+    base: (G, M', K), whose extremes are taken instead of raw's own: the untuned outputs of the same images, so that
+    later networks are judged on one scale. A metric without spread in a group is 0.5 there.
     """
-    values = np.where([lower[name] for name in names], -raw, raw)
-    low, high = values.min(1, keepdims=True), values.max(1, keepdims=True)
+    sign = np.where([lower[name] for name in names], -1.0, 1.0)
+    values, base = sign * raw, sign * (raw if base is None else base)
+    low, high = base.min(1, keepdims=True), base.max(1, keepdims=True)
     return np.where(high > low, (values - low) / np.where(high > low, high - low, 1), 0.5)
 
 
@@ -75,6 +77,19 @@ def reward(normalised, full_reference, which="hybrid"):
     return sum(means) / len(means)
 
 
+def halves(normalised, full_reference):
+    """{"fr", "nr"}: correlation of each half of the hybrid reward with the whole, of (G, M, K), within groups.
+
+    1 and 0: one half decides alone. Two halves of equal spread that have nothing to do with each other: 0.71 each.
+    NaN for a half without spread.
+    """
+    def within(which):
+        r = reward(normalised, full_reference, which)
+        return (r - r.mean(1, keepdims=True)).ravel()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {kind: float(np.corrcoef(within(kind), within("hybrid"))[0, 1]) for kind in ("fr", "nr")}
+
+
 # Curation
 
 def choose(rewards, n):
@@ -89,16 +104,17 @@ def choose(rewards, n):
     return order[:, :n], order[:, ::-1][:, :n]
 
 
-def pair_weights(rewards, best, worst):
+def pair_weights(rewards, best, worst, gain=1.0):
     """Weights of hierarchical preference optimisation (PAPER): w_intra (G, N, N), winners x losers, and w_inter (G,).
 
     w_intra = |R_w - R_l| + 1 - its mean in the group; w_inter = sigma_g + 1 - its mean over groups. Each averages to 1.
-    sigma_g: the population standard deviation of all M rewards (CHOICE).
+    sigma_g: the population standard deviation of all M rewards (CHOICE). gain multiplies what they differ from 1 by
+    (PAPER: 1): rewards on another scale than the paper's make the weights flatter, or steeper.
     """
     winners, losers = np.take_along_axis(rewards, best, 1), np.take_along_axis(rewards, worst, 1)
     gaps = np.abs(winners[:, :, None] - losers[:, None, :])
     sigma = rewards.std(1)
-    return gaps + 1 - gaps.mean((1, 2), keepdims=True), sigma + 1 - sigma.mean()
+    return 1 + gain * (gaps - gaps.mean((1, 2), keepdims=True)), 1 + gain * (sigma - sigma.mean())
 
 
 def combine(intra, inter, hpo="both"):

@@ -184,7 +184,9 @@ def main(args):
             batch = next(batches)
         lr = opt.param_groups[0]["lr"] = learning_rate(step, args.lr, args.warmup)
         lq, hr = pairs(step, lanes, batch)
-        x0 = gen.encode(hr, lq)
+        # the frozen base runs in the precision of the network; only images are subtracted
+        with autocast():
+            x0 = gen.encode(hr, lq)
         t = torch.tensor([draw_time(seeds(step, lane, "time")) for lane in lanes], dtype=torch.float32, device=device)
         eps = torch.stack([degradations.normal_field(x0.shape[1:], seeds(step, lane, "eps")) for lane in lanes])
         xt, target = gen.noised(x0, eps.to(device), t)

@@ -59,6 +59,23 @@ def test_a_scale_for_every_group():
     raw = np.array([[[0.0], [1.0], [2.0], [100.0]], [[5.0], [5.0], [5.0], [5.0]]])
     scores = preference.normalise_groups(raw, ["a"], {"a": True})[..., 0]
     assert scores.tolist() == [[1.0, 0.99, 0.98, 0.0], [0.5] * 4]
+    # a later network on the scale of the first one, which it may leave
+    later = preference.normalise_groups(np.array([[[-100.0]], [[7.0]]]), ["a"], {"a": True}, raw)
+    assert later[..., 0].tolist() == [[2.0], [0.5]]
+
+
+@fast
+def test_the_say_of_each_half_of_the_reward():
+    rng = np.random.default_rng(0)
+    full, none = rng.normal(size=(2, 400, 16))
+    def say(full, none):
+        # what differs between images has no part in it
+        return preference.halves(np.stack([full + 9 * rng.normal(size=(400, 1)), none], -1), [True, False])
+    assert say(full, none) == pytest.approx({"fr": 0.5 ** 0.5, "nr": 0.5 ** 0.5}, abs=0.02)
+    # standard deviations of 0.003 and 0.03: cosines of a triangle with these legs
+    assert say(0.1 * full, none) == pytest.approx({"fr": 0.0995, "nr": 0.995}, abs=0.02)
+    assert say(full, full) == pytest.approx({"fr": 1, "nr": 1})
+    assert math.isnan(say(0 * full, none)["fr"])
 
 
 @fast
@@ -105,6 +122,15 @@ def test_weights_of_a_worked_example():
     first = math.sqrt((0.35 ** 2 + 0.45 ** 2 + 0.05 ** 2 + 0.15 ** 2) / 4)
     sigma = np.array([first, math.sqrt(2 * 0.1 ** 2 / 4)])
     assert np.allclose(inter, sigma + 1 - sigma.mean())
+
+
+@fast
+def test_a_gain_stretches_the_weights_around_one():
+    r = np.array([[0.1, 0.9, 0.5, 0.3], [0.4, 0.6, 0.5, 0.5]])
+    plain, steep = (preference.pair_weights(r, *preference.choose(r, 2), gain) for gain in (1, 3))
+    # the worked example above: 1.3, 1.1, 0.9, 0.7
+    assert np.allclose(steep[0][0], [[1.9, 1.3], [0.7, 0.1]])
+    assert np.allclose(steep[1] - 1, 3 * (plain[1] - 1))
 
 
 @fast
@@ -311,7 +337,7 @@ def test_curated_pairs_follow_the_rewards_worked_out_here(scored):
     full = (raw[..., 0] - raw[..., 0].min()) / np.ptp(raw[..., 0])
     none = (raw[..., 1].max() - raw[..., 1]) / np.ptp(raw[..., 1])
     for which, r in (("hybrid", (full + none) / 2), ("fr", full), ("nr", none)):
-        rows, groups = curated(folder, "--top", 2, "--reward", which)
+        rows, groups = curated(folder, "--top", 2, "--reward", which, "--norm", "pool")
         assert len(rows) == 16 and all(len(group) == 4 for group in groups.values())
         for g, group in enumerate(groups.values()):
             order = np.argsort(-r[g])
@@ -342,6 +368,39 @@ def test_curate_by_the_first_samples_by_groups_and_by_a_given_scale(scored):
     (folder / "given.json").write_text(json.dumps(norm))
     rows, groups = curated(folder, "--top", 1, "--reward", "fr", "--norm-file", folder / "given.json")
     assert [group[0]["R_w"] for group in groups.values()] == pytest.approx(list((raw[..., 0].max(1) + 1) / 4))
+
+
+@fast
+def test_every_image_has_its_own_scale_if_both_halves_then_have_a_say(scored, capsys):
+    folder, raw = scored
+    curated(folder, "--top", 2)
+    about = json.loads((folder / "curation.json").read_text())
+    assert about["scope"] == json.loads((folder / "norm.json").read_text())["scope"] == "group"
+    # of images 1 and 3, worked out here
+    scores = raw[1::2] * [1, -1]
+    low, high = scores.min(1, keepdims=True), scores.max(1, keepdims=True)
+    full, none = np.moveaxis((scores - low) / (high - low), -1, 0)
+    parts = [(part - part.mean(1, keepdims=True)).ravel() for part in (full, none, full + none)]
+    for name, part in zip(("fr", "nr"), parts):
+        assert about["halves"]["group"][name] == pytest.approx(np.corrcoef(part, parts[2])[0, 1])
+    said = capsys.readouterr().out
+    assert f"{about['halves']['group']['fr']:.2f} of its full-" in said and said.count("(taken)") == 1
+    # two halves that say the same: nothing to balance
+    rows = read_lines(folder / "scores.jsonl")
+    candidates.write_lines(folder / "scores.jsonl", [row | {"none": -row["full"]} for row in rows])
+    curated(folder, "--top", 2)
+    about = json.loads((folder / "curation.json").read_text())
+    assert about["scope"] == "pool" and about["halves"]["group"]["fr"] == pytest.approx(1)
+
+
+@fast
+def test_a_gain_of_curate_is_in_the_weights(scored):
+    folder, _ = scored
+    plain, _ = curated(folder, "--top", 2)
+    steep, _ = curated(folder, "--top", 2, "--gain", 4)
+    for name in ("w_intra", "w_inter"):
+        assert [row[name] - 1 for row in steep] == pytest.approx([4 * (row[name] - 1) for row in plain])
+    assert json.loads((folder / "curation.json").read_text())["gain"] == 4
 
 
 @fast
@@ -393,7 +452,7 @@ def stages(quintuplets, rewards, tmp_path_factory):
     run(pretrain, "--hr", quintuplets, "--out", work / "gen", "--total-steps", 4, *GEN)
     run(pool, *sampling(work, quintuplets, work / "pool"))
     run(pool, "score", "--pool", work / "pool", "--fr", "ssim", "--nr", "test_rewards:brightness")
-    run(pool, "curate", "--pool", work / "pool", "--top", 1)
+    run(pool, "curate", "--pool", work / "pool", "--top", 1, "--norm", "pool")
     return work
 
 
@@ -562,6 +621,36 @@ def test_training_brings_out_what_the_reward_likes(stages, tmp_path, monkeypatch
         run(tune, *words, "--keep", "last", "--total-steps", 40, "--resume")
 
 
+def test_with_a_scale_for_every_image_the_held_out_reward_is_on_that_of_the_untuned_outputs(stages, tmp_path):
+    shutil.copytree(stages / "pool", tmp_path / "pool")
+    run(pool, "curate", "--pool", tmp_path / "pool", "--top", 1, "--norm", "group")
+    run(tune, *tuning(stages, tmp_path / "pool"), "--total-steps", 1, "--out", tmp_path / "out")
+    first = read_lines(tmp_path / "out" / "metrics.jsonl")[0]
+    held = held_out(candidates.open_pool(tmp_path / "pool")[1])
+    expected = []
+    for name in held:
+        rows = [row for row in read_lines(tmp_path / "pool" / "scores.jsonl") if row["name"] == name]
+        values = np.array([[row["ssim"], row[BRIGHTNESS]] for row in rows])
+        # seeds 0 to 3 of the untuned generator are all that is in the pool
+        expected += list(((values - values.min(0)) / np.ptp(values, 0)).mean(1))
+    assert first["split"] == "val" and first["reward"] == pytest.approx(np.mean(expected), abs=2e-3)
+
+
+def test_the_best_check_is_kept_by_default_and_an_earlier_run_goes_on_as_it_began(stages, tmp_path):
+    words = [*tuning(stages), "--out", tmp_path / "out"]
+    for begun, more in (("best", []), ("last", ["--keep", "last"])):
+        run(tune, *words, "--total-steps", 2, *more)
+        run(tune, *words, "--total-steps", 4, "--resume")
+        state = weights_of(tmp_path / "out" / "ckpt" / "last.pt")
+        assert state["args"]["keep"] == begun and (state["best"] is None) == (begun == "last")
+        # after a last step that was not the best
+        weights = weights_of(tmp_path / "out" / "weights" / "gen.pth")["params"]
+        kept = state["best"]["net"] if state["best"] else state["net"]
+        assert all(torch.equal(weights[name], value) for name, value in kept.items())
+        shutil.rmtree(tmp_path / "out")
+    assert tune.keep_of(tmp_path / "new", "auto", 0) == "last"
+
+
 def held_out(items):
     """The names that a tuning with TUNE's flags holds out."""
     return tune.hold_out(items, 1, runs.sample_seed(0, 0, 0, "val-groups"))
@@ -662,7 +751,7 @@ def test_the_comparison_is_what_its_files_say(compared, stages):
     summary = json.loads((out / "eval.json").read_text())
     rows = summary["rows"]
     assert list(rows) == ["gen", "tuned", "gen, 0.9 of the noise", "gen, 0.7 of the noise", "gen + unsharp 0.5",
-                          "gen + unsharp 1"]
+                          "gen + unsharp 1", "gen, mean of seeds"]
     assert summary["inside"] == ["ssim", BRIGHTNESS] and summary["outside"] == ["psnr"]
     names = list(list_images(out / "images" / "lq"))
     outputs = torch.stack([torch.stack([load_image(out / "gen" / name / f"{seed}.png") for seed in range(4)])
@@ -691,6 +780,10 @@ def test_the_comparison_is_what_its_files_say(compared, stages):
     sharp, plain = (load_image(out / row / names[0] / "2.png") for row in ("gen + unsharp 1", "gen"))
     expected = (255 * metrics.unsharp(outputs[0, 2][None], 1.0)[0]).round().byte()
     assert torch.equal(sharp, expected) and not torch.equal(sharp, plain)
+    mean = load_image(out / "gen, mean of seeds" / f"{names[0]}.png").float() / 255
+    assert (mean - outputs[0].mean(0)).abs().max() < 0.51 / 255
+    still = rows["gen, mean of seeds"]["means"]
+    assert still["best@4"]["mean"] == still["worst@4"]["mean"] and still["seed std"]["mean"] == 0
     gen, lq = flow.load_flow(stages / "gen", tau=0.7), load_image(out / "images" / "lq" / f"{names[0]}.png")
     quiet = load_image(out / "gen, 0.7 of the noise" / names[0] / "1.png").float() / 255
     again = gen.sample(gen.net, lq[None].float() / 255, [names[0]], [1])[0]
@@ -714,6 +807,24 @@ def test_comparing_again_computes_nothing_and_another_generator_is_refused(compa
     width = image_size(out / "grid.png")[0]
     run(compare, *words, "--shown-rows", "gen + unsharp 1")
     assert image_size(out / "grid.png")[0] < width
+
+
+def test_a_scale_for_every_image_is_that_of_the_first_generator(compared, stages, tmp_path):
+    """Rewards of all rows from the kept outputs, by the extremes of the untuned ones: brightness alone."""
+    out, words = compared
+    norm = json.loads((stages / "pool" / "norm.json").read_text())
+    (tmp_path / "norm.json").write_text(json.dumps(norm | {"scope": "group"}))
+    shutil.copytree(out, tmp_path / "eval")
+    # the last flag of a name counts
+    run(compare, *words, "--reward", "nr", "--norm-file", tmp_path / "norm.json", "--out", tmp_path / "eval")
+    rows = json.loads((tmp_path / "eval" / "eval.json").read_text())["rows"]
+    bright = {row: np.array([[load_image(file).float().mean().item() for file in sorted((out / row / name).iterdir())]
+                             for name in list_images(out / "images" / "lq")]) for row in ("gen", "tuned")}
+    low, high = bright["gen"].min(1), bright["gen"].max(1)
+    for row, values in bright.items():
+        rewards = (values - low[:, None]) / (high - low)[:, None]
+        for name, expected in zip(list_images(out / "images" / "lq"), rewards):
+            assert sorted(rows[row]["rewards"][name]) == pytest.approx(sorted(expected), abs=2e-3)
 
 
 def test_comparing_without_ground_truth(stages, tmp_path):
