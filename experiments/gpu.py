@@ -24,9 +24,11 @@ JOBS = {
     "speed": (0.6, "training, fine-tuning, inference: images/s, share of the peak, memory, where the time goes"),
     "exact": (0.19, "bitwise resume, operations without a deterministic form, 500 steps in bf16"),
 }
-# {experiment: flags that a device machine needs}: only by name, each as long as --minutes, with its data where
-# experiments/README.md says; no metric that is a package of its own
-EXPERIMENTS = {"paper_network": "--scale gpu --jobs 1 --unseen --slow".split()}
+# {experiment: (its module, flags that a device machine needs)}: only by name, each as long as --minutes, with its data
+# where experiments/README.md says; no metric that is a package of its own
+EXPERIMENTS = {
+    "paper_network": ("paper_network", "--scale gpu --jobs 1 --unseen --slow".split()),
+    "dpo": ("preferences", "--scale gpu --jobs 1 --seeds 0 --watch psnr rewards.cnniqa:build ranker".split())}
 
 
 def parse_args(argv=None):
@@ -342,13 +344,14 @@ def job_exact(args, report, work):
 # experiments
 
 def job_experiment(args, report, work):
-    """The rows of an experiment that are not there yet; each writes its own file into OUT/<experiment>/."""
-    module = importlib.import_module(f"experiments.{args.job}")
-    words = [*EXPERIMENTS[args.job], "--results", args.out / args.job, "--vgg-weights", work / "vgg19.pth"]
+    """The rows of an experiment that are not there yet; each writes its own file into OUT/<experiment>/rows/."""
+    name, flags = EXPERIMENTS[args.job]
+    module, results = importlib.import_module(f"experiments.{name}"), args.out / args.job / "rows"
+    words = [*flags, "--results", results, "--vgg-weights", work / "vgg19.pth"]
 
     def rows():
         module.main(module.parse_args([*map(str, words), "--device", args.device]))
-        return {"files": sorted(file.name for file in (args.out / args.job).glob("*.json"))}
+        return {"files": sorted(file.name for file in results.glob("*.json"))}
     report.part("rows", rows)
 
 

@@ -66,6 +66,23 @@ def once(made, log, script, *words, inputs=()):
                              "remove it and all that was made of it, or choose another --work")
 
 
+def in_pieces(run, total, piece, log, script, *words):
+    """A training of `total` steps in the folder `run`: calls of at most `piece` steps, each of which continues it.
+
+    UserError where one of them was stopped by a signal.
+    """
+    last = run / "ckpt" / "last.pt"
+    state = runs.load_checkpoint(last) if last.exists() else {"step": 0}
+    for steps in [*range(piece, total, piece), total]:
+        if state["step"] >= steps or state.get("ended"):
+            continue
+        call(log, script, *words, "--total-steps", steps, "--out", run, "--resume", "auto")
+        state = runs.load_checkpoint(last)
+        # dpo.tune may end a training early
+        if state["step"] < steps and not state.get("ended"):
+            raise runs.UserError(f"{run}: was stopped at step {state['step']}; the same command continues")
+
+
 def copy_photos(files, target, tile=0):
     """The photos as PNG under <folder>-<name>, so that photos of two folders do not collide.
 

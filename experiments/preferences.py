@@ -1,115 +1,108 @@
-"""Does perceptual preference optimisation help, and which part of it? DP2O-SR on a CPU; one resumable queue.
+"""Does perceptual preference optimisation help, and which part of it? DP2O-SR; one resumable queue.
 
-    python -m experiments.preferences                       all stages; resumes where it stopped
-    python -m experiments.preferences eval report           some of them
+    python -m experiments.preferences                       every stage at CPU scale; resumes where it stopped
+    python -m experiments.preferences --scale gpu           one CUDA device
 
-data      photographs for the generators and the pools; others that nothing is trained on
-pretrain  a FlowSR generator for every seed
-pool      --samples outputs of it for every low-resolution crop, their scores, and the pairs of every variant; how far
-          the seeds differ is reported first
-train     DPO with equal steps and pairs per step, the weights of the check with the best reward on held-out images: the
-          best against the worst seed without weights (Diffusion-DPO); the best and worst 1/8, 1/4, 1/2 of the seeds;
-          1/4 with the weights of HPO, the method; the same with a full-reference or a no-reference reward alone
-eval      all networks of a seed on the same noise, by every metric of the reward and by metrics outside it. Controls:
-          unsharp masks of the untuned outputs, and the untuned network with less or more noise at the start
-report    the results as JSON, plots, and tables
+data      photographs for generators and pools; others that nothing is trained on
+generate  for every seed a FlowSR generator over a frozen x4 network
+pool      --samples outputs for every low-resolution crop, their scores, how far the seeds differ; the untuned generator
+          and the controls on the test photographs; was the criterion for generators met?
+tune      DPO with equal steps and pairs per step, then the outputs for the test photographs. Arms: the best against the
+          worst seed (Diffusion-DPO); the best and worst 1/4 and 1/8 of the seeds; 1/4 with the weights of HPO, the
+          method, and with weights that differ from 1 as much as at the paper's sigma_g; HPO with a full- or a
+          no-reference reward alone; HPO in two rounds of half the images and half the steps
+report    sigma_g first, then tables, the signs of the paper, curves and a contact sheet
 
-Less noise at the start alone can raise the mean and the worst and narrow the spread. So pools and test have the noise
-that the untuned generator's reward likes best (--tau): this gain cannot be credited to tuning.
-
-The analysis was fixed before the runs. --tau, --beta and --lr were chosen on a generator of another seed; 150 steps and
---keep best after eleven runs of 300 steps, whose held-out reward fell after some 100, and before anything was tested
-(docs/results-dpo.md). The columns that count are the reward and the worst of the seeds.
-A difference is the mean over test photographs of (mean over seeds of A - B), each generator's reward on the scale of
-its own pool. It is in bold when its 95 % BCa interval over the photographs excludes zero, every seed has its sign, and
-a paired t test has p < 0.05 (report.tables). Hypotheses of the paper: tuning raises the mean and the worst of k seeds
-and narrows their spread; a quarter of the seeds on each side beats best against worst in a small network; HPO adds to
-it; a hybrid reward keeps what one kind of metric alone gives away; metrics outside the reward gain too. The generator
-is tiny: every number belongs to it, none to the paper.
+PRE-REGISTERED before any run, after a first experiment (docs/results-dpo.md) that was starved: its seeds hardly
+differed (tau 0.6), 150 steps of 8 pairs were gradient noise, and the no-reference half of the reward decided alone.
+- tau is 1, as in training. A generator is worth tuning if on held-out photographs the mean of its samples has at least
+  1 dB more PSNR than its base, and if on the scale of the pool its reward is within 0.02 of the best of the tried tau.
+  If not, the report says what was reached; nothing is left out.
+- Reward: half SSIM and VGG distance, half the model of people's opinions (docs/opinions.md). Every image has its own
+  scale if in the first pool the correlation of each half with the sum is then between 0.4 and 0.9, for all seeds alike.
+- lr 2e-5 and beta 5000 are the paper's. The weights of the check with the best held-out reward count.
+- Three seeds, each with a generator and a pool of its own, for the untuned generator, 1 of 4 and HPO; one for the other
+  arms. A difference is the mean over test photographs of (mean over common seeds of A - B). It is in bold, and a sign
+  holds, when its 95 % BCa interval over photographs excludes zero, every seed has its sign, and a paired t test has
+  p < 0.05 (report.tables). The columns that count are the reward, and the worst of the seeds.
+- Controls: less and more noise at the start, two unsharp masks, and the mean of all seeds, which a deterministic
+  network would give. A gain that a control reaches is not credited to the preferences.
 """
 import shlex
 from pathlib import Path
 
 import runs
 
-# photographs and public weights; docs/data.md says where they come from
-DATA = Path("datasets/public")
-STAGES = ("data", "pretrain", "pool", "train", "eval", "report")
-# flags of dpo.pool curate, and of dpo.tune
-VARIANTS = {
-    "best-worst": ("--top 1", "--hpo none"), "1 of 8": ("--top 2", "--hpo none"), "1 of 4": ("--top 4", "--hpo none"),
-    "1 of 2": ("--top 8", "--hpo none"), "HPO": ("--top 4", "--hpo both"), "fr": ("--top 4 --reward fr", "--hpo both"),
-    "nr": ("--top 4 --reward nr", "--hpo both")}
-# in curves and contact sheet
-SHOWN = ("best-worst", "1 of 2", "HPO")
-# names in pictures
-NAMES = {"base": "untuned generator", "best-worst": "best against worst",
-         "1 of 8": "best eighth against worst", "1 of 4": "best quarter against worst",
-         "1 of 2": "better half against worse", "HPO": "best quarter against worst, HPO",
-         "fr": "full-reference reward", "nr": "no-reference reward"}
-# pairs beside each variant against the untuned generator
-PAIRS = [("1 of 4", "best-worst"), ("1 of 4", "1 of 8"), ("1 of 4", "1 of 2"), ("HPO", "best-worst"),
-         ("HPO", "1 of 4"), ("HPO", "fr"), ("HPO", "nr")]
-# CHOICE: sized for two cores
-PRETRAIN = ("--size tiny --patch 16 --load-size 120 --degradation realesrgan --batch-size 8 --group-size 2 "
-            "--val-photos 4 --total-steps 8000 --warmup 100 --lr 1e-3 --steps 8 --log-every 500 --save-every 500 "
-            "--val-every 4000 --workers 0")
-CROPS = "--patch 24 --load-size 160 --degradation realesrgan"
-TRAIN = ("--patch 16 --batch-size 8 --total-steps 150 --lr 5e-6 --beta 5000 --max-displacement 0 --keep best "
-         "--val-groups 8 --val-every 25 --log-every 25 --save-every 75 --workers 0")
+DATA = Path(runs.literal("experiments/jobs", "DATA"))
+STAGES = ("data", "generate", "pool", "tune", "report")
+# {arm: (flags of dpo.pool curate, of dpo.tune)}, in order of value
+ARMS = {"HPO": ("--top 8", "--hpo both"), "1 of 4": ("--top 8", "--hpo none"), "best-worst": ("--top 1", "--hpo none"),
+        "HPO, paper sigma": ("--top 8", "--hpo both"), "2 rounds": ("--top 8", "--hpo both"),
+        "nr": ("--top 8 --reward nr", "--hpo both"), "fr": ("--top 8 --reward fr", "--hpo both"),
+        "1 of 8": ("--top 4", "--hpo none")}
+# those with all --seeds; the others have the first
+REPEATED = ("HPO", "1 of 4")
+ROUNDS = 2
+# PAPER: median sigma_g of its generator. Weights differ from 1 by differences of rewards, so their size follows it
+SIGMA = 0.056
+# shares of the initial noise: of the criterion, and controls
+NOISE = (0.6, 0.8, 1.2)
+# LR with 20 grey levels of noise, as realesrgan makes it, asks for denoising only
+DEGRADATION = "--degradation two-round"
+# the reward knows little of outputs below 192 pixels (docs/opinions.md)
+CROPS = f"--patch 48 --load-size 208 {DEGRADATION}"
+GENERATOR = f"--patch 32 --load-size 160 {DEGRADATION} --val-photos 8 --warmup 200 --precision bf16"
+TUNE = "--batch-size 256 --lr 2e-5 --beta 5000 --val-every 20 --log-every 10 --save-every 10"
+# CHOICE. cpu: sized on a core with AMX, by a try of each stage, for calls of less than 20 minutes: a generator step
+# 0.7 s, a step of DPO 12 s, an output 0.1 s and its scores 0.3 s. gpu: unmeasured
+SCALES = {
+    "cpu": dict(base=DATA / "weights" / "sr" / "realesr-general-x4v3_fp16.pth", test_samples=12, groups=96,
+                generator="--size tiny --batch-size 16 --group-size 4 --lr 1e-3 --total-steps 8000 --val-every 1000 "
+                          "--save-every 100 --log-every 100 --workers 0", piece=1000,
+                tune="--patch 24 --accumulate 16 --total-steps 100 --val-groups 12 --workers 0", tune_piece=60),
+    "gpu": dict(base="realesrgan-x4plus", test_samples=32, groups=200,
+                generator="--size base --batch-size 64 --group-size 8 --lr 4e-4 --total-steps 6000 --val-every 3000 "
+                          "--save-every 500 --log-every 200 --workers 12", piece=6000,
+                tune="--patch 32 --accumulate 4 --total-steps 150 --val-groups 16 --precision tf32 --workers 12",
+                tune_piece=150)}
 
 
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
-    p.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
-    images, iqa = DATA / "images", DATA / "weights" / "iqa"
-    g = p.add_argument_group("data (docs/data.md says where it comes from)")
-    g.add_argument("--photos", type=Path, nargs="+", metavar="DIR",
-                   default=[images / name for name in ("hr_kodak24", "hr_urban100", "hr_bsd100")],
-                   help="photographs for generators and pools; every other one of the last folder is kept for the test")
-    g.add_argument("--test", type=Path, nargs="+", default=[images / name for name in ("test_set5", "test_set14")],
+    p.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default all")
+    images = DATA / "images"
+    p.add_argument("--scale", choices=list(SCALES), default="cpu", help="base, sizes, steps, batches")
+    p.add_argument("--photos", type=Path, nargs="+", metavar="DIR",
+                   default=[images / name for name in ("hr_kodak24", "hr_urban100", "pairs_realsr", "hr_bsd100")],
+                   help="photographs for generators and pools, without those called <name>_LR; every other one of the "
+                        "last folder is kept for the test")
+    p.add_argument("--test", type=Path, nargs="+", default=[images / name for name in ("test_set5", "test_set14")],
                    metavar="DIR", help="further photographs of the test")
-    g.add_argument("--tile", type=runs.COUNT, default=240,
-                   help="side of the squares that photographs are cut into, so that less is decoded for a crop; 0: "
-                        "none (CHOICE)")
-    g.add_argument("--groups", type=runs.SIZE, default=64, help="crops of a pool (CHOICE; PAPER: 30,000)")
-    g.add_argument("--samples", type=runs.SIZE, default=16, help="M, candidates of a crop (CHOICE; PAPER: 32 or 64)")
-    g.add_argument("--test-samples", type=runs.SIZE, default=8, help="outputs of a test image (CHOICE)")
-    g = p.add_argument_group("reward")
-    g.add_argument("--fr", nargs="+", default=["ssim", "vgg"], metavar="NAME", help="full-reference half of the reward")
-    g.add_argument("--nr", nargs="+", default=["rewards.cnniqa:build", "ranker"], metavar="NAME",
-                   help="no-reference half")
-    g.add_argument("--watch", nargs="+", default=["psnr", "gmsd", "brisque", "piqe"], metavar="NAME",
-                   help="metrics outside the reward")
-    g.add_argument("--vgg-weights", type=Path, default=Path("runs/vgg19.pth"), metavar="FILE",
-                   help="VGG19, which python -m prepare.vgg19 makes")
-    g.add_argument("--metric-weights", nargs="*", metavar="NAME=FILE",
-                   default=[f"brisque={iqa}/brisque_svm_weights.pth"])
-    g = p.add_argument_group("runs")
-    g.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME",
-                   help=", ".join(VARIANTS))
-    g.add_argument("--pretrain", default=PRETRAIN, help="flags of the generators")
-    g.add_argument("--crops", default=CROPS, help="flags of the pools and of the test images (CHOICE)")
-    g.add_argument("--tau", type=runs.RATE, default=0.6,
-                   help="scale of the initial noise from pools to test (CHOICE: best for the reward of an untuned "
-                        "generator of another seed)")
-    g.add_argument("--train", default=TRAIN, help="flags of all DPO runs (CHOICE)")
-    g.add_argument("--controls", type=runs.RATE, nargs="+", default=[0.8, 1.2], metavar="SHARE",
-                   help="the untuned generator with its initial noise times this")
-    g.add_argument("--seeds", type=runs.COUNT, nargs="+", default=[0, 1, 2],
-                   help="each with a generator and a pool of its own")
-    g.add_argument("--jobs", type=runs.SIZE, default=2, help="runs at a time, one thread each")
-    g.add_argument("--work", type=Path, default=Path("runs/dpo-experiment"), metavar="DIR", help="runs and data sets")
-    g.add_argument("--results", type=Path, metavar="STEM",
-                   help="leaves STEM.json, STEM-curves.png, STEM-steps.png, STEM-grid.png; default: WORK/dpo")
-    g.add_argument("--redraw", type=Path, metavar="FILE.json",
-                   help="draw the plots of an earlier report beside it again, and do nothing else")
+    p.add_argument("--base", type=runs.CHECKPOINT, metavar="FILE", help="frozen x4 network; default: the scale's")
+    p.add_argument("--fr", nargs="+", default=["ssim", "vgg"], metavar="NAME", help="full-reference half of the reward")
+    p.add_argument("--nr", nargs="+", default=["weights/downloads/opinion.pth"], metavar="NAME",
+                   help="no-reference half, models that agree with people")
+    p.add_argument("--watch", nargs="*", metavar="NAME", help="metrics outside the reward",
+                   default=["psnr", "rewards.cnniqa:build", "ranker", "gmsd", "brisque", "piqe"])
+    p.add_argument("--metric-weights", nargs="*", metavar="NAME=FILE",
+                   default=[f"brisque={DATA / 'weights' / 'iqa' / 'brisque_svm_weights.pth'}"])
+    p.add_argument("--vgg-weights", type=Path, default=Path("runs/vgg19.pth"), metavar="FILE",
+                   help="VGG19 (python -m prepare.vgg19 makes it)")
+    p.add_argument("--samples", type=runs.SIZE, default=32, help="M, candidates of a crop (PAPER)")
+    p.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME", help=", ".join(ARMS))
+    p.add_argument("--seeds", type=runs.COUNT, nargs="+", default=[0, 1, 2],
+                   help=f"of the generators and of {' and '.join(REPEATED)}; the first for the other arms")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: what the scale is for")
+    p.add_argument("--jobs", type=runs.SIZE, default=2, help="processes at a time, each with one thread")
+    p.add_argument("--work", type=Path, default=Path("runs/preferences"), metavar="DIR")
+    p.add_argument("--results", type=Path, default=Path("results/preferences"), metavar="DIR",
+                   help="one JSON file per generator and arm, and the report")
     args = p.parse_args(argv)
     args.stages = args.stages or list(STAGES)
-    for stage in args.stages:
-        if stage not in STAGES:
-            p.error(f"{stage}: no such stage; choose from {', '.join(STAGES)}")
-    args.results = args.results or args.work / "dpo"
+    args.device = args.device or {"cpu": "cpu", "gpu": "cuda"}[args.scale]
+    args.base = args.base or runs.CHECKPOINT(str(SCALES[args.scale]["base"]))
+    if set(args.stages) - set(STAGES):
+        p.error(f"stages are {', '.join(STAGES)}; got {' '.join(args.stages)}")
     return args
 
 
@@ -117,202 +110,221 @@ def parse_args(argv=None):
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import json
+import os
+import shutil
 import signal
 import sys
 from functools import partial
 
-import numpy as np
-
-from dpo import compare, pool
-from experiments import jobs
+from dpo import pool
+from experiments import jobs, preference_report
 from images import list_images
-from report import style, tables
+
+
+def settings(args):
+    """What all results of one report must share."""
+    scale = {name: str(value) for name, value in SCALES[args.scale].items() if name not in ("piece", "tune_piece")}
+    return {"scale": args.scale, **scale, "base": args.base.stem, "generator": f"{GENERATOR} {scale['generator']}",
+            "tune": f"{TUNE} {scale['tune']}", "crops": CROPS, "samples": args.samples, "fr": args.fr, "nr": args.nr,
+            "watch": args.watch}
 
 
 def metric_files(args):
     return ["--metric-weights", *args.metric_weights, *([f"vgg={args.vgg_weights}"] if "vgg" in args.fr else [])]
 
 
-def folder(args, stage, seed, variant=""):
-    return args.work / stage / (f"{variant}-{seed}".replace(" ", "-") if variant else str(seed))
+def folder(args, stage, seed, arm=""):
+    return args.work / stage / (f"{arm}-{seed}".replace(",", "").replace(" ", "-") if arm else str(seed))
 
 
-def generator(args, seed, variant=None):
-    """Run folder of the untuned generator of a seed, or of a variant that was tuned from it."""
-    return folder(args, "tuned", seed, variant) if variant else folder(args, "gen", seed)
+def result(args, seed, arm="generator"):
+    return args.results / f"{folder(args, '', seed, arm).name}.json"
 
+
+def last_value(flags, name):
+    words = flags.split()
+    return int(words[words.index(name) + 1])
+
+
+# Stages
 
 def prepare(args):
+    """WORK/hr and WORK/test."""
     if (args.work / "hr").exists():
         return
 
     def images(where):
-        return list(list_images(where).values())
+        return [path for stem, path in list_images(where).items() if not stem.endswith("_LR")]
     last = images(args.photos[-1])
     tests = [path for where in args.test for path in images(where)] + last[1::2]
     # Set14's face is the head of Set5
     tests = [path for path in tests if (path.parent.name, path.stem) != ("test_set14", "face")]
-    jobs.copy_photos(tests, args.work / "test")
     others = [path for where in args.photos[:-1] for path in images(where)]
-    jobs.copy_photos(others + last[::2], args.work / "hr.tmp", args.tile)
-    (args.work / "hr.tmp").rename(args.work / "hr")
+    for files, name in ((tests, "test"), (others + last[::2], "hr")):
+        shutil.rmtree(args.work / f"{name}.tmp", ignore_errors=True)
+        jobs.copy_photos(files, args.work / f"{name}.tmp")
+        if not (args.work / name).exists():
+            (args.work / f"{name}.tmp").rename(args.work / name)
 
 
-def pretrain(args, seed):
-    out = generator(args, seed)
-    jobs.once(out / "weights" / "gen.pth", out.with_suffix(".log"), "dpo.pretrain", "--hr", args.work / "hr",
-              *shlex.split(args.pretrain), "--seed", seed, "--out", out, "--resume", "auto", inputs=[args.work / "hr"])
+def generate(args, seed):
+    scale, run = SCALES[args.scale], folder(args, "gen", seed)
+    jobs.in_pieces(run, last_value(scale["generator"], "--total-steps"), scale["piece"], run.with_suffix(".log"),
+                   "dpo.pretrain", "--hr", args.work / "hr", "--base", args.base, *shlex.split(GENERATOR),
+                   *shlex.split(scale["generator"]), "--seed", seed, "--device", args.device)
 
 
 def make_pool(args, seed):
-    out, log = folder(args, "pool", seed), folder(args, "pool", f"{seed}.log")
-    jobs.call(log, "dpo.pool", "sample", "--gen", generator(args, seed), "--hr", args.work / "hr",
-              "--groups", args.groups, "--samples", args.samples, "--tau", args.tau, *shlex.split(args.crops),
-              "--seed", seed, "--out", out)
-    jobs.call(log, "dpo.pool", "score", "--pool", out, "--fr", *args.fr, "--nr", *args.nr, *metric_files(args))
-    for variant in args.variants:
-        pairs = folder(args, "pairs", seed, variant)
-        pool.main(pool.parse_args(["curate", "--pool", out, *shlex.split(VARIANTS[variant][0]), "--out", pairs]))
+    out, scale = folder(args, "pool", seed), SCALES[args.scale]
+    log = out.with_suffix(".log")
+    jobs.call(log, "dpo.pool", "sample", "--gen", folder(args, "gen", seed), "--hr", args.work / "hr",
+              "--groups", scale["groups"], "--samples", args.samples, *shlex.split(CROPS), "--seed", seed,
+              "--device", args.device, "--out", out)
+    jobs.call(log, "dpo.pool", "score", "--pool", out, "--fr", *args.fr, "--nr", *args.nr, *metric_files(args),
+              "--device", args.device)
 
 
-def train(args, variant, seed):
-    out, start, pairs = generator(args, seed, variant), generator(args, seed), folder(args, "pairs", seed, variant)
-    jobs.once(out / "weights" / "gen.pth", out.with_name(out.name + ".log"), "dpo.tune", "--gen", start,
-              "--pairs", pairs, *metric_files(args), *shlex.split(args.train), *shlex.split(VARIANTS[variant][1]),
-              "--seed", seed, "--out", out, "--resume", "auto",
-              inputs=[start / "weights" / "gen.pth", *(pairs / file for file in ("pairs.jsonl", "norm.json"))])
+def curate(args, seed, arm, *more):
+    """-> curation.json of an arm's pairs, in WORK/pairs/<arm>-<seed>."""
+    out = folder(args, "pairs", seed, arm)
+    if not (out / "curation.json").exists():
+        pool.main(pool.parse_args(["curate", "--pool", folder(args, "pool", seed), *shlex.split(ARMS[arm][0]),
+                                   "--out", out, *more]))
+    return json.loads((out / "curation.json").read_text())
 
 
-def evaluate(args, seed):
-    out, norm = folder(args, "eval", seed), folder(args, "pairs", seed, args.variants[0]) / "norm.json"
-    generators = [generator(args, seed), *(generator(args, seed, variant) for variant in args.variants)]
-    diversity = "vgg" if "vgg" in args.fr else "proxy"
-    jobs.once(out / "eval.json", out.with_suffix(".log"), "dpo.compare", "--gen", *generators,
-              "--names", "base", *args.variants, "--hr", args.work / "test",
-              "--groups", len(list_images(args.work / "test")), *shlex.split(args.crops),
-              "--samples", args.test_samples, "--tau", args.tau, "--less-noise", *args.controls,
-              "--shown-rows", "base", *(variant for variant in args.variants if variant in SHOWN), "--norm-file", norm,
-              "--watch", *args.watch, *metric_files(args), "--diversity", diversity, "--out", out,
-              inputs=[args.work / "test", *(gen / "weights" / "gen.pth" for gen in generators), norm])
+def make_pairs(args, seed):
+    """Pairs of all arms; the first seed's pool decides whether every image has its own scale."""
+    scope = curate(args, args.seeds[0], "HPO")["scope"]
+    sigma = curate(args, seed, "HPO", "--norm", scope)["sigma"][1]
+    for arm in args.arms:
+        gain = SIGMA / sigma if arm == "HPO, paper sigma" else 1.0
+        if seed in seeds_of(args, arm):
+            curate(args, seed, arm, "--norm", scope, "--gain", gain)
 
 
-def report(args):
-    evals = [json.loads((folder(args, "eval", seed) / "eval.json").read_text()) for seed in args.seeds]
-    first = evals[0]
-    rows, names = list(first["rows"]), list(first["rows"]["base"]["per_photo"])
-
-    def per_photo(row):
-        """(seeds, photos, columns)"""
-        parts = [of_seed["rows"][row]["per_photo"] for of_seed in evals]
-        return np.array([[part[name] for name in names] for part in parts]).transpose(0, 2, 1)
-
-    def curve(row, kind):
-        return np.mean([of_seed["rows"][row]["curve"][kind] for of_seed in evals], 0).tolist()
-    values = {row: per_photo(row) for row in rows}
-    controls = [row for row in rows if row.startswith("base") and row != "base"]
-    pairs = [*((variant, "base") for variant in args.variants), *PAIRS, *((row, "base") for row in controls),
-             *(("HPO", row) for row in controls)]
-    tuned = {f"{variant}-{seed}": (seed, variant) for seed in args.seeds for variant in args.variants}
-    curation = {name: json.loads((folder(args, "pairs", *run) / "curation.json").read_text())
-                for name, run in tuned.items()}
-    events = {name: [json.loads(line) for line in (generator(args, *run) / "metrics.jsonl").read_text().splitlines()]
-              for name, run in tuned.items()}
-    curated, trained = (("reward", "sigma", "gap", "best", "mean", "worst"),
-                        ("step", "loss", "accuracy", "win_change", "lose_change", "win_ref"))
-    settings = ("seeds", "variants", "pretrain", "crops", "tau", "train", "groups", "samples", "test_samples")
-    summary = {
-        "command": sys.argv, **runs.describe_machine(), **{name: getattr(args, name) for name in settings},
-        **{name: first[name] for name in ("inside", "outside", "images", "photos", "k", "diversity_by")},
-        "metrics": names, "lower_is_better": first["lower_is_better"],
-        "sigma": {str(seed): curation[f"{args.variants[0]}-{seed}"]["sigma"] for seed in args.seeds},
-        "pairs": {name: about["pairs"] for name, about in curation.items()},
-        "curation": {name: {key: about[key] for key in curated} for name, about in curation.items()},
-        "mean": {row: v.mean((0, 1)).tolist() for row, v in values.items()},
-        "seed_means": {row: v.mean(1).tolist() for row, v in values.items()},
-        "curves": {row: {kind: curve(row, kind) for kind in ("best", "mean", "worst")} for row in rows},
-        "differences": {f"{a} - {b}": {name: tables.difference(values[a][..., k], values[b][..., k])
-                                       for k, name in enumerate(names)} for a, b in pairs if a in rows and b in rows},
-        "watched": {name: [(e["step"], e["reward"]) for e in lines if e["split"] == "val"]
-                    for name, lines in events.items()},
-        "training": {name: [{key: e[key] for key in trained} for e in lines if e["split"] == "train"]
-                     for name, lines in events.items()}}
-    runs.save_json(args.results.with_suffix(".json"), summary)
-
-    draw(summary, args.results)
-    grid = (folder(args, "eval", args.seeds[0]) / "grid.png").read_bytes()
-    runs.write_atomic(picture(args.results, "grid"), partial(Path.write_bytes, data=grid))
-    print(markdown_tables(summary))
+def judge(args, seed, out, generators, *more):
+    """dpo.compare of {row: run} on the test photographs -> eval.json."""
+    norm = folder(args, "pairs", seed, "HPO") / "norm.json"
+    jobs.call(out.with_suffix(".log"), "dpo.compare", "--gen", *generators.values(), "--names", *generators,
+              "--hr", args.work / "test", "--groups", len(list_images(args.work / "test")), *shlex.split(CROPS),
+              "--samples", SCALES[args.scale]["test_samples"], "--norm-file", norm, "--watch", *args.watch,
+              *metric_files(args), "--diversity", "none", "--device", args.device, "--out", out, *more)
+    return json.loads((out / "eval.json").read_text())
 
 
-def picture(results, name):
-    """STEM-<name>.png"""
-    return results.with_name(f"{results.name}-{name}.png")
+def made_by(path):
+    """Commit, versions and hardware in a JSON file of a stage."""
+    about = json.loads(path.read_text())
+    return {key: about[key] for key in jobs.MADE_BY}
 
 
-def draw(summary, results):
-    """Both plots of a report."""
-    shown = {}
-    for row in ("base", *(variant for variant in SHOWN if variant in summary["variants"])):
-        shown[NAMES.get(row, row)] = {"curve": summary["curves"][row],
-                                      "minus_first": summary["differences"].get(f"{row} - base")}
-    compare.draw_curves({"rows": shown, "k": summary["k"], "reward": "hybrid"}, picture(results, "curves"))
-    draw_steps(summary, picture(results, "steps"))
+def events(run, split):
+    return [event for event in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+            if event["split"] == split]
 
 
-def draw_steps(summary, path):
-    """Held-out reward against steps minus that of step 0, by variant; fr and nr by their own reward."""
-    variants = summary["variants"]
-    rows = -(-len(variants) // 2)
-    drawing, axes = style.figure(rows, 2, height=1.0 + 1.7 * rows, sharex=True, sharey=True, squeeze=False)
-    for variant, axis in zip(variants, axes.flat):
-        watched = [summary["watched"][f"{variant}-{seed}"] for seed in summary["seeds"]]
-        rewards = np.array([[reward for _, reward in of_seed] for of_seed in watched])
-        axis.axhline(0, color="grey", linewidth=0.8)
-        style.seeds(axis, [step for step, _ in watched[0]], rewards - rewards[:, :1])
-        axis.set_title(NAMES.get(variant, variant))
-    for axis in axes.flat[max(0, len(variants) - 2):len(variants)]:
-        axis.tick_params(labelbottom=True)
-    for axis in axes.flat[len(variants):]:
-        axis.remove()
-    drawing.supxlabel("training steps", fontsize=style.FONT)
-    drawing.supylabel("gain of the run's own reward on held-out images", fontsize=style.FONT)
-    drawing.suptitle(f"Thick: mean of {len(summary['seeds'])} generators, thin: each of them", fontsize=style.FONT)
-    style.save(drawing, path)
+def judge_untuned(args, seed):
+    """RESULTS/generator-<seed>.json: how it trained, how far its seeds differ, itself and the controls on the test."""
+    file, run, pairs = result(args, seed), folder(args, "gen", seed), folder(args, "pairs", seed, "HPO")
+    if file.exists():
+        return
+    judged = judge(args, seed, folder(args, "eval", seed, "base"), {"base": run}, "--less-noise", *NOISE)
+    checks, norm = events(run, "val"), json.loads((pairs / "norm.json").read_text())
+    curation = json.loads((pairs / "curation.json").read_text())
+    by_tau = preference_report.rewards_by_tau(judged, norm, NOISE)
+    kept = ("inside", "outside", "images", "photos", "samples", "k", "lower_is_better", "scope")
+    runs.save_json(file, {
+        "settings": settings(args), "seed": seed, "checks": checks, "reward_by_tau": by_tau,
+        "criterion": preference_report.criterion(checks[-1], by_tau), "losses": events(run, "train"),
+        "pool": {key: curation[key] for key in ("sigma", "halves", "groups", "candidates", "best", "mean", "worst")},
+        **{key: judged[key] for key in kept}, "rows": rows_of(judged, judged["rows"]),
+        "made_by": {"generator": made_by(run / "args.json"), "pool": made_by(folder(args, "pool", seed) / "pool.json"),
+                    "evaluation": {key: judged[key] for key in jobs.MADE_BY}}})
 
 
-def markdown_tables(summary):
-    """The results as Markdown: spread of the seeds, scores and differences, ends of the trainings."""
-    spread = runs.markdown(["sigma_g of the reward over seeds", "quartile", "median", "quartile"],
-                           [[f"generator {seed}", *(f"{v:.3f}" for v in values)]
-                            for seed, values in summary["sigma"].items()])
-    rows = []
-    for name in summary["variants"]:
-        ends = [summary["training"][f"{name}-{seed}"][-1] for seed in summary["seeds"]]
-        changes = [100 * np.mean([end[key] / end["win_ref"] for end in ends]) for key in ("win_change", "lose_change")]
-        rows.append([name, f"{np.mean([end['accuracy'] for end in ends]):.2f}", *(f"{v:+.2f} %" for v in changes)])
-    ends = runs.markdown(["at the last step", "implicit accuracy", "error at winners, change", "at losers"], rows)
-    return "\n\n".join([spread, jobs.metric_tables(summary), ends])
+def rows_of(judged, names):
+    return {name: {key: judged["rows"][name][key] for key in ("per_photo", "curve", "rewards")} for name in names}
+
+
+def tune(args, arm, seed):
+    """RESULTS/<arm>-<seed>.json: a training, and its outputs for the test."""
+    file, base = result(args, seed, arm), folder(args, "gen", seed)
+    if file.exists():
+        return
+    scale, run, pairs = SCALES[args.scale], folder(args, "tuned", seed, arm), folder(args, "pairs", seed, arm)
+    log, words = run.with_name(f"{run.name}.log"), shlex.split(f"{TUNE} {scale['tune']} {ARMS[arm][1]}")
+    words += metric_files(args)
+    if arm == "2 rounds":
+        run, parts = in_rounds(args, seed, base, log, words)
+    else:
+        jobs.in_pieces(run, last_value(scale["tune"], "--total-steps"), scale["tune_piece"], log, "dpo.tune",
+                       "--gen", base, "--pairs", pairs, *words, "--seed", seed, "--device", args.device)
+        parts = [(run, pairs)]
+    out = folder(args, "eval", seed, arm)
+    reuse(folder(args, "eval", seed, "base"), out)
+    judged = judge(args, seed, out, {"base": base, arm: run}, "--less-noise")
+    curations = [json.loads((pairs / "curation.json").read_text()) for _, pairs in parts]
+    runs.save_json(file, {
+        "settings": settings(args), "seed": seed, "arm": arm,
+        "curation": [{key: about[key] for key in ("reward", "scope", "sigma", "gap", "gain", "pairs", "groups")}
+                     for about in curations],
+        "watched": [[(e["step"], e["reward"]) for e in events(part, "val")] for part, _ in parts],
+        "training": [events(part, "train") for part, _ in parts], "rows": rows_of(judged, [arm]),
+        "made_by": {"training": made_by(run / "args.json"), "evaluation": {key: judged[key] for key in jobs.MADE_BY}}})
+
+
+def in_rounds(args, seed, base, log, words):
+    """dpo.rounds at the cost of one round -> the last run, and [(run, its pairs)]."""
+    scale, out = SCALES[args.scale], folder(args, "rounds", seed)
+    scope = json.loads((folder(args, "pairs", seed, "HPO") / "curation.json").read_text())["scope"]
+    shorter = {name: last_value(scale["tune"], name) // ROUNDS for name in ("--total-steps", "--val-groups")}
+    flags = {"sample": ["--hr", args.work / "hr", "--groups", scale["groups"] // ROUNDS, "--samples", args.samples,
+                        CROPS],
+             "score": ["--fr", *args.fr, "--nr", *args.nr, *metric_files(args)],
+             "curate": [ARMS["2 rounds"][0], "--norm", scope],
+             "tune": [*words, *(word for item in shorter.items() for word in item)]}
+    jobs.call(log, "dpo.rounds", "--rounds", ROUNDS, "--gen", base, "--seed", 100 * (seed + 1), "--device", args.device,
+              "--out", out, *(f"--{stage}={' '.join(map(str, part))}" for stage, part in flags.items()))
+    parts = [(out / f"tuned-{r}", out / f"pool-{r}") for r in range(1, ROUNDS + 1)]
+    return parts[-1][0], parts
+
+
+def reuse(made, out):
+    """OUT of dpo.compare with what is already in another OUT: pictures as links, the rest copied."""
+    if not out.exists():
+        shutil.rmtree(out.with_name(f"{out.name}.tmp"), ignore_errors=True)
+        shutil.copytree(made, out.with_name(f"{out.name}.tmp"), copy_function=lambda a, b: (
+            os.link if a.endswith(".png") and Path(a).parent != made else shutil.copy2)(a, b))
+        out.with_name(f"{out.name}.tmp").rename(out)
+
+
+def seeds_of(args, arm):
+    return args.seeds if arm in REPEATED else args.seeds[:1]
 
 
 def main(args):
-    if args.redraw:
-        draw(json.loads(args.redraw.read_text()), args.redraw.with_suffix(""))
-        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    if "vgg" in args.fr and not args.vgg_weights.is_file():
-        raise runs.UserError(f"--vgg-weights {args.vgg_weights}: no such file; python -m prepare.vgg19 makes it")
+    if args.stages != ["report"]:
+        needed = [*args.photos, *args.test, args.base, *(Path(name) for name in args.nr if runs.is_reward_file(name))]
+        for path in needed + ([args.vgg_weights] if "vgg" in args.fr else []):
+            if not path.exists():
+                command = f"; {runs.how_to_get(path)}" if path == args.base else ""
+                raise runs.UserError(f"{path}: not there; docs/data.md and experiments/README.md say where it comes "
+                                     f"from, --help which flag names another{command}")
     if "data" in args.stages:
         prepare(args)
-    for stage, task in (("pretrain", pretrain), ("pool", make_pool)):
-        if stage in args.stages:
-            jobs.parallel(args.jobs, [partial(task, args, seed) for seed in args.seeds])
-    if "train" in args.stages:
-        jobs.parallel(args.jobs, [partial(train, args, variant, seed)
-                                  for seed in args.seeds for variant in args.variants])
-    if "eval" in args.stages:
-        jobs.parallel(args.jobs, [partial(evaluate, args, seed) for seed in args.seeds])
+    if "generate" in args.stages:
+        jobs.parallel(args.jobs, [partial(generate, args, seed) for seed in args.seeds])
+    if "pool" in args.stages:
+        jobs.parallel(args.jobs, [partial(make_pool, args, seed) for seed in args.seeds])
+        for seed in args.seeds:
+            make_pairs(args, seed)
+        jobs.parallel(args.jobs, [partial(judge_untuned, args, seed) for seed in args.seeds])
+    if "tune" in args.stages:
+        jobs.parallel(args.jobs, [partial(tune, args, arm, seed) for arm in args.arms for seed in seeds_of(args, arm)])
     if "report" in args.stages:
-        report(args)
+        preference_report.report(args.results, args.work)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+import archs
 import data
 import metrics
 import runs
 from dpo import __main__ as demo
-from dpo import candidates, compare, flow, options, pool, preference, pretrain, tune
+from dpo import candidates, compare, flow, options, pool, preference, pretrain, rounds, tune
 from images import image_size, list_images, load_image, save_image
 
 fast = pytest.mark.fast
@@ -656,6 +657,24 @@ def held_out(items):
     return tune.hold_out(items, 1, runs.sample_seed(0, 0, 0, "val-groups"))
 
 
+def test_a_base_network_runs_once_for_an_image(stages, tmp_path, monkeypatch):
+    """For all candidates of one image, and once a step for the residual and the condition together."""
+    torch.manual_seed(0)
+    gen, sizes = flow.FlowSR((8, 16, 24), 1, base=archs.create("compact-small"), steps=2), []
+    gen.base.register_forward_hook(lambda net, inputs, output: sizes.append(len(output)))
+    torch.nn.init.normal_(gen.net.last.weight, std=0.1)
+    lq = torch.rand(1, 3, 8, 8)
+    shared = gen.sample(gen.net, lq.expand(3, -1, -1, -1), ["a"] * 3, range(3))
+    assert sizes == [1]
+    alone = gen.sample(gen.net, lq.repeat(3, 1, 1, 1), ["a"] * 3, range(3))
+    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-5)
+    assert sizes == [1, 3] and (shared[0] - shared[1]).abs().max() > 1e-3
+    hr, lq = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 8, 8)
+    assert torch.equal(gen.encode(hr, lq), torch.nn.functional.pixel_unshuffle(hr - gen.base(lq), 4))
+    assert torch.equal(gen.condition(lq)[:, 3:], torch.nn.functional.pixel_unshuffle(gen.base(lq), 4))
+    assert sizes == [1, 3, 2, 2, 2]
+
+
 def test_winner_and_loser_share_time_and_noise_and_pairs_have_their_weights(stages, tmp_path, monkeypatch):
     calls, losses, dpo_loss, noised = [], [], preference.dpo_loss, flow.FlowSR.noised
 
@@ -727,6 +746,40 @@ def test_likelihood_displacement_ends_the_training(stages, tmp_path):
     assert (tmp_path / "out" / "weights" / "gen.pth").is_file()
     run(tune, *words, "--resume")
     assert "nothing to do" in (tmp_path / "out" / "log.txt").read_text()
+
+
+# Rounds
+
+def test_the_next_round_starts_from_the_tuned_generator_and_finished_rounds_stay(
+        stages, quintuplets, tmp_path, monkeypatch):
+    ran = []
+
+    def in_this_process(command, **more):
+        script, *words = command[2:]
+        ran.append(script)
+        run({"dpo.pool": pool, "dpo.tune": tune}[script], *words)
+        return argparse.Namespace(returncode=0)
+    monkeypatch.setattr(rounds, "subprocess", argparse.Namespace(run=in_this_process))
+    crops = " ".join(map(str, CROPS))
+    words = ["--gen", stages / "gen", "--sample", f"--hr {quintuplets} --groups 4 --samples 4 {crops}", "--score",
+             f"--fr ssim --nr {BRIGHTNESS}", "--curate", "--top 1",
+             "--tune", f"{' '.join(map(str, TUNE))} --total-steps 2", "--seed", 5, "--threads", 1,
+             "--out", tmp_path / "out"]
+    run(rounds, *words, "--rounds", 1)
+    run(rounds, *words, "--rounds", 2)
+    assert ran == ["dpo.pool", "dpo.pool", "dpo.pool", "dpo.tune"] * 2
+    about = [json.loads((tmp_path / "out" / f"pool-{r}" / "pool.json").read_text()) for r in (1, 2)]
+    tuned = flow.load_flow(tmp_path / "out" / "tuned-1")
+    assert about[1]["generator"] == tuned.identity(tuned.net) != about[0]["generator"]
+    assert [each["seed"] for each in about] == [6, 7]
+    assert (tmp_path / "out" / "tuned-2" / "weights" / "gen.pth").exists()
+    contents = [{path.read_bytes() for path in (tmp_path / "out" / f"pool-{r}" / "lq").iterdir()} for r in (1, 2)]
+    assert not contents[0] & contents[1]
+    with pytest.raises(runs.UserError, match="other settings .curate"):
+        run(rounds, *words, "--curate", "--top 2")
+    with pytest.raises(SystemExit):
+        run(rounds, *words, "--tune", "--no-such-flag 1")
+    assert len(ran) == 8
 
 
 # Comparing generators
@@ -1071,7 +1124,7 @@ def test_the_settings_of_a_demo_are_flags(parse, demo):
 
 
 @pytest.mark.parametrize("name", ["dpo", "dpo.pretrain", "dpo.pool", "dpo.pool sample", "dpo.pool score",
-                                  "dpo.pool curate", "dpo.tune", "dpo.compare"])
+                                  "dpo.pool curate", "dpo.tune", "dpo.rounds", "dpo.compare"])
 def test_help_answers_at_once(script, name):
     module, *stage = name.split()
     text = script(module, *stage, "--help", timeout=20).stdout
