@@ -12,6 +12,7 @@ and `--help` lists in full:
     python -m dpo.pool curate      from scores to preference pairs
     python -m dpo.tune             DPO on the pairs
     python -m dpo.compare          generators side by side on the same seeds
+    python -m dpo.rounds           pool and tune again, from the tuned generator
 """
 import subprocess
 

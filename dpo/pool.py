@@ -29,8 +29,8 @@ DEMO = {
 # CHOICE: a median sigma_g below this means that the order of the seeds is mostly noise of the metrics
 FEW = 0.01
 # CHOICE, the paper does not say: --norm auto scales each image by its own range if the correlation of each half of the
-# reward with the whole then lies in here. On the range of the pool the half whose metrics differ more between the seeds
-# of an image than between images decides alone: full- and no-reference had 0.1 and 0.99 of it (docs/results-dpo.md)
+# reward with the whole then lies in here. By the range of the pool, metrics that differ more between images than
+# between seeds have no say: sigma_g of the full-reference half was a ninth of the other's (docs/results-dpo.md)
 A_SAY = (0.4, 0.9)
 
 
@@ -203,7 +203,7 @@ def curate(pool, out, reward="hybrid", scope="auto", norm_file=None, top=8, samp
           f"{quartiles[0]:.4f} and {quartiles[2]:.4f}, over {len(sigma)} images")
     if quartiles[1] < FEW:
         print(f"WARNING: a median below {FEW}: the order of the seeds is mostly noise of the metrics; take a harsher "
-              "--degradation, --tau above 1 or more --steps")
+              "--degradation, a generator over a network (dpo.pretrain --base) or more --steps")
     print(f"{out / 'pairs.jsonl'}: {intra.size} pairs of {len(names)} images ({summary['dropped']} dropped), {top} "
           f"best against {top} worst of {raw.shape[1]} by {reward}")
     print(f"mean reward of winners minus losers {summary['gap']:.3f}; best, mean, worst of all seeds "

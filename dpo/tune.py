@@ -88,7 +88,8 @@ FIXED = ("generator", "pairs_hash", "beta", "hpo", "patch", "batch_size", "lr", 
          "samples", "steps", "tau", "guidance")
 # Flags of earlier commits, and their only value that is left. CHOICE: beta is the same for all t (the derivation for
 # flows has a factor (1 - t)^2, without which Flow-DPO found it better); noise is drawn afresh (DPO), not the one that a
-# candidate was made from; the learning rate is constant (Diffusion-DPO warms up over 500 steps)
+# candidate was made from, and with standard deviation 1, also where sampling starts at another tau; the learning rate
+# is constant (Diffusion-DPO warms up over 500 steps)
 RETIRED = {"beta_t": "const", "noise": "fresh", "hpo_gain": 1.0, "anchor": 0.0, "warmup": 0, "clip_grad": CLIP_GRAD,
            "weight_decay": WEIGHT_DECAY}
 
