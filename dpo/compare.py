@@ -188,6 +188,9 @@ def main(args):
     if args.demo and args.gen == DEMO["gen"]:
         options.make_demo_start(world, options.DEMO_TUNED / "weights" / "gen.pth")
     norm, paired = candidates.open_norm(args.norm_file), bool(args.hr or args.gt_dir)
+    if norm.get("scope") == "group" and args.samples < 2:
+        raise runs.UserError(f"--samples {args.samples}: by {args.norm_file} the scale of an image is the range of its "
+                             "untuned outputs: take at least 2")
     # without ground truth the no-reference metrics alone
     full_reference = {m: v["full_reference"] for m, v in norm["metrics"].items()
                       if paired or args.reward != "nr" or not v["full_reference"]}

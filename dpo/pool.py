@@ -26,7 +26,7 @@ DEMO = {
     "score": dict(pool=options.DEMO_POOL, fr=["ssim", "gmsd"], nr=["ranker"], threads=1),
     "curate": dict(pool=options.DEMO_POOL, top=2),
 }
-# CHOICE: a median sigma_g below this means that the order of the seeds is mostly noise of the metrics
+# CHOICE: a median sigma_g (by the range of the pool) below this: the order of the seeds is mostly noise of the metrics
 FEW = 0.01
 # CHOICE, the paper does not say: --norm auto scales each image by its own range if the correlation of each half of the
 # reward with the whole then lies in here. By the range of the pool, metrics that differ more between images than
@@ -185,14 +185,16 @@ def curate(pool, out, reward="hybrid", scope="auto", norm_file=None, top=8, samp
         {"name": name, "w_seed": int(winner), "l_seed": int(loser), "R_w": rewards[g, winner],
          "R_l": rewards[g, loser], "w_intra": intra[g, i, j], "w_inter": inter[g]}
         for g, name in enumerate(names) for i, winner in enumerate(best[g]) for j, loser in enumerate(worst[g])])
-    quartiles = np.percentile(sigma, [25, 50, 75])
+    by_pool = candidates.rewards_of(raw, norm | {"scope": "pool"}, reward, judges).std(1)
+    quartiles, pool_quartiles = (np.percentile(each, [25, 50, 75]) for each in (sigma, by_pool))
     gap = np.take_along_axis(rewards, best, 1) - np.take_along_axis(rewards, worst, 1)
     summary = {
         "pool": "." if out.resolve() == pool.resolve() else str(pool.resolve()),
         "pool_hash": candidates.pool_hash(pool), "reward": reward, "scope": scope, "halves": halves,
         "top": top, "gain": gain, "candidates": raw.shape[1], "groups": len(names),
         "dropped": int((~keep).sum()), "pairs": intra.size,
-        "sigma": quartiles.tolist(), "gap": float(gap.mean()), "best": float(rewards.max(1).mean()),
+        "sigma": quartiles.tolist(), "sigma_pool": pool_quartiles.tolist(),
+        "gap": float(gap.mean()), "best": float(rewards.max(1).mean()),
         "mean": float(rewards.mean()), "worst": float(rewards.min(1).mean()), **runs.describe_machine()}
     runs.save_json(out / "curation.json", summary)
     for name, values in halves.items():
@@ -200,8 +202,9 @@ def curate(pool, out, reward="hybrid", scope="auto", norm_file=None, top=8, samp
               f"reward within images {values['fr']:.2f} of its full-, {values['nr']:.2f} of its no-reference half"
               + (" (taken)" if name == scope else ""))
     print(f"sigma_g, the spread of the reward over {raw.shape[1]} seeds: median {quartiles[1]:.4f}, quartiles "
-          f"{quartiles[0]:.4f} and {quartiles[2]:.4f}, over {len(sigma)} images")
-    if quartiles[1] < FEW:
+          f"{quartiles[0]:.4f} and {quartiles[2]:.4f}, over {len(sigma)} images"
+          + (f"; by the range of the pool, as the paper's 0.056, {pool_quartiles[1]:.4f}" if scope == "group" else ""))
+    if pool_quartiles[1] < FEW:
         print(f"WARNING: a median below {FEW}: the order of the seeds is mostly noise of the metrics; take a harsher "
               "--degradation, a generator over a network (dpo.pretrain --base) or more --steps")
     print(f"{out / 'pairs.jsonl'}: {intra.size} pairs of {len(names)} images ({summary['dropped']} dropped), {top} "

@@ -180,7 +180,7 @@ def keep_of(out, resume, val_groups):
     """--keep where it is not given: that of the run that is continued (earlier commits had "last"), else KEEP."""
     earlier = out / "args.json"
     if resume != "no" and (out / "ckpt" / "last.pt").exists() and earlier.exists():
-        return json.loads(earlier.read_text())["args"]["keep"]
+        return json.loads(earlier.read_text())["args"].get("keep", "last")
     return KEEP if val_groups else "last"
 
 

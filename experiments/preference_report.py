@@ -93,11 +93,13 @@ def summarise(generators, arms):
             both = [np.stack([values[row][seed] for seed in seeds]) for row in (a, b)]
             differences[f"{a} - {b}"] = {name: tables.difference(both[0][..., n], both[1][..., n])
                                          for n, name in enumerate(columns)}
-    sigma = {seed: about["pool"]["sigma"] for seed, about in generators.items()}
+    sigma, sigma_pool = ({seed: about["pool"][name] for seed, about in generators.items()}
+                         for name in ("sigma", "sigma_pool"))
     gain = differences.get("HPO - base")
     return {
         "command": sys.argv, **runs.describe_machine(), "settings": first["settings"], "scope": first["scope"],
-        "sigma": sigma, "halves": {seed: about["pool"]["halves"] for seed, about in generators.items()},
+        "sigma": sigma, "sigma_pool": sigma_pool,
+        "halves": {seed: about["pool"]["halves"] for seed, about in generators.items()},
         "criterion": {seed: about["criterion"] for seed, about in generators.items()},
         "reward_by_tau": {seed: about["reward_by_tau"] for seed, about in generators.items()},
         "gain_over_sigma": gain and gain["reward"]["mean"] / float(np.mean([each[1] for each in sigma.values()])),
@@ -140,14 +142,14 @@ def text(summary):
     rows = []
     for seed, quartiles in summary["sigma"].items():
         about, halves = summary["criterion"][seed], summary["halves"][seed].get(summary["scope"], {})
-        rows.append([f"generator {seed}", *(f"{v:.3f}" for v in quartiles),
+        rows.append([f"generator {seed}", *(f"{v:.3f}" for v in (*quartiles, summary["sigma_pool"][seed][1])),
                      *(f"{halves[half]:.2f}" if half in halves else "" for half in ("fr", "nr")),
                      f"{about['psnr_gain']:+.2f}", f"{about['behind_best_tau']:.3f}", "yes" if about["met"] else "no"])
     scale = {"pool": "the pool's range", "group": "each image's own range"}[summary["scope"]]
     parts = [f"sigma_g, the spread of the reward over the seeds of an image, by {scale}",
-             runs.markdown(["", "quartile", "median", "quartile", "full-reference half with the sum",
-                            "no-reference half", "mean of samples over base, dB", "tau 1 behind the best tau",
-                            "criterion met"], rows)]
+             runs.markdown(["", "quartile", "median", "quartile", "median by the pool's range (paper: 0.056)",
+                            "full-reference half with the sum", "no-reference half", "mean of samples over base, dB",
+                            "tau 1 behind the best tau", "criterion met"], rows)]
     if summary["gain_over_sigma"] is not None:
         parts.append(f"HPO's gain of the mean reward is {summary['gain_over_sigma']:.2f} sigma_g (the paper's: 1.3).")
     parts.append("seeds: " + "; ".join(f"{row} {len(seeds)}" for row, seeds in summary["seeds"].items()))

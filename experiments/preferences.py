@@ -237,7 +237,8 @@ def judge_untuned(args, seed):
     runs.save_json(file, {
         "settings": settings(args), "seed": seed, "checks": checks, "reward_by_tau": by_tau,
         "criterion": preference_report.criterion(checks[-1], by_tau), "losses": events(run, "train"),
-        "pool": {key: curation[key] for key in ("sigma", "halves", "groups", "candidates", "best", "mean", "worst")},
+        "pool": {key: curation[key] for key in ("sigma", "sigma_pool", "halves", "groups", "candidates", "best", "mean",
+                                                "worst")},
         **{key: judged[key] for key in kept}, "rows": rows_of(judged, judged["rows"]),
         "made_by": {"generator": made_by(run / "args.json"), "pool": made_by(folder(args, "pool", seed) / "pool.json"),
                     "evaluation": {key: judged[key] for key in jobs.MADE_BY}}})

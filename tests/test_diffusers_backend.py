@@ -623,7 +623,8 @@ def test_the_stages_tune_a_controlnet(kind, folders, quintuplets, rewards, tmp_p
     assert shared.backbone is not alone.backbone and alone.identity(alone.net) == shared.identity(shared.net)
     assert torch.equal(*(gen.sample(gen.net, lq, ["a"], [0]) for gen in (alone, shared)))
     rows = json.loads((out / "eval.json").read_text())["rows"]
-    assert list(rows) == ["controlnet", "tuned", "controlnet + unsharp 0.5", "controlnet + unsharp 1"]
+    assert list(rows) == ["controlnet", "tuned", "controlnet + unsharp 0.5", "controlnet + unsharp 1",
+                          "controlnet, mean of seeds"]
     assert rows["controlnet"]["means"]["reward"]["mean"] != rows["tuned"]["means"]["reward"]["mean"]
 
 

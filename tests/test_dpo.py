@@ -386,6 +386,10 @@ def test_every_image_has_its_own_scale_if_both_halves_then_have_a_say(scored, ca
         assert about["halves"]["group"][name] == pytest.approx(np.corrcoef(part, parts[2])[0, 1])
     said = capsys.readouterr().out
     assert f"{about['halves']['group']['fr']:.2f} of its full-" in said and said.count("(taken)") == 1
+    # on the range of the pool, too, by which the paper's is understood
+    by_pool = ((raw - raw.min((0, 1))) / np.ptp(raw, (0, 1)) * [1, -1]).mean(-1).std(1)
+    assert about["sigma_pool"] == pytest.approx(list(np.percentile(by_pool, [25, 50, 75])))
+    assert f"as the paper's 0.056, {about['sigma_pool'][1]:.4f}" in said
     # two halves that say the same: nothing to balance
     rows = read_lines(folder / "scores.jsonl")
     candidates.write_lines(folder / "scores.jsonl", [row | {"none": -row["full"]} for row in rows])
@@ -870,6 +874,8 @@ def test_a_scale_for_every_image_is_that_of_the_first_generator(compared, stages
     shutil.copytree(out, tmp_path / "eval")
     # the last flag of a name counts
     run(compare, *words, "--reward", "nr", "--norm-file", tmp_path / "norm.json", "--out", tmp_path / "eval")
+    with pytest.raises(runs.UserError, match="--samples 1: .* take at least 2"):
+        run(compare, *words, "--norm-file", tmp_path / "norm.json", "--samples", 1)
     rows = json.loads((tmp_path / "eval" / "eval.json").read_text())["rows"]
     bright = {row: np.array([[load_image(file).float().mean().item() for file in sorted((out / row / name).iterdir())]
                              for name in list_images(out / "images" / "lq")]) for row in ("gen", "tuned")}

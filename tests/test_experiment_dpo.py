@@ -116,7 +116,8 @@ def results(tmp_path):
     for seed in (0, 1):
         rows = {"base": row(base), "base, 0.8 of the noise": row(base + noise, 0.02),
                 "base, mean of seeds": row(base + noise, 0.04)}
-        about = {"sigma": [0.1, 0.15 + 0.1 * seed, 0.3], "halves": {"group": {"fr": 0.6, "nr": 0.8}}}
+        about = {"sigma": [0.1, 0.15 + 0.1 * seed, 0.3], "sigma_pool": [0.01, 0.05, 0.1],
+                 "halves": {"group": {"fr": 0.6, "nr": 0.8}}}
         checks = {"psnr_gain": 1.2, "behind_best_tau": 0.01, "met": True}
         runs.save_json(folder / f"generator-{seed}.json", {
             "settings": {"scale": "cpu"}, "seed": seed, "rows": rows, "pool": about, "criterion": checks,
@@ -136,7 +137,7 @@ def test_the_report_says_sigma_first_and_what_holds_of_the_papers_signs(results,
     preference_report.report(results, tmp_path / "nowhere")
     said = capsys.readouterr().out
     assert said.startswith("sigma_g, the spread of the reward over the seeds of an image, by each image's own range")
-    assert "| generator 1 | 0.100 | 0.250 | 0.300 | 0.60 | 0.80 | +1.20 | 0.010 | yes |" in said
+    assert "| generator 1 | 0.100 | 0.250 | 0.300 | 0.050 | 0.60 | 0.80 | +1.20 | 0.010 | yes |" in said
     summary = json.loads(results.with_suffix(".json").read_text())
     # the noise adds 0.0025 to every row but the base's
     assert summary["differences"]["HPO - base"]["reward"]["mean"] == pytest.approx(0.0325)
