@@ -74,6 +74,7 @@ def small(tmp_path_factory, vgg_file, forked_call, photographs):
         yield args
 
 
+@pytest.mark.slow
 def test_the_whole_queue_in_small(small, monkeypatch):
     summary = json.loads(small.results.with_suffix(".json").read_text())
     trained = {f"soft-{sampler}" for sampler in ("orig", "rand", "sma", "amo")}
@@ -102,6 +103,7 @@ def test_the_whole_queue_in_small(small, monkeypatch):
     assert json.loads(small.results.with_suffix(".json").read_text())["sets"] == summary["sets"]
 
 
+@pytest.mark.slow
 def test_controls_are_the_filter_whose_mean_is_nearest(small):
     """The blur that was kept has the mean PSNR it says, and no other strength is nearer to amo's."""
     control = json.loads((small.results / "start-blur-of-equal-psnr.json").read_text())
