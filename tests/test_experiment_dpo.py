@@ -24,13 +24,12 @@ def run_here(script, *words):
     module.main(module.parse_args(words))
 
 
-@pytest.fixture(scope="module")
-def queue(quintuplets, tmp_path_factory):
+@pytest.fixture
+def queue(quintuplets, tmp_path):
     """Flags after every stage, with the real scripts in this process, one after the other."""
-    folder = tmp_path_factory.mktemp("preferences")
     originals = quintuplets / "Train" / "images" / "0-6" / "original"
     torch.manual_seed(0)
-    runs.save_weights(folder / "base.pth", archs.create("compact-small").state_dict())
+    runs.save_weights(tmp_path / "base.pth", archs.create("compact-small").state_dict())
     crops = "--patch 8 --load-size 48 --degradation two-round"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "parallel", lambda jobs, tasks: [task() for task in tasks])
@@ -47,9 +46,9 @@ def queue(quintuplets, tmp_path_factory):
             base="", test_samples=4, groups=6, piece=3, tune_piece=2,
             generator="--size tiny --batch-size 2 --group-size 2 --lr 1e-3 --total-steps 4 --val-every 0 --workers 0",
             tune="--accumulate 2 --total-steps 4 --val-groups 2 --workers 0")})
-        words = ["--photos", originals, "--test", originals, "--base", folder / "base.pth", "--fr", "ssim",
+        words = ["--photos", originals, "--test", originals, "--base", tmp_path / "base.pth", "--fr", "ssim",
                  "--nr", "ranker", "--watch", "psnr", "--metric-weights", "--samples", 8, "--seeds", 0, 1, "--jobs", 1,
-                 "--work", folder / "work", "--results", folder / "out"]
+                 "--work", tmp_path / "work", "--results", tmp_path / "out"]
         args = exp.parse_args(list(map(str, words)))
         exp.main(args)
         yield args
