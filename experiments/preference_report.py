@@ -184,6 +184,8 @@ def draw_steps(summary, path):
     """Held-out reward against steps minus that of step 0, by arm; fr and nr by their own reward."""
     # in rounds every round has photographs and a scale of its own
     arms = [arm for arm, of_seed in summary["watched"].items() if all(len(parts) == 1 for parts in of_seed.values())]
+    if not arms:
+        return
     rows = -(-len(arms) // 2)
     drawing, axes = style.figure(rows, 2, height=1.0 + 1.9 * rows, sharex=True, sharey=True, squeeze=False)
     for arm, axis in zip(arms, axes.flat):
