@@ -4,7 +4,7 @@
     POOL/lq/<name>.png, gt/<name>.png    the images; no gt where there is no ground truth
     POOL/cand/<name>/<seed>.png          8-bit outputs: the images that are scored are those that are trained on
     POOL/scores.jsonl, scores.json       {"name", "seed", metric: value in native units, ...}; what each metric is
-    POOL/norm.json                       the scale of the reward: of the pool, or with "scope": "group" of every image
+    POOL/norm.json                       the scale of the reward
 
 Items are {name: {"lq": path, "refs": [path of the ground truth], "versions": [path], "photo": name of the photograph}}.
 Crops of one photograph resemble each other, so it is held out, and counted in an interval, as a whole. Crops that were
@@ -275,16 +275,8 @@ def check_norm(path, norm, judges):
                              "a scale of its own with dpo.pool curate")
 
 
-def rewards_of(raw, norm, which, names=None, base=None):
-    """(G, M, K) native scores, metrics in the order of `names` (default norm's) -> (G, M) rewards on norm's scale.
-
-    base: (G, M', K), the same of the untuned outputs for these images, which a scale for every image needs.
-    """
+def rewards_of(raw, norm, which, names=None):
+    """(..., K) native scores, metrics in the order of `names` (default norm's) -> (...) rewards on norm's scale."""
     names = list(norm["metrics"]) if names is None else names
     full_reference = [norm["metrics"][m]["full_reference"] for m in names]
-    if norm.get("scope") == "group":
-        lower = {m: norm["metrics"][m]["lower_is_better"] for m in names}
-        normalised = preference.normalise_groups(raw, names, lower, base)
-    else:
-        normalised = preference.normalise(raw, names, norm["metrics"])
-    return preference.reward(normalised, full_reference, which)
+    return preference.reward(preference.normalise(raw, names, norm["metrics"]), full_reference, which)

@@ -188,9 +188,6 @@ def main(args):
     if args.demo and args.gen == DEMO["gen"]:
         options.make_demo_start(world, options.DEMO_TUNED / "weights" / "gen.pth")
     norm, paired = candidates.open_norm(args.norm_file), bool(args.hr or args.gt_dir)
-    if norm.get("scope") == "group" and args.samples < 2:
-        raise runs.UserError(f"--samples {args.samples}: by {args.norm_file} the scale of an image is the range of its "
-                             "untuned outputs: take at least 2")
     # without ground truth the no-reference metrics alone
     full_reference = {m: v["full_reference"] for m, v in norm["metrics"].items()
                       if paired or args.reward != "nr" or not v["full_reference"]}
@@ -232,9 +229,7 @@ def main(args):
             image, _, k = np.argwhere(~np.isfinite(values))[0]
             raise runs.UserError(f"{row}, image {list(items)[image]}: {list(judges)[k]} has no finite score: leave out "
                                  "the metric or the image")
-    # where every image has its own scale: that of the first generator's outputs
-    base = raw[first][..., :len(in_norm)]
-    rewards = {row: candidates.rewards_of(values[..., :len(in_norm)], norm, args.reward, in_norm, base)
+    rewards = {row: candidates.rewards_of(values[..., :len(in_norm)], norm, args.reward, in_norm)
                for row, values in raw.items()}
     distances = {}
     if distance:

@@ -7,7 +7,8 @@
 
 Every stage can be stopped and called again: it keeps its finished part. candidates.py lists the files of a pool; curate
 leaves in it, or in --out,
-    norm.json        the scale of the reward, fitted to these outputs; later stages use it and never fit it again
+    norm.json        the scale of the reward, fitted to these outputs; later stages use it and never fit it again. Where
+                     pairs are chosen on each image's own scale, it is that of an average image
     pairs.jsonl      {"name", "w_seed", "l_seed", "R_w", "R_l", "w_intra", "w_inter"}: winner, loser, their weights
     curation.json    how far the seeds differ, and the numbers of images and pairs
 """
@@ -163,8 +164,15 @@ def curate(pool, out, reward="hybrid", scope="auto", norm_file=None, top=8, samp
                 "candidates": raw.shape[1], **runs.describe_machine()}
     chosen, halves = choose_scope(raw, judges, norm, about)
     scope = "pool" if norm_file else chosen if scope == "auto" else scope
-    norm["scope"] = scope
     rewards = candidates.rewards_of(raw, norm, reward, judges)
+    sigma_pool = rewards.std(1)
+    if scope == "group":
+        full_reference = [about[m]["full_reference"] for m in judges]
+        rewards = preference.reward(preference.normalise_groups(raw, judges, lower), full_reference, reward)
+        # of networks that are compared; the pool's ends are kept beside it
+        typical = preference.typical_range(raw, judges, lower)
+        norm["metrics"] = {m: v | {"pool": [v["low"], v["high"]]} | typical[m] for m, v in norm["metrics"].items()}
+    norm["scope"] = scope
     flat = np.ptp(rewards, 1) < 1e-9
     if flat.any() and not min_sigma:
         raise runs.UserError(f"{pool}: the candidates of {flat.sum()} image(s) are all equally good, first "
@@ -185,8 +193,7 @@ def curate(pool, out, reward="hybrid", scope="auto", norm_file=None, top=8, samp
         {"name": name, "w_seed": int(winner), "l_seed": int(loser), "R_w": rewards[g, winner],
          "R_l": rewards[g, loser], "w_intra": intra[g, i, j], "w_inter": inter[g]}
         for g, name in enumerate(names) for i, winner in enumerate(best[g]) for j, loser in enumerate(worst[g])])
-    by_pool = candidates.rewards_of(raw, norm | {"scope": "pool"}, reward, judges).std(1)
-    quartiles, pool_quartiles = (np.percentile(each, [25, 50, 75]) for each in (sigma, by_pool))
+    quartiles, pool_quartiles = (np.percentile(each, [25, 50, 75]) for each in (sigma, sigma_pool))
     gap = np.take_along_axis(rewards, best, 1) - np.take_along_axis(rewards, worst, 1)
     summary = {
         "pool": "." if out.resolve() == pool.resolve() else str(pool.resolve()),

@@ -48,16 +48,27 @@ def normalise(raw, names, norm):
     return (sign * raw - low) / (high - low)
 
 
-def normalise_groups(raw, names, lower, base=None):
+def normalise_groups(raw, names, lower):
     """As normalise, on the extremes of every group of (G, M, K): the paper may also mean this.
 
-    base: (G, M', K), whose extremes are taken instead of raw's own: the untuned outputs of the same images, so that
-    later networks are judged on one scale. A metric without spread in a group is 0.5 there.
+    A metric without spread in a group is 0.5 there.
     """
-    sign = np.where([lower[name] for name in names], -1.0, 1.0)
-    values, base = sign * raw, sign * (raw if base is None else base)
-    low, high = base.min(1, keepdims=True), base.max(1, keepdims=True)
+    values = np.where([lower[name] for name in names], -raw, raw)
+    low, high = values.min(1, keepdims=True), values.max(1, keepdims=True)
     return np.where(high > low, (values - low) / np.where(high > low, high - low, 1), 0.5)
+
+
+def typical_range(raw, names, lower):
+    """{metric: {"low", "high"}}: as wide as the metric's range in a group is on average, around its mean, (G, M, K).
+
+    On this scale networks are compared whose pairs came from normalise_groups: it gives both halves their say, too, and
+    no image counts more because its seeds hardly differ. As wide as over all groups where no group has spread.
+    """
+    values = np.where([lower[name] for name in names], -raw, raw)
+    width = np.ptp(values, 1).mean(0)
+    width = np.where(width > 0, width, np.ptp(values, (0, 1)))
+    return {name: {"low": float(centre - w / 2), "high": float(centre + w / 2)}
+            for name, centre, w in zip(names, values.mean((0, 1)), width)}
 
 
 def reward(normalised, full_reference, which="hybrid"):

@@ -185,11 +185,8 @@ def keep_of(out, resume, val_groups):
 
 
 @torch.no_grad()
-def watch(gen, net, items, judges, norm, which, world, base):
-    """Mean reward of seeds 0 to 3 over the held-out items; processes share them.
-
-    base: {name: (M, K) scores of the pool} where every image has its own scale, else {}.
-    """
+def watch(gen, net, items, judges, norm, which, world):
+    """Mean reward of seeds 0 to 3 over the held-out items; processes share them."""
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for name in list(items)[world.rank::world.size]:
         lq, gt = (metrics.load(path, world.device) if path else None
@@ -197,8 +194,7 @@ def watch(gen, net, items, judges, norm, which, world, base):
         outputs = degradations.to_8bit(gen.sample(net, lq.expand(4, -1, -1, -1), [name] * 4, range(4)))
         raw = torch.stack([metric(outputs, gt.expand(4, -1, -1, -1) if metric.full_reference else None)
                            .double().reshape(-1) for metric in judges.values()], 1)
-        own_scale = base[name][None] if base else None
-        rewards = candidates.rewards_of(raw.cpu().numpy()[None], norm, which, list(judges), own_scale)
+        rewards = candidates.rewards_of(raw.cpu().numpy(), norm, which, list(judges))
         total += torch.tensor([rewards.sum(), 4.0], dtype=torch.float64, device=world.device)
     total = world.reduce(total)
     value = (total[0] / total[1]).item()
@@ -272,21 +268,15 @@ def main(args):
     dataset = PairSet(rows, weights_of(rows, args.hpo), items, files, seeds, args.batch_size, args.patch)
     check_sizes({row["name"]: items[row["name"]]["lq"] for row in rows}, args.patch)
     run.pin(samples=len(dataset))
-    judges, norm, base = {}, None, {}
+    judges, norm = {}, None
     if held:
         norm = candidates.open_norm(folder / "norm.json")
         fr, nr = ([m for m, v in norm["metrics"].items() if v["full_reference"] == full] for full in (True, False))
         judges = candidates.create_metrics(fr, nr, dict(args.metric_weights), device)
         candidates.check_norm(folder / "norm.json", norm, candidates.describe_metrics(judges))
-        if norm.get("scope") == "group":
-            names, raw, described = candidates.read_scores(pool)
-            raw = raw[:, :about["candidates"], [list(described).index(m) for m in judges]]
-            base = dict(zip(names, raw))
-            # an image without finite scores has no scale
-            held_out = {name: item for name, item in held_out.items() if name in base}
 
     def look(net):
-        return watch(gen, net, held_out, judges, norm, about["reward"], world, base) if held else None
+        return watch(gen, net, held_out, judges, norm, about["reward"], world) if held else None
 
     # networks: both start from the EMA weights; nothing random is in them
     reference, raw = gen.net.eval().requires_grad_(False), copy.deepcopy(gen.net).requires_grad_(True)

@@ -20,8 +20,8 @@ differed (tau 0.6), 150 steps of 8 pairs were gradient noise, and the no-referen
   If not, the report says what was reached; nothing is left out.
 - Reward: half SSIM and VGG distance, half the model trained on people's opinions, the one at hand whose sign on SR
   outputs is not wrong, though it cannot be told from chance there (docs/results-human.md, which recommends CLIPIQA, a
-  download: --nr clipiqa). Every image has its own scale if in the first pool the correlation of each half with the sum
-  is then between 0.4 and 0.9, for all seeds alike.
+  download: --nr clipiqa). Pairs are chosen on each image's own scale if in the first pool the correlation of each half
+  with the sum is then between 0.4 and 0.9, for all seeds alike; networks are compared on that of an average image.
 - lr 2e-5 and beta 5000 are the paper's. The weights of the check with the best held-out reward count.
 - Three seeds, each with a generator and a pool of its own, for the untuned generator, 1 of 4 and HPO; one for the other
   arms. A difference is the mean over test photographs of (mean over common seeds of A - B). It is in bold, and a sign

@@ -60,9 +60,8 @@ def test_a_scale_for_every_group():
     raw = np.array([[[0.0], [1.0], [2.0], [100.0]], [[5.0], [5.0], [5.0], [5.0]]])
     scores = preference.normalise_groups(raw, ["a"], {"a": True})[..., 0]
     assert scores.tolist() == [[1.0, 0.99, 0.98, 0.0], [0.5] * 4]
-    # a later network on the scale of the first one, which it may leave
-    later = preference.normalise_groups(np.array([[[-100.0]], [[7.0]]]), ["a"], {"a": True}, raw)
-    assert later[..., 0].tolist() == [[2.0], [0.5]]
+    # the ranges are 100 and 0: as wide as their mean, around the mean of all
+    assert preference.typical_range(-raw, ["a"], {"a": True}) == {"a": {"low": 15.375 - 25, "high": 15.375 + 25}}
 
 
 @fast
@@ -627,19 +626,25 @@ def test_training_brings_out_what_the_reward_likes(stages, tmp_path, monkeypatch
         run(tune, *words, "--keep", "last", "--total-steps", 40, "--resume")
 
 
-def test_with_a_scale_for_every_image_the_held_out_reward_is_on_that_of_the_untuned_outputs(stages, tmp_path):
+def test_pairs_on_each_images_own_scale_and_networks_on_that_of_an_average_image(stages, tmp_path):
     shutil.copytree(stages / "pool", tmp_path / "pool")
     run(pool, "curate", "--pool", tmp_path / "pool", "--top", 1, "--norm", "group")
     run(tune, *tuning(stages, tmp_path / "pool"), "--total-steps", 1, "--out", tmp_path / "out")
     first = read_lines(tmp_path / "out" / "metrics.jsonl")[0]
     held = held_out(candidates.open_pool(tmp_path / "pool")[1])
-    expected = []
-    for name in held:
-        rows = [row for row in read_lines(tmp_path / "pool" / "scores.jsonl") if row["name"] == name]
-        values = np.array([[row["ssim"], row[BRIGHTNESS]] for row in rows])
-        # seeds 0 to 3 of the untuned generator are all that is in the pool
-        expected += list(((values - values.min(0)) / np.ptp(values, 0)).mean(1))
-    assert first["split"] == "val" and first["reward"] == pytest.approx(np.mean(expected), abs=2e-3)
+    rows = read_lines(tmp_path / "pool" / "scores.jsonl")
+    values = np.array([[row["ssim"], row[BRIGHTNESS]] for row in rows]).reshape(5, 4, 2)
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    for row in read_lines(tmp_path / "pool" / "pairs.jsonl"):
+        own = values[names.index(row["name"])]
+        rewards = ((own - own.min(0)) / np.ptp(own, 0)).mean(1)
+        assert [row["R_w"], row["R_l"]] == pytest.approx([rewards.max(), rewards.min()])
+    # seeds 0 to 3 of the untuned generator are all that is in the pool
+    seen = values[[names.index(name) for name in held]]
+    expected = 0.5 + (seen.mean((0, 1)) - values.mean((0, 1))) / np.ptp(values, 1).mean(0)
+    assert first["split"] == "val" and first["reward"] == pytest.approx(expected.mean(), abs=1e-3)
+    norm = json.loads((tmp_path / "pool" / "norm.json").read_text())["metrics"]["ssim"]
+    assert norm["pool"] == pytest.approx([values[..., 0].min(), values[..., 0].max()])
 
 
 def test_the_best_check_is_kept_by_default_and_an_earlier_run_goes_on_as_it_began(stages, tmp_path):
@@ -865,26 +870,6 @@ def test_comparing_again_computes_nothing_and_another_generator_is_refused(compa
     width = image_size(out / "grid.png")[0]
     run(compare, *words, "--shown-rows", "gen + unsharp 1")
     assert image_size(out / "grid.png")[0] < width
-
-
-def test_a_scale_for_every_image_is_that_of_the_first_generator(compared, stages, tmp_path):
-    """Rewards of all rows from the kept outputs, by the extremes of the untuned ones: brightness alone."""
-    out, words = compared
-    norm = json.loads((stages / "pool" / "norm.json").read_text())
-    (tmp_path / "norm.json").write_text(json.dumps(norm | {"scope": "group"}))
-    shutil.copytree(out, tmp_path / "eval")
-    # the last flag of a name counts
-    run(compare, *words, "--reward", "nr", "--norm-file", tmp_path / "norm.json", "--out", tmp_path / "eval")
-    with pytest.raises(runs.UserError, match="--samples 1: .* take at least 2"):
-        run(compare, *words, "--norm-file", tmp_path / "norm.json", "--samples", 1)
-    rows = json.loads((tmp_path / "eval" / "eval.json").read_text())["rows"]
-    bright = {row: np.array([[load_image(file).float().mean().item() for file in sorted((out / row / name).iterdir())]
-                             for name in list_images(out / "images" / "lq")]) for row in ("gen", "tuned")}
-    low, high = bright["gen"].min(1), bright["gen"].max(1)
-    for row, values in bright.items():
-        rewards = (values - low[:, None]) / (high - low)[:, None]
-        for name, expected in zip(list_images(out / "images" / "lq"), rewards):
-            assert sorted(rows[row]["rewards"][name]) == pytest.approx(sorted(expected), abs=2e-3)
 
 
 def test_comparing_without_ground_truth(stages, tmp_path):

@@ -140,7 +140,7 @@ def test_the_report_says_sigma_first_and_what_holds_of_the_papers_signs(results,
     summary = json.loads(results.with_suffix(".json").read_text())
     # the noise adds 0.0025 to every row but the base's
     assert summary["differences"]["HPO - base"]["reward"]["mean"] == pytest.approx(0.0325)
-    assert summary["gain_over_sigma"] == pytest.approx(0.0325 / 0.2) and "0.16 sigma_g" in said
+    assert summary["gain_over_sigma"] == pytest.approx(0.0325 / 0.1) and "times the spread of the untuned seeds" in said
     assert "Tuning raises the worst of the seeds: holds (HPO - base, worst@2: +0.033" in said
     assert "Tuning narrows the spread of the seeds: no evidence" in said
     assert "The weights of HPO add to a quarter: the opposite holds" in said
@@ -158,6 +158,16 @@ def test_results_that_do_not_belong_together_are_refused(results, tmp_path):
         preference_report.report(results, tmp_path)
     with pytest.raises(runs.UserError, match="no generator-SEED.json"):
         preference_report.report(tmp_path / "empty", tmp_path)
+
+
+@fast
+def test_the_reward_by_tau_is_on_the_scale_of_the_pool():
+    metric = {"lower_is_better": False, "low": 5.0, "high": 6.0}
+    norm = {"metrics": {"ssim": metric | {"full_reference": True, "pool": [0.0, 1.0]},
+                        "none": metric | {"full_reference": False, "pool": [0.0, 10.0]}}}
+    rows = {"base": {"per_photo": {"ssim": [0.2, 0.4], "none": [1.0, 3.0]}},
+            "base, 0.5 of the noise": {"per_photo": {"ssim": [0.6, 0.6], "none": [1.0, 1.0]}}}
+    assert preference_report.rewards_by_tau({"rows": rows}, norm, (0.5,)) == pytest.approx({"0.5": 0.35, "1": 0.25})
 
 
 @fast
