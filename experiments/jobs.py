@@ -2,6 +2,8 @@
 
 Photographs and public weights are looked for below DATA; docs/data.md says where they come from.
 """
+import contextlib
+import importlib
 import json
 import subprocess
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -49,17 +51,25 @@ def call(log, script, *words, processes=1):
     run_command(log, script, command, runs.python_path())
 
 
-def once(made, log, script, *words, inputs=()):
+def call_here(log, script, *words):
+    """The same in this process, and with its threads: for machines where starting a process takes as long as a run."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    module = importlib.import_module(script.removesuffix(".py"))
+    with open(log, "a", encoding="utf-8") as out, contextlib.redirect_stdout(out):
+        module.main(module.parse_args([str(word) for word in words]))
+
+
+def once(made, log, script, *words, inputs=(), run=None):
     """call, unless the file `made` is there. UserError where it was made with other flags or of other inputs.
 
-    Both are kept beside it. inputs: files, or folders, of which the names count.
+    Both are kept beside it. inputs: files, or folders, of which the names count; run: instead of call.
     """
     def content(path):
         return runs.digest(path if path.is_file() else sorted(file.name for file in path.iterdir()))
     record = made.with_name(made.name + ".flags.json")
     about = {"flags": [str(word) for word in words], "inputs": {str(path): content(path) for path in inputs}}
     if not made.exists():
-        call(log, script, *words)
+        (run or call)(log, script, *words)
         runs.save_json(record, about)
     elif record.exists() and json.loads(record.read_text()) != about:
         raise runs.UserError(f"{made}: was made with other flags or of other inputs than now, kept in {record.name}: "

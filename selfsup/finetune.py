@@ -263,9 +263,10 @@ def main(args):
     far_enc = settings["far_enc"] if far else None
     distance, hqi, encoder = encoders.open_frozen(world.device, settings["distance"], settings["vgg_stages"],
                                                   far_enc, settings["far_layer"], args.vgg_weights,
-                                                  args.clip_weights, args.far_sr)
+                                                  args.clip_weights, args.far_sr, args.precision)
     encoders.check_weights(settings, distance, hqi, encoder)
-    judge = Judge(net.to(world.device), distance, hqi, encoder, s_rule, (settings["mean_d"], 0.0), settings["offdiag"],
+    net = net.to(world.device, memory_format=archs.memory_format(net, args.precision))
+    judge = Judge(net, distance, hqi, encoder, s_rule, (settings["mean_d"], 0.0), settings["offdiag"],
                   args.hf)
     followed = {name: settings[name] for name in ("distance", "vgg_stages", "far_enc", "far_layer", "offdiag", "n_std")}
     fixed_here = {"percep": rec.PERCEP, "far_path": FAR_PATH, "far_rho": FAR_RHO, "clip_grad": CLIP_GRAD,
@@ -317,7 +318,7 @@ def adapt(args, record, world, seeds, autocast, judge, sets, gts, out, resume, s
     items = [(checked.path(stem), gts.get(stem)) for stem in checked.stems]
     image_metrics = watched_metrics(args.watch, gts, judge.distance, device)
 
-    base = base.to(device)
+    base = base.to(device, memory_format=archs.memory_format(base, args.precision))
     if hasattr(base, "drop_path"):
         # CHOICE: nothing random in M
         base.drop_path = 0.0

@@ -105,6 +105,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+import archs
 import data
 import metrics
 from selfsup import encoders
@@ -191,7 +192,7 @@ def main(args):
         options.make_demo_start([args.hr], world, args.device)
     far_enc = args.far_enc if args.far else None
     distance, hqi, encoder = encoders.open_frozen(device, args.distance, args.vgg_stages, far_enc, FAR_LAYER,
-                                                  args.vgg_weights, args.clip_weights, args.far_sr)
+                                                  args.vgg_weights, args.clip_weights, args.far_sr, args.precision)
     looked_through = encoders.hashes_of(distance, hqi, encoder)
     sets, val_sets = data.find_photos(args.hr, "--hr").hold_out(args.val_photos, seeds(0, 0, "val-photos"))
 
@@ -216,7 +217,8 @@ def main(args):
     run.pin(skip=skip)
     sizes = {**size, "image_encoder": args.arch == "hra", "far_channels": encoder.channels if args.far else 0,
              "bands": args.deg_enc == "bands", "skip": skip}
-    raw = rec.Reconstruction(**sizes).to(device)
+    raw = rec.Reconstruction(**sizes)
+    raw = raw.to(device, memory_format=archs.memory_format(raw, args.precision))
     ema = copy.deepcopy(raw).eval().requires_grad_(False)
     # two groups, as the checkpoints of earlier commits have them
     others = [p for name, p in raw.named_parameters() if not name.startswith("e_deg.")]
@@ -253,7 +255,7 @@ def main(args):
 
     def far_weight():
         return balance[0] / balance[1] if args.lambda_pt == "auto" else args.lambda_pt
-    stop = runs.StopSignal(world)
+    stop, held = runs.StopSignal(world), None
     for step in run.steps(args.total_steps):
         with meter.waiting():
             batch = next(batches)
@@ -261,11 +263,11 @@ def main(args):
         for group in opt.param_groups:
             group["lr"] = lr
         lq, hr = pairs(step, lanes, batch)
-        d = rec.hqi_distance(hqi, lq, hr) if args.s_rule != "one" else None
         noise = rec.noise_maps(raw, [seeds(step, lane, "noise") for lane in lanes], lq.shape[2:], device)
         with autocast():
-            s = 1.0
-            if d is not None:
+            s, d = 1.0, None
+            if args.s_rule != "one":
+                d = rec.hqi_distance(hqi, lq, hr)
                 n = rec.embedding_noise(raw, [seeds(step, lane, "n") for lane in lanes], args.n_std, device)
                 s = rec.controller(args.s_rule, d, n, pretrain=True)
             with torch.no_grad():
@@ -294,15 +296,16 @@ def main(args):
         if due(step, args.save_every) or stopping:
             save(step)
         if due(step, args.val_every):
-            values = check(ema)
-            run.say(f"step {step} held out: {' '.join(f'{k} {v:.4g}' for k, v in values.items())}{warnings(values)}")
-            run.event(step, "val", **values)
+            held = check(ema)
+            run.say(f"step {step} held out: {' '.join(f'{k} {v:.4g}' for k, v in held.items())}{warnings(held)}")
+            run.event(step, "val", **held)
         if stopping and step < args.total_steps:
             run.say(f"stopped by a signal at step {step}; continue with --resume")
             return
     file = args.out / "weights" / "rec.pth"
     if world.is_main and not file.exists():
-        held = check(ema)
+        # of the last step; None where a finished run has lost its file
+        held = held or check(ema)
         as_given = ("s_rule", "distance", "vgg_stages", "degradation", "patch", "load_size", "n_std")
         settings = {"sizes": sizes, **{name: getattr(args, name) for name in as_given},
                     "lambda_pt": float(far_weight()) if args.far else args.lambda_pt, "offdiag": OFFDIAG,
