@@ -10,7 +10,7 @@ pretrain  the reconstruction networks that the rows need: LWay, baseline, + cont
 tune      rows: RealESRGAN_x4plus adapted to a domain with each of them, and with "both" and the other sign of the
           controller (Table 4); the compact network with "both" as one row
 controls  the start's outputs, blurred and sharpened until their PSNR is nearest to that of "both"
-precision start and "both" in fp32 on ten images, since everything else is scored in bf16
+precision start and "both" in fp32 on ten images, since all else is trained and scored in bf16
 probe     the paper's Fig. 7 (baseline, + controller) and Fig. 8 (+ FAR) on photographs that pre-training did not see
 report    tables, plots, and RESULTS/selfsup.json, of the rows that are there
 
@@ -150,7 +150,7 @@ def parse_args(argv=None):
 # --help needs no torch: seconds
 ARGS = parse_args() if __name__ == "__main__" else None
 
-import importlib.util
+import importlib
 import json
 import re
 import signal
@@ -166,6 +166,7 @@ import metrics
 from experiments import jobs, selfsup_report
 from images import list_images, load_image, save_image
 from prepare import demo_set
+from selfsup import networks as rec
 
 
 def call(args, log, script, *words):
@@ -212,12 +213,12 @@ def prepare(args):
 
 def pretrain(args, network, seed):
     """RESULTS/rec-<network>-<seed>.json: how well it reconstructs held-out photographs."""
-    out = args.work / "rec" / f"{network}-{seed}"
-    jobs.once(out / "weights" / "rec.pth", out.with_suffix(".log"), "selfsup.pretrain", "--hr", args.work / "hr",
-              "--vgg-weights", args.vgg_weights, *flags(args, "pretrain"), *shlex.split(NETWORKS[network]),
-              "--seed", seed, "--device", args.device, "--out", out, "--resume", "auto", run=partial(call, args))
-    held_out = torch.load(out / "weights" / "rec.pth", map_location="cpu", weights_only=True)["settings"]["held_out"]
-    runs.save_json(args.results / f"rec-{network}-{seed}.json", {"pretrain": flags(args, "pretrain"), **held_out})
+    out, words = args.work / "rec" / f"{network}-{seed}", [*flags(args, "pretrain"), *shlex.split(NETWORKS[network])]
+    if not (out / "weights" / "rec.pth").exists():
+        call(args, out.with_suffix(".log"), "selfsup.pretrain", "--hr", args.work / "hr", "--vgg-weights",
+             args.vgg_weights, *words, "--seed", seed, "--device", args.device, "--out", out, "--resume", "auto")
+    held_out = rec.load_reconstruction(out)[1]["held_out"]
+    runs.save_json(args.results / f"rec-{network}-{seed}.json", {"pretrain": words, **held_out})
 
 
 def score(args, folder, out, *row):
@@ -314,11 +315,21 @@ def precision(args):
 def probe(args, figure, network):
     """RESULTS/<figure>-<network>-<seed>.json and its plot."""
     name = f"{network}-{args.seeds[0]}"
-    file, rec = args.results / f"{figure}-{name}.json", args.work / "rec" / name
-    if rec.exists() and not file.exists():
-        call(args, args.work / "probe" / f"{figure}-{name}.log", "selfsup.probe", figure, "--rec", rec, "--hr",
+    file, net = args.results / f"{figure}-{name}.json", args.work / "rec" / name
+    if (net / "weights" / "rec.pth").exists() and not file.exists():
+        call(args, args.work / "probe" / f"{figure}-{name}.log", "selfsup.probe", figure, "--rec", net, "--hr",
              args.work / "held-photos", "--crops", SCALES[args.scale]["crops"], "--vgg-weights", args.vgg_weights,
              "--device", args.device, "--out", file.with_suffix(""))
+
+
+def can_draw():
+    """Is matplotlib there? A machine of make gpu may lack it: then there are no probes."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError:
+        print("no matplotlib: no Fig. 7 and 8")
+        return False
+    return True
 
 
 def rehearsal(folder):
@@ -369,8 +380,7 @@ def main(args):
             controls(args, domain)
     if "precision" in args.stages and "inside" in domains:
         precision(args)
-    # plots need it
-    if "probe" in args.stages and importlib.util.find_spec("matplotlib"):
+    if "probe" in args.stages and can_draw():
         scale = SCALES[args.scale]
         every([partial(probe, args, figure, network) for figure in ("fig7", "fig8") for network in scale[figure]])
     if "report" in args.stages:

@@ -31,7 +31,7 @@ SIZES = {
 # CHOICE: sized so that all stages end within three minutes on two cores
 DEMO = dict(hr=options.DEMO_SET, out=options.DEMO_REC, patch=16, load_size=96, degradation="blur", batch_size=4,
             group_size=2, val_photos=1, size="tiny", deg_enc="bands", distance="proxy", far_enc="rand", lr=2e-3,
-            total_steps=1000, ema_decay=0.97, log_every=250, save_every=250, val_every=500, workers=0, threads=1)
+            total_steps=1250, ema_decay=0.97, log_every=250, save_every=250, val_every=250, workers=0, threads=1)
 
 
 def parse_args(argv=None):
@@ -55,8 +55,8 @@ def parse_args(argv=None):
     g.add_argument("--deg-enc", choices=["conv", "bands"], default="conv",
                    help="degradation encoder: convolutions (PAPER) or, for short runs, strengths of bands (CHOICE)")
     g.add_argument("--skip", action=argparse.BooleanOptionalAction, default=True,
-                   help="X^ = mean of every 4 x 4 pixels of Y, plus R (CHOICE), so that R's colours are right and it "
-                        "begins as a down-sampling; PAPER and LWAY: X^ = R")
+                   help="X^ = mean of every 4 x 4 pixels of Y, plus R less its mean (CHOICE), so that colours are "
+                        "right and it begins as a down-sampling; PAPER and LWAY: X^ = R")
     g.add_argument("--distance", choices=["lpips", "vgg", "proxy"], default="lpips",
                    help="perceptual part of L_rec and distance of the controller: lpips (LWAY; CHOICE: VGG for L_rec, "
                         "AlexNet for the controller), vgg: cosine of VGG19's features, proxy: no weights")
