@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY = PASSIVE
 
 gpu_needs = $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/installed-test)
 
-.PHONY: demo gpu lint test fast clean table5 table7 table8
+.PHONY: demo gpu lint test slow fast clean table5 table7 table8
 
 demo: $(VENV)/installed
 	$(PY) train.py --demo --stage psnr --resume auto
@@ -29,7 +29,11 @@ lint: $(VENV)/installed-test
 	$(PY) -m ruff check .
 
 test: $(VENV)/installed-test
-	$(PY) -m pytest -q -n 2 --dist loadfile tests
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow" tests
+
+# what `make test` leaves out: whole demos, experiments in small, runs of many processes
+slow: $(VENV)/installed-test
+	$(PY) -m pytest -q -n 2 --dist loadfile -m slow tests
 
 fast: $(VENV)/installed-test
 	$(PY) -m pytest -q -m fast tests

@@ -12,6 +12,7 @@ tune      amo's first network of the set `soft`, tuned by the reward with LoRA o
           gained --gain
 controls  the start's outputs, blurred or sharpened until they have amo's PSNR, or its reward
 slow      IL-NIQE of some rows on 20 pairs
+real      a page of photographs of low quality, of which no better version exists, under --work
 report    tables and a picture
 
 The analysis was fixed before the runs. Test images: RealSR's pairs (x4, crops of 128 -> 512 pixels) and Set5 with Set14
@@ -30,7 +31,7 @@ from pathlib import Path
 import runs
 
 DATA = Path(runs.literal("experiments/jobs", "DATA"))
-STAGES = ("data", "train", "tune", "controls", "slow", "report")
+STAGES = ("data", "train", "tune", "controls", "slow", "real", "report")
 # {set: flags of prepare.quintuplets}
 SETS = {"soft": "--soften 1.5 --shrink 0.5".split(), "sharp": "--soften 1 --shrink 0.75".split()}
 # crops of 192 pixels: below that the reward knows little (docs/opinions.md)
@@ -66,6 +67,8 @@ def parse_args(argv=None):
                    help="RealSR's test crops, <name>_LR and <name>_HR")
     p.add_argument("--test-photos", type=Path, nargs="+", metavar="DIR",
                    default=[DATA / "images" / name for name in ("test_set5", "test_set14")])
+    p.add_argument("--real-photos", type=Path, metavar="DIR", default=DATA / "images" / "lr_realsrset",
+                   help="photographs of low quality")
     p.add_argument("--start", type=runs.CHECKPOINT, metavar="FILE", default="realesrgan-x4plus",
                    help="of every row, and enhancer of version 01")
     p.add_argument("--enhancers", type=runs.CHECKPOINT, nargs="+", metavar="FILE", help="of versions 02, 03, 04",
@@ -118,7 +121,7 @@ import metrics
 from experiments import jobs, lora_tuning, samplers
 from experiments.sampler_report import label
 from images import list_images, load_image, save_image
-from report import pictures, tables
+from report import page, pictures, tables
 
 TESTS = ("realsr", "sets")
 
@@ -327,7 +330,21 @@ def slow(args, count=20):
     runs.save_json(args.results / "slow.json", {**kept, "scores": judged["scores"]})
 
 
-# Stage 6: report
+# Stage 6: photographs without a reference
+
+def real(args):
+    """WORK/real.html: outputs of the start and of the first seed's networks that are here, with the first reward."""
+    seed, rows = args.seeds[0], {"start": args.start}
+    rows |= {path.name: path for path in sorted((args.work / "runs").glob(f"*-{seed}")) if (path / "weights").is_dir()}
+    rows |= {path.parent.parent.name: path for path in sorted((args.work / "runs").glob("*/weights/merged.pth"))}
+    out = args.work / "real.json"
+    jobs.call(args.work / "real.log", "evaluate.py", "--lq", args.real_photos, "--weights", *rows.values(), "--names",
+              *rows, "--metrics", args.rewards[0], "--precision", "bf16", "--device", args.device, "--cache",
+              args.work / "evaluation-cache", "--save", args.work / "outputs" / "real", "--out-json", out)
+    page.main(page.parse_args([str(out), str(args.work / "real.html")]))
+
+
+# Stage 7: report
 
 def report(args):
     """RESULTS.json: means, differences with verdicts, per test; the tables; RESULTS.png where outputs are here."""
@@ -397,7 +414,8 @@ def pairs_of(groups):
 def main(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if args.stages != ["report"]:
-        for path in [*args.photos, args.pairs, *args.test_photos, args.start, *args.enhancers, args.vgg_weights]:
+        needed = [*args.photos, args.pairs, *args.test_photos, args.real_photos]
+        for path in [*needed, args.start, *args.enhancers, args.vgg_weights]:
             if not path.exists():
                 command = f"; {runs.how_to_get(path)}" if path in (args.start, *args.enhancers) else ""
                 raise runs.UserError(f"{path}: not there; docs/data.md says where it comes from, --help which flag "
@@ -414,6 +432,8 @@ def main(args):
         controls(args)
     if "slow" in args.stages and args.slow:
         slow(args)
+    if "real" in args.stages:
+        real(args)
     if "report" in args.stages:
         report(args)
 

@@ -21,11 +21,12 @@ import runs
 from rewards.train_ranker import apply, draw_style
 
 # weights of the terms
-WEIGHTS = {"negatives": 0.3, "attack": 0.3, "scale": 1.0}
+WEIGHTS = {"negatives": 0.3, "attack": 1.0, "scale": 1.0}
 # photographs per step for negatives and scale, and the side of their crops
 PHOTOS, SIDE = 4, 160
-# share of the batch that is attacked, and the largest change in grey levels: drawn per image
-ATTACKED, LEVELS = 0.5, (0.5, 2.5)
+# share of the batch that is attacked, the largest change in grey levels, drawn per image, and the steps of the ascent:
+# against one step a model learns to bend its gradient, and ten steps gain what they gained before
+ATTACKED, LEVELS, STEPS = 0.5, (0.5, 2.5), 3
 # the strongest negative is to lie this many D below the photograph
 MARGIN = 1.0
 
@@ -97,9 +98,19 @@ def spread(scores):
     return scores[:PHOTOS].mean() - scores[PHOTOS:2 * PHOTOS].mean()
 
 
-def ascend(x, gradient, level):
-    """x after one step along the sign of the gradient of the score. level: (B,) in grey levels."""
-    return (x + gradient.sign() * level.view(-1, 1, 1, 1) / 255).clamp(0, 1)
+def step(x, gradient, size):
+    """x after a step along the sign of the gradient of the score. size: (B,) in grey levels."""
+    return (x + gradient.sign() * size.view(-1, 1, 1, 1) / 255).clamp(0, 1)
+
+
+def ascend(net, x, start, level):
+    """x, which one step took to the limit, after STEPS - 1 more of half the size, within level (B,) of start."""
+    limit = level.view(-1, 1, 1, 1) / 255
+    for _ in range(STEPS - 1):
+        x = x.detach().requires_grad_()
+        gradient = torch.autograd.grad(net(x).sum(), x)[0]
+        x = torch.minimum(torch.maximum(step(x.detach(), gradient, level / 2), start - limit), start + limit)
+    return x
 
 
 def terms(net, teacher, d, images, x, score, gradient_norm, rng):
@@ -108,11 +119,12 @@ def terms(net, teacher, d, images, x, score, gradient_norm, rng):
     level = torch.from_numpy(rng.uniform(*LEVELS, count)).float().to(x.device)
     # of the loss's gradient the sign of dQ/dx: the loss depends on an image through its score alone
     rises = (x.grad * score.grad.sign().view(-1, 1, 1, 1))[:count]
-    gain = net(ascend(x.detach()[:count], rises, level)) - score.detach()[:count]
+    start, before = x.detach()[:count], score.detach()[:count]
+    found = step(start, rises, level)
     if gradient_norm:
-        result["gradient"] = gradient_norm * (gain.abs() / d / level).mean()
+        result["gradient"] = gradient_norm * ((net(found) - before).abs() / d / level).mean()
     if teacher is not None:
-        result["attack"] = WEIGHTS["attack"] * (gain / d).relu().mean()
+        result["attack"] = WEIGHTS["attack"] * ((net(ascend(net, found, start, level)) - before) / d).relu().mean()
         photos = degradations.to_8bit(photographs(images, rng))
         worse, severity = zip(*(negative(one[None], rng) for one in photos))
         anchors = torch.cat([photos, bicubic(photos)]).to(x.device)

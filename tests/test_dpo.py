@@ -504,6 +504,7 @@ def assert_same(a, b):
         assert all(torch.equal(a[key][k], b[key][k]) for k in a[key])
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_sample_what_one_does(stages, quintuplets, script, tmp_path):
     words = [*tuning(stages), "--total-steps", 3, "--hpo", "both"]
     run(tune, *words, "--out", tmp_path / "one")

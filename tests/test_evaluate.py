@@ -459,6 +459,7 @@ def test_saved_outputs_are_the_scored_images_and_networks_run_once(hggt, rewards
     assert again["scores"]["net"]["a-0-0"]["psnr"] == pytest.approx(by_hand, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_processes_share_the_images(hggt, script):
     words = ["--weights", hggt / "net.pth", "--data", hggt / "set", "--metrics", "psnr", "ranker", "--device", "cpu"]
     for name, processes in (("one", 1), ("two", 2)):

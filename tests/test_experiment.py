@@ -178,6 +178,7 @@ def changed(args, **values):
     return argparse.Namespace(**vars(args) | values)
 
 
+@pytest.mark.slow
 def test_a_whole_experiment_in_small(small, monkeypatch):
     """Real scripts from photographs to tables, two steps a run; a second call repeats nothing."""
     out = small.results.parent
@@ -201,6 +202,7 @@ def test_a_whole_experiment_in_small(small, monkeypatch):
         samplers.main(changed(small, train=[*small.train, "--lr", "1"]))
 
 
+@pytest.mark.slow
 def test_the_lora_experiment_in_small(small, tmp_path, monkeypatch):
     """Three tunings to two gains each, from the runs of the small experiment; a second call repeats nothing."""
     variants = {"lora": "--tune lora --lr 1e-2", "naive": "--tune all --lr 1e-3", "layers": "--tune layers --lr 1e-3"}

@@ -9,6 +9,7 @@ from experiments import preferences as exp
 from images import load_image
 
 
+@pytest.mark.slow
 def test_the_queue_in_small(quintuplets, tmp_path, script):
     originals = quintuplets / "Train" / "images" / "0-6" / "original"
     crops = "--patch 8 --load-size 48 --degradation two-round"

@@ -275,6 +275,7 @@ def test_the_discriminator_is_the_runs(base, tmp_path, monkeypatch):
     assert "q" not in events(tmp_path / "nnr")[0] and "adv" in events(tmp_path / "nnr")[0]
 
 
+@pytest.mark.slow
 def test_auto_weighs_the_gradients_on_the_target_layers(base, tmp_path, vgg_file, monkeypatch):
     pairs = recorded_pairs(monkeypatch)
     tune(base, tmp_path / "out", "--lambda-q", "auto", steps=1)
@@ -296,6 +297,7 @@ def test_auto_weighs_the_gradients_on_the_target_layers(base, tmp_path, vgg_file
     assert lambda_q("all") == lambda_q("out")
 
 
+@pytest.mark.slow
 def test_two_processes_do_as_one(base, tmp_path, script):
     words = flags(base, "--lambda-q", "auto", steps=2)
     ft.main(ft.parse_args(list(map(str, [*words, "--out", tmp_path / "one"]))))
@@ -307,6 +309,7 @@ def test_two_processes_do_as_one(base, tmp_path, script):
         assert value == two[key] or value == pytest.approx(two[key], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients_held_once_change_nothing_in_fine_tuning(base, tmp_path, script):
     state = equal_on_both_ranks(script, tmp_path, "finetune_lora", flags(base, "--lambda-a", 0.1))
     assert any("lora_A" in k for k in state["net_g"])
@@ -453,6 +456,7 @@ def test_samples_whose_reward_is_not_finite_are_left_out_counted_and_named_once(
         assert all(torch.isfinite(t).all() for t in weights(tmp_path / fault / "weights" / "merged.pth").values())
 
 
+@pytest.mark.slow
 def test_too_many_rewards_that_are_not_finite_end_the_run(base, tmp_path, late_nan, monkeypatch):
     assert runs.Meter.WINDOW == 100
     monkeypatch.setattr(runs.Meter, "WINDOW", 6)

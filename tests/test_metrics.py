@@ -138,6 +138,7 @@ def test_psnr_and_ssim_are_the_published_values_of_five_tid2013_pairs():
     assert psnr == pytest.approx(published("psnr"), abs=0.006) and ssim == pytest.approx(published("ssim"), abs=0.0002)
 
 
+@pytest.mark.slow
 @needs_calibration
 def test_ilniqe_is_the_published_one_of_two_tid2013_images():
     """Values of pyiqa 0.1.16 (shared/data/README.md): the published ones of MATLAB differ from pyiqa's by up to 4 %."""

@@ -359,6 +359,18 @@ def test_the_gradient_term_is_the_l1_norm_and_the_attack_term_its_gain():
 
 
 @pytest.mark.fast
+def test_further_steps_of_the_attack_find_a_maximum_that_one_step_jumps_over():
+    start, level = torch.full((2, 3, 8, 8), 0.5), torch.tensor([1.0, 2.0])
+    limit = level.view(-1, 1, 1, 1) / 255
+
+    def net(x):
+        return -(x - start - 0.4 * limit).square().sum((1, 2, 3))
+    one = harden.step(start, torch.ones_like(start), level)
+    more = harden.ascend(net, one, start, level)
+    assert (net(more) > net(one)).all() and ((more - start).abs() <= limit + 1e-6).all()
+
+
+@pytest.mark.fast
 def test_negatives_are_worse_by_more_at_higher_severity_and_bicubic_loses_detail():
     from skimage import data
     x = torch.from_numpy(data.astronaut()[:160, 180:340].copy()).permute(2, 0, 1)[None].float() / 255

@@ -48,6 +48,7 @@ def small(tmp_path_factory, vgg_file, forked_call, photographs):
         save_image(folder / "test" / f"{name}.png", image[:, :130, :150])
         save_image(folder / "pairs" / f"{name}_HR.png", image[:, :128, :128])
         save_image(folder / "pairs" / f"{name}_LR.png", image[:, :128:4, :128:4])
+        save_image(folder / "real" / f"{name}.png", image[:, :32, :40])
     start, enhancer = folder / "start.pth", folder / "enhancer.pth"
     torch.manual_seed(0)
     runs.save_weights(start, archs.create("rrdbnet-small").state_dict())
@@ -66,14 +67,15 @@ def small(tmp_path_factory, vgg_file, forked_call, photographs):
         patch.setattr(paper_network, "PICTURE", (["test_coffee"], 96))
         patch.setattr(paper_network.samplers, "CROPS", 10)
         words = ["--photos", folder / "photos", "--test-photos", folder / "test", "--pairs", folder / "pairs",
-                 "--start", start, "--enhancers", enhancer, "--rewards", "ranker", "--unseen", "--slow", "--seeds", 1,
-                 "--sets", "soft", "--gain", 0.01, "--vgg-weights", vgg_file, "--jobs", 1,
-                 "--work", folder / "work", "--results", folder / "out"]
+                 "--real-photos", folder / "real", "--start", start, "--enhancers", enhancer, "--rewards", "ranker",
+                 "--unseen", "--slow", "--seeds", 1, "--sets", "soft", "--gain", 0.01, "--vgg-weights", vgg_file,
+                 "--jobs", 1, "--work", folder / "work", "--results", folder / "out"]
         args = paper_network.parse_args(list(map(str, words)))
         paper_network.main(args)
         yield args
 
 
+@pytest.mark.slow
 def test_the_whole_queue_in_small(small, monkeypatch):
     summary = json.loads(small.results.with_suffix(".json").read_text())
     trained = {f"soft-{sampler}" for sampler in ("orig", "rand", "sma", "amo")}
@@ -94,14 +96,20 @@ def test_the_whole_queue_in_small(small, monkeypatch):
     precision = json.loads((small.results / "precision.json").read_text())["scores"]
     assert set(precision) == {"fp32", "bf16"} and len(precision["bf16"]) == 2
     assert small.results.with_suffix(".png").stat().st_size > 1000
+    shown = json.loads((small.work / "real.json").read_text())["scores"]
+    assert {"start", "soft-orig-1", "soft-amo-1", "soft-amo-1+lora4"} <= set(shown)
+    assert all(name in (small.work / "real.html").read_text() for name in shown)
 
     def no_call(log, script, *words, **more):
-        pytest.fail(f"{script} again")
+        # the page is made of what is there whenever it is asked for
+        if "real" not in log.stem:
+            pytest.fail(f"{script} again")
     monkeypatch.setattr(jobs, "call", no_call)
     paper_network.main(small)
     assert json.loads(small.results.with_suffix(".json").read_text())["sets"] == summary["sets"]
 
 
+@pytest.mark.slow
 def test_controls_are_the_filter_whose_mean_is_nearest(small):
     """The blur that was kept has the mean PSNR it says, and no other strength is nearer to amo's."""
     control = json.loads((small.results / "start-blur-of-equal-psnr.json").read_text())

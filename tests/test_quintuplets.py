@@ -219,6 +219,7 @@ quintuplets.main(quintuplets.parse_args(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_build_continues_to_the_same_files_and_ranks_share_it(photos, enhancers, tmp_path, script):
     build(photos, enhancers[:2], tmp_path / "whole" / "mine")
     whole = contents(tmp_path / "whole" / "mine")

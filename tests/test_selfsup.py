@@ -907,6 +907,7 @@ def test_switches_of_the_tables():
     assert str(tuned.out) == "runs/a+b"
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(photos, tmp_path, script):
     words = ["--hr", photos / "gt", *TINY, "--total-steps", 3]
     run(pretrain, *words, "--out", tmp_path / "one")

@@ -410,6 +410,7 @@ def test_networks_of_one_name_or_of_other_weights_are_refused(trained, tmp_path)
 
 # The experiment
 
+@pytest.mark.slow
 def test_the_queue_in_small(photos, tmp_path, monkeypatch, capsys):
     """All stages in this process: what a child process would do, with the same words."""
     scripts = []

@@ -230,6 +230,7 @@ def recurring(side=192, seed=0):
     return torch.from_numpy(image).float()[None, None].repeat(1, 3, 1, 1)
 
 
+@pytest.mark.slow
 def test_zssr_gains_where_structures_recur_and_nowhere_else():
     gt = recurring()
     shuffled = gt.flatten(2)[..., torch.randperm(gt[0, 0].numel(), generator=torch.Generator().manual_seed(0))]

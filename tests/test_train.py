@@ -549,6 +549,7 @@ def equal_on_both_ranks(script, tmp_path, name, words):
     return first
 
 
+@pytest.mark.slow
 def test_gradients_held_once_and_buffers_not_sent_change_nothing(quintuplets, init, rewards, tmp_path, script):
     """Also with micro-batches without all-reduce, D's spectral norm, SwinIR's masks and stochastic depth."""
     words = flags(quintuplets, init, arch="swinir-small", drop_path=0.5, total_steps=5, accumulate=2)
@@ -567,6 +568,7 @@ def test_a_run_continues_after_a_change_of_processes(quintuplets, init, rewards,
 
 # Interruption
 
+@pytest.mark.slow
 def test_ten_kills_leave_the_run_bitwise_as_if_undisturbed(quintuplets, init, rewards, tmp_path):
     words = flags(quintuplets, init, total_steps=12, save_every=1, log_every=2, workers=1)
     result = subprocess.run(runs.python("experiments.kill_runs", tmp_path, *words), capture_output=True, text=True,

@@ -516,6 +516,7 @@ def test_the_tile_fits_the_memory(monkeypatch):
     assert 112 < tile(1) < 512 and tile(1) % 8 == 0
 
 
+@pytest.mark.slow
 def test_processes_share_the_images(weights, photo, tmp_path, script):
     folder = tmp_path / "in"
     folder.mkdir()
