@@ -342,8 +342,7 @@ def rehearsal(folder):
     torch.manual_seed(0)
     runs.save_weights(folder / "start.pth", archs.create("compact-small").state_dict())
     return ["--scale", "rehearsal", "--photos", folder / "photos", "--test", folder / "photos", "--realsr",
-            folder / "realsr", "--sr", folder / "start.pth", "--compact", folder / "start.pth", "--work",
-            folder / "self_supervision"]
+            folder / "realsr", "--sr", folder / "start.pth", "--work", folder / "self_supervision"]
 
 
 def main(args):
@@ -361,8 +360,9 @@ def main(args):
             task()
     missing = [task for task in plan(args) if not row_file(args, *task).exists()]
     domains = list(dict.fromkeys(domain for domain, *_ in plan(args)))
+    compact = [args.compact] if any("compact" in row for _, row, _ in plan(args)) else []
     if args.stages != ["report"]:
-        for path in (args.vgg_weights, args.sr, args.compact):
+        for path in [args.vgg_weights, args.sr, *compact]:
             if not path.exists():
                 raise runs.UserError(f"{path}: not there; --help says which flag names another, and what makes it")
     if "data" in args.stages:
@@ -372,7 +372,7 @@ def main(args):
         every([partial(pretrain, args, *task) for task in dict.fromkeys(needed)])
     if "tune" in args.stages:
         starts = [(domain, "before", args.sr) for domain in domains]
-        starts += [(domain, "before, compact", args.compact) for domain, row, _ in plan(args) if row == "both, compact"]
+        starts += [("inside", "before, compact", path) for path in compact]
         every([*(partial(add_start, args, *start) for start in starts
                  if not row_file(args, *start[:2], 0).exists()), *(partial(tune, args, *task) for task in missing)])
     if "controls" in args.stages:

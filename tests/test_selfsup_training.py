@@ -87,7 +87,8 @@ def test_a_step_of_fine_tuning_follows_the_gradient_worked_out_here(photos, trai
     else:
         s = n + d if "flip" in words else n + 1 - d
     e_im, e_cl = net.e_img(sr), encoder(sr)
-    again = net.r(e_im, s * net.e_deg(lq), None) + F.avg_pool2d(sr, 4)
+    added = net.r(e_im, s * net.e_deg(lq), None)
+    again = F.avg_pool2d(sr, 4) + added - added.mean((2, 3), keepdim=True)
     if "--no-hf" in words:
         # without a map the distance is its plain mean
         l1, percep = (again - lq).abs().mean(), distance(again, lq).mean()
@@ -310,7 +311,8 @@ def test_a_step_of_pretraining_follows_the_gradient_worked_out_here(photos, tmp_
     s = 1.0 if args.s_rule == "one" else n + d
     noise = torch.stack([degradations.normal_field((2, *lq.shape[2:]), seeds(1, lane, "noise")) for lane in range(4)])
     e_im = net.e_img(hr)
-    again = net.r(e_im, s * net.e_deg(lq), noise) + F.avg_pool2d(hr, 4)
+    added = net.r(e_im, s * net.e_deg(lq), noise)
+    again = F.avg_pool2d(hr, 4) + added - added.mean((2, 3), keepdim=True)
     loss = (again - lq).abs().mean() + constants.get("PERCEP", 1.0) * distance(again, lq).mean()
     if lam is not None:
         far = far_of(net, e_im, encoder(hr), offdiag="OFFDIAG" in constants).mean()
