@@ -269,11 +269,13 @@ def find_folders(root, split):
         if split == "Test":
             return None
         raise runs.UserError(f"{base}: no images/*/original folder under it; expected HGGT's layout (docs/data.md); of "
-                             "photographs python -m prepare.quintuplets makes it")
+                             "photographs python -m prepare.quintuplets makes it, and train.py --stage psnr takes "
+                             "them as they are")
     images = original.parent
     enhanced = sorted(folder for folder in images.iterdir() if folder.is_dir() and re.fullmatch(r"\d\d", folder.name))
     if not enhanced:
-        raise runs.UserError(f"{images}: no folders of enhanced versions (01, 02, ...) beside {original.name}/")
+        raise runs.UserError(f"{images}: no folders of enhanced versions (01, 02, ...) beside {original.name}/; "
+                             "python -m prepare.quintuplets makes them, and train.py --stage psnr needs none")
     labels = only(sorted({annotator.parent for annotator in base.glob("**/labels/**/[ABC]") if annotator.is_dir()}))
     lq = only(sorted((root / "Test").glob("**/Blind_LR"))) if split == "Test" else None
     return {"images": {"original": original} | {folder.name: folder for folder in enhanced}, "labels": labels, "lq": lq}

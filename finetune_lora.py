@@ -55,6 +55,8 @@ def parse_args(argv=None):
     first = pre.parse_known_args(words)[0]
     arch = first.arch or ("compact-small" if first.demo else "swinir")
     base = first.base or Path("runs") / f"{arch}-{first.sampler}"
+    if first.base and not base.exists():
+        pre.error(f"--base {base}: no such run folder or weights file; {runs.how_to_get(base)}")
     trained = runs.read_record(base / "args.json")["args"] if (base / "args.json").is_file() else {}
     arch = first.arch or trained.get("arch") or arch
     p = runs.Parser(description=__doc__, parents=[pre], conflict_handler="resolve")
@@ -284,6 +286,11 @@ def create_judges(reward, watch, device):
     return judges | {name: metrics.create_metric(name, device, flag="--watch") for name in [*watch, "psnr"]}
 
 
+def unwatched(val_sets):
+    """What the log says where nothing is validated."""
+    return "" if val_sets is not None else "; nothing watches the reward without validation images (--val-photos N)"
+
+
 def main(args):
     args = with_demo_base(args)
     world, seeds, autocast = runs.start_training(args.device, args.threads, args.seed, args.precision,
@@ -311,7 +318,7 @@ def main(args):
     if args.gt_reward != ["none"] and runs.chooses_by_score(args.sampler):
         same = args.gt_reward == args.reward
         gt_reward = reward if same else iqa.create_reward(args.gt_reward, device, musiq=args.musiq)
-    judges = create_judges(reward, args.watch, device)
+    judges = {} if val_sets is None else create_judges(reward, args.watch, device)
     dataset, _ = training_sets(args, world, gt_reward, seeds, sets, val_sets)
     run.pin(samples=len(dataset), **chosen_by(dataset, run))
     pairs = partial(data.make_pair, seeds=seeds, device=device, degradation=args.degradation,
@@ -373,7 +380,7 @@ def main(args):
             f"sampler {args.sampler}, {len(dataset)} sets, {sets.grouping()}; "
             f"{world.size} process(es) on {device}; "
             f"{f'from step {run.start_step}' if run.checkpoint else info['start']}")
-    run.say(f"values {args.sources}")
+    run.say(f"values {args.sources}{unwatched(val_sets)}")
     if dataset.unscored:
         run.say(f"{len(dataset.unscored)} images without a finite score are left out, first {dataset.unscored[0]}")
     # free the loaded checkpoint: its copy of the pool alone may be 100 MB

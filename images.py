@@ -225,8 +225,8 @@ def check_size(path, size, original, need=0):
         raise runs.UserError(f"{path}: {size[0]}x{size[1]} pixels but its original has {original[0]}x{original[1]}: "
                              "make this quintuplet again")
     if min(size) < need:
-        raise runs.UserError(f"{path}: {size[0]}x{size[1]} pixels, smaller than the {need}-pixel crop: "
-                             f"use --crop/--load-size of at most {min(size) // 4 * 4}")
+        raise runs.UserError(f"{path}: {size[0]}x{size[1]} pixels, smaller than the {need} pixels that are "
+                             f"read of it (--load-size, else --crop): use at most {min(size) // 4 * 4}")
 
 
 def check_lr_size(path, size, hr_size):

@@ -204,7 +204,8 @@ def load_lora(net, path, scale=1.0):
         sample = state.get("base_sample")
         if not isinstance(sample, torch.Tensor) or not same_in_another_precision(net, sample):
             raise runs.UserError(f"{path}: this adapter belongs to another base (its weights have SHA-256 "
-                                 f"{state['base_sha256'][:12]}, these {base_hash(net)[:12]})")
+                                 f"{state['base_sha256'][:12]}, these {base_hash(net)[:12]}); leave --weights out to "
+                                 "use the one that its run names")
         remark = f"the base of {path} in another precision: its weights agree to 16 bits, not to the last one"
     add_lora(net, "^(" + "|".join(map(re.escape, state["targets"])) + ")$", state["rank"], state["alpha"])
     values = state.get("lora_ema", state["lora"])

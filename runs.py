@@ -202,7 +202,10 @@ def python_path():
 # Flags
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The module's docstring as it stands, and every flag with its default."""
+    """The module's docstring as it stands, and every flag with its default; where that is None, the text says it."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -293,7 +296,7 @@ def how_to_get(path=""):
     """How errors about missing weights end: with the command that fetches this file, else public ones."""
     name = next((name for name, entry in public_weights().items() if entry["file"] == Path(path).name), None)
     return f"python -m prepare.weights get {name} fetches it" if name else \
-        "public weights: python -m prepare.weights get NAME"
+        "public weights: python -m prepare.weights list"
 
 
 def add_weights_key(group):
@@ -324,7 +327,9 @@ def add_training(p, leave_out=()):
     g = p.add_argument_group("degradation (Sec. 5)")
     add(g, "--degradation", choices=literal("degradations", "PRESETS"), help="[arch] preset of degradations.py")
     g = p.add_argument_group("ground-truth sampling (Sec. 4.2)")
-    add(g, "--sampler", choices=literal("data", "SAMPLERS"), default="amo", help="which GT supervises (Eq. 2-4)")
+    add(g, "--sampler", choices=literal("data", "SAMPLERS"), default="amo", 
+        help="which GT supervises (Eq. 2-4): the original; any version; any that people like (labels); by softmax of "
+             "its score; the same of those that people like; the highest score of the crop")
     add(g, "--reward", nargs="+", default=["musiq"], metavar="NAME[=WEIGHT]",
         help="NR-IQA model Q: pyiqa metric, ranker, reward file PATH.pth, module:function; several are summed; none: "
              "no score is needed. train.py with a sampler that needs none loads one only if it is named, for "
@@ -579,7 +584,8 @@ def precision_remark(device, precision, arch):
     if not found:
         return f"--precision bf16 may be faster, this CPU has {unit}: python -m experiments.precision measures"
     largest = f", differences of up to {found['largest']:.1f} grey levels" if "largest" in found else ""
-    return f"--precision bf16: about {found['faster']:.1f} times as fast on a CPU with {unit} (measured){largest}"
+    gain = f"about {found['faster']:.1f} times as fast on a CPU with {unit} (measured){largest}"
+    return f"in fp32; --precision bf16 would be {gain}"
 
 
 def update_ema(ema, net, decay):

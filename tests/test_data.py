@@ -643,9 +643,9 @@ def test_incomplete_data_sets_are_named_with_the_first_file(root, tmp_path):
 
 
 def test_versions_of_another_size_and_images_below_the_crop_are_refused(root, sets):
-    with pytest.raises(ValueError, match="96x64 pixels, smaller than the 72-pixel crop: .* at most 64"):
+    with pytest.raises(ValueError, match="96x64 pixels, smaller than the 72 pixels .* at most 64"):
         plain(sets, crop=72).sample(1, 0)
-    with pytest.raises(ValueError, match="smaller than the 80-pixel crop"):
+    with pytest.raises(ValueError, match="smaller than the 80 pixels"):
         plain(sets, load_size=80).sample(1, 0)
     for stem in sets.stems:
         save_image(root / f"Train/images/0-2/04/{stem}_04.png", coordinates(64, 92, 4))

@@ -492,7 +492,7 @@ def test_a_damaged_or_foreign_table_is_never_completed(quintuplets, rewards, tmp
     with pytest.raises(SystemExit):
         atlas.parse_args([str(root), "--out", "x.json"])
     for compare in (0, 3):
-        with pytest.raises(ValueError, match="smaller than the 96-pixel crop"):
+        with pytest.raises(ValueError, match="smaller than the 96 pixels"):
             call(atlas, *words, "--crop", 96, "--compare", compare)
     record.write_text(json.dumps(content))
     for word in (f"{file}=nan", f"{file}=much"):
@@ -527,7 +527,7 @@ def test_packed_images_of_one_size_and_other_bytes_are_noticed_and_packed_again(
     index = root / "packed/Train.json"
     Image.new("RGB", (64, 64), "red").save(path)
     call(pack, root)
-    with pytest.raises(ValueError, match="smaller than the 80-pixel crop"):
+    with pytest.raises(ValueError, match="smaller than the 80 pixels"):
         dataset = data.TrainingSet(data.find_sets(root, "Train"), "amo", partial(runs.sample_seed, 3), 4, 2, 80)
         data.check_headers(dataset, runs.World(0, 1, torch.device("cpu")))
     content = json.loads(index.read_text())

@@ -70,6 +70,16 @@ def test_a_sampler(copy, sampler):
     # two good versions of five: more than one is chosen, and the worst, 04, is not
     assert len(shares) >= 2 and "04" not in shares
     run("finetune_lora.py", "--demo", "--sampler", sampler, "--total-steps", 2)
+    # nothing without a finite score, and no version that is not there
+    code = """if True:
+        import sys, torch, data
+        nan = float("nan")
+        for row, allowed in (([1, 9, nan, 8, 2], {1, 3}), ([nan] * 5, {0}), ([nan, nan, nan, 4, nan], {3}), ([5], {0})):
+            scores, u = torch.tensor([row] * 40), torch.linspace(0, 0.999, 40)
+            found = data.pick_gt(sys.argv[1], torch.ones(40, len(row), dtype=torch.bool), scores.float(), u=u)
+            assert set(found.tolist()) == allowed, (row, found)
+    """
+    run("-c", code, sampler)
 
 
 def test_a_backbone(copy):

@@ -192,7 +192,7 @@ def test_user_errors_are_one_line_and_all_others_keep_their_traceback(tmp_path):
         return subprocess.run([sys.executable, str(tmp_path / "x.py")], capture_output=True, text=True,
                               env=runs.python_path() | environment)
     own = run("import archs; archs.read_file('nowhere.pth')")
-    message = "nowhere.pth: no such weights file; public weights: python -m prepare.weights get NAME"
+    message = "nowhere.pth: no such weights file; public weights: python -m prepare.weights list"
     assert own.returncode == 2 and own.stderr == f"x.py: error: {message}\n"
     assert "Traceback" in run("import archs; archs.read_file('nowhere.pth')", IQASR_TRACEBACK="1").stderr
     missing = run("open('nowhere.txt')")

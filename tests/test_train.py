@@ -368,7 +368,7 @@ def test_test_images_of_other_sizes_are_shown_and_validated_and_small_ones_refus
     train_with(flags(root, init, tmp_path / "run", total_steps=1))
     assert (tmp_path / "run" / "samples" / "0000001.png").exists()
     assert 0 < events(tmp_path / "run", "val")[-1]["psnr"] < 60
-    with pytest.raises(ValueError, match="41x47 pixels, smaller than the 48-pixel crop"):
+    with pytest.raises(ValueError, match="41x47 pixels, smaller than the 48 pixels"):
         train_with(flags(root, init, tmp_path / "other", total_steps=1) + ["--crop", "48"])
     assert not (tmp_path / "other").exists()
 
@@ -710,7 +710,7 @@ def test_the_demo_is_not_built_where_a_mistyped_data_set_points(init, tmp_path):
 @pytest.mark.parametrize("more, message", [
     (dict(batch_size=6), "--pool-size 8 must be a multiple of --batch-size 6"),
     (dict(accumulate=3), "--accumulate 3 does not divide"),
-    (dict(crop=72), "64x64 pixels, smaller than the 72-pixel crop"),
+    (dict(crop=72), "64x64 pixels, smaller than the 72 pixels"),
     (dict(reward="muzik"), "unknown.*musiq"),
     (dict(data="/nowhere"), "/nowhere: no such"),
     (dict(init="/nowhere.pth"), "/nowhere.pth"),

@@ -436,7 +436,7 @@ def test_messages_about_missing_weights_name_the_command(tmp_path, monkeypatch, 
     for load in (archs.read_file, lambda path: archs.load_run(path, "--weights")):
         with pytest.raises(runs.UserError, match=command):
             load(runs.CHECKPOINT(X4PLUS))
-        with pytest.raises(runs.UserError, match="other.pth: no such .*python -m prepare.weights get NAME"):
+        with pytest.raises(runs.UserError, match="other.pth: no such .*python -m prepare.weights list"):
             load(tmp_path / "other.pth")
     with pytest.raises(SystemExit) as stopped:
         upscale.parse_args(["photo.jpg"])
