@@ -21,7 +21,7 @@ table5 table7 table8: $(VENV)/installed
 	$(PY) -m report.paper_tables $(@:table%=%) $(if $(GPUS),--gpus $(GPUS)) $(if $(wildcard datasets/HGGT),--run)
 
 # on a CUDA machine, eight minutes; make gpu PY=python3 installs nothing; ONLY="speed exact": some of its jobs,
-# or an experiment: ONLY=paper_network, ONLY=dpo
+# or an experiment: ONLY=paper_network, selfsup or dpo
 gpu: $(gpu_needs)
 	$(PY) -m experiments.gpu $(if $(ONLY),--only $(ONLY))
 

@@ -490,10 +490,15 @@ def within(autocast, net):
     return call
 
 
+def memory_format(net, precision):
+    """Of a network that runs in this precision: bf16 convolutions are several times as fast with channels last."""
+    return torch.channels_last if precision == "bf16" and is_convolutional(net) else torch.contiguous_format
+
+
 def ready(net, device, precision):
     """A network for inference: on its device, in the precision of --precision, in the memory format that suits it."""
-    memory = torch.channels_last if precision == "bf16" and is_convolutional(net) else torch.contiguous_format
-    return within(partial(runs.in_precision, device, precision), net.to(device, memory_format=memory))
+    net = net.to(device, memory_format=memory_format(net, precision))
+    return within(partial(runs.in_precision, device, precision), net)
 
 
 def compile_blocks(net):

@@ -55,8 +55,6 @@ def parse_args(argv=None):
     first = pre.parse_known_args(words)[0]
     arch = first.arch or ("compact-small" if first.demo else "swinir")
     base = first.base or Path("runs") / f"{arch}-{first.sampler}"
-    if first.base and not base.exists():
-        pre.error(f"--base {base}: no such run folder or weights file; {runs.how_to_get(base)}")
     trained = runs.read_record(base / "args.json")["args"] if (base / "args.json").is_file() else {}
     arch = first.arch or trained.get("arch") or arch
     p = runs.Parser(description=__doc__, parents=[pre], conflict_handler="resolve")
@@ -269,8 +267,13 @@ def sample_grid(base, net, sets, degradation, seeds, device, path, rows=4, side=
 
 
 def with_demo_base(args):
-    """The same arguments; where the run that the demo tunes is missing, it is made, and its flags are the defaults."""
+    """The same arguments; where the run that the demo tunes is missing, it is made, and its flags are the defaults.
+
+    UserError where another --base is missing: its flags would be, too, and errors would speak of the defaults.
+    """
     default = Path("runs") / f"{args.arch}-{args.sampler}"
+    if args.base != default and not args.base.exists():
+        raise runs.UserError(f"--base {args.base}: no such run folder or weights file; {runs.how_to_get(args.base)}")
     if not args.demo or args.base != default or (args.base / "weights").exists():
         return args
     shorter = ["--total-steps", args.total_steps] if args.total_steps != DEMO["total_steps"] else []

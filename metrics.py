@@ -262,16 +262,18 @@ class VGGCosine(nn.Module):
 
     def directions(self, x):
         """The feature vectors of each stage, of length 1."""
-        x, directions = (x - self.mean) / self.std, []
+        x, features = (x - self.mean) / self.std, []
         for k, layer in enumerate(self.features):
             x = layer(x)
             if k in self.TAPS:
-                directions.append(x / (x.square().sum(1, keepdim=True) + 1e-10).sqrt())
-        return directions
+                features.append(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return [f / (f.square().sum(1, keepdim=True) + 1e-10).sqrt() for f in map(torch.Tensor.float, features)]
 
     def forward(self, a, b, weight=None):
+        # the network runs in the precision of the caller, the cosine in fp32
+        pairs = zip(self.directions(a.float()), self.directions(b.float()))
         with torch.autocast(a.device.type, enabled=False):
-            pairs = zip(self.directions(a.float()), self.directions(b.float()))
             maps = [1 - (u * v).sum(1, keepdim=True) for u, v in pairs]
             if weight is not None:
                 maps = [F.interpolate(m, size=a.shape[2:], mode="bilinear") * weight for m in maps]

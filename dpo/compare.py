@@ -247,7 +247,8 @@ def main(args):
     text = table(summary)
     runs.write_atomic(args.out / "table.md", lambda t: t.write_text(text + "\n", encoding="utf-8"))
     print(text)
-    draw_curves(summary, args.out / "curves.png")
+    if style.is_there():
+        draw_curves(summary, args.out / "curves.png")
     shown_rows = args.shown_rows or rows[:len(args.gen)]
     draw_sheet(args.out / "grid.png", items, {row: outputs[row] for row in shown_rows}, rewards)
     print(f"wrote eval.json, table.md, curves.png and grid.png in {args.out}")

@@ -2,7 +2,7 @@
 
     python -m experiments.gpu                                eight minutes: device, checks, speed, exact
     python -m experiments.gpu --only speed --minutes 4       one job
-    python -m experiments.gpu --only paper_network           an experiment; the same command goes on with its next rows
+    python -m experiments.gpu --only selfsup                 an experiment; the same command goes on with its next rows
     python -m experiments.gpu --device cpu --minutes 1       a rehearsal in small
 
 Needs PyTorch, torchvision, SciPy, scikit-image and pytest only, and downloads nothing. Every job is a process of its
@@ -25,10 +25,11 @@ JOBS = {
     "exact": (0.19, "bitwise resume, operations without a deterministic form, 500 steps in bf16"),
 }
 # {experiment: (its module, flags that a device machine needs)}: only by name, each as long as --minutes, with its data
-# where experiments/README.md says; no metric that is a package of its own
-EXPERIMENTS = {
-    "paper_network": ("paper_network", "--scale gpu --jobs 1 --unseen --slow".split()),
-    "dpo": ("preferences", "--scale gpu --jobs 1 --seeds 0 --watch psnr rewards.cnniqa:build ranker".split())}
+# and runs/vgg19.pth where experiments/README.md says; no metric that is a package of its own
+EXPERIMENTS = {"paper_network": ("paper_network", "--scale gpu --jobs 1 --unseen --slow".split()),
+               "selfsup": ("self_supervision", "--scale gpu".split()),
+               "dpo": ("preferences", ("--scale gpu --jobs 1 --seeds 0 "
+                                       "--watch psnr rewards.cnniqa:build ranker").split())}
 
 
 def parse_args(argv=None):
@@ -40,7 +41,7 @@ def parse_args(argv=None):
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu: a rehearsal with small networks")
     p.add_argument("--data", type=Path, metavar="DIR", help="quintuplets, packed or not; default: made up")
     p.add_argument("--vgg-weights", type=Path, metavar="FILE",
-                   help="as train.py takes it, or in 8 bits as prepare.vgg19 takes it; default: random weights")
+                   help="VGG19, also in 8 bits; default: random weights, for experiments on CUDA runs/vgg19.pth")
     # what the jobs' processes are told
     p.add_argument("--job", choices=[*JOBS, *EXPERIMENTS], help="run this job in this process, within --minutes")
     return p.parse_args(argv)
@@ -344,14 +345,16 @@ def job_exact(args, report, work):
 # experiments
 
 def job_experiment(args, report, work):
-    """The rows of an experiment that are not there yet; each writes its own file into OUT/<experiment>/rows/."""
-    name, flags = EXPERIMENTS[args.job]
-    module, results = importlib.import_module(f"experiments.{name}"), args.out / args.job / "rows"
-    words = [*flags, "--results", results, "--vgg-weights", work / "vgg19.pth"]
+    """The rows of an experiment that are not there yet; each writes its own file into OUT/<experiment>/."""
+    name, words = EXPERIMENTS[args.job]
+    module = importlib.import_module(f"experiments.{name}")
+    if args.device == "cpu" and hasattr(module, "rehearsal"):
+        words = module.rehearsal(work)
+    words = [*words, "--results", args.out / args.job, "--vgg-weights", work / "vgg19.pth"]
 
     def rows():
         module.main(module.parse_args([*map(str, words), "--device", args.device]))
-        return {"files": sorted(file.name for file in results.glob("*.json"))}
+        return {"files": sorted(file.name for file in (args.out / args.job).glob("*.json"))}
     report.part("rows", rows)
 
 
@@ -359,9 +362,13 @@ def job_experiment(args, report, work):
 
 def prepare(args, work):
     """What the jobs read: work/data (quintuplets, packed) and work/vgg19.pth."""
+    if args.vgg_weights is None and args.device == "cuda" and set(args.only) & set(EXPERIMENTS):
+        args.vgg_weights = Path("runs/vgg19.pth")
+        if not args.vgg_weights.is_file():
+            raise runs.UserError(f"{args.vgg_weights}: experiments need VGG19; --vgg-weights names another file")
     if args.data:
         (work / "data").symlink_to(args.data.resolve())
-    else:
+    elif set(args.only) - set(EXPERIMENTS):
         bench.synthetic_sets(work / "data", *((16, 512) if args.device == "cuda" else (4, 96)))
         pack.main(pack.parse_args([str(work / "data")]))
     if args.vgg_weights is None:

@@ -2,6 +2,8 @@
 
 Photographs and public weights are looked for below DATA; docs/data.md says where they come from.
 """
+import contextlib
+import importlib
 import json
 import subprocess
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -47,6 +49,14 @@ def call(log, script, *words, processes=1):
     """One of this repository's scripts, in one or more processes with one thread each; `log` gets its output."""
     command = runs.python(script, *words, "--threads", 1, processes=processes)
     run_command(log, script, command, runs.python_path())
+
+
+def call_here(log, script, *words):
+    """The same in this process, and with its threads: for machines where starting a process takes as long as a run."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    module = importlib.import_module(script.removesuffix(".py"))
+    with open(log, "a", encoding="utf-8") as out, contextlib.redirect_stdout(out):
+        module.main(module.parse_args([str(word) for word in words]))
 
 
 def once(made, log, script, *words, inputs=()):

@@ -242,8 +242,9 @@ def report(results, work):
     summary = summarise(generators, arms)
     runs.save_json(results.with_suffix(".json"), summary)
     print(text(summary))
-    draw_curves(summary, picture(results, "curves"))
-    if summary["watched"]:
+    if style.is_there():
+        draw_curves(summary, picture(results, "curves"))
+    if style.is_there() and summary["watched"]:
         draw_steps(summary, picture(results, "steps"))
     for seed, about in arms.get("HPO", {}).items():
         outputs = work / "eval" / f"HPO-{seed}"

@@ -1,17 +1,20 @@
 """Does HR-aware self-supervision help the network it was made for, and which part of it? One resumable queue.
 
-    python -m experiments.self_supervision                       all stages; resumes where it stopped
-    python -m experiments.self_supervision tune report           some of them
+    python -m experiments.self_supervision                       all rows at CPU scale; resumes where it stopped
+    python -m experiments.self_supervision --domains inside --rows baseline controller both --seeds 0      some of them
+    python -m experiments.self_supervision --scale gpu           one CUDA device: larger networks and patches
 
 data      photographs for pre-training; the test photographs under two hidden degradations (prepare.degrade, camera):
-          "inside" what pre-training draws (lr-grid) and "outside" of it; 20 pairs of RealSR
-pretrain  for every seed one reconstruction network each: LWay, baseline, + controller, + FAR, both
-probe     the paper's Fig. 7 (baseline, + controller) and Fig. 8 (+ FAR) on photographs that pre-training did not see
-tune      RealESRGAN_x4plus adapted to every domain with each of them, and with "both" and the other sign of the
+          "inside" what pre-training draws (lr-grid) and "outside" of it; pairs of RealSR
+pretrain  the reconstruction networks that the rows need: LWay, baseline, + controller, + FAR, both
+tune      rows: RealESRGAN_x4plus adapted to a domain with each of them, and with "both" and the other sign of the
           controller (Table 4); the compact network with "both" as one row
 controls  the start's outputs, blurred and sharpened until their PSNR is nearest to that of "both"
-precision start and "both" in fp32 on ten images, since everything else is scored in bf16
-report    the results as JSON, plots, and tables
+precision start and "both" in fp32 on ten images, since all else is trained and scored in bf16
+probe     the paper's Fig. 7 (baseline, + controller) and Fig. 8 (+ FAR) on photographs that pre-training did not see
+report    tables, plots, and RESULTS/selfsup.json, of the rows that are there
+
+Each row is a file of RESULTS and is not made again; what only it needs is not trained either.
 
 PRE-REGISTERED before any run, after a first experiment (docs/results-selfsup.md) that adapted a network with a
 pixel-shuffle tail, moved its weights further than the paper can, in a domain that pre-training had not seen. A
@@ -31,6 +34,10 @@ No network is left out (--force), but one that does not beat bicubic down-sampli
 half of the descriptors' energy, counts as not tested: the report shows both.
 PSNR and SSIM are on Y; VGG19's features stand for LPIPS and CLIP; NIQE is reported and decides nothing. Networks,
 patches and steps of stage 1 are those of a CPU: no number here is the paper's.
+
+At GPU scale the hypotheses are the same, of one seed. Stage 1 has the paper's network, 3,000 steps instead of 500,000.
+Two pre-trainings serve all rows, with FAR in both: rows without FAR leave it out of the tuning only. 300 steps of 5e-6
+with EMA 0.997 move the averaged weights by at most 5.1e-4.
 """
 import shlex
 from pathlib import Path
@@ -38,38 +45,55 @@ from pathlib import Path
 import runs
 
 DATA = Path(runs.literal("experiments/jobs", "DATA"))
-STAGES = ("data", "pretrain", "probe", "tune", "controls", "precision", "report")
+STAGES = ("data", "pretrain", "tune", "controls", "precision", "probe", "report")
 # flags of prepare.degrade; lr-grid draws sigmas up to 4, noise up to 12 grey levels, quality from 20
 DOMAINS = {"inside": "--blur 2.5 1.2 --angle 30 --noise 5 --jpeg 60",
            "outside": "--blur 5 2 --angle 30 --noise 16 --jpeg 15"}
 # flags of pretrain
-PRETRAIN = {"LWay": "--arch lway", "baseline": "--s-rule one --no-far", "controller": "--no-far", "FAR": "--s-rule one",
+NETWORKS = {"LWay": "--arch lway", "baseline": "--s-rule one --no-far", "controller": "--no-far", "FAR": "--s-rule one",
             "both": ""}
-# pre-training, and flags of finetune
-FINETUNE = {name: (name, "") for name in PRETRAIN} | {"flipped": ("both", "--s-rule flip")}
-# of RealSR's pairs, which no pre-training imitates
-ON_REALSR = ("LWay", "baseline", "both")
+# {row: (pre-training, flags of finetune)}
+ROWS = {"baseline": ("baseline", ""), "controller": ("controller", ""), "both": ("both", ""), "FAR": ("FAR", ""),
+        "flipped": ("both", "--s-rule flip"), "LWay": ("LWay", ""), "both, compact": ("both", "")}
 # those with all --seeds; the others have the first
 REPEATED = ("baseline", "both")
-PAIRS = [("controller", "baseline"), ("FAR", "baseline"), ("both", "baseline"), ("both", "LWay"), ("both", "flipped"),
-         ("both", "blur control"), ("both", "unsharp control")]
-# rows that are no outputs of an adapted network
-CONTROLS = ("before", "before, compact", "blur control", "unsharp control")
-# of the second set of names: the first experiment, for --redraw
-FIGURES = {"fig7": ("baseline", "controller"), "fig8": ("FAR", "both"), "fig7-noise1": ("controller-noise1",),
-           "fig8-noise1": ("both-noise1",)}
-NETWORKS = {"FAR": "FAR alone", "both": "FAR and controller", "both-noise1": "FAR and controller, noise 1"}
-# CHOICE: sized for two cores, every run under 20 minutes
-COMMON = ("--patch 32 --load-size 160 --degradation lr-grid --batch-size 4 --group-size 2 --val-photos 6 "
-          "--deg-enc bands --size small --distance vgg --far-enc vgg --n-std 0.1 --total-steps 2000 --lr 1e-3 "
-          "--ema-decay 0.99 --workers 0 --log-every 200 --save-every 200 --val-every 1000")
-TUNE = ("--patch 24 --batch-size 2 --total-steps 100 --lr 5e-6 --ema-decay 0.95 --workers 0 --log-every 25 "
-        "--save-every 25 --val-every 50 --precision bf16 --force")
-METRICS = ("psnr", "ssim", "vgg", "niqe")
-# pairs of RealSR, and images of the stage precision
-PAIRS_OF_REALSR, IN_FP32 = 20, 10
+# CHOICE: sizes. rows: {domain: its rows}, in order of value; of RealSR's pairs, which no pre-training imitates, fewer.
+# fig7, fig8: networks that are probed
+SCALES = {
+    # two cores, every run under 20 minutes
+    "cpu": dict(
+        rows=ROWS, plan={"inside": list(ROWS), "realsr": ["both", "baseline", "LWay"],
+                         "outside": ["both", "baseline", "controller", "FAR", "flipped", "LWay"]},
+        pretrain="""--patch 32 --load-size 160 --batch-size 4 --group-size 2 --size small --total-steps 2000 --lr 1e-3
+                    --ema-decay 0.99 --workers 0 --log-every 200 --save-every 200 --val-every 0""",
+        finetune="""--patch 24 --batch-size 2 --total-steps 100 --ema-decay 0.95 --workers 0 --log-every 25
+                    --save-every 25 --val-every 50""",
+        seeds=[0, 1, 2], metrics=("psnr", "ssim", "vgg", "niqe"), pairs=20, crops=64,
+        fig7=("baseline", "controller"), fig8=("FAR", "both")),
+    # eight tunings in less than eight minutes on an H100
+    "gpu": dict(
+        rows=ROWS | {"baseline": ("FAR", "--no-far"), "controller": ("both", "--no-far")},
+        plan={"inside": ["both", "baseline", "controller", "FAR", "flipped"], "realsr": ["both", "baseline"],
+              "outside": ["both"]},
+        pretrain="""--patch 48 --load-size 256 --batch-size 16 --group-size 4 --size paper --total-steps 3000 --lr 5e-4
+                    --ema-decay 0.99 --workers 12 --log-every 250 --save-every 1000 --val-every 0""",
+        finetune="""--patch 48 --batch-size 8 --total-steps 300 --ema-decay 0.997 --workers 4 --log-every 50
+                    --save-every 0 --val-every 150""",
+        # no metric that is a package of its own
+        seeds=[0], metrics=("psnr", "ssim", "vgg"), pairs=100, crops=128, fig7=("FAR", "both"), fig8=("FAR", "both")),
+}
+COMMON = dict(pretrain="--degradation lr-grid --val-photos 6 --deg-enc bands --distance vgg --far-enc vgg --n-std 0.1 "
+                       "--precision bf16",
+              finetune="--lr 5e-6 --precision bf16 --force")
+# make gpu on a CPU, see rehearsal
+SCALES["rehearsal"] = SCALES["gpu"] | dict(
+    pretrain="""--val-photos 1 --distance proxy --far-enc rand --patch 16 --load-size 96 --batch-size 2 --group-size 2
+                --size tiny --total-steps 2 --workers 0 --val-every 0""",
+    finetune="--patch 16 --batch-size 2 --total-steps 2 --workers 0 --val-every 2", pairs=2, crops=8)
 # strengths of the controls: sigmas of the blur in HR pixels, amounts of the unsharp mask
 SIGMAS, AMOUNTS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.4, 1.8, 2.3), (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2)
+# images of the stage precision
+IN_FP32 = 10
 
 
 def parse_args(argv=None):
@@ -87,21 +111,28 @@ def parse_args(argv=None):
     g.add_argument("--sr", type=runs.CHECKPOINT, metavar="PATH",
                    default=Path("weights/downloads/RealESRGAN_x4plus.pth"),
                    help="x4 network to adapt, which python -m prepare.weights fetches")
-    g.add_argument("--compact", type=Path, default=DATA / "weights" / "sr" / "realesr-general-x4v3_fp16.pth",
-                   metavar="PATH", help="the network of the first experiment: one row")
+    g.add_argument("--compact", type=runs.CHECKPOINT, metavar="PATH",
+                   default=DATA / "weights" / "sr" / "realesr-general-x4v3_fp16.pth",
+                   help="the network of the first experiment: one row")
     g.add_argument("--vgg-weights", type=Path, default=Path("runs/vgg19.pth"), metavar="FILE",
                    help="VGG19, which python -m prepare.vgg19 makes")
-    g = p.add_argument_group("runs")
-    g.add_argument("--pretrain", default=COMMON, help="flags of all pre-trainings (CHOICE)")
-    g.add_argument("--finetune", default=TUNE, help="flags of all fine-tunings (CHOICE)")
-    g.add_argument("--seeds", type=runs.COUNT, nargs="+", default=[0, 1, 2])
-    g.add_argument("--metrics", nargs="+", default=list(METRICS), help="psnr and ssim on Y, whole images")
+    g.add_argument("--metrics", nargs="+", metavar="NAME",
+                   help="psnr and ssim on Y, whole images; default: psnr ssim vgg, at CPU scale niqe")
     g.add_argument("--metric-weights", nargs="*", metavar="NAME=FILE", default=[f"niqe={iqa}/niqe_modelparameters.mat"])
-    g.add_argument("--jobs", type=runs.SIZE, default=2, help="runs at a time, one thread each")
-    g.add_argument("--work", type=Path, default=Path("runs/selfsup-experiment-2"), metavar="DIR",
-                   help="runs and data sets")
-    g.add_argument("--results", type=Path, metavar="STEM",
-                   help="leaves STEM.json and plots of the probes, STEM-fig7.png and others; default: WORK/selfsup")
+    g = p.add_argument_group("rows")
+    g.add_argument("--scale", choices=list(SCALES), default="cpu", help="networks, patches, steps, rows")
+    g.add_argument("--domains", nargs="+", choices=[*DOMAINS, "realsr"], help="adapt to these; default: all")
+    g.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW",
+                   help=f"these of {', '.join(ROWS)}; default: all")
+    g.add_argument("--seeds", type=runs.COUNT, nargs="+", help="default: 0 1 2; at GPU scale 0")
+    g = p.add_argument_group("machine and files")
+    g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
+    g.add_argument("--jobs", type=runs.SIZE, default=2,
+                   help="processes at a time, one thread each; at GPU scale everything is done in this one")
+    g.add_argument("--work", type=Path, metavar="DIR",
+                   help="runs and data sets; default: runs/self_supervision-<scale>")
+    g.add_argument("--results", type=Path, metavar="DIR",
+                   help="one JSON file per row, the report and plots; default: WORK/results")
     g.add_argument("--redraw", type=Path, metavar="FILE.json",
                    help="draw the plots of an earlier report beside it again, and do nothing else")
     args = p.parse_args(argv)
@@ -109,13 +140,17 @@ def parse_args(argv=None):
     for stage in args.stages:
         if stage not in STAGES:
             p.error(f"{stage}: no such stage; choose from {', '.join(STAGES)}")
-    args.results = args.results or args.work / "selfsup"
+    args.seeds = args.seeds or SCALES[args.scale]["seeds"]
+    args.metrics = args.metrics or SCALES[args.scale]["metrics"]
+    args.work = args.work or Path("runs") / f"self_supervision-{args.scale}"
+    args.results = args.results or args.work / "results"
     return args
 
 
 # --help needs no torch: seconds
 ARGS = parse_args() if __name__ == "__main__" else None
 
+import importlib
 import json
 import re
 import signal
@@ -123,275 +158,233 @@ import sys
 from functools import partial
 
 import numpy as np
+import torch
 
+import archs
 import degradations
 import metrics
-from experiments import jobs
+from experiments import jobs, selfsup_report
 from images import list_images, load_image, save_image
-from report import tables
-from selfsup import probe as probes
+from prepare import demo_set
+from selfsup import networks as rec
+
+
+def call(args, log, script, *words):
+    """jobs.call; at GPU scale in this process, because starting one takes as long as tuning."""
+    (jobs.call if args.scale == "cpu" else jobs.call_here)(log, script, *words)
+
+
+def flags(args, script):
+    """Words of all pre-trainings, or all fine-tunings. Of a flag that stands twice, the last counts."""
+    return shlex.split(COMMON[script]) + shlex.split(SCALES[args.scale][script])
+
+
+def plan(args):
+    """[(domain, row, seed)] of the tunings, in order of value: those of the first seed first."""
+    scale = SCALES[args.scale]
+    return [(domain, row, seed) for seed in args.seeds for domain, rows in scale["plan"].items() for row in rows
+            if (args.domains is None or domain in args.domains) and (args.rows is None or row in args.rows)
+            and (seed == args.seeds[0] or row in REPEATED)]
+
+
+def row_file(args, domain, row, seed):
+    return args.results / f"{domain}-{row.replace(', ', '-').replace(' ', '-')}-{seed}.json"
 
 
 def prepare(args):
     def images(folder):
         return list(list_images(folder).values())
-    last = images(args.photos[-1])
-    if not (args.work / "hr").exists():
-        others = [path for folder in args.photos[:-1] for path in images(folder)]
-        jobs.copy_photos(others + last[::2], args.work / "hr.tmp")
-        (args.work / "hr.tmp").rename(args.work / "hr")
-    for name, files in (("held", last[1::2]), ("test", [path for folder in args.test for path in images(folder)])):
-        if not (args.work / f"{name}-photos").exists():
-            jobs.copy_photos(files, args.work / f"{name}-photos.tmp")
-            (args.work / f"{name}-photos.tmp").rename(args.work / f"{name}-photos")
-    for name, flags in DOMAINS.items():
+
+    def once(name, make):
         if not (args.work / name).exists():
-            jobs.call(args.work / f"{name}.log", "prepare.degrade", args.work / "test-photos", args.work / name,
-                      "--degradation", "camera", *shlex.split(flags))
-    if not (args.work / "realsr").exists():
-        jobs.copy_realsr(args.realsr, args.work / "realsr.tmp", PAIRS_OF_REALSR)
-        (args.work / "realsr.tmp").rename(args.work / "realsr")
+            make(args.work / f"{name}.tmp")
+            (args.work / f"{name}.tmp").rename(args.work / name)
+    last = images(args.photos[-1])
+    others = [path for folder in args.photos[:-1] for path in images(folder)]
+    for name, files in (("hr", others + last[::2]), ("held-photos", last[1::2]),
+                        ("test-photos", [path for folder in args.test for path in images(folder)])):
+        once(name, partial(jobs.copy_photos, files))
+    for name, words in DOMAINS.items():
+        if not (args.work / name).exists():
+            call(args, args.work / f"{name}.log", "prepare.degrade", args.work / "test-photos", args.work / name,
+                 "--degradation", "camera", *shlex.split(words))
+    once("realsr", lambda folder: jobs.copy_realsr(args.realsr, folder, SCALES[args.scale]["pairs"]))
 
 
-def seeds_of(args, name):
-    return args.seeds if name in REPEATED else args.seeds[:1]
-
-
-def pretrain(args, name, seed):
-    out = args.work / "rec" / f"{name}-{seed}"
-    jobs.once(out / "weights" / "rec.pth", out.with_suffix(".log"), "selfsup.pretrain", "--hr", args.work / "hr",
-              "--vgg-weights", args.vgg_weights, *shlex.split(args.pretrain), *shlex.split(PRETRAIN[name]),
-              "--seed", seed, "--out", out, "--resume", "auto")
-
-
-def probe(args):
-    """Fig. 7 and Fig. 8 of the first seed, of which all networks are there."""
-    seed = args.seeds[0]
-    for figure in ("fig7", "fig8"):
-        out = args.work / "probe" / f"{figure}-{seed}"
-        networks = [args.work / "rec" / f"{name}-{seed}" for name in FIGURES[figure]]
-        jobs.once(out.with_name(out.name + ".json"), out.with_suffix(".log"), "selfsup.probe", figure, "--rec",
-                  *networks, "--hr", args.work / "held-photos", "--vgg-weights", args.vgg_weights, "--out", out)
+def pretrain(args, network, seed):
+    """RESULTS/rec-<network>-<seed>.json: how well it reconstructs held-out photographs."""
+    out, words = args.work / "rec" / f"{network}-{seed}", [*flags(args, "pretrain"), *shlex.split(NETWORKS[network])]
+    if not (out / "weights" / "rec.pth").exists():
+        call(args, out.with_suffix(".log"), "selfsup.pretrain", "--hr", args.work / "hr", "--vgg-weights",
+             args.vgg_weights, *words, "--seed", seed, "--device", args.device, "--out", out, "--resume", "auto")
+    held_out = rec.load_reconstruction(out)[1]["held_out"]
+    runs.save_json(args.results / f"rec-{network}-{seed}.json", {"pretrain": words, **held_out})
 
 
 def score(args, folder, out, *row):
     """evaluate.py's JSON of one row on a folder of pairs: "--weights" PATH or "--images" DIR, and further flags."""
-    if not out.exists():
-        vgg = [f"vgg={args.vgg_weights}"] if "vgg" in args.metrics else []
-        jobs.call(out.with_suffix(".log"), "evaluate.py", "--protocol", "whole-y", *row, "--baselines",
-                  "--lq", folder / "lq", "--gt", folder / "gt", "--metrics", *args.metrics,
-                  "--metric-weights", *args.metric_weights, *vgg, "--out-json", out,
-                  "--cache", args.work / "evaluation-cache")
+    files = [word for word in args.metric_weights if word.partition("=")[0] in args.metrics]
+    files += [f"vgg={args.vgg_weights}"] if "vgg" in args.metrics else []
+    call(args, out.with_suffix(".log"), "evaluate.py", "--protocol", "whole-y", *row, "--baselines",
+         "--lq", folder / "lq", "--gt", folder / "gt", "--metrics", *args.metrics, "--metric-weights", *files,
+         "--out-json", out, "--device", args.device, "--cache", args.work / "evaluation-cache")
     return json.loads(out.read_text())
 
 
-def tune_and_score(args, domain, name, seed, sr=None):
-    """name: of FINETUNE; sr: another network to adapt, "compact"."""
-    network, switches = FINETUNE[name]
-    row = f"{name}, {sr}" if sr else name
-    out = args.work / "tuned" / f"{domain}-{row.replace(', ', '-')}-{seed}"
-    jobs.call(out.with_suffix(".log"), "selfsup.finetune", "--rec", args.work / "rec" / f"{network}-{seed}",
-              "--sr", args.compact if sr else args.sr, "--lr-dir", args.work / domain / "lq",
-              "--vgg-weights", args.vgg_weights, *shlex.split(args.finetune), *shlex.split(switches),
-              "--seed", seed, "--out", out, "--resume", "auto")
-    score(args, args.work / domain, scores_file(args, domain, row, seed), "--weights", out, "--precision", "bf16")
+def add_row(args, domain, row, seed, *words, **more):
+    """Judge a row, and write its file of RESULTS."""
+    file = row_file(args, domain, row, seed)
+    judged = score(args, args.work / domain, args.work / "scores" / file.name, *words)
+    scores, = judged["scores"].values()
+    runs.save_json(file, {"domain": domain, "row": row, "seed": seed, **more, "scores": scores,
+                          **{key: judged[key] for key in (*jobs.MADE_BY, "lower_is_better")}})
 
 
-def scores_file(args, domain, row, seed):
-    return args.work / "scores" / f"{domain}-{row.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+def add_start(args, domain, row, sr):
+    """The network before tuning; its outputs are kept for the controls."""
+    add_row(args, domain, row, 0, "--weights", sr, "--precision", "bf16", "--names", "start", "--save",
+            args.work / "outputs" / domain / row.replace(", ", "-"))
 
 
-def score_start(args, domain, row, sr):
-    """The network before tuning. -> its result; its outputs are kept for the controls."""
-    return score(args, args.work / domain, scores_file(args, domain, row, 0), "--weights", sr, "--precision", "bf16",
-                 "--names", "start", "--save", args.work / "outputs" / domain / row.replace(", ", "-"))
+def tuned(args, domain, row, seed):
+    return args.work / "tuned" / f"{domain}-{row.replace(', ', '-')}-{seed}"
+
+
+def tune(args, domain, row, seed):
+    """Adapt the network, judge it."""
+    network, words = SCALES[args.scale]["rows"][row]
+    out, words = tuned(args, domain, row, seed), [*flags(args, "finetune"), *shlex.split(words)]
+    call(args, out.with_suffix(".log"), "selfsup.finetune", "--rec", args.work / "rec" / f"{network}-{seed}", "--sr",
+         args.compact if "compact" in row else args.sr, "--lr-dir", args.work / domain / "lq", "--vgg-weights",
+         args.vgg_weights, *words, "--seed", seed, "--device", args.device, "--out", out, "--resume", "auto")
+    log = (out / "log.txt").read_text(encoding="utf-8")
+    moved = re.findall(r"movement of the averaged weights: ([\d.e-]+)", log)
+    if not moved:
+        raise runs.UserError(f"{out}: the tuning was stopped; the same command continues")
+    add_row(args, domain, row, seed, "--weights", out, "--precision", "bf16", finetune=words, network=network,
+            movement=float(moved[-1]))
 
 
 def controls(args, domain):
     """The start's outputs under a blur, and under an unsharp mask, of the strength whose mean PSNR is nearest to that
     of "both"; both are scored like networks."""
-    score_start(args, domain, "before", args.sr)
+    both = row_file(args, domain, "both", args.seeds[0])
+    if not both.exists() or row_file(args, domain, "unsharp control", 0).exists():
+        return
     outputs = args.work / "outputs" / domain / "before" / "start"
-    goal = json.loads(scores_file(args, domain, "both", args.seeds[0]).read_text())["mean"]
-    goal = next(iter(goal.values()))["psnr"]
-    gt = {stem: load_image(path)[None].float() / 255 for stem, path in list_images(args.work / domain / "gt").items()}
-    start = {stem: load_image(outputs / f"{stem}.png")[None].float() / 255 for stem in gt}
+    if not outputs.exists():
+        add_start(args, domain, "before", args.sr)
+    goal = np.mean([values["psnr"] for values in json.loads(both.read_text())["scores"].values()])
+    device = runs.start_world(args.device, 0 if args.scale == "gpu" else 1).device
+
+    def read(folder):
+        return {stem: load_image(path)[None].to(device).float() / 255 for stem, path in list_images(folder).items()}
+    gt = read(args.work / domain / "gt")
+    start = read(outputs)
 
     def blurred(image, sigma):
         return degradations.to_8bit(degradations.blur(image, degradations.gaussian_kernel(21, sigma)))
     for name, change, strengths in (("blur control", blurred, SIGMAS), ("unsharp control", metrics.unsharp, AMOUNTS)):
         def psnr(strength, change=change):
-            values = [metrics.psnr(metrics.luma(change(start[stem], strength)), metrics.luma(gt[stem]), 0).item()
-                      for stem in gt]
-            return np.mean(values)
-        best = min(strengths, key=lambda strength: abs(psnr(strength) - goal))
+            return np.mean([metrics.psnr(metrics.luma(change(start[stem], strength)), metrics.luma(gt[stem]), 0).item()
+                            for stem in gt])
+        reached = {strength: psnr(strength) for strength in strengths}
+        best = min(strengths, key=lambda strength: abs(reached[strength] - goal))
         folder = args.work / "outputs" / domain / name.replace(" ", "-")
         for stem in gt:
             save_image(folder / f"{stem}.png", change(start[stem], best)[0])
-        runs.save_json(folder.with_suffix(".json"), {"strength": best, "psnr": psnr(best), "goal": goal})
-        score(args, args.work / domain, scores_file(args, domain, name, 0), "--images", folder)
+        add_row(args, domain, name, 0, "--images", folder, strength=best, psnr=reached[best], goal=goal)
 
 
 def precision(args):
-    """Start and "both" in fp32 and bf16 on the first images of "inside". -> {row: {metric: largest difference}}"""
+    """RESULTS/precision.json: {row: {metric: largest difference}} of start and "both" in fp32 and bf16."""
+    seed, differences = args.seeds[0], {}
     names = sorted(list_images(args.work / "inside" / "lq"))[:IN_FP32]
     only = args.work / "in-fp32.txt"
     only.write_text("".join(f"{name}\n" for name in names))
-    differences, seed = {}, args.seeds[0]
-    for row, weights in (("before", args.sr), ("both", args.work / "tuned" / f"inside-both-{seed}")):
-        exact = score(args, args.work / "inside", args.work / "scores" / f"fp32-{row}.json", "--weights", weights,
-                      "--only", only)
-        exact, = exact["scores"].values()
-        rounded = json.loads(scores_file(args, "inside", row, 0 if row == "before" else seed).read_text())
-        rounded, = rounded["scores"].values()
-        differences[row] = {m: max(abs(exact[name][m] - rounded[name][m]) for name in names) for m in args.metrics}
-    runs.save_json(args.work / "precision.json", differences)
+    for row, weights in (("before", args.sr), ("both", tuned(args, "inside", "both", seed))):
+        file = row_file(args, "inside", row, 0 if row == "before" else seed)
+        if file.exists() and weights.exists():
+            exact, = score(args, args.work / "inside", args.work / "scores" / f"fp32-{row}.json", "--weights", weights,
+                           "--only", only)["scores"].values()
+            rounded = json.loads(file.read_text())["scores"]
+            differences[row] = {m: max(abs(exact[name][m] - rounded[name][m]) for name in names) for m in args.metrics}
+    runs.save_json(args.results / "precision.json", differences)
 
 
-def rows_of(args, domain):
-    """[(row, seeds)] of the domain's table."""
-    names = ON_REALSR if domain == "realsr" else FINETUNE
-    rows = [("before", [0]), *((name, seeds_of(args, name)) for name in names), ("blur control", [0]),
-            ("unsharp control", [0])]
-    return rows + ([("before, compact", [0]), ("both, compact", args.seeds[:1])] if domain == "inside" else [])
+def probe(args, figure, network):
+    """RESULTS/<figure>-<network>-<seed>.json and its plot."""
+    name = f"{network}-{args.seeds[0]}"
+    file, net = args.results / f"{figure}-{name}.json", args.work / "rec" / name
+    if (net / "weights" / "rec.pth").exists() and not file.exists():
+        call(args, args.work / "probe" / f"{figure}-{name}.log", "selfsup.probe", figure, "--rec", net, "--hr",
+             args.work / "held-photos", "--crops", SCALES[args.scale]["crops"], "--vgg-weights", args.vgg_weights,
+             "--device", args.device, "--out", file.with_suffix(""))
 
 
-def compare(args, domain):
-    """Scores of all rows of a domain, and their differences."""
-    values, movement = {}, {}
-    for row, seeds in rows_of(args, domain):
-        results = [json.loads(scores_file(args, domain, row, seed).read_text()) for seed in seeds]
-        lower = results[0]["lower_is_better"]
-        images = [next(iter(result["scores"].values())) for result in results]
-        stems = sorted(images[0])
-        # (seeds, images, metrics)
-        values[row] = np.array([[[scores[stem][m] for m in lower] for stem in stems] for scores in images])
-        logs = [args.work / "tuned" / f"{domain}-{row.replace(', ', '-')}-{seed}" / "log.txt" for seed in seeds]
-        moved = [re.findall(r"movement of the averaged weights: ([\d.e-]+)", log.read_text())[-1]
-                 for log in logs if log.exists()]
-        movement |= {row: [float(text) for text in moved]} if moved else {}
-    pairs = [*((row, "before") for row in values if row in FINETUNE), *PAIRS, ("both, compact", "before, compact")]
-    differences = {}
-    for a, b in (pair for pair in pairs if set(pair) <= set(values)):
-        count = len(values[a]) if b in CONTROLS else min(len(values[a]), len(values[b]))
-        # a control is the same for every seed
-        second = values[b].repeat(count, 0) if b in CONTROLS else values[b][:count]
-        differences[f"{a} - {b}"] = {m: tables.difference(values[a][:count, :, k], second[..., k])
-                                     for k, m in enumerate(lower)}
-    return {"images": len(stems), "metrics": list(lower), "lower_is_better": lower, "movement": movement,
-            "mean": {name: v.mean((0, 1)).tolist() for name, v in values.items()},
-            "seed_means": {name: v.mean(1).tolist() for name, v in values.items() if len(v) > 1},
-            "differences": differences}
+def can_draw():
+    """Is matplotlib there? A machine of make gpu may lack it: then there are no probes."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError:
+        print("no matplotlib: no Fig. 7 and 8")
+        return False
+    return True
 
 
-def events(folder, split):
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [event for event in lines if event["split"] == split]
-
-
-def probed(args, figure, seed, keys):
-    """{line or network: its `keys`} of the probe of Fig. 7 or Fig. 8."""
-    lines = json.loads((args.work / "probe" / f"{figure}-{seed}.json").read_text())["lines"]
-    return {name: {key: values[key] for key in keys} for name, values in lines.items()}
-
-
-def report(args):
-    summary = {"command": sys.argv, **runs.describe_machine(), "seeds": args.seeds, "pretrain": args.pretrain,
-               "finetune": args.finetune, "sets": {domain: compare(args, domain) for domain in (*DOMAINS, "realsr")},
-               "precision": json.loads((args.work / "precision.json").read_text())}
-    for figure, keys in (("fig7", ("half_minus_clean", "psnr", "distance", "photos", "crops")),
-                         ("fig8", ("auc", "photos", "crops", "far_enc"))):
-        summary[figure] = [probed(args, figure, args.seeds[0], keys)]
-    summary["pretraining"] = {f"{name}-{seed}": events(args.work / "rec" / f"{name}-{seed}", "val")[-1]
-                              for name in PRETRAIN for seed in seeds_of(args, name)}
-    runs.save_json(args.results.with_suffix(".json"), summary)
-    draw(summary, args.results)
-    print(markdown_tables(summary))
-
-
-def without_seed(lines):
-    """A line of Fig. 7 is called <network>-<seed>, <rule>, and one of Fig. 8 <network>-<seed>."""
-    parted = [(*line.partition(","), values) for line, values in lines.items()]
-    return {f"{network.rpartition('-')[0]}{comma}{rule}": values for network, comma, rule, values in parted}
-
-
-def draw(summary, results):
-    """STEM-fig7.png and the others of FIGURES, with all seeds."""
-    shares = np.linspace(0, 1, 11).tolist()
-    for figure, names in FIGURES.items():
-        by_seed = [{name: values for name, values in without_seed(lines).items() if name.partition(",")[0] in names}
-                   for lines in summary[figure.partition("-")[0]]]
-        if not all(by_seed):
-            continue
-        path = results.with_name(f"{results.name}-{figure}.png")
-        if figure.startswith("fig7"):
-            distance = shlex.split(summary["pretrain"])
-            more = {"i": shares, "distance_name": distance[distance.index("--distance") + 1]}
-            probes.draw7(path, [{name.replace("-noise1", ", noise 1"): values | more
-                                 for name, values in lines.items()} for lines in by_seed])
-        else:
-            probes.draw_areas(path, {NETWORKS[name]: [lines[name]["auc"] for lines in by_seed] for name in names})
-
-
-def markdown_tables(summary):
-    """The results as Markdown: scores and differences, pre-trainings, Fig. 7, Fig. 8."""
-    parts = [f"{folder}, {values['images']} images\n\n{jobs.metric_tables(values)}"
-             for folder, values in summary["sets"].items()]
-    seeds = [f"seed {seed}" for seed in summary["seeds"]][:len(summary["fig7"])]
-
-    checks = summary["pretraining"]
-    names = [f"{metric}{end}" for metric in ("psnr", "percep") for end in ("", "_shuffled", "_bicubic")] + ["explained"]
-    rows = [[network, *(f"{values[name]:.4g}" if name in values else "" for name in names)]
-            for network, values in checks.items()]
-    parts.append(runs.markdown(["pre-training", *names], rows))
-
-    def with_interval(values, form):
-        value, low, high = (format(v, form) for v in values)
-        return f"{value} [{low}, {high}]"
-
-    lines = [without_seed(lines) for lines in summary["fig7"]]
-    rows = [[name, *(with_interval(of_seed[name]["half_minus_clean"], "+.2f") for of_seed in lines)]
-            for name in lines[0]]
-    parts.append(runs.markdown(["PSNR of half a blur minus that of the true image, dB", *seeds], rows))
-
-    for network in [name.rsplit("-", 1)[0] for name in summary["fig8"][0]]:
-        areas = [of_seed[f"{network}-{seed}"]["auc"] for seed, of_seed in zip(summary["seeds"], summary["fig8"])]
-        rows = [[degradation, *(with_interval(area[degradation], ".3f") for area in areas)]
-                for degradation in areas[0]]
-        parts.append(runs.markdown([f"area under the ROC curve of FAR, {network}", *seeds], rows))
-    return "\n\n".join(parts)
+def rehearsal(folder):
+    """Flags for the whole queue on a CPU with a small network and parts of scikit-image's photographs, made here."""
+    for k, name in enumerate(("astronaut", "coffee", "chelsea", "astronaut")):
+        image = demo_set.load_photo(name)[:, 100:228, 64 * k:64 * k + 128]
+        save_image(folder / "photos" / f"{k}.png", image)
+        save_image(folder / "realsr" / f"{k}_HR.png", image)
+        save_image(folder / "realsr" / f"{k}_LR.png", degradations.to_8bit(torch.nn.functional.avg_pool2d(image, 4)))
+    torch.manual_seed(0)
+    runs.save_weights(folder / "start.pth", archs.create("compact-small").state_dict())
+    return ["--scale", "rehearsal", "--photos", folder / "photos", "--test", folder / "photos", "--realsr",
+            folder / "realsr", "--sr", folder / "start.pth", "--work", folder / "self_supervision"]
 
 
 def main(args):
     if args.redraw:
-        draw(json.loads(args.redraw.read_text()), args.redraw.with_suffix(""))
+        selfsup_report.draw(json.loads(args.redraw.read_text()), args.redraw.with_suffix(""))
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    for flag, file in (("--vgg-weights", args.vgg_weights), ("--sr", args.sr), ("--compact", args.compact)):
-        if not file.is_file():
-            raise runs.UserError(f"{flag} {file}: no such file; --help says what makes it")
-    domains = (*DOMAINS, "realsr")
+    if args.scale == "cpu":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+    def every(tasks):
+        """One after the other in this process: selfsup's scripts handle signals, which threads cannot."""
+        if args.scale == "cpu":
+            return jobs.parallel(args.jobs, tasks)
+        for task in tasks:
+            task()
+    missing = [task for task in plan(args) if not row_file(args, *task).exists()]
+    domains = list(dict.fromkeys(domain for domain, *_ in plan(args)))
+    compact = [args.compact] if any("compact" in row for _, row, _ in plan(args)) else []
+    if args.stages != ["report"]:
+        for path in [args.vgg_weights, args.sr, *compact]:
+            if not path.exists():
+                raise runs.UserError(f"{path}: not there; --help says which flag names another, and what makes it")
     if "data" in args.stages:
         prepare(args)
     if "pretrain" in args.stages:
-        jobs.parallel(args.jobs, [partial(pretrain, args, name, seed)
-                                  for name in PRETRAIN for seed in seeds_of(args, name)])
-    if "probe" in args.stages:
-        probe(args)
+        needed = [(SCALES[args.scale]["rows"][row][0], seed) for _, row, seed in missing]
+        every([partial(pretrain, args, *task) for task in dict.fromkeys(needed)])
     if "tune" in args.stages:
-        tasks = [partial(score_start, args, domain, "before", args.sr) for domain in domains]
-        tasks += [partial(tune_and_score, args, domain, name, seed) for domain in domains
-                  for name in (ON_REALSR if domain == "realsr" else FINETUNE) for seed in seeds_of(args, name)]
-        tasks += [partial(score_start, args, "inside", "before, compact", args.compact),
-                  partial(tune_and_score, args, "inside", "both", args.seeds[0], "compact")]
-        jobs.parallel(args.jobs, tasks)
+        starts = [(domain, "before", args.sr) for domain in domains]
+        starts += [("inside", "before, compact", path) for path in compact]
+        every([*(partial(add_start, args, *start) for start in starts
+                 if not row_file(args, *start[:2], 0).exists()), *(partial(tune, args, *task) for task in missing)])
     if "controls" in args.stages:
         for domain in domains:
             controls(args, domain)
-    if "precision" in args.stages:
+    if "precision" in args.stages and "inside" in domains:
         precision(args)
+    if "probe" in args.stages and can_draw():
+        scale = SCALES[args.scale]
+        every([partial(probe, args, figure, network) for figure in ("fig7", "fig8") for network in scale[figure]])
     if "report" in args.stages:
-        report(args)
+        selfsup_report.report(args, flags(args, "pretrain"), flags(args, "finetune"))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,15 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vP*X"
 
 
+def is_there():
+    """Is matplotlib there? A machine of make gpu may lack it: then numbers are all it leaves."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def figure(rows=1, columns=1, height=4.0, width=WIDTH, **options):
     """-> (figure, axes) of pyplot.subplots. height, width: inches; options: further ones of pyplot.subplots."""
     import matplotlib

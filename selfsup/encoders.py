@@ -21,20 +21,22 @@ CLIP_URL = ("https://openaipublic.azureedge.net/clip/models/"
 
 
 def open_frozen(device, distance, vgg_stages=5, far_enc=None, far_layer="layer1", vgg_weights=None, clip_weights=None,
-                far_sr=None):
+                far_sr=None, precision="fp32"):
     """-> distance of L_rec, distance of HQI, established encoder of FAR (None without far_enc).
 
     distance, vgg_stages: see metrics.create_distances; far_enc, far_layer: see create_encoder. vgg_weights,
     clip_weights: files instead of downloads; far_sr: file or run folder of the x4 network of far_enc "sr".
     """
+    def placed(net):
+        return net.to(device, memory_format=archs.memory_format(net, precision))
     distances = metrics.create_distances(distance, vgg_weights, vgg_stages)
     if far_enc is None:
-        return *(d.to(device) for d in distances), None
+        return *map(placed, distances), None
     if far_enc == "sr" and far_sr is None:
         raise runs.UserError("--far-sr PATH is needed: FAR looks at the features of this network")
     sr = archs.load_x4(far_sr, "--far-sr")[0] if far_enc == "sr" else None
     encoder = create_encoder(far_enc, far_layer, vgg_weights, clip_weights, sr)
-    return *(d.to(device) for d in distances), encoder.to(device)
+    return *map(placed, distances), placed(encoder)
 
 
 def hashes_of(*nets):

@@ -17,11 +17,10 @@ from pathlib import Path
 import runs
 from selfsup import options
 
-# CHOICE: sized so that all stages end within three minutes on two cores. Forced, since the demo's network ends 0.25 dB
-# below bicubic down-sampling on its one held-out photograph, which is dark: the log says so
+# CHOICE: sized so that all stages end within three minutes on two cores
 DEMO = dict(rec=options.DEMO_REC, sr=options.DEMO_SR, out=options.DEMO_TUNED, lr_dir=options.DEMO_DOMAIN / "lq",
             gt_dir=options.DEMO_DOMAIN / "gt", patch=16, batch_size=4, lr=5e-5, total_steps=60, ema_decay=0.9,
-            log_every=20, save_every=30, val_every=30, watch=["piqe"], workers=0, threads=1, force=True)
+            log_every=20, save_every=30, val_every=30, watch=["piqe"], workers=0, threads=1)
 
 
 def parse_args(argv=None):
@@ -67,6 +66,8 @@ def parse_args(argv=None):
     if p.parse_known_args(argv)[0].demo:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
+    # a shortened demo shows that the stages fit together: its networks have learned nothing
+    args.force = args.force or args.demo and args.total_steps != DEMO["total_steps"]
     for flag, value in (("--sr", args.sr), ("--lr-dir", args.lr_dir)):
         if value is None:
             p.error(f"{flag} is needed")
@@ -263,9 +264,10 @@ def main(args):
     far_enc = settings["far_enc"] if far else None
     distance, hqi, encoder = encoders.open_frozen(world.device, settings["distance"], settings["vgg_stages"],
                                                   far_enc, settings["far_layer"], args.vgg_weights,
-                                                  args.clip_weights, args.far_sr)
+                                                  args.clip_weights, args.far_sr, args.precision)
     encoders.check_weights(settings, distance, hqi, encoder)
-    judge = Judge(net.to(world.device), distance, hqi, encoder, s_rule, (settings["mean_d"], 0.0), settings["offdiag"],
+    net = net.to(world.device, memory_format=archs.memory_format(net, args.precision))
+    judge = Judge(net, distance, hqi, encoder, s_rule, (settings["mean_d"], 0.0), settings["offdiag"],
                   args.hf)
     followed = {name: settings[name] for name in ("distance", "vgg_stages", "far_enc", "far_layer", "offdiag", "n_std")}
     fixed_here = {"percep": rec.PERCEP, "far_path": FAR_PATH, "far_rho": FAR_RHO, "clip_grad": CLIP_GRAD,
@@ -317,7 +319,7 @@ def adapt(args, record, world, seeds, autocast, judge, sets, gts, out, resume, s
     items = [(checked.path(stem), gts.get(stem)) for stem in checked.stems]
     image_metrics = watched_metrics(args.watch, gts, judge.distance, device)
 
-    base = base.to(device)
+    base = base.to(device, memory_format=archs.memory_format(base, args.precision))
     if hasattr(base, "drop_path"):
         # CHOICE: nothing random in M
         base.drop_path = 0.0

@@ -173,9 +173,11 @@ class Reconstruction(nn.Module):
     width: channels of all three networks; blocks: residual blocks of E_deg, E_img and R; dim: length of the embedding;
     image_encoder=False: R sees the HR image itself (LWAY). bands: BandEncoder for E_deg.
     far_channels: channels of the established encoder's features, 0 for no FAR.
-    skip: the reconstruction is the mean of every 4 x 4 pixels of the HR image plus R (CHOICE). It begins near this
-    mean, so colours are right from the start; without it they are off by a grey level or more, and the adapted
-    network's colours drift. Neither paper has it; files of earlier commits are without.
+    skip: the reconstruction is the mean of every 4 x 4 pixels of the HR image plus what R adds beyond its own mean over
+    the image (CHOICE). Colours are right by construction, since blur, down-sampling, noise and JPEG keep an image's
+    mean; R's mean is off by half a grey level on photographs darker than those it has seen, and without the skip by a
+    grey level or more, so that the adapted network's colours drift. Neither paper has it; files of earlier commits are
+    without.
     """
 
     def __init__(self, width=64, blocks=(16, 6, 4), dim=512, image_encoder=True, far_channels=0, bands=False,
@@ -205,7 +207,8 @@ class Reconstruction(nn.Module):
         e_d, e_im = self.e_deg(lq), self.e_img(hr)
         lq_again = self.r(e_im, s * (e_d.roll(1, 0) if shuffle else e_d), noise)
         if self.skip:
-            lq_again = F.avg_pool2d(hr.float(), 4) + lq_again.float()
+            lq_again = lq_again.float()
+            lq_again = F.avg_pool2d(hr.float(), 4) + lq_again - lq_again.mean((2, 3), keepdim=True)
         if e_clip is None:
             return lq_again, None
         e_im, e_clip = e_im.detach() if path == "cl" else e_im, e_clip.detach() if path == "im" else e_clip

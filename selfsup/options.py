@@ -116,7 +116,8 @@ def add_training(p):
     g = add_machine(p)
     g.add_argument("--workers", type=runs.COUNT, default=4, help="data processes per GPU")
     g.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
-                   help="bf16 keeps losses, Gram matrices and weights in fp32")
+                   help="bf16: networks compute in it, with channels last; weights, Gram matrices and the sums of the "
+                        "losses stay in fp32")
     g = p.add_argument_group("output")
     g.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: see above")
     g.add_argument("--resume", nargs="?", const="must", default="no", choices=["must", "auto", "no"],

@@ -31,7 +31,7 @@ SIZES = {
 # CHOICE: sized so that all stages end within three minutes on two cores
 DEMO = dict(hr=options.DEMO_SET, out=options.DEMO_REC, patch=16, load_size=96, degradation="blur", batch_size=4,
             group_size=2, val_photos=1, size="tiny", deg_enc="bands", distance="proxy", far_enc="rand", lr=2e-3,
-            total_steps=1000, ema_decay=0.97, log_every=250, save_every=250, val_every=500, workers=0, threads=1)
+            total_steps=1250, ema_decay=0.97, log_every=250, save_every=250, val_every=250, workers=0, threads=1)
 
 
 def parse_args(argv=None):
@@ -55,8 +55,8 @@ def parse_args(argv=None):
     g.add_argument("--deg-enc", choices=["conv", "bands"], default="conv",
                    help="degradation encoder: convolutions (PAPER) or, for short runs, strengths of bands (CHOICE)")
     g.add_argument("--skip", action=argparse.BooleanOptionalAction, default=True,
-                   help="X^ = mean of every 4 x 4 pixels of Y, plus R (CHOICE), so that R's colours are right and it "
-                        "begins as a down-sampling; PAPER and LWAY: X^ = R")
+                   help="X^ = mean of every 4 x 4 pixels of Y, plus R less its mean (CHOICE), so that colours are "
+                        "right and it begins as a down-sampling; PAPER and LWAY: X^ = R")
     g.add_argument("--distance", choices=["lpips", "vgg", "proxy"], default="lpips",
                    help="perceptual part of L_rec and distance of the controller: lpips (LWAY; CHOICE: VGG for L_rec, "
                         "AlexNet for the controller), vgg: cosine of VGG19's features, proxy: no weights")
@@ -105,6 +105,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+import archs
 import data
 import metrics
 from selfsup import encoders
@@ -191,7 +192,7 @@ def main(args):
         options.make_demo_start([args.hr], world, args.device)
     far_enc = args.far_enc if args.far else None
     distance, hqi, encoder = encoders.open_frozen(device, args.distance, args.vgg_stages, far_enc, FAR_LAYER,
-                                                  args.vgg_weights, args.clip_weights, args.far_sr)
+                                                  args.vgg_weights, args.clip_weights, args.far_sr, args.precision)
     looked_through = encoders.hashes_of(distance, hqi, encoder)
     sets, val_sets = data.find_photos(args.hr, "--hr").hold_out(args.val_photos, seeds(0, 0, "val-photos"))
 
@@ -216,7 +217,8 @@ def main(args):
     run.pin(skip=skip)
     sizes = {**size, "image_encoder": args.arch == "hra", "far_channels": encoder.channels if args.far else 0,
              "bands": args.deg_enc == "bands", "skip": skip}
-    raw = rec.Reconstruction(**sizes).to(device)
+    raw = rec.Reconstruction(**sizes)
+    raw = raw.to(device, memory_format=archs.memory_format(raw, args.precision))
     ema = copy.deepcopy(raw).eval().requires_grad_(False)
     # two groups, as the checkpoints of earlier commits have them
     others = [p for name, p in raw.named_parameters() if not name.startswith("e_deg.")]
@@ -253,7 +255,7 @@ def main(args):
 
     def far_weight():
         return balance[0] / balance[1] if args.lambda_pt == "auto" else args.lambda_pt
-    stop = runs.StopSignal(world)
+    stop, held = runs.StopSignal(world), None
     for step in run.steps(args.total_steps):
         with meter.waiting():
             batch = next(batches)
@@ -261,11 +263,11 @@ def main(args):
         for group in opt.param_groups:
             group["lr"] = lr
         lq, hr = pairs(step, lanes, batch)
-        d = rec.hqi_distance(hqi, lq, hr) if args.s_rule != "one" else None
         noise = rec.noise_maps(raw, [seeds(step, lane, "noise") for lane in lanes], lq.shape[2:], device)
         with autocast():
-            s = 1.0
-            if d is not None:
+            s, d = 1.0, None
+            if args.s_rule != "one":
+                d = rec.hqi_distance(hqi, lq, hr)
                 n = rec.embedding_noise(raw, [seeds(step, lane, "n") for lane in lanes], args.n_std, device)
                 s = rec.controller(args.s_rule, d, n, pretrain=True)
             with torch.no_grad():
@@ -294,15 +296,16 @@ def main(args):
         if due(step, args.save_every) or stopping:
             save(step)
         if due(step, args.val_every):
-            values = check(ema)
-            run.say(f"step {step} held out: {' '.join(f'{k} {v:.4g}' for k, v in values.items())}{warnings(values)}")
-            run.event(step, "val", **values)
+            held = check(ema)
+            run.say(f"step {step} held out: {' '.join(f'{k} {v:.4g}' for k, v in held.items())}{warnings(held)}")
+            run.event(step, "val", **held)
         if stopping and step < args.total_steps:
             run.say(f"stopped by a signal at step {step}; continue with --resume")
             return
     file = args.out / "weights" / "rec.pth"
     if world.is_main and not file.exists():
-        held = check(ema)
+        # of the last step; None where a finished run has lost its file
+        held = held or check(ema)
         as_given = ("s_rule", "distance", "vgg_stages", "degradation", "patch", "load_size", "n_std")
         settings = {"sizes": sizes, **{name: getattr(args, name) for name in as_given},
                     "lambda_pt": float(far_weight()) if args.far else args.lambda_pt, "offdiag": OFFDIAG,

@@ -384,6 +384,7 @@ def test_the_verdict_names_a_fooled_reward_and_structured_noise():
 
 @pytest.mark.fast
 @pytest.mark.parametrize("more, message", [
+    (["--base", "/nowhere"], "--base /nowhere: no such run folder or weights file; "),
     (["--reward", "piqe"], "--reward piqe: no usable gradient"),
     (["--watch", "musik"], "--watch musik: this is unknown"),
     (["--d-init", "/nowhere.pth", "--lambda-a", "0.1"], "/nowhere.pth: no such weights"),
@@ -412,7 +413,6 @@ def test_another_base_cannot_be_resumed(base, tmp_path):
     (["--rank", "0"], "--rank: 0: must be at least 1"), (["--lambda-q", "much"], "invalid number value: 'much'"),
     (["--reward", "none", "--lambda-q", "auto"], "it needs a --reward"),
     (["--reward", "none", "--stop-gain", "3"], "--stop-gain looks at the reward"),
-    (["--base", "runs/nowhere"], "--base runs/nowhere: no such run folder or weights file; "),
     (["--arch", "rrdbnet-small", "--reward", "none", "--lambda-a", "0.2"], "-small-amo: no run there whose reward")])
 def test_flags_are_checked_at_once(words, message, capsys):
     with pytest.raises(SystemExit):

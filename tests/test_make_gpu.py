@@ -13,14 +13,19 @@ from experiments import gpu
 LACKING = ("pyiqa", "lpips", "pyvips", "spandrel", "diffusers", "loralib", "icecream", "playwright")
 
 
+def rehearse(folder, *words, lacking=LACKING):
+    """experiments.gpu on this CPU, into FOLDER/out, where the packages `lacking` cannot be imported."""
+    for name in lacking:
+        (folder / "absent" / name).mkdir(parents=True)
+        (folder / "absent" / name / "__init__.py").write_text(f"raise ImportError('no {name} here')\n")
+    environment = os.environ | {"PYTHONPATH": str(folder / "absent"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.run(runs.python("experiments.gpu", "--device", "cpu", "--out", folder / "out", *words),
+                          capture_output=True, text=True, cwd=runs.REPO, env=environment)
+
+
 @pytest.mark.slow
 def test_the_rehearsal_measures_everything_without_optional_packages(tmp_path):
-    for name in LACKING:
-        (tmp_path / "absent" / name).mkdir(parents=True)
-        (tmp_path / "absent" / name / "__init__.py").write_text(f"raise ImportError('no {name} here')\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "absent"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(runs.python("experiments.gpu", "--device", "cpu", "--minutes", 10, "--out", tmp_path / "out"),
-                          capture_output=True, text=True, cwd=runs.REPO, env=environment)
+    done = rehearse(tmp_path, "--minutes", 10)
     log = (tmp_path / "out" / "log.txt").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log[-3000:]
     found = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in gpu.JOBS}
@@ -54,14 +59,43 @@ def test_a_part_that_fails_or_does_not_fit_costs_itself_alone(tmp_path, capsys):
 
 
 def test_an_experiment_runs_by_name_with_flags_that_exist(tmp_path, monkeypatch):
-    for name, (module, words) in gpu.EXPERIMENTS.items():
-        module = importlib.import_module(f"experiments.{module}")
+    for name, (script, words) in gpu.EXPERIMENTS.items():
+        module = importlib.import_module(f"experiments.{script}")
         assert name not in gpu.JOBS and module.parse_args(words).scale == "gpu"
         given = []
         monkeypatch.setattr(module, "main", given.append)
-        args = gpu.parse_args(["--job", name, "--only", name, "--out", str(tmp_path), "--device", "cpu"])
-        report = gpu.Report(tmp_path / f"{name}.json", 100)
-        gpu.job_experiment(args, report, tmp_path)
-        assert given[0].results == tmp_path / name / "rows" and given[0].device == "cpu"
-        assert "rows" in report.record
+        for device in ("cuda", "cpu"):
+            args = gpu.parse_args(["--job", name, "--only", name, "--out", str(tmp_path), "--device", device])
+            report = gpu.Report(tmp_path / f"{name}.json", 100)
+            gpu.job_experiment(args, report, tmp_path)
+            assert given[-1].results == tmp_path / name and given[-1].device == device and "rows" in report.record
+        assert given[0].scale == "gpu"
         assert gpu.summary(tmp_path, []) == [] and name in (tmp_path / "summary.md").read_text()
+
+
+def test_experiments_on_cuda_want_the_real_vgg19(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = gpu.parse_args(["--only", "selfsup"])
+    with pytest.raises(runs.UserError, match="runs/vgg19.pth: experiments need VGG19"):
+        gpu.prepare(args, tmp_path / "work")
+
+
+@pytest.mark.slow
+def test_the_rehearsal_of_self_supervision_leaves_every_row_without_optional_packages(tmp_path):
+    done = rehearse(tmp_path, "--only", "selfsup", "--minutes", 10, lacking=(*LACKING, "matplotlib"))
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "out" / "log.txt").read_text()[-3000:]
+    rows = {"inside": {"both", "baseline", "controller", "FAR", "flipped"}, "realsr": {"both", "baseline"},
+            "outside": {"both"}}
+    results = tmp_path / "out" / "selfsup"
+    for domain, names in rows.items():
+        files = {json.loads(file.read_text())["row"] for file in results.glob(f"{domain}-*.json")}
+        assert files == names | {"before", "blur control", "unsharp control"}
+    summary = json.loads((results / "selfsup.json").read_text())
+    assert summary["pretraining"].keys() == {"FAR-0", "both-0"} and summary["precision"].keys() == {"before", "both"}
+    row = json.loads((results / "inside-controller-0.json").read_text())
+    # two steps of 5e-6, averaged with 0.999
+    assert row["network"] == "both" and "--no-far" in row["finetune"] and 0 < row["movement"] < 1e-5
+    mean = [values["vgg"] for values in row["scores"].values()]
+    column = summary["sets"]["inside"]["metrics"].index("vgg")
+    assert summary["sets"]["inside"]["mean"]["controller"][column] == pytest.approx(sum(mean) / len(mean))
+    assert set(summary["sets"]["inside"]["metrics"]) == {"psnr", "ssim", "vgg"}

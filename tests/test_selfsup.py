@@ -86,7 +86,8 @@ def test_shuffled_embeddings_are_those_of_the_neighbours(net):
     lq, hr = pair(3)
     with torch.no_grad():
         embeddings = net.e_deg(lq)
-        expected = net.r(net.e_img(hr), embeddings[[2, 0, 1]]) + F.avg_pool2d(hr, 4)
+        added = net.r(net.e_img(hr), embeddings[[2, 0, 1]])
+        expected = F.avg_pool2d(hr, 4) + added - added.mean((2, 3), keepdim=True)
     torch.testing.assert_close(net(lq, hr, 1.0, shuffle=True)[0], expected)
     assert (expected - net(lq, hr, 1.0)[0]).abs().max() > 1e-6
 
@@ -268,6 +269,20 @@ def test_vgg_distance_by_hand(vgg_file):
     torch.testing.assert_close(distance(a, b)[0], expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.fast
+def test_vgg_distance_in_bf16_is_that_in_fp32(vgg_file):
+    """Its network computes in the precision of the caller, the cosine in fp32; the memory format changes no hash."""
+    distance, a, b = metrics.VGGCosine(vgg_file, 2), torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    exact, hashed = distance(a, b), encoders.hashes_of(distance)
+    distance = distance.to(memory_format=archs.memory_format(distance, "bf16"))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = distance(a, b)
+        assert all(direction.dtype == torch.float32 for direction in distance.directions(a))
+    assert rounded.dtype == torch.float32 and encoders.hashes_of(distance) == hashed
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, atol=1e-3, rtol=1e-2)
+
+
 def test_lpips_is_the_package_s(monkeypatch):
     import lpips
     torch.manual_seed(0)
@@ -422,8 +437,9 @@ def test_pretrain_leaves_a_network(trained):
     assert names <= set(events_of(trained / "method", "val")[-1])
 
 
-def test_pretrain_resumes_bitwise(photos, tmp_path, monkeypatch):
-    words = ["--hr", photos / "gt", *TINY, "--save-every", 2, "--total-steps", 5]
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pretrain_resumes_bitwise(photos, tmp_path, monkeypatch, precision):
+    words = ["--hr", photos / "gt", *TINY, "--save-every", 2, "--total-steps", 5, "--precision", precision]
     run(pretrain, *words, "--out", tmp_path / "whole")
     assert torch.load(tmp_path / "whole" / "ckpt" / "last.pt", weights_only=True)["step"] == 5
     stopped = tmp_path / "stopped"
@@ -560,8 +576,9 @@ def test_switches(photos, trained, tmp_path, name, words, monkeypatch):
         assert len(held) == 1 and len(adapted) == 3 and not set(held) & set(adapted)
 
 
-def test_finetune_resumes_bitwise(photos, trained, tmp_path, monkeypatch):
-    words = ["--gt-dir", photos / "gt", "--stop", "val-gt"]
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_finetune_resumes_bitwise(photos, trained, tmp_path, monkeypatch, precision):
+    words = ["--gt-dir", photos / "gt", "--stop", "val-gt", "--precision", precision]
     whole = tune(photos, trained / "method", tmp_path / "whole", *words)
     with monkeypatch.context() as patched:
         patched.setattr(runs.StopSignal, "requested", lambda self, step: step == 3)
@@ -711,6 +728,13 @@ def test_the_demos_make_what_they_start_from(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fast
+def test_only_a_shortened_demo_is_forced():
+    assert not finetune.parse_args(["--demo"]).force
+    assert finetune.parse_args(["--demo", "--total-steps", "2"]).force
+    assert not finetune.parse_args(["--sr", "a.pth", "--lr-dir", "b"]).force
+
+
 def test_all_stages_in_small(tmp_path, monkeypatch):
     """python -m selfsup --demo starts the scripts one after the other."""
     monkeypatch.chdir(tmp_path)
@@ -789,6 +813,13 @@ def test_with_the_skip_colours_are_right_from_the_start():
         again = rec.Reconstruction(**SMALL, skip=skip)(lq, hr, 1.0)[0]
         errors.append((again.mean((2, 3)) - lq.mean((2, 3))).abs().mean().item())
     assert errors[0] < 0.05 and errors[1] > 0.2
+    # and stay right, whatever R has learned
+    net = rec.Reconstruction(**SMALL)
+    net.r.last[1].weight.data *= 50
+    net.r.last[1].bias.data += torch.tensor([0.1, 0.0, -0.2])
+    again = net(lq, hr, 1.0)[0]
+    assert (again - F.avg_pool2d(hr, 4)).abs().mean() > 0.01
+    torch.testing.assert_close(again.mean((2, 3)), hr.mean((2, 3)))
 
 
 @pytest.mark.fast

@@ -87,7 +87,8 @@ def test_a_step_of_fine_tuning_follows_the_gradient_worked_out_here(photos, trai
     else:
         s = n + d if "flip" in words else n + 1 - d
     e_im, e_cl = net.e_img(sr), encoder(sr)
-    again = net.r(e_im, s * net.e_deg(lq), None) + F.avg_pool2d(sr, 4)
+    added = net.r(e_im, s * net.e_deg(lq), None)
+    again = F.avg_pool2d(sr, 4) + added - added.mean((2, 3), keepdim=True)
     if "--no-hf" in words:
         # without a map the distance is its plain mean
         l1, percep = (again - lq).abs().mean(), distance(again, lq).mean()
@@ -310,7 +311,8 @@ def test_a_step_of_pretraining_follows_the_gradient_worked_out_here(photos, tmp_
     s = 1.0 if args.s_rule == "one" else n + d
     noise = torch.stack([degradations.normal_field((2, *lq.shape[2:]), seeds(1, lane, "noise")) for lane in range(4)])
     e_im = net.e_img(hr)
-    again = net.r(e_im, s * net.e_deg(lq), noise) + F.avg_pool2d(hr, 4)
+    added = net.r(e_im, s * net.e_deg(lq), noise)
+    again = F.avg_pool2d(hr, 4) + added - added.mean((2, 3), keepdim=True)
     loss = (again - lq).abs().mean() + constants.get("PERCEP", 1.0) * distance(again, lq).mean()
     if lam is not None:
         far = far_of(net, e_im, encoder(hr), offdiag="OFFDIAG" in constants).mean()
@@ -413,10 +415,12 @@ def test_networks_of_one_name_or_of_other_weights_are_refused(trained, tmp_path)
 @pytest.mark.slow
 def test_the_queue_in_small(photos, tmp_path, monkeypatch, capsys):
     """All stages in this process: what a child process would do, with the same words."""
+    scripts = []
+
     def call(log, script, *words, processes=1):
         log.parent.mkdir(parents=True, exist_ok=True)
-        fewer = ["--crops", 8] if script == "selfsup.probe" else []
-        run(importlib.import_module(script.removesuffix(".py")), *words, *fewer, "--threads", 1)
+        scripts.append(script)
+        run(importlib.import_module(script.removesuffix(".py")), *words, "--threads", 1)
     monkeypatch.setattr(jobs, "call", call)
     monkeypatch.setattr(jobs, "parallel", lambda count, tasks: [task() for task in tasks])
     monkeypatch.setattr(self_supervision, "SIGMAS", (0.3, 2.0))
@@ -426,25 +430,37 @@ def test_the_queue_in_small(photos, tmp_path, monkeypatch, capsys):
         for folder, end in (("lq", "LR"), ("gt", "HR")):
             save_image(tmp_path / "realsr" / f"r{k}_{end}.png", load_image(photos / folder / f"p{k}.png"))
     short = "--workers 0 --total-steps 2 --val-every 2 --batch-size 2 --patch 16"
-    tiny = ("--load-size 64 --degradation lr-grid --group-size 2 --val-photos 1 --size tiny --distance proxy "
-            f"--far-enc rand {short}")
-    work, stem = tmp_path / "work", tmp_path / "selfsup"
+    tiny = f"--load-size 64 --group-size 2 --val-photos 1 --size tiny --distance proxy --far-enc rand {short}"
+    scale = {"pretrain": tiny, "finetune": short, "crops": 8, "metrics": ("psnr", "ranker")}
+    monkeypatch.setitem(self_supervision.SCALES, "cpu", self_supervision.SCALES["cpu"] | scale)
+    work, results = tmp_path / "work", tmp_path / "results"
     words = ["--photos", photos / "gt", "--test", photos / "gt", "--realsr", tmp_path / "realsr", "--sr",
-             photos / "sr.pth", "--compact", photos / "sr.pth", "--pretrain", tiny, "--finetune", f"{short} --force",
-             "--seeds", 0, 1, "--metrics", "psnr", "ranker", "--vgg-weights", tmp_path / "vgg.pth",
-             "--metric-weights", "--jobs", 1, "--work", work, "--results", stem]
-    args = self_supervision.parse_args([str(word) for word in words])
-    self_supervision.main(args)
-    result, output = json.loads(stem.with_suffix(".json").read_text()), capsys.readouterr().out
+             photos / "sr.pth", "--compact", photos / "sr.pth", "--seeds", 0, 1, "--vgg-weights", tmp_path / "vgg.pth",
+             "--metric-weights", "--jobs", 1, "--work", work, "--results", results]
+
+    def queue(*more):
+        self_supervision.main(self_supervision.parse_args([str(word) for word in [*words, *more]]))
+        return json.loads((results / "selfsup.json").read_text())
+    # the first rows alone need three networks
+    first = queue("--domains", "inside", "--rows", "baseline", "controller", "both", "--seeds", 0)
+    assert scripts.count("selfsup.pretrain") == scripts.count("selfsup.finetune") == 3
+    assert first["sets"].keys() == {"inside"} and first["pretraining"].keys() == {"baseline-0", "controller-0",
+                                                                                  "both-0"}
+    assert set(first["sets"]["inside"]["differences"]) >= {"both - before", "controller - baseline",
+                                                           "both - blur control"}
+    result, output = queue(), capsys.readouterr().out
     assert list(result["sets"]) == ["inside", "outside", "realsr"]
+    # LWay, FAR, and the second seeds of baseline and both
+    assert scripts.count("selfsup.pretrain") == 3 + 4
+    adapted = ["LWay", "baseline", "controller", "FAR", "both", "flipped"]
     inside = result["sets"]["inside"]
-    assert list(inside["mean"]) == ["before", *self_supervision.FINETUNE, "blur control", "unsharp control",
-                                    "before, compact", "both, compact"]
-    assert list(result["sets"]["realsr"]["mean"]) == ["before", *self_supervision.ON_REALSR, "blur control",
+    assert list(inside["mean"]) == ["before", *adapted, "blur control", "unsharp control", "before, compact",
+                                    "both, compact"]
+    assert list(result["sets"]["realsr"]["mean"]) == ["before", "LWay", "baseline", "both", "blur control",
                                                       "unsharp control"]
 
     def mean_psnr(name):
-        row, = json.loads((work / "scores" / f"inside-{name}.json").read_text())["scores"].values()
+        row = json.loads((results / f"inside-{name}.json").read_text())["scores"]
         return np.mean([values["psnr"] for values in row.values()])
     expected = {"both - before": (mean_psnr("both-0") + mean_psnr("both-1")) / 2 - mean_psnr("before-0"),
                 # one seed of LWay
@@ -453,14 +469,14 @@ def test_the_queue_in_small(photos, tmp_path, monkeypatch, capsys):
     for pair, value in expected.items():
         assert inside["differences"][pair]["psnr"]["mean"] == pytest.approx(value), pair
     assert len(inside["movement"]["both"]) == 2 and 0 < inside["movement"]["both"][0] < 1e-4
-    control = json.loads((work / "outputs" / "inside" / "blur-control.json").read_text())
+    control = json.loads((results / "inside-blur-control-0.json").read_text())
     assert control["strength"] in (0.3, 2.0) and control["goal"] == pytest.approx(mean_psnr("both-0"))
     assert set(result["precision"]) == {"before", "both"} and 0 < result["precision"]["both"]["psnr"] < 1
-    assert "| both - LWay |" in output and "area under the ROC curve of FAR, both" in output
-    assert len(result["fig7"]) == 1
+    assert "| both - LWay |" in output and "area under the ROC curve of FAR" in output
+    assert set(result["fig8"][0]) == {"FAR-0", "both-0"} and len(result["fig7"][0]) == 3
+    assert (results / "selfsup-fig7.png").exists() and (results / "selfsup-fig8.png").exists()
     assert result["pretraining"].keys() == {"LWay-0", "controller-0", "FAR-0", "baseline-0", "baseline-1", "both-0",
                                             "both-1"}
     # results that are there are kept
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *a, **k: pytest.fail("trained again"))
-    self_supervision.main(args)
-    assert json.loads(stem.with_suffix(".json").read_text())["sets"] == result["sets"]
+    assert queue()["sets"] == result["sets"]
