@@ -585,7 +585,7 @@ def precision_remark(device, precision, arch):
         return f"--precision bf16 may be faster, this CPU has {unit}: python -m experiments.precision measures"
     largest = f", differences of up to {found['largest']:.1f} grey levels" if "largest" in found else ""
     gain = f"about {found['faster']:.1f} times as fast on a CPU with {unit} (measured){largest}"
-    return f"in fp32; --precision bf16 would be {gain}"
+    return f"--precision bf16 would be {gain}"
 
 
 def update_ema(ema, net, decay):
