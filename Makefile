@@ -4,20 +4,22 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 REQUIREMENTS = $(if $(LOCK),requirements.lock,requirements.txt)
+# one per set of versions: LOCK=1 after a plain call installs again
+INSTALLED = $(VENV)/installed$(if $(LOCK),-lock)
 export OMP_WAIT_POLICY = PASSIVE
 
 gpu_needs = $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/installed-test)
 
 .PHONY: demo gpu lint test slow fast clean table5 table7 table8
 
-demo: $(VENV)/installed
+demo: $(INSTALLED)
 	$(PY) train.py --demo --stage psnr --resume auto
 	$(PY) train.py --demo --sampler orig --resume auto
 	$(PY) train.py --demo --sampler amo --resume auto
 	$(PY) evaluate.py --demo
 
 # the paper's tables: every command that is left, run where HGGT is in place, else printed; make table5 GPUS=8
-table5 table7 table8: $(VENV)/installed
+table5 table7 table8: $(INSTALLED)
 	$(PY) -m report.paper_tables $(@:table%=%) $(if $(GPUS),--gpus $(GPUS)) $(if $(wildcard datasets/HGGT),--run)
 
 # on a CUDA machine, eight minutes; make gpu PY=python3 installs nothing; ONLY="speed exact": some of its jobs,
@@ -38,13 +40,13 @@ slow: $(VENV)/installed-test
 fast: $(VENV)/installed-test
 	$(PY) -m pytest -q -m fast tests
 
-$(VENV)/installed: $(REQUIREMENTS)
+$(INSTALLED): $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed requirements-test.txt
+$(VENV)/installed-test: $(INSTALLED) requirements-test.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 

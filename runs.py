@@ -327,7 +327,7 @@ def add_training(p, leave_out=()):
     g = p.add_argument_group("degradation (Sec. 5)")
     add(g, "--degradation", choices=literal("degradations", "PRESETS"), help="[arch] preset of degradations.py")
     g = p.add_argument_group("ground-truth sampling (Sec. 4.2)")
-    add(g, "--sampler", choices=literal("data", "SAMPLERS"), default="amo", 
+    add(g, "--sampler", choices=literal("data", "SAMPLERS"), default="amo",
         help="which GT supervises (Eq. 2-4): the original; any version; any that people like (labels); by softmax of "
              "its score; the same of those that people like; the highest score of the crop")
     add(g, "--reward", nargs="+", default=["musiq"], metavar="NAME[=WEIGHT]",

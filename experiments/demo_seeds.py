@@ -1,6 +1,6 @@
 """Does the demo's result survive another seed, and rounding? Trains orig and AMO several times and compares them.
 
-    python -m experiments.demo_seeds                                five seeds, three variants each
+    python -m experiments.demo_seeds                                three seeds, three variants each
     python -m experiments.demo_seeds --metrics ranker piqe psnr niqe --metric-weights niqe=FILE
 
 Leaves OUT/summary.json; finished parts are kept. The analysis was fixed before the runs:
@@ -21,7 +21,7 @@ VARIANTS = {"plain": [], "perturbed": [], "contiguous": ["--no-channels-last"]}
 
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
-    p.add_argument("--seeds", type=runs.COUNT, nargs="+", default=[0, 1, 2, 3, 4], help="at least two")
+    p.add_argument("--seeds", type=runs.COUNT, nargs="+", default=[0, 1, 2], help="at least two")
     p.add_argument("--metrics", nargs="+", default=["ranker", "piqe", "psnr"], help="of evaluate.py")
     p.add_argument("--metric-weights", nargs="*", default=[], metavar="NAME=FILE", help="of evaluate.py")
     p.add_argument("--train-flags", default="", metavar="TEXT",

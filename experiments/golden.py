@@ -28,7 +28,7 @@ def parse_args(argv=None):
     p.add_argument("--jobs", nargs="+", choices=list(NEEDS), default=list(NEEDS), metavar="JOB", help="some of the six")
     p.add_argument("--total-steps", type=runs.SIZE, metavar="N", help="of every training; default: the demo's")
     p.add_argument("--processes", type=runs.SIZE, default=2, help="1: one tree after the other")
-    p.add_argument("--keep", type=Path, metavar="DIR", 
+    p.add_argument("--keep", type=Path, metavar="DIR",
                    help="new folder for run folders and logs of both trees; default: a temporary one")
     return p.parse_args(argv)
 

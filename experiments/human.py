@@ -35,7 +35,7 @@ def parse_args(argv=None):
     p.add_argument("--metrics", nargs="*", default=[], metavar="NAME", help="further models, such as a reward file")
     p.add_argument("--no-slow", action="store_true", help="leave out IL-NIQE, which takes 25 s an image")
     p.add_argument("--work", type=Path, default=Path("runs/human"), help="where scores are kept")
-    p.add_argument("--results", type=Path, default=Path("results/human"), help="where tables and plots go")
+    p.add_argument("--results", type=Path, default=Path("runs/results/human"), help="where tables and plots go")
     return p.parse_args(argv)
 
 

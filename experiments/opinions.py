@@ -31,7 +31,8 @@ def parse_args(argv=None):
     p.add_argument("--kodak", type=Path, default=DATA / "images" / "hr_kodak24", help="photographs that are attacked")
     p.add_argument("--backbone", type=Path, default=Path("runs/mobilenet_v2.pth"), help="of prepare.mobilenet_v2")
     p.add_argument("--work", type=Path, default=Path("runs/opinions"), help="where the reward files go")
-    p.add_argument("--results", type=Path, default=Path("results/human"), help="where the JSON files go")
+    p.add_argument("--results", type=Path, default=Path("runs/results/human"),
+                   help="where the JSON files go; what is there is not computed again")
     p.add_argument("--threads", type=runs.SIZE, default=1, help="CPU threads")
     return p.parse_args(argv)
 

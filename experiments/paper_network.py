@@ -92,7 +92,7 @@ def parse_args(argv=None):
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: what the scale is for")
     p.add_argument("--jobs", type=runs.SIZE, default=2, help="processes at a time, each with one thread")
     p.add_argument("--work", type=Path, default=Path("runs/paper_network"), metavar="DIR")
-    p.add_argument("--results", type=Path, default=Path("results/paper_network"), metavar="DIR",
+    p.add_argument("--results", type=Path, default=Path("runs/results/paper_network"), metavar="DIR",
                    help="one JSON file per row, and the report")
     args = p.parse_args(argv)
     args.stages = args.stages or list(STAGES)

@@ -16,7 +16,7 @@ REPO = runs.REPO
 TRACKED = subprocess.run(["git", "-C", str(REPO), "ls-files"], capture_output=True, text=True).stdout.splitlines()
 HUNK = re.compile(r"In `(\w+\.py)`,(?: in `\w+`,)? (after|before|replace)\n\n```python\n(.*?)```\n\n(?:insert|by)\n\n"
                   r"```python\n(.*?)```", re.S)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not TRACKED, reason="not a git checkout: nothing to copy")]
+pytestmark = pytest.mark.skipif(not TRACKED, reason="not a git checkout: nothing to copy")
 
 
 def hunks(recipe):
@@ -56,12 +56,14 @@ def copy(tmp_path_factory):
     return root, run
 
 
+@pytest.mark.fast
 def test_places_are_as_few_as_promised():
     counts = {recipe: len(hunks(recipe)) for recipe in ("A sampler", "A backbone", "A loss in place of another",
                                                         "A further loss with a flag")}
     assert list(counts.values()) == [2, 2, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["top2", "top2-static"])
 def test_a_sampler(copy, sampler):
     root, run = copy
@@ -82,12 +84,14 @@ def test_a_sampler(copy, sampler):
     run("-c", code, sampler)
 
 
+@pytest.mark.slow
 def test_a_backbone(copy):
     root, run = copy
     run("train.py", "--demo", "--arch", "edsr-small", "--total-steps", 2)
     run("finetune_lora.py", "--demo", "--arch", "edsr-small", "--total-steps", 2)
 
 
+@pytest.mark.slow
 def test_a_further_loss_with_a_flag_is_logged_by_both_trainings(copy):
     root, run = copy
     log = run("train.py", "--demo", "--lambda-f", 0.1, "--total-steps", 2, "--log-every", 1, "--out", "runs/fourier")
@@ -96,6 +100,7 @@ def test_a_further_loss_with_a_flag_is_logged_by_both_trainings(copy):
     assert tuned.count("fourier") >= 2 and "lambda_f" in tuned.split("values of")[1].split("; given")[0]
 
 
+@pytest.mark.slow
 def test_a_loss_in_place_of_another(copy):
     root, run = copy
     log = run("train.py", "--demo", "--total-steps", 2, "--log-every", 2, "--out", "runs/l1")
@@ -106,6 +111,7 @@ def test_a_loss_in_place_of_another(copy):
     run("finetune_lora.py", "--demo", "--base", "runs/charbonnier", "--total-steps", 2)
 
 
+@pytest.mark.slow
 def test_evaluate_and_upscale_take_what_was_trained_and_what_was_tuned(copy):
     """After the other tests: one call of each for all recipes, since a start takes seconds."""
     root, run = copy
