@@ -392,8 +392,15 @@ def picture(args):
         images = {"LR": lq.repeat_interleave(4, 2).repeat_interleave(4, 3)}
         images |= {row: outputs(args, "sets", row)[stem] for row in rows} | {"reference": gt}
         y, x = ((n - side) // 2 for n in gt.shape[2:])
-        cells.append([(pictures.enlarged_crop(image, y, x, side, 2), name) for name, image in images.items()])
+        cells.append([(pictures.enlarged_crop(image, y, x, side, 2), caption(name)) for name, image in images.items()])
     pictures.save_grid(args.results.with_suffix(".png"), cells)
+
+
+def caption(row):
+    """soft-amo-0+lora24 -> amo + LoRA 24"""
+    row, _, variant = row.partition("+")
+    row = row.split("-")[1] if row.startswith("soft-") else row
+    return row + (f" + {variant.replace('lora', 'LoRA ')}" if variant else "")
 
 
 def pairs_of(groups):
