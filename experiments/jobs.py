@@ -5,6 +5,7 @@ Photographs and public weights are looked for below DATA; docs/data.md says wher
 import contextlib
 import importlib
 import json
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
@@ -74,6 +75,20 @@ def once(made, log, script, *words, inputs=()):
     elif record.exists() and json.loads(record.read_text()) != about:
         raise runs.UserError(f"{made}: was made with other flags or of other inputs than now, kept in {record.name}: "
                              "remove it and all that was made of it, or choose another --work")
+
+
+def last_value(words, name):
+    """The whole number of a flag: the last one counts."""
+    return int(words[len(words) - words[::-1].index(name)])
+
+
+def whole(folder, make):
+    """Call make(a folder beside it) and give that its name, unless `folder` is there: it is never half there."""
+    if not folder.exists():
+        part = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(part, ignore_errors=True)
+        make(part)
+        part.rename(folder)
 
 
 def in_pieces(run, total, piece, log, script, *words):
@@ -148,17 +163,21 @@ def test_pair(work, stem):
     return [load_image(work / "test" / folder / f"{stem}.png")[None].float() / 255 for folder in ("lq", "gt")]
 
 
+def metric_files(exp, names):
+    """Words of evaluate.py: the weight files of the metrics `names`."""
+    files = [word for word in exp.metric_weights if word.partition("=")[0] in names]
+    return ["--metric-weights", *files, *([f"vgg={exp.vgg_weights}"] if "vgg" in names else [])]
+
+
 def evaluate(exp, weights, out, names, baselines=(), more=()):
     """evaluate.py on the test set of exp.work -> its JSON, also in the file `out`.
 
     exp: flags of samplers.py; weights: None, where `more`, further flags, names the rows.
     """
-    files = [word for word in exp.metric_weights if word.partition("=")[0] in names]
-    files += [f"vgg={exp.vgg_weights}"] if "vgg" in names else []
     test = exp.work / "test"
     rows = ["--weights", weights] if weights else []
     call(out.with_suffix(".log"), "evaluate.py", *rows, "--lq", test / "lq", "--gt", test / "gt",
-         "--baselines", *baselines, "--metrics", *names, "--metric-weights", *files, "--out-json", out,
+         "--baselines", *baselines, "--metrics", *names, *metric_files(exp, names), "--out-json", out,
          "--cache", exp.work / "evaluation-cache", "--device", exp.device, *more)
     return json.loads(out.read_text())
 

@@ -159,7 +159,7 @@ def prepare(args):
     file = args.results / "picks.json"
     if not file.exists():
         world, seeds = runs.start_world("cpu", args.jobs), partial(runs.sample_seed, args.seeds[0])
-        numbers = [samplers.last_value(scale["train"].split(), name)
+        numbers = [jobs.last_value(scale["train"].split(), name)
                    for name in ("--batch-size", "--group-size", "--crop", "--load-size")]
         picks = {}
         for where in args.sets:
@@ -230,7 +230,7 @@ def train_row(args, row, where, flags):
               "--save-every", 50, "--log-every", 10, *flags, "--device", args.device, "--out", run, "--resume", "auto")
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["split"] == "train"]
-    if steps[-1]["step"] != samplers.last_value(words, "--total-steps"):
+    if steps[-1]["step"] != jobs.last_value(words, "--total-steps"):
         raise runs.UserError(f"{run}: training was stopped at step {steps[-1]['step']}; the same command continues")
     losses = [{key: event[key] for key in ("step", "pix", "percep", "adv", "D_real", "D_fake") if key in event}
               for event in steps]

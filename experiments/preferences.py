@@ -143,18 +143,10 @@ def result(args, seed, arm="generator"):
     return args.results / f"{folder(args, '', seed, arm).name}.json"
 
 
-def last_value(flags, name):
-    words = flags.split()
-    return int(words[words.index(name) + 1])
-
-
 # Stages
 
 def prepare(args):
     """WORK/hr and WORK/test."""
-    if (args.work / "hr").exists():
-        return
-
     def images(where):
         return [path for stem, path in list_images(where).items() if not stem.endswith("_LR")]
     last = images(args.photos[-1])
@@ -163,17 +155,15 @@ def prepare(args):
     tests = [path for path in tests if (path.parent.name, path.stem) != ("test_set14", "face")]
     others = [path for where in args.photos[:-1] for path in images(where)]
     for files, name in ((tests, "test"), (others + last[::2], "hr")):
-        shutil.rmtree(args.work / f"{name}.tmp", ignore_errors=True)
-        jobs.copy_photos(files, args.work / f"{name}.tmp")
-        if not (args.work / name).exists():
-            (args.work / f"{name}.tmp").rename(args.work / name)
+        jobs.whole(args.work / name, partial(jobs.copy_photos, files))
 
 
 def generate(args, seed):
     scale, run = SCALES[args.scale], folder(args, "gen", seed)
-    jobs.in_pieces(run, last_value(scale["generator"], "--total-steps"), scale["piece"], run.with_suffix(".log"),
-                   "dpo.pretrain", "--hr", args.work / "hr", "--base", args.base, *shlex.split(GENERATOR),
-                   *shlex.split(scale["generator"]), "--seed", seed, "--device", args.device)
+    words = shlex.split(f"{GENERATOR} {scale['generator']}")
+    jobs.in_pieces(run, jobs.last_value(words, "--total-steps"), scale["piece"], run.with_suffix(".log"),
+                   "dpo.pretrain", "--hr", args.work / "hr", "--base", args.base, *words, "--seed", seed,
+                   "--device", args.device)
 
 
 def make_pool(args, seed):
@@ -261,7 +251,7 @@ def tune(args, arm, seed):
     if arm == "2 rounds":
         run, parts = in_rounds(args, seed, base, log, words)
     else:
-        jobs.in_pieces(run, last_value(scale["tune"], "--total-steps"), scale["tune_piece"], log, "dpo.tune",
+        jobs.in_pieces(run, jobs.last_value(words, "--total-steps"), scale["tune_piece"], log, "dpo.tune",
                        "--gen", base, "--pairs", pairs, *words, "--seed", seed, "--device", args.device)
         parts = [(run, pairs)]
     out = folder(args, "eval", seed, arm)
@@ -281,7 +271,7 @@ def in_rounds(args, seed, base, log, words):
     """dpo.rounds at the cost of one round -> the last run, and [(run, its pairs)]."""
     scale, out = SCALES[args.scale], folder(args, "rounds", seed)
     scope = json.loads((folder(args, "pairs", seed, "HPO") / "curation.json").read_text())["scope"]
-    shorter = {name: last_value(scale["tune"], name) // ROUNDS for name in ("--total-steps", "--val-groups")}
+    shorter = {name: jobs.last_value(words, name) // ROUNDS for name in ("--total-steps", "--val-groups")}
     flags = {"sample": ["--hr", args.work / "hr", "--groups", scale["groups"] // ROUNDS, "--samples", args.samples,
                         CROPS],
              "score": ["--fr", *args.fr, "--nr", *args.nr, *metric_files(args)],
@@ -295,11 +285,9 @@ def in_rounds(args, seed, base, log, words):
 
 def reuse(made, out):
     """OUT of dpo.compare with what is already in another OUT: pictures as links, the rest copied."""
-    if not out.exists():
-        shutil.rmtree(out.with_name(f"{out.name}.tmp"), ignore_errors=True)
-        shutil.copytree(made, out.with_name(f"{out.name}.tmp"), copy_function=lambda a, b: (
-            os.link if a.endswith(".png") and Path(a).parent != made else shutil.copy2)(a, b))
-        out.with_name(f"{out.name}.tmp").rename(out)
+    def copy(a, b):
+        (os.link if a.endswith(".png") and Path(a).parent != made else shutil.copy2)(a, b)
+    jobs.whole(out, lambda part: shutil.copytree(made, part, copy_function=copy))
 
 
 def seeds_of(args, arm):

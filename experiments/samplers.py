@@ -126,11 +126,6 @@ def link_photos(folders, every, target):
     return target
 
 
-def last_value(flags, name):
-    """The whole number of a flag of train.py: the last one counts."""
-    return int(flags[len(flags) - flags[::-1].index(name)])
-
-
 # Stage 1: the shrink factor
 
 def shrink(args):
@@ -220,7 +215,7 @@ def prepare(args):
         return
     sets = data.find_sets(args.work / "set", "Train")
     world, seeds = runs.start_world("cpu", args.jobs), partial(runs.sample_seed, args.seeds[0])
-    numbers = [last_value(args.train, name) for name in ("--batch-size", "--group-size", "--crop", "--load-size")]
+    numbers = [jobs.last_value(args.train, name) for name in ("--batch-size", "--group-size", "--crop", "--load-size")]
     crops = data.TrainingSet(sets, "amo", seeds, *numbers)
     record = json.loads((args.work / "set" / "quintuplets.json").read_text())
     picks = {name: rewards_choice(name, sets, crops, world) for name in args.rewards}
@@ -281,7 +276,7 @@ def one_run(args, name, flags):
     run = args.work / "runs" / name
     jobs.call(run.with_suffix(".log"), "train.py", "--data", args.work / "set", "--init", args.init, "--vgg-weights",
               args.vgg_weights, *args.train, *flags, "--device", args.device, "--out", run, "--resume", "auto")
-    total = last_value(args.train, "--total-steps")
+    total = jobs.last_value(args.train, "--total-steps")
     step = runs.load_checkpoint(run / "ckpt" / "last.pt")["step"]
     if step != total:
         raise runs.UserError(f"{run}: training was stopped at step {step} of {total}; the same command continues")

@@ -150,7 +150,6 @@ def parse_args(argv=None):
 # --help needs no torch: seconds
 ARGS = parse_args() if __name__ == "__main__" else None
 
-import importlib
 import json
 import re
 import signal
@@ -166,6 +165,7 @@ import metrics
 from experiments import jobs, selfsup_report
 from images import list_images, load_image, save_image
 from prepare import demo_set
+from report import style
 from selfsup import networks as rec
 
 
@@ -194,21 +194,16 @@ def row_file(args, domain, row, seed):
 def prepare(args):
     def images(folder):
         return list(list_images(folder).values())
-
-    def once(name, make):
-        if not (args.work / name).exists():
-            make(args.work / f"{name}.tmp")
-            (args.work / f"{name}.tmp").rename(args.work / name)
     last = images(args.photos[-1])
     others = [path for folder in args.photos[:-1] for path in images(folder)]
     for name, files in (("hr", others + last[::2]), ("held-photos", last[1::2]),
                         ("test-photos", [path for folder in args.test for path in images(folder)])):
-        once(name, partial(jobs.copy_photos, files))
+        jobs.whole(args.work / name, partial(jobs.copy_photos, files))
     for name, words in DOMAINS.items():
         if not (args.work / name).exists():
             call(args, args.work / f"{name}.log", "prepare.degrade", args.work / "test-photos", args.work / name,
                  "--degradation", "camera", *shlex.split(words))
-    once("realsr", lambda folder: jobs.copy_realsr(args.realsr, folder, SCALES[args.scale]["pairs"]))
+    jobs.whole(args.work / "realsr", lambda folder: jobs.copy_realsr(args.realsr, folder, SCALES[args.scale]["pairs"]))
 
 
 def pretrain(args, network, seed):
@@ -223,11 +218,10 @@ def pretrain(args, network, seed):
 
 def score(args, folder, out, *row):
     """evaluate.py's JSON of one row on a folder of pairs: "--weights" PATH or "--images" DIR, and further flags."""
-    files = [word for word in args.metric_weights if word.partition("=")[0] in args.metrics]
-    files += [f"vgg={args.vgg_weights}"] if "vgg" in args.metrics else []
     call(args, out.with_suffix(".log"), "evaluate.py", "--protocol", "whole-y", *row, "--baselines",
-         "--lq", folder / "lq", "--gt", folder / "gt", "--metrics", *args.metrics, "--metric-weights", *files,
-         "--out-json", out, "--device", args.device, "--cache", args.work / "evaluation-cache")
+         "--lq", folder / "lq", "--gt", folder / "gt", "--metrics", *args.metrics,
+         *jobs.metric_files(args, args.metrics), "--out-json", out, "--device", args.device,
+         "--cache", args.work / "evaluation-cache")
     return json.loads(out.read_text())
 
 
@@ -322,16 +316,6 @@ def probe(args, figure, network):
              "--device", args.device, "--out", file.with_suffix(""))
 
 
-def can_draw():
-    """Is matplotlib there? A machine of make gpu may lack it: then there are no probes."""
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError:
-        print("no matplotlib: no Fig. 7 and 8")
-        return False
-    return True
-
-
 def rehearsal(folder):
     """Flags for the whole queue on a CPU with a small network and parts of scikit-image's photographs, made here."""
     for k, name in enumerate(("astronaut", "coffee", "chelsea", "astronaut")):
@@ -380,7 +364,9 @@ def main(args):
             controls(args, domain)
     if "precision" in args.stages and "inside" in domains:
         precision(args)
-    if "probe" in args.stages and can_draw():
+    if "probe" in args.stages and not style.is_there():
+        print("no matplotlib: no Fig. 7 and 8")
+    elif "probe" in args.stages:
         scale = SCALES[args.scale]
         every([partial(probe, args, figure, network) for figure in ("fig7", "fig8") for network in scale[figure]])
     if "report" in args.stages:

@@ -39,7 +39,7 @@ import torch
 import degradations
 import iqa
 from images import list_images, load_image
-from rewards.harden import bicubic
+from rewards import harden
 from rewards.train_ranker import training_photos
 
 
@@ -48,15 +48,9 @@ def ascend(score, start, level, steps, seed):
 
     score: (B, 3, H, W) in [0, 1] -> (B,). Every step is a quarter of the limit along the gradient's sign.
     """
-    limit = level / 255
     noise = torch.rand(start.shape, generator=torch.Generator().manual_seed(seed)).to(start.device)
-    x = (start + (2 * noise - 1) * limit).clamp(0, 1)
-    for _ in range(steps):
-        x.requires_grad_()
-        gradient = torch.autograd.grad(score(x).sum(), x)[0]
-        x = x.detach() + gradient.sign() * limit / 4
-        x = torch.minimum(torch.maximum(x, start - limit), start + limit).clamp(0, 1)
-    return degradations.to_8bit(x)
+    x = (start + (2 * noise - 1) * level / 255).clamp(0, 1)
+    return degradations.to_8bit(harden.ascend(score, x, start, start.new_full((len(start),), level), steps, 0.25))
 
 
 def measure(rewards, photos, levels, steps=10, seed=0, batch=5):
@@ -64,7 +58,7 @@ def measure(rewards, photos, levels, steps=10, seed=0, batch=5):
 
     gains: {start: {level: {judge: N changes of the judge's score}}}, the judges being all rewards. Not divided by D.
     """
-    starts = {"photo": photos, "bicubic": bicubic(photos)}
+    starts = {"photo": photos, "bicubic": harden.bicubic(photos)}
 
     def score(reward, images):
         with torch.no_grad():

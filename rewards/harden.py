@@ -103,13 +103,16 @@ def step(x, gradient, size):
     return (x + gradient.sign() * size.view(-1, 1, 1, 1) / 255).clamp(0, 1)
 
 
-def ascend(net, x, start, level):
-    """x, which one step took to the limit, after STEPS - 1 more of half the size, within level (B,) of start."""
+def ascend(score, x, start, level, steps, share):
+    """x after steps along the sign of the gradient of the score, within level (B,) grey levels of start.
+
+    A step is this share of the level.
+    """
     limit = level.view(-1, 1, 1, 1) / 255
-    for _ in range(STEPS - 1):
+    for _ in range(steps):
         x = x.detach().requires_grad_()
-        gradient = torch.autograd.grad(net(x).sum(), x)[0]
-        x = torch.minimum(torch.maximum(step(x.detach(), gradient, level / 2), start - limit), start + limit)
+        gradient = torch.autograd.grad(score(x).sum(), x)[0]
+        x = torch.minimum(torch.maximum(step(x.detach(), gradient, level * share), start - limit), start + limit)
     return x
 
 
@@ -124,7 +127,8 @@ def terms(net, teacher, d, images, x, score, gradient_norm, rng):
     if gradient_norm:
         result["gradient"] = gradient_norm * ((net(found) - before).abs() / d / level).mean()
     if teacher is not None:
-        result["attack"] = WEIGHTS["attack"] * ((net(ascend(net, found, start, level)) - before) / d).relu().mean()
+        further = ascend(net, found, start, level, STEPS - 1, 0.5)
+        result["attack"] = WEIGHTS["attack"] * ((net(further) - before) / d).relu().mean()
         photos = degradations.to_8bit(photographs(images, rng))
         worse, severity = zip(*(negative(one[None], rng) for one in photos))
         anchors = torch.cat([photos, bicubic(photos)]).to(x.device)

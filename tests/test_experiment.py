@@ -76,8 +76,8 @@ def test_plan_has_every_sampler_seed_by_seed():
 @pytest.mark.fast
 def test_results_lie_beside_the_runs_and_the_last_value_of_a_flag_counts():
     args = samplers.parse_args(["--work", "runs/again", "--train", "--crop 256 --batch-size=48"])
-    assert str(args.results) == "runs/again/samplers" and samplers.last_value(args.train, "--batch-size") == 48
-    assert samplers.last_value(args.train, "--crop") == 256 and samplers.last_value(args.train, "--group-size") == 4
+    assert str(args.results) == "runs/again/samplers" and jobs.last_value(args.train, "--batch-size") == 48
+    assert jobs.last_value(args.train, "--crop") == 256 and jobs.last_value(args.train, "--group-size") == 4
     labels = [label(name) for name in ("rewards.cnniqa:build", "cnniqa_live:build", "ranker")]
     assert labels == ["cnniqa", "cnniqa_live", "ranker"]
 

@@ -208,7 +208,7 @@ def test_its_flags_are_flags_of_the_stages():
         lines.append((pretrain.parse_args, f"{exp.GENERATOR} {scale['generator']}"))
         lines += [(tune.parse_args, f"{exp.TUNE} {scale['tune']} {flags}") for _, flags in exp.ARMS.values()]
         # every call has checks and checkpoints of its own, and a share of the pairs that --accumulate divides
-        assert 256 % exp.last_value(scale["tune"], "--accumulate") == 0
+        assert 256 % jobs.last_value(scale["tune"].split(), "--accumulate") == 0
     lines.append((pool.parse_args, f"sample --hr x {exp.CROPS}"))
     lines += [(pool.parse_args, f"curate {flags}") for flags, _ in exp.ARMS.values()]
     for parse, line in lines:

@@ -366,7 +366,7 @@ def test_further_steps_of_the_attack_find_a_maximum_that_one_step_jumps_over():
     def net(x):
         return -(x - start - 0.4 * limit).square().sum((1, 2, 3))
     one = harden.step(start, torch.ones_like(start), level)
-    more = harden.ascend(net, one, start, level)
+    more = harden.ascend(net, one, start, level, harden.STEPS - 1, 0.5)
     assert (net(more) > net(one)).all() and ((more - start).abs() <= limit + 1e-6).all()
 
 
