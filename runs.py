@@ -101,6 +101,9 @@ def cli(main):
     sys.stdout, sys.stderr = map(Console.of, (sys.stdout, sys.stderr))
     try:
         main()
+    except SystemExit as end:
+        # the group has to be left here, too: as Python ends, its threads would abort the process
+        status = end.code or 0
     except KeyboardInterrupt:
         print(f"{program()}: interrupted", file=sys.stderr)
         status = 130

@@ -203,6 +203,26 @@ def test_user_errors_are_one_line_and_all_others_keep_their_traceback(tmp_path):
         assert result.returncode == 1 and "Traceback" in result.stderr, bug
 
 
+EXITING = """
+import atexit, sys
+import torch.distributed as dist
+import runs
+def main():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(lambda: print("in the group:", runs.in_group()))
+    sys.exit(int(sys.argv[1]))
+runs.cli(main)
+"""
+
+
+@pytest.mark.parametrize("code, ends", [(0, "in the group: False\n"), (3, "")])
+def test_a_script_that_exits_by_itself_leaves_its_group_first(tmp_path, code, ends):
+    (tmp_path / "x.py").write_text(EXITING)
+    done = subprocess.run([sys.executable, str(tmp_path / "x.py"), str(code)], capture_output=True, text=True,
+                          env=runs.python_path())
+    assert (done.returncode, done.stdout) == (code, ends), done.stderr
+
+
 @pytest.mark.parametrize("step, total, terms, lr, speed", [
     (299_900, 300_000, {"adv": 0.0812}, 1e-4, 12.123), (100, 300_000, {"adv": 10.812, "q": -65.4321}, 2.5e-6, 0.71)])
 def test_a_progress_line_has_at_most_110_characters(tmp_path, capsys, monkeypatch, step, total, terms, lr, speed):
