@@ -325,28 +325,27 @@ def main(args):
     dataset, _ = training_sets(args, world, gt_reward, seeds, sets, val_sets)
     run.pin(samples=len(dataset), **chosen_by(dataset, run))
     pairs = partial(data.make_pair, seeds=seeds, device=device, degradation=args.degradation,
-                    group_size=args.group_size, crop=args.crop, reward=gt_reward,
+                    group_size=args.group_size, crop=args.crop, reward=gt_reward, usm=args.usm,
                     sampler=args.sampler, tau=args.tau)
 
     # networks: raw_* are the plain modules that are saved, net_* what the loop calls
     # initial weights; nothing else uses this state
     torch.manual_seed(args.seed)
     drop_path = {"drop_path": args.drop_path} if "drop_path" in ARCHS[args.arch]["train"] else {}
-    base, info = archs.load_start(init, "--base", args.arch, args.weights_key, **drop_path)
-    run.pin(base_sha256=lora.base_hash(base), sizes=info["sizes"])
+    raw_g, info = archs.load_start(init, "--base", args.arch, args.weights_key, **drop_path)
+    run.pin(sizes=info["sizes"])
+    run.pin(base_sha256=lora.base_hash(raw_g))
     memory = torch.channels_last if args.channels_last else torch.contiguous_format
-    memory_g = memory if archs.is_convolutional(base) else torch.contiguous_format
-    raw_g = copy.deepcopy(base)
-    base = base.eval().requires_grad_(False).to(device, memory_format=memory_g)
+    memory_g = memory if archs.is_convolutional(raw_g) else torch.contiguous_format
+    base = copy.deepcopy(raw_g).eval().requires_grad_(False).to(device, memory_format=memory_g)
     targets = lora.default_targets(raw_g)
     tuned = choose_tuned(raw_g, args.tune, targets, args.rank)
     raw_g = raw_g.to(device, memory_format=memory_g)
     ema = copy.deepcopy(raw_g).eval().requires_grad_(False)
     opt_g = runs.adam(tuned, args.lr)
     vgg = losses.VGGFeatureLoss(args.vgg_weights).to(device, memory_format=memory) if args.lambda_p > 0 else None
-    raw_d = None
-    if d_init is not None:
-        raw_d = archs.UNetDiscriminatorSN(args.d_features)
+    raw_d = archs.UNetDiscriminatorSN(args.d_features) if args.lambda_a > 0 else None
+    if raw_d is not None:
         archs.load_weights(raw_d, d_init)
         raw_d = raw_d.to(device, memory_format=memory)
         opt_d = runs.adam(raw_d.parameters(), args.lr)
@@ -361,7 +360,7 @@ def main(args):
             runs.load_adam(opt_d, state["opt_d"])
     # before, after: validation of the base, the last one
     weight_q, before, after = state["lambda_q"], state["before"], state["after"]
-    pool = data.TrainingPool(args.pool_size, args.batch_size, lanes, seeds, state["pool"], device)
+    pool = data.TrainingPool(args.pool_size, args.batch_size, lanes, seeds, state["pool"], device, not args.usm)
     meter = runs.Meter(world, state["meter"])
     # how often each version was chosen
     picked = torch.zeros(len(sets.versions), device=device)
@@ -521,7 +520,7 @@ def main(args):
         if stopping:
             run.say(f"stopped by a signal at step {step}; continue with --resume")
             return
-    run.say(f"done: {args.out / 'weights' / 'merged.pth'}")
+    run.say(f"done: {args.out}")
 
 
 if __name__ == "__main__":

@@ -199,6 +199,8 @@ def training_sets(args, world, reward, seeds, sets, val_sets):
 
 def make_demo_start(args, world):
     """The demo's L1 stage, where the run that the GAN stage starts from is missing; one that was shortened goes on."""
+    if args.demo and world.is_main and args.lambda_p == args.lambda_a == 0:
+        print("demo: L1 alone; VGG19 would be a download, and rounding decides what a GAN does in so few steps")
     if args.demo and args.init == Path("runs") / f"{args.arch}-psnr":
         words = ["--demo", "--stage", "psnr", "--arch", args.arch, "--resume", "auto"]
         made = args.init / "weights"
@@ -286,12 +288,11 @@ def main(args):
     lambdas = {name: value for name, value in vars(args).items() if name.startswith("lambda_")}
     run.open()
     run.say(f"{args.arch}, sampler {args.sampler}: {len(dataset)} sets of {len(sets.versions)} versions "
-            f"({dataset.dropped} dropped), {sets.grouping()}; {world.size} process(es) on {device}; "
+            f"({dataset.dropped} dropped), {sets.grouping()}; "
+            f"{world.size} process(es) on {device}; "
             f"{f'from step {run.start_step}' if run.checkpoint else info['start']}")
     if dataset.unscored:
         run.say(f"{len(dataset.unscored)} images without a finite score are left out, first {dataset.unscored[0]}")
-    if args.demo and args.lambda_p == args.lambda_a == 0:
-        run.say("demo: L1 alone; VGG19 would be a download, and rounding decides what a GAN does in so few steps")
     # free the loaded checkpoint: its copy of the pool alone may be 100 MB
     state = run.checkpoint = None
 
@@ -415,7 +416,7 @@ def main(args):
         if stopping:
             run.say(f"stopped by a signal at step {step}; continue with --resume")
             return
-    run.say(f"done: {args.out / 'weights' / f'ema_{args.total_steps:07d}.pth'}")
+    run.say(f"done: {args.out}")
 
 
 if __name__ == "__main__":
