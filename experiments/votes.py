@@ -5,7 +5,7 @@
     python -m experiments.votes page SR_STUDY        size of a page of 100 pairs of 1020 x 676, and time to load it
 
 SR_STUDY holds pairs.csv, choice_of_4.csv and a folder of images per method, as a user study of four networks left them
-(15 observers x 36 pairs of 6 scenes; 52 observers x 20 scenes, best of four). Writes results/human/study-*.json.
+(15 observers x 36 pairs of 6 scenes; 52 observers x 20 scenes, best of four). Writes study-COMMAND.json.
 """
 import csv
 import itertools
@@ -13,14 +13,12 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import runs
 
-RESULTS = runs.REPO / "results" / "human"
 # PAPER Supp. 12: mean preference, standard error over raters, raters, pairs per rater
 PAPER = {"mean": 0.697, "se": 0.048, "raters": 12, "each": 25}
 
@@ -29,6 +27,7 @@ def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
     p.add_argument("command", choices=["ranking", "power", "page"])
     p.add_argument("folder", type=Path, metavar="SR_STUDY", help="folder of the study's choices and images")
+    p.add_argument("--results", type=Path, default=Path("runs/results/human"), metavar="DIR")
     return p.parse_args(argv)
 
 
@@ -82,7 +81,7 @@ def ranking(folder):
     record["pairs by hand"] = by_hand(folder / "pairs.csv")
     for part, value in record["pairs by hand"].items():
         print(f"by hand: {part} {value}")
-    write("study-ranking", record)
+    return record
 
 
 def by_hand(file):
@@ -145,7 +144,7 @@ def power(folder):
             for raters in (6, 12, 24, 48) for each in (25, 50) for share in (0.55, 0.6, 0.65, PAPER["mean"])]
     for row in rows:
         print(" ".join(f"{name} {value:.3g}" for name, value in row.items()))
-    write("study-power", {"paper": PAPER, "spreads": spreads, "used": used, "level": 0.05, "power": rows})
+    return {"paper": PAPER, "spreads": spreads, "used": used, "level": 0.05, "power": rows}
 
 
 # The page
@@ -185,7 +184,7 @@ def page(folder):
                                  "seconds_per_next_pair": [t["next"] for t in times]}
                 chromium.close()
             print(name, record[name])
-    write("study-page", record)
+    return record
 
 
 def load(chromium, address):
@@ -206,16 +205,13 @@ def load(chromium, address):
     return {"loaded": loaded - started, "pair": pair - loaded, "next": after - pair}
 
 
-def write(name, record):
-    path = RESULTS / f"{name}.json"
-    runs.save_json(path, {"command": f"python -m experiments.votes {' '.join(sys.argv[1:2])} SR_STUDY",
-                          **runs.describe_machine(on_cpu=True), **record})
-    print(f"wrote {path.relative_to(runs.REPO)}")
-
-
 def main(args):
-    runs.check_writable(RESULTS, "results")
-    {"ranking": ranking, "power": power, "page": page}[args.command](args.folder)
+    runs.check_writable(args.results, "--results")
+    record = {"ranking": ranking, "power": power, "page": page}[args.command](args.folder)
+    path = args.results / f"study-{args.command}.json"
+    runs.save_json(path, {"command": f"python -m experiments.votes {args.command} SR_STUDY",
+                          **runs.describe_machine(on_cpu=True), **record})
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -238,6 +238,19 @@ def test_a_progress_line_has_at_most_110_characters(tmp_path, capsys, monkeypatc
     assert second.strip() == "chosen so far: original 3% 01 97%; score of the fresh pairs 61.3"
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    run = runs.Run(tmp_path / "run", {}, ALONE)
+    run.open()
+    for step in run.steps(3):
+        run.say(f"said {step}")
+        run.say(f"shown {step}", quiet=True)
+    printed = capsys.readouterr()
+    assert "said 3" in printed.out and (tmp_path / "run" / "log.txt").read_text().count("shown") == 3
+    assert ("3/3" in printed.err) == terminal and ("shown 3" in printed.out) == (not terminal)
+
+
 LAUNCHED = """
 import os, sys, time
 import runs
