@@ -6,7 +6,8 @@
 data      two sets of quintuplets from the same photographs, the test images, and, before any training, the share of
           crops that each reward leaves to the original. `soft`: enlarged by 1.5 first, so that enhanced versions often
           win; `sharp`: the photographs as they are
-train     every sampler on both sets from the published weights; train.py, then evaluate.py
+train     every sampler on both sets from the published weights; orig and amo also from weights changed by 1e-6, and in
+          the other memory format; train.py, then evaluate.py
 tune      amo's first network of the set `soft`, tuned by the reward with LoRA of rank 24 (the paper's) and 4, with the
           full weights of the same layers, and with all weights, each until the reward on held-out photographs has
           gained --gain
@@ -118,7 +119,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 import data
 import metrics
-from experiments import jobs, lora_tuning, samplers
+from experiments import demo_seeds, jobs, lora_tuning, samplers
 from experiments.sampler_report import label
 from images import list_images, load_image, save_image
 from report import page, pictures, tables
@@ -139,7 +140,17 @@ def plan(args):
         for sampler, reward in [("sma", first), *(("amo", reward) for reward in others)]:
             name = f"{where}-{sampler}-{seed}" if reward == first else f"{where}-{sampler}-{label(reward)}-{seed}"
             rows[name] = where, ["--sampler", sampler, "--reward", reward, "--seed", seed]
+        # does the sign survive rounding? of the flags that repeat, the last counts
+        for variant, flags in (("perturbed", ["--init", perturbed(args)]), ("contiguous", ["--no-channels-last"])):
+            for sampler in ("orig", "amo"):
+                _, row = rows[f"{where}-{sampler}-{seed}"]
+                rows[f"{where}-{sampler}-{variant}-{seed}"] = where, [*row, *flags]
     return rows
+
+
+def perturbed(args):
+    """The start with every weight changed by a share of at most 1e-6: made by the stage `train`."""
+    return args.work / "perturbed.pth"
 
 
 # Stage 1: data
@@ -409,6 +420,7 @@ def pairs_of(groups):
     for where in SETS:
         orig, rand, sma, amo = (f"{where}-{sampler}" for sampler in ("orig", "rand", "sma", "amo"))
         chosen += [(amo, orig), (amo, rand), (rand, orig), (amo, sma)]
+        chosen += [(f"{amo}-{variant}", f"{orig}-{variant}") for variant in ("perturbed", "contiguous")]
         chosen += [(row, "start") for row in groups if row.startswith(f"{where}-")]
         chosen += [(row, orig) for row in groups if row.startswith(f"{amo}-")]
     tuned = [row for row in groups if "+" in row]
@@ -432,6 +444,8 @@ def main(args):
         prepare(args)
     if "train" in args.stages:
         add_start(args)
+        if not perturbed(args).exists():
+            demo_seeds.perturb(args.start, perturbed(args), args.seeds[0])
         jobs.parallel(args.jobs, [partial(train_row, args, row, *words) for row, words in left.items()])
     if "tune" in args.stages:
         jobs.parallel(args.jobs, [partial(tune_row, args, variant) for variant in VARIANTS])

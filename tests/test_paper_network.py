@@ -17,10 +17,11 @@ from images import load_image, save_image
 def test_the_plan_has_three_seeds_of_three_samplers_and_one_of_the_rest():
     args = paper_network.parse_args(["--rewards", "runs/opinion.pth", "rewards.cnniqa:build", "ranker"])
     plan = paper_network.plan(args)
-    assert len(plan) == 2 * (9 + 3)
+    assert len(plan) == 2 * (9 + 3 + 4)
     assert list(plan)[:3] == ["soft-orig-0", "soft-amo-0", "soft-rand-0"]
     assert plan["sharp-amo-2"] == ("sharp", ["--sampler", "amo", "--reward", "runs/opinion.pth", "--seed", 2])
     assert plan["soft-amo-cnniqa-0"][1][3] == "rewards.cnniqa:build" and "soft-amo-cnniqa-1" not in plan
+    assert plan["soft-amo-contiguous-0"][1] == [*plan["soft-amo-0"][1], "--no-channels-last"]
     for scale in paper_network.SCALES.values():
         for _, flags in plan.values():
             given = train.parse_args(["--arch", "rrdbnet", *scale["train"].split(), *map(str, flags)])
@@ -30,10 +31,11 @@ def test_the_plan_has_three_seeds_of_three_samplers_and_one_of_the_rest():
 @pytest.mark.fast
 def test_the_differences_are_the_ones_fixed_before_the_runs():
     groups = ["start", "soft-orig", "soft-rand", "soft-amo", "soft-sma", "soft-amo-ranker", "soft-amo-0+lora4",
-              "soft-amo-0+naive", "start-blur-of-equal-psnr"]
+              "soft-amo-0+naive", "soft-amo-perturbed", "soft-orig-perturbed", "start-blur-of-equal-psnr"]
     pairs = paper_network.pairs_of(groups)
     for pair in (("soft-amo", "soft-orig"), ("soft-amo", "soft-rand"), ("soft-rand", "soft-orig"),
-                 ("soft-amo", "start"), ("soft-amo-ranker", "soft-orig"), ("soft-amo-0+lora4", "soft-amo"),
+                 ("soft-amo-perturbed", "soft-orig-perturbed"), ("soft-amo", "start"),
+                 ("soft-amo-ranker", "soft-orig"), ("soft-amo-0+lora4", "soft-amo"),
                  ("soft-amo-0+naive", "soft-amo-0+lora4"), ("start-blur-of-equal-psnr", "start")):
         assert pair in pairs, pair
     assert len(set(pairs)) == len(pairs) and all(a != b for a, b in pairs)
