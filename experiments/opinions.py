@@ -1,6 +1,6 @@
 """Rewards trained on people's opinions: do they agree with people on images they have not seen, and can they be fooled?
 
-    python -m experiments.opinions train 0 1 2        plain and hardened models of these splits of CLIVE
+    python -m experiments.opinions train 0 1 2        plain, hardened, small models of these splits of CLIVE
     python -m experiments.opinions ridge              the same splits, ridge regression on the backbone as it is
     python -m experiments.opinions study              a judge that learns from the choices of a user study, and controls
     python -m experiments.opinions report             tables and plot of all that is there
@@ -16,6 +16,11 @@ from pathlib import Path
 import runs
 
 DATA = Path("datasets/public")
+# of a training, by model. CHOICE, made before any training of that model had ended, but for `small`, of which one try
+# saw split 1, as the development of the others did
+SETTINGS = {"plain": dict(epochs=3, lr=2e-4), "hard": dict(epochs=4, lr=2e-4),
+            "mild": dict(epochs=6, lr=1e-4, harden_weight=0.3), "norm": dict(epochs=2, lr=2e-4, gradient_norm=0.5),
+            "small": dict(epochs=12, lr=2e-3, crop=128)}
 
 
 def parse_args(argv=None):
@@ -23,9 +28,10 @@ def parse_args(argv=None):
     p.add_argument("stage", choices=["train", "ridge", "study", "report"], help="what to do")
     p.add_argument("splits", type=runs.COUNT, nargs="*", default=list(range(10)),
                    help="train: numbers of the splits; study: the split whose model is used")
-    p.add_argument("--models", nargs="+", choices=["plain", "hard", "norm"], default=["plain", "hard"],
-                   help="train: which; hard, and norm with the regularisation of gradients alone, begin with plain, "
-                        "which is made if it is missing")
+    p.add_argument("--models", nargs="+", choices=list(SETTINGS), default=["plain", "hard", "small"],
+                   help="train: which; hard, mild with a smaller weight of the attack, and norm with the "
+                        "regularisation of gradients alone begin with plain, which is made if it is missing; small is "
+                        "the network of rewards/ranker.py")
     p.add_argument("--clive", type=Path, default=DATA / "human" / "clive", help="folder of labels.csv and images/")
     p.add_argument("--study", type=Path, default=DATA / "human" / "sr_study", help="folder of choice_of_4.csv")
     p.add_argument("--kodak", type=Path, default=DATA / "images" / "hr_kodak24", help="photographs that are attacked")
@@ -54,14 +60,11 @@ from experiments.human import METHODS, read_study
 from images import load_image
 from report import opinions, style
 from rewards import attack, opinion, train_opinion
+from rewards.ranker import load_ranker
 
 CROP, SEED = 224, 0
 # splits whose models are attacked
 ATTACKED = (0, 1, 2)
-# of a training, by model. CHOICE, made before any training had ended. Split 1, which several variants saw, is the one
-# on which the rest was developed
-SETTINGS = {"plain": dict(epochs=3, lr=2e-4), "hard": dict(epochs=4, lr=2e-4),
-            "norm": dict(epochs=2, lr=2e-4, gradient_norm=0.5)}
 
 
 def train(args, mos, features, split, name):
@@ -72,17 +75,19 @@ def train(args, mos, features, split, name):
     began, machine = time.process_time(), runs.describe_machine(on_cpu=True)
     rows, _ = opinions.splits(mos["names"])[split]
     training = train_opinion.part(mos, rows)
-    teacher, settings = None, SETTINGS[name] | dict(crop=CROP, seed=SEED)
-    if name != "plain":
+    teacher, settings = None, dict(crop=CROP, seed=SEED) | SETTINGS[name]
+    if name == "small":
+        net = load_ranker()
+    elif name != "plain":
         plain = train(args, mos, features, split, "plain")
-        net, teacher = opinion.load(plain)[0], opinion.load(plain)[0] if name == "hard" else None
+        net, teacher = opinion.load(plain)[0], opinion.load(plain)[0] if name != "norm" else None
     else:
         torch.manual_seed(SEED)
         net = imagenet(args)
         net.start_linear(features(net)[rows], training["mos"])
     losses = train_opinion.fit(net, training, teacher=teacher, **settings)
-    record = {"arch": "mobilenet_v2", "command": sys.argv, **machine, "model": name, "split": split,
-              "mos": {"file": "clive/labels.csv", "images": len(rows)}, **settings, "losses": losses,
+    record = {"arch": "ranker" if name == "small" else "mobilenet_v2", "command": sys.argv, **machine, "model": name,
+              "split": split, "mos": {"file": "clive/labels.csv", "images": len(rows)}, **settings, "losses": losses,
               "seconds_of_training": round(time.process_time() - began)}
     opinion.save(file, net, record)
     return file
@@ -183,7 +188,7 @@ def study(args):
     """
     machine = runs.describe_machine(on_cpu=True)
     split = args.splits[0]
-    files = {name: args.work / f"{name}-{split}.pth" for name in ("plain", "hard")}
+    files = {name: args.work / f"{name}-{split}.pth" for name in ("plain", "hard", "small")}
     models = {name: opinion.load(file)[0] for name, file in files.items() if file.exists()}
     if "plain" not in models:
         raise runs.UserError(f"{files['plain']}: no such model; make it with: "

@@ -20,8 +20,8 @@ import degradations
 import runs
 from rewards.train_ranker import apply, draw_style
 
-# weights of the terms
-WEIGHTS = {"negatives": 0.3, "attack": 1.0, "scale": 1.0}
+# weights of the terms; that of the attack is a flag
+WEIGHTS = {"negatives": 0.3, "scale": 1.0}
 # photographs per step for negatives and scale, and the side of their crops
 PHOTOS, SIDE = 4, 160
 # share of the batch that is attacked, the largest change in grey levels, drawn per image, and the steps of the ascent:
@@ -116,8 +116,11 @@ def ascend(score, x, start, level, steps, share):
     return x
 
 
-def terms(net, teacher, d, images, x, score, gradient_norm, rng):
-    """{name: weighted term}. x, score: the batch and its scores after loss.backward(), which left gradients on both."""
+def terms(net, teacher, d, images, x, score, weight, gradient_norm, rng):
+    """{name: weighted term}. x, score: the batch and its scores after loss.backward(), which left gradients on both.
+
+    weight: of the attack.
+    """
     result, count = {}, max(1, round(ATTACKED * len(x)))
     level = torch.from_numpy(rng.uniform(*LEVELS, count)).float().to(x.device)
     # of the loss's gradient the sign of dQ/dx: the loss depends on an image through its score alone
@@ -128,7 +131,7 @@ def terms(net, teacher, d, images, x, score, gradient_norm, rng):
         result["gradient"] = gradient_norm * ((net(found) - before).abs() / d / level).mean()
     if teacher is not None:
         further = ascend(net, found, start, level, STEPS - 1, 0.5)
-        result["attack"] = WEIGHTS["attack"] * ((net(further) - before) / d).relu().mean()
+        result["attack"] = weight * ((net(further) - before) / d).relu().mean()
         photos = degradations.to_8bit(photographs(images, rng))
         worse, severity = zip(*(negative(one[None], rng) for one in photos))
         anchors = torch.cat([photos, bicubic(photos)]).to(x.device)

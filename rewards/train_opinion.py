@@ -3,10 +3,12 @@
     python -m rewards.train_opinion --mos labels.csv --mos-images PHOTOS --out runs/rewards/clive.pth
     python -m rewards.train_opinion --choices choices.csv --choice-images STUDY --out runs/rewards/study.pth
     python -m rewards.train_opinion --init runs/rewards/clive.pth --harden ... --out runs/rewards/clive-hard.pth
+    python -m rewards.train_opinion --arch ranker --crop 128 --epochs 12 --mos ... --out rewards/ranker2.pth
 
 The result is a reward file for --reward. Networks: MobileNetV2 or VGG19 with ImageNet weights and regression on pooled
-features of several depths, which starts at ridge regression, or the small net of rewards/ranker.py. Every image is seen
-as random crops, mirrored or not: neither changes its quality, as a resize would. docs/opinions.md has measurements.
+features of several depths, which starts at ridge regression, or the small net of rewards/ranker.py, which knows
+distortions. Every image is seen as random crops, mirrored or not: neither changes its quality, as a resize would.
+docs/opinions.md has measurements.
 
 - Mean opinion scores: smooth L1, and over the pairs of a batch the fidelity loss of UNIQUE (Zhang et al., TIP 2021,
   Eq. 1-4) where the standard deviations of the opinions are given, else 1 - PLCC.
@@ -19,7 +21,7 @@ from pathlib import Path
 import runs
 
 # CHOICE: per architecture, AdamW's peak rate
-RATES = {"mobilenet_v2": 2e-4, "vgg19": 5e-5, "ranker": 3e-3}
+RATES = {"mobilenet_v2": 2e-4, "vgg19": 5e-5, "ranker": 2e-3}
 
 
 def parse_args(argv=None):
@@ -50,8 +52,9 @@ def parse_args(argv=None):
     g.add_argument("--batch-size", type=runs.SIZE, default=16, help="crops of MOS images per step")
     g.add_argument("--crop", type=runs.number(int, 32), default=224, help="side of the crops, pixels")
     g.add_argument("--seed", type=runs.COUNT, default=0, help="of everything drawn")
-    g.add_argument("--harden", action="store_true",
-                   help="against being optimised: negatives and attacked images as ranking pairs; needs --init")
+    g.add_argument("--harden", type=runs.WEIGHT, nargs="?", const=1.0, default=0.0, metavar="WEIGHT",
+                   help="against being optimised: negatives and attacked images as ranking pairs; the weight is that "
+                        "of the attack (1 if none is given); needs --init")
     g.add_argument("--gradient-norm", type=runs.WEIGHT, default=0.0, metavar="WEIGHT",
                    help="weight of the L1 norm of the gradient on the image (Liu et al., CVPR 2024)")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it runs")
@@ -85,6 +88,7 @@ from tqdm import tqdm
 from images import list_images, load_image
 from report import opinions
 from rewards import harden, opinion
+from rewards.ranker import load_ranker
 
 # points of the score that count as one unit in the losses
 UNIT = 20.0
@@ -175,11 +179,12 @@ def optimiser(net, lr, all_layers):
 
 
 def fit(net, mos=None, choices=None, epochs=5, lr=2e-4, batch_size=16, crop=224, seed=0, device="cpu", teacher=None,
-        gradient_norm=0.0):
+        harden_weight=1.0, gradient_norm=0.0):
     """Train a model of opinion.ARCHITECTURES; its weights become their exponential moving average.
 
     mos: {"images": N of (3, H, W) uint8, "mos": (N,) 0 to 100, "std": (N,) or None}; choices: {"images": N lists of K
     images of one size, "selected": (N,) whole numbers}. teacher: the plain model whose scale a hardened one keeps.
+    harden_weight: of the attack, with a teacher.
     -> mean of every term over the last epoch. Every draw is a function of (seed, step).
     """
     net.to(device, memory_format=torch.channels_last).train()
@@ -217,7 +222,8 @@ def fit(net, mos=None, choices=None, epochs=5, lr=2e-4, batch_size=16, crop=224,
                 # its gradient on the images shows where the score rises
                 score.retain_grad()
                 terms["mos"].backward()
-                further = harden.terms(net, teacher, unit, mos["images"], x, score, gradient_norm, rng)
+                further = harden.terms(net, teacher, unit, mos["images"], x, score, harden_weight, gradient_norm,
+                                       rng)
                 sum(further.values()).backward()
                 terms |= further
         if choices:
@@ -347,7 +353,7 @@ def main(args):
         net, begun = opinion.load(args.init)
         record |= {"arch": begun["arch"], "init": begun}
     else:
-        net = opinion.ARCHITECTURES[args.arch]()
+        net = load_ranker() if args.arch == "ranker" else opinion.ARCHITECTURES[args.arch]()
         if args.arch != "ranker":
             net.backbone.load_imagenet(args.backbone)
     mos, choices, test = None, None, None
@@ -363,7 +369,8 @@ def main(args):
         record["choices"] = {"file": args.choices.name, "sha256": runs.digest(args.choices),
                              "choices": len(choices["images"])}
     settings = {"epochs": args.epochs, "lr": args.lr or RATES[record["arch"]], "batch_size": args.batch_size,
-                "crop": args.crop, "seed": args.seed, "gradient_norm": args.gradient_norm}
+                "crop": args.crop, "seed": args.seed, "harden_weight": args.harden,
+                "gradient_norm": args.gradient_norm}
     if not args.init and args.arch != "ranker":
         seen = mos["images"] if mos else [image for images in choices["images"] for image in images]
         features = crop_features(net, seen, args.crop, args.seed)
@@ -372,8 +379,7 @@ def main(args):
         else:
             net.standardise(features)
     teacher = opinion.load(args.init)[0].to(device) if args.harden else None
-    record |= settings | {"harden": args.harden, "losses": fit(net, mos, choices, device=device, teacher=teacher,
-                                                              **settings)}
+    record |= settings | {"losses": fit(net, mos, choices, device=device, teacher=teacher, **settings)}
     if test:
         record["test"] = test_scores(net, test["images"], test["mos"].numpy(), device)
         print(record["test"])

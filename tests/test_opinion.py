@@ -14,6 +14,7 @@ import runs
 from images import save_image
 from report import opinions
 from rewards import attack, harden, opinion, train_opinion
+from rewards.ranker import load_ranker
 
 SHARED = REPO.parent / "shared"
 
@@ -322,6 +323,11 @@ def test_the_command_trains_judges_and_names_what_is_wrong(script, tmp_path):
     assert record["arch"] == "ranker" and record["mos"]["images"] == 24 and record["test"]["images"] == 6
     assert set(record["test"]["crops"]) == {"96"} and abs(record["test"]["whole"]["srcc"]) <= 1
     assert {"commit", "torch", "seed", "command"} <= set(record)
+    # before the first step it is the embedded ranker
+    train_opinion.main(train_opinion.parse_args(
+        [*map(str, flags), "--crop", "64", "--epochs", "0", "--out", str(tmp_path / "begun.pth")]))
+    begun, own = opinion.load(tmp_path / "begun.pth")[0], load_ranker()
+    assert all(torch.equal(value, begun.state_dict()[key]) for key, value in own.state_dict().items())
     # from a file, and from choices alone
     for method, level in (("clean", 3), ("noisy", 30)):
         for k, image in enumerate(noisy([level, level + 3], 80)):
@@ -352,7 +358,7 @@ def test_the_gradient_term_is_the_l1_norm_and_the_attack_term_its_gain():
     score.retain_grad()
     # a loss that wants two scores lower and two higher
     (score * torch.tensor([1.0, 1.0, -1.0, -1.0])).sum().backward()
-    found = harden.terms(net, None, 2.0, None, x, score, 1.0, np.random.default_rng(0))
+    found = harden.terms(net, None, 2.0, None, x, score, 1.0, 1.0, np.random.default_rng(0))
     # per grey level, in units of D = 2
     assert set(found) == {"gradient"}
     assert found["gradient"].item() == pytest.approx(net.w.abs().sum().item() / 255 / 2, rel=1e-3)
