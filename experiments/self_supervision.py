@@ -12,7 +12,7 @@ tune      rows: RealESRGAN_x4plus adapted to a domain with each of them, and wit
 controls  the start's outputs, blurred and sharpened until their PSNR is nearest to that of "both"
 precision start and "both" in fp32 on ten images, since all else is trained and scored in bf16
 probe     the paper's Fig. 7 (baseline, + controller) and Fig. 8 (+ FAR) on photographs that pre-training did not see
-report    tables, plots, and RESULTS/selfsup.json, of the rows that are there
+report    tables, plots, a picture, and RESULTS/selfsup.json, of the rows that are there
 
 Each row is a file of RESULTS and is not made again; what only it needs is not trained either.
 
@@ -371,6 +371,10 @@ def main(args):
         every([partial(probe, args, figure, network) for figure in ("fig7", "fig8") for network in scale[figure]])
     if "report" in args.stages:
         selfsup_report.report(args, flags(args, "pretrain"), flags(args, "finetune"))
+        adapted = {row: tuned(args, "inside", row, args.seeds[0]) for row in ("LWay", "baseline", "both")}
+        adapted = {row: path for row, path in adapted.items() if (path / "weights").is_dir()}
+        if adapted:
+            selfsup_report.picture(args, {"before": args.sr, **adapted})
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ import shlex
 import sys
 
 import numpy as np
+import torch
 
+import archs
 import runs
 from experiments import jobs
-from report import tables
+from images import list_images, load_image
+from report import pictures, tables
 
 ROWS = ("before", "LWay", "baseline", "controller", "FAR", "both", "flipped", "blur control", "unsharp control",
         "before, compact", "both, compact")
@@ -19,6 +22,8 @@ PAIRS = [*((row, "before") for row in ("LWay", "baseline", "controller", "FAR", 
 # the lines of each plot; "noise1": of the first experiment, for --redraw
 FIGURES = {"fig7": ("baseline", "controller", "FAR", "both"), "fig8": ("FAR", "both"),
            "fig7-noise1": ("controller-noise1",), "fig8-noise1": ("both-noise1",)}
+# test images that may be shown, side of the part
+PICTURE = ("test_set14-comic", "test_set14-baboon", "test_set5-butterfly"), 96
 NETWORKS = {"FAR": "FAR alone", "both": "FAR and controller", "both-noise1": "FAR and controller, noise 1"}
 
 
@@ -94,6 +99,26 @@ def draw(summary, stem):
         else:
             probe.draw_areas(path, {NETWORKS[name]: [lines[name]["auc"] for lines in by_seed] for name in names
                                     if name in by_seed[0]})
+
+
+@torch.no_grad()
+def picture(args, networks):
+    """RESULTS/selfsup.png: the middle of three images of the domain `inside`: LR, the networks' outputs, reference.
+
+    networks: {name: weights}, each run once more, in bf16.
+    """
+    (shown, side), images = PICTURE, list_images(args.work / "inside" / "lq")
+    device, cells = runs.start_world(args.device).device, []
+    nets = {name: archs.ready(archs.load_run(path, name)[0], device, "bf16") for name, path in networks.items()}
+    for stem in [stem for stem in (*shown, *images) if stem in images][:3]:
+        lq, gt = (load_image(list_images(args.work / "inside" / part)[stem])[None].float() / 255
+                  for part in ("lq", "gt"))
+        of_nets = {name: archs.upscale_tiled(net, lq.to(device)).clamp(0, 1).cpu() for name, net in nets.items()}
+        images_of = {"LR": lq.repeat_interleave(4, 2).repeat_interleave(4, 3), **of_nets, "reference": gt}
+        side = min(side, *gt.shape[2:])
+        y, x = ((n - side) // 2 for n in gt.shape[2:])
+        cells.append([(pictures.enlarged_crop(image, y, x, side, 2), name) for name, image in images_of.items()])
+    pictures.save_grid(args.results / "selfsup.png", cells)
 
 
 def markdown_tables(summary):
