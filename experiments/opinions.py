@@ -183,12 +183,14 @@ def without(choices, method):
 def study(args):
     """A judge: the head of a model that saw CLIVE's training images, fitted to the choices, on scenes it did not see.
 
-    Beside it: the model as it is, the method's name alone, sharpness alone. With every method left out in turn as well:
+    Beside it: the model as it is, the small ones of all splits, the method's name alone, sharpness alone. With every method left out in turn as well:
     then judged on the pairs that contain it.
     """
     machine = runs.describe_machine(on_cpu=True)
     split = args.splits[0]
-    files = {name: args.work / f"{name}-{split}.pth" for name in ("plain", "hard", "small")}
+    files = {name: args.work / f"{name}-{split}.pth" for name in ("plain", "hard")}
+    files |= {path.stem: path for path in sorted(args.work.glob("small-*.pth"))}
+    files["ranker2"] = runs.REPO / "rewards" / "ranker2.pth"
     models = {name: opinion.load(file)[0] for name, file in files.items() if file.exists()}
     if "plain" not in models:
         raise runs.UserError(f"{files['plain']}: no such model; make it with: "
