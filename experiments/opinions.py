@@ -183,8 +183,8 @@ def without(choices, method):
 def study(args):
     """A judge: the head of a model that saw CLIVE's training images, fitted to the choices, on scenes it did not see.
 
-    Beside it: the model as it is, the small ones of all splits, the method's name alone, sharpness alone. With every method left out in turn as well:
-    then judged on the pairs that contain it.
+    Beside it: the model as it is, the small ones of all splits, the method's name alone, sharpness alone. With every
+    method left out in turn as well: then judged on the pairs that contain it.
     """
     machine = runs.describe_machine(on_cpu=True)
     split = args.splits[0]
