@@ -348,6 +348,15 @@ def test_the_command_trains_judges_and_names_what_is_wrong(script, tmp_path):
         assert not (tmp_path / "x.pth").exists()
 
 
+def test_the_embedded_model_of_opinions_says_what_made_it_and_prefers_photographs(photographs):
+    net, record = opinion.load(runs.REPO / "rewards" / "ranker2.pth")
+    assert record["arch"] == "ranker" and record["mos"]["images"] == 1162 and record["commit"]
+    x = torch.stack([image[:, :128, :128] for image in photographs.values()])
+    x = x.float() / 255 if x.dtype == torch.uint8 else x
+    photos, small = net(x), net(harden.bicubic(x))
+    assert (photos > small + 20).all() and photos.max() < 100
+
+
 # Hardening and attacks, on models of which everything is known
 
 @pytest.mark.fast
