@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import archs
+import lora
 import runs
 import upscale
 from prepare import weights
@@ -536,3 +537,14 @@ def test_the_papers_network_against_ncnn(real):
     with torch.no_grad():
         y = archs.load_generator(real[0])[0](torch.from_numpy(photo())[None])[0].numpy()
     assert np.abs(y - np.array(reference)).max() * 255 < 0.01
+
+
+@pytest.mark.parametrize("card", (runs.REPO / "weights").glob("*/README.md"), ids=lambda card: card.parent.name)
+def test_an_adapter_that_comes_along_fits_the_network_that_its_card_names(card):
+    assert lora.card_base(card) == X4PLUS
+    net, state = archs.create("rrdbnet"), torch.load(card.with_name("adapter.pth"), weights_only=True)
+    lora.add_lora(net, lora.default_targets(net), state["rank"])
+    assert {name: value.shape for name, value in lora.lora_state_dict(net).items()} == {
+        name: value.shape for name, value in state["lora"].items()}
+    assert all(value.dtype == torch.float16 and value.isfinite().all() for value in state["lora"].values())
+    assert card.with_name("LICENSE.txt").exists() and card.with_name("adapter.pth").stat().st_size < 4e6
