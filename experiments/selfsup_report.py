@@ -19,12 +19,11 @@ CONTROLS = ("before", "before, compact", "blur control", "unsharp control")
 PAIRS = [*((row, "before") for row in ("LWay", "baseline", "controller", "FAR", "both", "flipped")),
          ("controller", "baseline"), ("FAR", "baseline"), ("both", "baseline"), ("both", "LWay"), ("both", "flipped"),
          ("both", "blur control"), ("both", "unsharp control"), ("both, compact", "before, compact")]
-# the lines of each plot; "noise1": of the first experiment, for --redraw
-FIGURES = {"fig7": ("baseline", "controller", "FAR", "both"), "fig8": ("FAR", "both"),
-           "fig7-noise1": ("controller-noise1",), "fig8-noise1": ("both-noise1",)}
+# the lines of each plot
+FIGURES = {"fig7": ("baseline", "controller", "FAR", "both"), "fig8": ("FAR", "both")}
 # test images that may be shown, side of the part
 PICTURE = ("test_set14-comic", "test_set14-baboon", "test_set5-butterfly"), 96
-NETWORKS = {"FAR": "FAR alone", "both": "FAR and controller", "both-noise1": "FAR and controller, noise 1"}
+NETWORKS = {"FAR": "FAR alone", "both": "FAR and controller"}
 
 
 def compare(files):
@@ -85,7 +84,7 @@ def draw(summary, stem):
     shares = np.linspace(0, 1, 11).tolist()
     for figure, names in FIGURES.items():
         by_seed = [{name: values for name, values in without_seed(lines).items() if name.partition(",")[0] in names}
-                   for lines in summary.get(figure.partition("-")[0], [])]
+                   for lines in summary.get(figure, [])]
         if not by_seed or not all(by_seed):
             continue
         # matplotlib is not needed by anything else
@@ -94,8 +93,7 @@ def draw(summary, stem):
         if figure.startswith("fig7"):
             distance = shlex.split(summary["pretrain"])
             more = {"i": shares, "distance_name": distance[distance.index("--distance") + 1]}
-            probe.draw7(path, [{name.replace("-noise1", ", noise 1"): values | more
-                                for name, values in lines.items()} for lines in by_seed])
+            probe.draw7(path, [{name: values | more for name, values in lines.items()} for lines in by_seed])
         else:
             probe.draw_areas(path, {NETWORKS[name]: [lines[name]["auc"] for lines in by_seed] for name in names
                                     if name in by_seed[0]})

@@ -71,7 +71,7 @@ class BandEncoder(nn.Module):
     Its inputs are the logarithms of the strengths of first and second differences of the grey image at three scales:
     twelve numbers that tell blur and noise and need not be learned. Its embeddings differ by 0.71 and 0.95 of their
     size where the convolutional encoder's differ by 0.2 (600 steps, two seeds; results/selfsup-choices.json). After
-    2,000 steps R loses 1.6 to 2.7 dB when it gets other images' embeddings (results/selfsup.json).
+    2,000 steps R loses 1.6 to 2.7 dB when it gets other images' embeddings (docs/results-selfsup.md).
     """
 
     def __init__(self, dim=512, width=128):
