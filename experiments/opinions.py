@@ -65,6 +65,8 @@ from rewards.ranker import load_ranker
 CROP, SEED = 224, 0
 # splits whose models are attacked
 ATTACKED = (0, 1, 2)
+IN_WORDS = {"ridge": "ridge regression", "hard": "hardened", "mild": "hardened mildly", "norm": "gradient norm",
+            "small": "small network"}
 
 
 def train(args, mos, features, split, name):
@@ -326,7 +328,9 @@ def report(args):
     drawing, axes = style.figure(columns=2, height=3.5)
     for name, splits in table.items():
         sides = list(map(str, train_opinion.TEST_CROPS))
-        style.seeds(axes[0], range(5), [[row[side] for side in (*sides, "whole")] for row in splits.values()], name)
+        count = "1 split" if len(splits) == 1 else f"{len(splits)} splits"
+        style.seeds(axes[0], range(5), [[row[side] for side in (*sides, "whole")] for row in splits.values()],
+                    f"{IN_WORDS.get(name, name)}, {count}")
     axes[0].set(xticks=range(5), xticklabels=[*map(str, train_opinion.TEST_CROPS), "whole"], ylabel="SRCC on CLIVE",
                 xlabel="side of the crops, pixels")
     for name in SETTINGS:
