@@ -4,8 +4,9 @@
     python train.py --reward ranker
 
 It was trained on six kinds of distortion of scikit-image's photographs, so it stands in for a published model in the
-demo and in the tests. It does not agree with people on super-resolved images, and it is no substitute for MUSIQ. rewards/ranker2.pth, a
-reward file of this network trained on opinions, does, better than chance (docs/results-human.md).
+demo and in the tests. It does not agree with people on super-resolved images, and it is no substitute for MUSIQ.
+rewards/ranker2.pth, a reward file of this network trained on opinions, does, better than chance
+(docs/results-human.md).
 """
 import pickle
 from pathlib import Path
