@@ -785,8 +785,9 @@ def test_a_shortened_demo_is_not_mistaken_for_the_start_of_a_whole_one(tmp_path,
     monkeypatch.chdir(tmp_path)
     args, wanted = train.parse_args(["--demo"]), []
     monkeypatch.setattr(runs, "make_missing", lambda path, *words: wanted.append((str(path), words[-2:])))
-    train.make_demo_start(args, None)
-    train.make_demo_start(train.parse_args(["--demo", "--total-steps", "2"]), None)
+    world = runs.World(0, 1, "cpu")
+    train.make_demo_start(args, world)
+    train.make_demo_start(train.parse_args(["--demo", "--total-steps", "2"]), world)
     assert wanted == [("runs/compact-small-psnr/weights/ema_0000400.pth", ("--resume", "auto")),
                       ("runs/compact-small-psnr/weights", ("--total-steps", 2))]
     weights = tmp_path / "runs" / "compact-small-psnr" / "weights"
