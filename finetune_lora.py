@@ -102,6 +102,8 @@ def parse_args(argv=None):
         if args.lambda_q == "auto" or args.stop_gain:
             flag = "--stop-gain" if args.stop_gain else "--lambda-q auto"
             p.error(f"{flag} looks at the reward: it needs a --reward")
+        if args.lambda_q:
+            p.error(f"--lambda-q {args.lambda_q:g} weighs the reward: it needs a --reward")
         args.lambda_q = 0.0
     elif args.lambda_q is None:
         args.lambda_q = 1.0 if any("=" in word for word in args.reward) else "auto" if first.demo else 0.05

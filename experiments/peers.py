@@ -2,7 +2,7 @@
 
     pip download --no-deps basicsr==1.4.2 realesrgan==0.3.0
     tar xzf basicsr-1.4.2.tar.gz && unzip realesrgan-0.3.0-py3-none-any.whl
-    python -m experiments.peers --basicsr basicsr-1.4.2 --realesrgan . --json results/bench/peers.json
+    python -m experiments.peers --basicsr basicsr-1.4.2 --realesrgan . --json runs/bench/peers.json
 
 process       upscale.py against a script that reads, enlarges and writes by Pillow and spandrel: one checkpoint, one
               image, the whole process; wall time, processor time, peak memory, largest difference of the two outputs

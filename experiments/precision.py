@@ -1,6 +1,6 @@
 """What --precision bf16 gains on this CPU, and what it changes: three generators in fp32, in bf16, with channels_last.
 
-    python -m experiments.precision --side 64 --repeats 3 --json results/bench/precision-amx_bf16.json
+    python -m experiments.precision --side 64 --repeats 3 --json runs/bench/precision-amx_bf16.json
 
 One thread, processor time, variants in turn on a crop of a photograph; "faster" is the median time of fp32 over that of
 the variant, with the range over turns. `as used` is archs.ready's bf16: autocast, channels_last where the network is

@@ -213,7 +213,8 @@ def pretrain(args, network, seed):
         call(args, out.with_suffix(".log"), "selfsup.pretrain", "--hr", args.work / "hr", "--vgg-weights",
              args.vgg_weights, *words, "--seed", seed, "--device", args.device, "--out", out, "--resume", "auto")
     held_out = rec.load_reconstruction(out)[1]["held_out"]
-    runs.save_json(args.results / f"rec-{network}-{seed}.json", {"pretrain": words, **held_out})
+    runs.save_json(args.results / f"rec-{network}-{seed}.json",
+                   {"pretrain": words, **runs.describe_machine(args.device == "cpu"), **held_out})
 
 
 def score(args, folder, out, *row):
@@ -303,7 +304,8 @@ def precision(args):
                            "--only", only)["scores"].values()
             rounded = json.loads(file.read_text())["scores"]
             differences[row] = {m: max(abs(exact[name][m] - rounded[name][m]) for name in names) for m in args.metrics}
-    runs.save_json(args.results / "precision.json", differences)
+    runs.save_json(args.results / "precision.json",
+                   {**runs.describe_machine(args.device == "cpu"), "differences": differences})
 
 
 def probe(args, figure, network):

@@ -64,7 +64,7 @@ def report(args, pretrain, finetune):
             lines[0] |= {name: {key: v for key, v in values.items() if key in ("auc", "far_enc") or path.stem[3] == "7"}
                          for name, values in content["lines"].items()}
         elif path.stem == "precision":
-            summary["precision"] = content
+            summary["precision"] = content["differences"]
     for domain in ("inside", "outside", "realsr"):
         if "before" in sets.get(domain, {}):
             summary["sets"][domain] = compare(sets[domain])

@@ -258,6 +258,9 @@ def main(args):
     sets, gts = open_images(args.lr_dir, args.gt_dir, args.patch, world.is_main)
     net, settings = rec.load_reconstruction(args.rec)
     s_rule, far = choose_switches(settings, args.s_rule, args.far, args.stop)
+    if not far and args.lambda_ft != "auto":
+        raise runs.UserError(f"--lambda-ft {args.lambda_ft:g} weighs FAR, which is off: --rec {args.rec} was trained "
+                             "without it, or --no-far is given")
     weaknesses = rec.weaknesses(settings["held_out"], far)
     if weaknesses and not args.force:
         raise runs.UserError(f"--rec {args.rec}: {'; '.join(weaknesses)}: pre-train longer, or --force")

@@ -88,6 +88,8 @@ def parse_args(argv=None):
     if lway and args.far:
         p.error("--arch lway --far: FAR aligns the image encoder, and LWay has none")
     args.far = not lway if args.far is None else args.far
+    if not args.far and args.lambda_pt != "auto":
+        p.error(f"--lambda-pt {args.lambda_pt:g} weighs FAR, which is off")
     if args.far and args.far_enc == "sr" and not args.far_sr:
         p.error("--far-enc sr: which network? --far-sr PATH")
     args.out = args.out or Path("runs") / f"rec-{args.arch}"

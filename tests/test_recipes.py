@@ -120,6 +120,6 @@ def test_evaluate_and_upscale_take_what_was_trained_and_what_was_tuned(copy):
     table = run("evaluate.py", "--weights", *(f"runs/{name}" for name in names), "--lq", "lq", "--gt", "hr",
                 "--metrics", "psnr")
     assert all(f"{name} " in table for name in names)
-    for name in (names[1], names[5]):
+    for name in (names[1], names[5], "fourier", "charbonnier"):
         run("upscale.py", "--weights", f"runs/{name}", "lq/a.png", "--out", f"sr/{name}")
         assert Path(root, "sr", name, "a.png").exists()

@@ -539,7 +539,7 @@ def test_the_papers_network_against_ncnn(real):
     assert np.abs(y - np.array(reference)).max() * 255 < 0.01
 
 
-@pytest.mark.parametrize("card", (runs.REPO / "weights").glob("*/README.md"), ids=lambda card: card.parent.name)
+@pytest.mark.parametrize("card", [*(runs.REPO / "weights").glob("*/README.md")], ids=lambda card: card.parent.name)
 def test_an_adapter_that_comes_along_fits_the_network_that_its_card_names(card):
     assert lora.card_base(card) == X4PLUS
     net, state = archs.create("rrdbnet"), torch.load(card.with_name("adapter.pth"), weights_only=True)
