@@ -271,7 +271,7 @@ def test_the_discriminator_is_the_runs(base, tmp_path, monkeypatch):
     tune(base, tmp_path / "ig", "--lambda-a", 0.1, steps=1)
     assert ("UNetDiscriminatorSN", "net_d_0000002.pth") in loaded
     assert {"adv", "D_real", "D_fake"} <= set(events(tmp_path / "ig")[0])
-    tune(base, tmp_path / "nnr", "--lambda-a", 0.2, reward="none", steps=1)
+    tune(base, tmp_path / "nnr", "--lambda-a", 0.2, "--lambda-q", 0, reward="none", steps=1)
     assert "q" not in events(tmp_path / "nnr")[0] and "adv" in events(tmp_path / "nnr")[0]
 
 
@@ -413,6 +413,7 @@ def test_another_base_cannot_be_resumed(base, tmp_path):
     (["--rank", "0"], "--rank: 0: must be at least 1"), (["--lambda-q", "much"], "invalid number value: 'much'"),
     (["--reward", "none", "--lambda-q", "auto"], "it needs a --reward"),
     (["--reward", "none", "--stop-gain", "3"], "--stop-gain looks at the reward"),
+    (["--reward", "none", "--lambda-q", "0.05"], "--lambda-q 0.05 weighs the reward"),
     (["--arch", "rrdbnet-small", "--reward", "none", "--lambda-a", "0.2"], "-small-amo: no run there whose reward")])
 def test_flags_are_checked_at_once(words, message, capsys):
     with pytest.raises(SystemExit):

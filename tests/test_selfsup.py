@@ -780,7 +780,9 @@ def test_what_has_not_learned_is_refused(photos, trained, tmp_path):
             attempt("out", **values)
         assert not (tmp_path / "out").exists()
     attempt("good", psnr=30.0)
-    attempt("without", "--no-far", explained=0.1)
+    attempt("without", "--no-far", "--lambda-ft", "auto", explained=0.1)
+    with pytest.raises(runs.UserError, match="--lambda-ft 0.1 weighs FAR, which is off"):
+        attempt("weighed", "--no-far", psnr=30.0)
     attempt("forced", "--force", psnr=20.0, explained=0.1)
     assert (tmp_path / "forced" / "log.txt").read_text().count("WARNING, forced although it") == 3
     # of before: unknown

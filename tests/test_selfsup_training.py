@@ -62,7 +62,8 @@ def far_of(net, e_im, e_cl, offdiag=False):
 # Stage 2
 
 @pytest.mark.parametrize("words, constants", [
-    ([], {}), (["--s-rule", "flip"], {}), (["--s-rule", "shifted"], {}), (["--no-hf"], {}), (["--no-far"], {}),
+    ([], {}), (["--s-rule", "flip"], {}), (["--s-rule", "shifted"], {}), (["--no-hf"], {}),
+    (["--no-far", "--lambda-ft", "auto"], {}),
     (["--no-far-floor"], {}),
     (["--no-far-floor"], {"FAR_PATH": "im"}), (["--no-far-floor"], {"FAR_PATH": "cl"}), ([], {"PERCEP": 0.3})])
 def test_a_step_of_fine_tuning_follows_the_gradient_worked_out_here(photos, trained, tmp_path, gradients, words,
@@ -107,12 +108,12 @@ def test_a_step_of_fine_tuning_follows_the_gradient_worked_out_here(photos, trai
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize("floor, like", [(0.0, "--no-far-floor"), (1e9, "--no-far")])
+@pytest.mark.parametrize("floor, like", [(0.0, ["--no-far-floor"]), (1e9, ["--no-far", "--lambda-ft", "auto"])])
 def test_far_counts_above_its_level_on_clean_photographs(photos, trained, tmp_path, gradients, floor, like):
     content = torch.load(trained / "method" / "weights" / "rec.pth", weights_only=True)
     settings = content["settings"] | {"held_out": content["settings"]["held_out"] | {"far": floor}}
     torch.save(content | {"settings": settings}, tmp_path / "rec.pth")
-    for k, words in enumerate(([], [like])):
+    for k, words in enumerate(([], like)):
         tune(photos, tmp_path / "rec.pth", tmp_path / f"{k}", "--total-steps", 1, "--lambda-ft", 0.05, *words)
     for ours, expected in zip(*gradients):
         torch.testing.assert_close(ours, expected, atol=1e-7, rtol=1e-4)
