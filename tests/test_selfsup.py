@@ -879,6 +879,7 @@ def test_errors_of_finetune(photos, trained, tmp_path, words, message):
 @pytest.mark.fast
 @pytest.mark.parametrize("module, words, message", [
     (pretrain, "--arch lway --far", "LWay has none"),
+    (pretrain, "--no-far --lambda-pt 3", "--lambda-pt 3 weighs FAR, which is off"),
     (pretrain, "--load-size 128", "at least 256"),
     (pretrain, "--patches 3", "unrecognized"),
     (pretrain, "--far-enc sr", "--far-sr"),
