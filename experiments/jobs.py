@@ -16,7 +16,7 @@ from tqdm import tqdm
 import metrics
 import runs
 from images import list_images, load_image, save_image
-from report import tables
+from report import pictures, tables
 
 # images/<set>/*.png, weights/sr/*.pth (x4 networks), weights/iqa/* (quality models); not part of the repository
 DATA = "datasets/public"
@@ -161,6 +161,14 @@ def judge(metric, metric_weights):
 def test_pair(work, stem):
     """-> lq (1, 3, h, w), gt (1, 3, 4h, 4w) in [0, 1]"""
     return [load_image(work / "test" / folder / f"{stem}.png")[None].float() / 255 for folder in ("lq", "gt")]
+
+
+def middle_row(lq, images, gt, side):
+    """[(part in the middle, side x side pixels enlarged twice, label)]: LR, images {label: (1, 3, H, W)}, reference."""
+    side = min(side, *gt.shape[2:])
+    y, x = ((n - side) // 2 for n in gt.shape[2:])
+    images = {"LR": lq.repeat_interleave(4, 2).repeat_interleave(4, 3), **images, "reference": gt}
+    return [(pictures.enlarged_crop(image, y, x, side, 2), label) for label, image in images.items()]
 
 
 def metric_files(exp, names):

@@ -400,10 +400,7 @@ def picture(args):
     rows = [row for row in rows if (args.work / "outputs" / "sets" / row).is_dir()]
     for stem in names:
         lq, gt = jobs.test_pair(args.work / "sets", stem)
-        images = {"LR": lq.repeat_interleave(4, 2).repeat_interleave(4, 3)}
-        images |= {row: outputs(args, "sets", row)[stem] for row in rows} | {"reference": gt}
-        y, x = ((n - side) // 2 for n in gt.shape[2:])
-        cells.append([(pictures.enlarged_crop(image, y, x, side, 2), caption(name)) for name, image in images.items()])
+        cells.append(jobs.middle_row(lq, {caption(row): outputs(args, "sets", row)[stem] for row in rows}, gt, side))
     pictures.save_grid(args.results.with_suffix(".png"), cells)
 
 

@@ -112,10 +112,7 @@ def picture(args, networks):
         lq, gt = (load_image(list_images(args.work / "inside" / part)[stem])[None].float() / 255
                   for part in ("lq", "gt"))
         of_nets = {name: archs.upscale_tiled(net, lq.to(device)).clamp(0, 1).cpu() for name, net in nets.items()}
-        images_of = {"LR": lq.repeat_interleave(4, 2).repeat_interleave(4, 3), **of_nets, "reference": gt}
-        side = min(side, *gt.shape[2:])
-        y, x = ((n - side) // 2 for n in gt.shape[2:])
-        cells.append([(pictures.enlarged_crop(image, y, x, side, 2), name) for name, image in images_of.items()])
+        cells.append(jobs.middle_row(lq, of_nets, gt, side))
     pictures.save_grid(args.results / "selfsup.png", cells)
 
 

@@ -352,10 +352,11 @@ def main(args):
     if args.init:
         net, begun = opinion.load(args.init)
         record |= {"arch": begun["arch"], "init": begun}
+    elif args.arch == "ranker":
+        net = load_ranker()
     else:
-        net = load_ranker() if args.arch == "ranker" else opinion.ARCHITECTURES[args.arch]()
-        if args.arch != "ranker":
-            net.backbone.load_imagenet(args.backbone)
+        net = opinion.ARCHITECTURES[args.arch]()
+        net.backbone.load_imagenet(args.backbone)
     mos, choices, test = None, None, None
     if args.mos:
         mos = read_mos(args.mos, args.mos_images, args.crop, args.mos_columns, args.mos_range)
