@@ -295,18 +295,19 @@ def table(summary):
 def draw_curves(summary, path):
     """Left: best, mean and worst of k seeds against k, one colour per row. Right: gains over the first row at all k.
 
-    summary: as eval.json; of its rows "curve" and "minus_first" are read.
+    summary: as eval.json; of its rows "curve" and "minus_first" are read. A curve may be of several generators, (n, k).
     """
     drawing, (left, right) = style.figure(columns=2, height=4.2)
     rows, kinds = list(summary["rows"].items()), ("best", "mean", "worst")
+    thin = "; thin: each generator" if np.ndim(rows[0][1]["curve"]["best"]) > 1 else ""
     for n, (row, v) in enumerate(rows):
         for kind, line in zip(kinds, ("-", "--", ":")):
             # the marker of this row on the right
             marker = style.MARKERS[(n - 1) % len(style.MARKERS)] if n and kind == "best" else None
-            left.plot(summary["k"], v["curve"][kind], line, color=style.COLOURS[n % len(style.COLOURS)], marker=marker,
-                      label=row if kind == "best" else None)
+            style.seeds(left, summary["k"], v["curve"][kind], label=row if kind == "best" else None,
+                        colour=style.COLOURS[n % len(style.COLOURS)], linestyle=line, marker=marker)
     left.set(xscale="log", xlabel="k, number of seeds", ylabel=f"reward ({summary['reward']}), higher is better",
-             title="Solid: best of k seeds,\ndashed: mean, dotted: worst")
+             title=f"Solid: best of k seeds,\ndashed: mean, dotted: worst{thin}")
     left.set_xticks(summary["k"], summary["k"])
     left.minorticks_off()
     columns = [f"best@{summary['k'][-1]}", "reward", f"worst@{summary['k'][-1]}"]

@@ -16,7 +16,7 @@ NAMES = {"base": "untuned generator", "best-worst": "best against worst", "1 of 
          "HPO, paper sigma": "best quarter, HPO, weights as at\nthe paper's sigma_g",
          "nr": "HPO, no-reference reward", "fr": "HPO, full-reference reward", "2 rounds": "HPO, two rounds"}
 # in the plot of curves
-SHOWN = ("best-worst", "1 of 4", "HPO")
+SHOWN = ("best-worst", "HPO")
 # arms that are compared with each other, beside each with the untuned generator
 PAIRS = [("1 of 4", "best-worst"), ("1 of 4", "1 of 8"), ("HPO", "best-worst"), ("HPO", "1 of 4"),
          ("HPO, paper sigma", "1 of 4"), ("HPO", "fr"), ("HPO", "nr"), ("2 rounds", "HPO")]
@@ -111,8 +111,8 @@ def summarise(generators, arms):
         "metrics": columns, "seeds": {row: list(of_seed) for row, of_seed in values.items()},
         "mean": {row: np.mean(list(of_seed.values()), (0, 1)).tolist() for row, of_seed in values.items()},
         "seed_means": {row: [v.mean(0).tolist() for v in of_seed.values()] for row, of_seed in values.items()},
-        "curves": {row: {kind: np.mean([curve[kind] for curve in of_seed.values()], 0).tolist()
-                         for kind in ("best", "mean", "worst")} for row, of_seed in curves.items()},
+        "curves": {row: {kind: [curve[kind] for curve in of_seed.values()] for kind in ("best", "mean", "worst")}
+                   for row, of_seed in curves.items()},
         "differences": differences, "signs": signs(differences, f"worst@{k[-1]}"),
         "watched": {arm: {seed: about["watched"] for seed, about in of_seed.items()} for arm, of_seed in arms.items()},
         "training": {arm: {seed: [part[-1] for part in about["training"]] for seed, about in of_seed.items()}
@@ -178,6 +178,7 @@ def picture(results, name):
 
 
 def draw_curves(summary, path):
+    """compare.draw_curves, with a thin line for every generator."""
     shown = {}
     for row in ("base", *(arm for arm in SHOWN if arm in summary["curves"])):
         shown[NAMES[row]] = {"curve": summary["curves"][row],

@@ -133,8 +133,6 @@ def parse_args(argv=None):
                    help="runs and data sets; default: runs/self_supervision-<scale>")
     g.add_argument("--results", type=Path, metavar="DIR",
                    help="one JSON file per row, the report and plots; default: WORK/results")
-    g.add_argument("--redraw", type=Path, metavar="FILE.json",
-                   help="draw the plots of an earlier report beside it again, and do nothing else")
     args = p.parse_args(argv)
     args.stages = args.stages or list(STAGES)
     for stage in args.stages:
@@ -332,9 +330,6 @@ def rehearsal(folder):
 
 
 def main(args):
-    if args.redraw:
-        selfsup_report.draw(json.loads(args.redraw.read_text()), args.redraw.with_suffix(""))
-        return
     if args.scale == "cpu":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 

@@ -19,8 +19,6 @@ CONTROLS = ("before", "before, compact", "blur control", "unsharp control")
 PAIRS = [*((row, "before") for row in ("LWay", "baseline", "controller", "FAR", "both", "flipped")),
          ("controller", "baseline"), ("FAR", "baseline"), ("both", "baseline"), ("both", "LWay"), ("both", "flipped"),
          ("both", "blur control"), ("both", "unsharp control"), ("both, compact", "before, compact")]
-# the lines of each plot
-FIGURES = {"fig7": ("baseline", "controller", "FAR", "both"), "fig8": ("FAR", "both")}
 # test images that may be shown, side of the part
 PICTURE = ("test_set14-comic", "test_set14-baboon", "test_set5-butterfly"), 96
 NETWORKS = {"FAR": "FAR alone", "both": "FAR and controller"}
@@ -60,9 +58,10 @@ def report(args, pretrain, finetune):
         elif path.stem.startswith("rec-"):
             summary["pretraining"][path.stem.removeprefix("rec-")] = content
         elif path.stem.startswith("fig"):
-            lines = summary.setdefault(path.stem.partition("-")[0], [{}])
-            lines[0] |= {name: {key: v for key, v in values.items() if key in ("auc", "far_enc") or path.stem[3] == "7"}
-                         for name, values in content["lines"].items()}
+            lines = summary.setdefault(path.stem.partition("-")[0], {})
+            lines |= {without_seed(name): {key: v for key, v in values.items()
+                                           if key in ("auc", "far_enc") or path.stem[3] == "7"}
+                      for name, values in content["lines"].items()}
         elif path.stem == "precision":
             summary["precision"] = content["differences"]
     for domain in ("inside", "outside", "realsr"):
@@ -73,30 +72,21 @@ def report(args, pretrain, finetune):
     print(markdown_tables(summary))
 
 
-def without_seed(lines):
+def without_seed(line):
     """A line of Fig. 7 is called <network>-<seed>, <rule>, and one of Fig. 8 <network>-<seed>."""
-    parted = [(*line.partition(","), values) for line, values in lines.items()]
-    return {f"{network.rpartition('-')[0]}{comma}{rule}": values for network, comma, rule, values in parted}
+    network, comma, rule = line.partition(",")
+    return network.rpartition("-")[0] + comma + rule
 
 
 def draw(summary, stem):
-    """STEM-fig7.png and the others of FIGURES, with all seeds, of what the report has."""
-    shares = np.linspace(0, 1, 11).tolist()
-    for figure, names in FIGURES.items():
-        by_seed = [{name: values for name, values in without_seed(lines).items() if name.partition(",")[0] in names}
-                   for lines in summary.get(figure, [])]
-        if not by_seed or not all(by_seed):
-            continue
-        # matplotlib is not needed by anything else
-        from selfsup import probe
-        path = stem.with_name(f"{stem.name}-{figure}.png")
-        if figure.startswith("fig7"):
-            distance = shlex.split(summary["pretrain"])
-            more = {"i": shares, "distance_name": distance[distance.index("--distance") + 1]}
-            probe.draw7(path, [{name: values | more for name, values in lines.items()} for lines in by_seed])
-        else:
-            probe.draw_areas(path, {NETWORKS[name]: [lines[name]["auc"] for lines in by_seed] for name in names
-                                    if name in by_seed[0]})
+    """STEM-fig7.png and STEM-fig8.png, of what the report has."""
+    # matplotlib is not needed by anything else
+    from selfsup import probe
+    if "fig7" in summary:
+        probe.draw7(stem.with_name(f"{stem.name}-fig7.png"), summary["fig7"])
+    if "fig8" in summary:
+        areas = {NETWORKS[name]: lines["auc"] for name, lines in summary["fig8"].items()}
+        probe.draw_areas(stem.with_name(f"{stem.name}-fig8.png"), areas)
 
 
 @torch.no_grad()
@@ -130,12 +120,12 @@ def markdown_tables(summary):
     def with_interval(values, form):
         value, low, high = (format(v, form) for v in values)
         return f"{value} [{low}, {high}]"
-    for lines in summary.get("fig7", []):
-        rows = [[name, with_interval(values["half_minus_clean"], "+.2f")] for name, values in lines.items()]
+    if "fig7" in summary:
+        rows = [[name, with_interval(values["psnr_change"][5], "+.2f")] for name, values in summary["fig7"].items()]
         parts.append(runs.markdown(["line of Fig. 7", "PSNR of half a blur minus that of the true image, dB"], rows))
-    for lines in summary.get("fig8", []):
-        kinds = list(next(iter(lines.values()))["auc"])
+    if "fig8" in summary:
+        kinds = list(next(iter(summary["fig8"].values()))["auc"])
         rows = [[name, *(with_interval(values["auc"][kind], ".3f") for kind in kinds)]
-                for name, values in lines.items()]
+                for name, values in summary["fig8"].items()]
         parts.append(runs.markdown(["area under the ROC curve of FAR", *kinds], rows))
     return "\n\n".join(parts)

@@ -3,6 +3,7 @@
     drawing, axes = style.figure(columns=2, height=3.5)
     style.interval(axes[0], x, y, y_ends=(low, high), label="amo")
     style.seeds(axes[1], steps, curves, label="amo")             curves: (seeds, steps)
+    style.band(axes[1], steps, means, (low, high), label="amo")
     style.legend(drawing, axes[1], columns=2)                    below all axes, over none
     style.save(drawing, path)
 """
@@ -50,12 +51,18 @@ def interval(axis, x, y, x_ends=None, y_ends=None, label=None, colour=None):
                   label=label, color=colour)
 
 
-def seeds(axis, x, curves, label=None, colour=None):
+def seeds(axis, x, curves, label=None, colour=None, linestyle="-", marker=None):
     """One thin line per seed and a thick one for their mean. x: (n,); curves: (seeds, n)"""
     curves = np.atleast_2d(np.asarray(curves, dtype=float))
-    line, = axis.plot(x, curves.mean(0), label=label, color=colour)
+    line, = axis.plot(x, curves.mean(0), linestyle, label=label, color=colour, marker=marker)
     if len(curves) > 1:
-        axis.plot(x, curves.T, color=line.get_color(), linewidth=0.7, alpha=0.5)
+        axis.plot(x, curves.T, linestyle, color=line.get_color(), linewidth=0.7, alpha=0.5)
+
+
+def band(axis, x, y, ends, label=None, colour=None):
+    """A line with the ends (low, high) of its intervals as a band. x, y, low, high: (n,)"""
+    line, = axis.plot(x, y, label=label, color=colour)
+    axis.fill_between(x, *ends, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 def legend(drawing, axis, columns=2, title=None):

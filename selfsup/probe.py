@@ -99,8 +99,8 @@ def clean_pairs(settings, hr, crops, device):
 
 
 def by_photo(values, photos):
-    """(n,) of crops -> means of the photographs."""
-    return np.array([values[photos == photo].mean() for photo in np.unique(photos)])
+    """(crops, ...) -> (photographs, ...), their means."""
+    return np.array([values[photos == photo].mean(0) for photo in np.unique(photos)])
 
 
 # Figure 7
@@ -108,11 +108,17 @@ def by_photo(values, photos):
 LINES = {"one": "no controller", "eq8": "s = 1 - d (Eq. 8, fine-tuning)", "flip": "s = d (pre-training)"}
 
 
+def changes(values, photos):
+    """[difference to the first share, low, high] per share, intervals over photographs. values: (crops, shares)"""
+    of_photos = by_photo(values - values[:, :1], photos)
+    return [[of_share.mean(), *tables.interval(of_share)] for of_share in of_photos.T]
+
+
 @torch.no_grad()
 def figure7(recs, hr, crops, device, vgg_weights=None):
-    """{line: {"i", "psnr", "distance": means per i, "half_minus_clean": [difference, low, high], ...}}
+    """{line: {"i", "psnr", "distance": means per i, "psnr_change", "distance_change", ...}}
 
-    half_minus_clean: PSNR of i = 0.5 minus that of i = 0, with its interval.
+    Changes are [difference, low, high] per i against i = 0, the true image, with intervals over photographs.
     """
     shares, lines, pairs = np.round(np.arange(0, 1.01, 0.1), 1).tolist(), {}, None
     # d does not depend on R, and is most of the work: {(its settings, batch, i): d}
@@ -144,31 +150,31 @@ def figure7(recs, hr, crops, device, vgg_weights=None):
                     values.append(torch.stack([psnr.double(), distance(again, lq).double()]))
                 batches.append(torch.stack(values, 2))
             psnr, distances = torch.cat(batches, 1).cpu().numpy()                 # (crops, shares) each
-            gain = by_photo(psnr[:, 5] - psnr[:, 0], photos)
             lines[f"{name}, {LINES[rule]}"] = {
                 "i": shares, "psnr": psnr.mean(0).tolist(), "distance": distances.mean(0).tolist(),
-                "half_minus_clean": [gain.mean(), *tables.interval(gain)], "photos": len(gain), "crops": len(photos),
-                "distance_name": settings["distance"]}
+                "psnr_change": changes(psnr, photos), "distance_change": changes(distances, photos),
+                "photos": len(np.unique(photos)), "crops": len(photos), "distance_name": settings["distance"]}
     for name, line in lines.items():
-        mean, low, high = line["half_minus_clean"]
+        mean, low, high = line["psnr_change"][5]
         print(f"{name}: PSNR {line['psnr'][0]:.2f} dB of Y, {line['psnr'][5]:.2f} dB of half a blur; "
               f"difference {mean:+.2f} [{low:+.2f}, {high:+.2f}] over {line['photos']} photos")
     return lines
 
 
-def draw7(path, probes):
-    """PNG. probes: figure7's dictionaries, one for every seed, with the same names of lines."""
+def draw7(path, lines):
+    """PNG of figure7's changes: a line with its 95 % interval over photographs for every network and rule."""
     drawing, axes = style.figure(columns=2, height=4.4)
-    lines = probes[0]
     distance = next(iter(lines.values()))["distance_name"]
     titles = {"psnr": ("PSNR of the reconstruction, dB", "higher is better"),
               "distance": (f"{tables.shown(distance)} of the reconstruction", "lower is better")}
     for axis, (metric, (title, better)) in zip(axes, titles.items()):
+        axis.axhline(0, color="grey", linewidth=0.8)
         for name, line in lines.items():
-            style.seeds(axis, line["i"], [of_seed[name][metric] for of_seed in probes], label=name)
-        axis.set(xlabel="share i of the enlarged LR image in Y", ylabel=better, title=title)
-    seeds = f"thick: mean of {len(probes)} seeds, thin: each of them" if len(probes) > 1 else None
-    style.legend(drawing, axes[0], columns=1, title=seeds)
+            mean, *ends = np.array(line[f"{metric}_change"]).T
+            style.band(axis, line["i"], mean, ends, label=name)
+        axis.set(xlabel="share i of the enlarged LR image in Y", title=title,
+                 ylabel=f"change against the true image; {better}")
+    style.legend(drawing, axes[0], columns=1, title="bands: 95 % intervals over photographs")
     style.save(drawing, path)
 
 
@@ -294,19 +300,17 @@ def draw8(path, results):
 
 
 def draw_areas(path, networks):
-    """PNG: areas under the ROC curve with their intervals. networks: {name: ["auc" of figure8, for every seed]}"""
-    drawing, axes = style.figure(columns=len(networks), height=3.6, sharex=True, sharey=True, squeeze=False)
-    for axis, (name, seeds) in zip(axes[0], networks.items()):
+    """PNG: areas under the ROC curve with their intervals. networks: {name: "auc" of figure8}"""
+    drawing, axes = style.figure(columns=len(networks), height=3.0, sharex=True, sharey=True, squeeze=False)
+    for axis, (name, areas) in zip(axes[0], networks.items()):
         axis.axvline(0.5, color="grey", linewidth=0.8)
-        for k, areas in enumerate(seeds):
-            area, low, high = np.array(list(areas.values())).T
-            y = np.arange(len(areas)) + 0.5 * ((k + 0.5) / len(seeds) - 0.5)
-            style.interval(axis, area, y, (low, high), label=f"seed {k}")
+        area, low, high = np.array(list(areas.values())).T
+        style.interval(axis, area, np.arange(len(areas)), (low, high))
         axis.set(title=name, yticks=range(len(areas)), xlabel="area under the ROC curve",
                  yticklabels=[NAMES.get(kind, kind) for kind in areas])
     axes[0][0].invert_yaxis()
-    style.legend(drawing, axes[0][0], columns=3,
-                 title="95 % intervals over photographs; above 0.5 (grey line): FAR is larger for degraded ones")
+    drawing.suptitle("95 % intervals over photographs; above 0.5 (grey line): FAR is larger for degraded ones",
+                     fontsize=style.FONT)
     style.save(drawing, path)
 
 
@@ -369,7 +373,7 @@ def main(args):
                               args.far_sr, args.sr, args.lr_dir), draw8
     else:
         lines, draw = figure9(args.runs), draw9
-    draw(args.out.with_name(args.out.name + ".png"), [lines] if args.figure == "fig7" else lines)
+    draw(args.out.with_name(args.out.name + ".png"), lines)
     record = {"figure": args.figure, **runs.describe_machine(), "lines": lines}
     runs.save_json(args.out.with_name(args.out.name + ".json"), record)
     print(f"wrote {args.out}.png and .json")

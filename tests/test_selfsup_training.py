@@ -18,6 +18,7 @@ import metrics
 import runs
 from experiments import jobs, self_supervision
 from images import load_image, save_image
+from report import tables
 from selfsup import encoders, finetune, pretrain, probe
 from selfsup import networks as rec
 
@@ -387,7 +388,10 @@ def test_figure_7_of_a_network_whose_answer_is_known(photos, trained, monkeypatc
     assert [line["psnr"][k] for k in (0, 3, 5, 10)] == pytest.approx(expected, abs=1e-3)
     gain = (psnr(0.5) - psnr(0.0)).numpy()
     by_photo = [gain[names == name].mean() for name in np.unique(names)]
-    assert line["half_minus_clean"][0] == pytest.approx(np.mean(by_photo), abs=1e-3)
+    value, low, high = line["psnr_change"][5]
+    assert value == pytest.approx(np.mean(by_photo), abs=1e-3)
+    assert low == pytest.approx(tables.interval(np.array(by_photo))[0], abs=2e-3) and low <= value <= high
+    assert line["psnr_change"][0] == [0, 0, 0]
 
 
 def test_figure_8_tells_degraded_images_by_a_larger_value(photos, trained, monkeypatch):
@@ -474,7 +478,7 @@ def test_the_queue_in_small(photos, tmp_path, monkeypatch, capsys):
     assert control["strength"] in (0.3, 2.0) and control["goal"] == pytest.approx(mean_psnr("both-0"))
     assert set(result["precision"]) == {"before", "both"} and 0 < result["precision"]["both"]["psnr"] < 1
     assert "| both - LWay |" in output and "area under the ROC curve of FAR" in output
-    assert set(result["fig8"][0]) == {"FAR-0", "both-0"} and len(result["fig7"][0]) == 3
+    assert set(result["fig8"]) == {"FAR", "both"} and len(result["fig7"]) == 3
     assert all((results / f"selfsup{name}.png").exists() for name in ("", "-fig7", "-fig8"))
     assert result["pretraining"].keys() == {"LWay-0", "controller-0", "FAR-0", "baseline-0", "baseline-1", "both-0",
                                             "both-1"}
