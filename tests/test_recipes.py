@@ -16,6 +16,7 @@ REPO = runs.REPO
 TRACKED = subprocess.run(["git", "-C", str(REPO), "ls-files"], capture_output=True, text=True).stdout.splitlines()
 HUNK = re.compile(r"In `(\w+\.py)`,(?: in `\w+`,)? (after|before|replace)\n\n```python\n(.*?)```\n\n(?:insert|by)\n\n"
                   r"```python\n(.*?)```", re.S)
+RECIPES = "A sampler", "A backbone", "A loss in place of another", "A further loss with a flag"
 pytestmark = pytest.mark.skipif(not TRACKED, reason="not a git checkout: nothing to copy")
 
 
@@ -58,9 +59,15 @@ def copy(tmp_path_factory):
 
 @pytest.mark.fast
 def test_places_are_as_few_as_promised():
-    counts = {recipe: len(hunks(recipe)) for recipe in ("A sampler", "A backbone", "A loss in place of another",
-                                                        "A further loss with a flag")}
-    assert list(counts.values()) == [2, 2, 1, 2]
+    assert [len(hunks(recipe)) for recipe in RECIPES] == [2, 2, 1, 2]
+
+
+@pytest.mark.fast
+def test_the_readme_has_every_line_of_the_recipes():
+    section = (REPO / "README.md").read_text().split("## Change something")[1].split("```")[1]
+    shown = [line for line in section.splitlines()[1:] if not line.startswith("#")]
+    lines = [line for recipe in RECIPES for *_, code in hunks(recipe) for line in code.splitlines()]
+    assert shown == [line for line in lines if line and '"""' not in line]
 
 
 @pytest.mark.slow
