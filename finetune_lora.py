@@ -237,12 +237,12 @@ def verdict(before, after, judges):
     better = {m: (after[m] - before[m]) * (-1 if metric.lower_is_better else 1) > 0 for m, metric in judges.items()}
     worse = [m for m in judges if m not in ("reward", "psnr") and not better[m] and after[m] != before[m]]
     noisy = "unsharp_peaks" in after and after["peaks"] > after["unsharp_peaks"] + metrics.PEAKS_ABOVE_UNSHARP
-    text = "; ".join(f"{m} {before[m]:.2f} -> {after[m]:.2f}" for m in judges) + f"; peaks {after['peaks']:.3f}"
+    text = "; ".join(f"{m} {before[m]:.2f} -> {after[m]:.2f}" for m in judges)
+    text += f"; structured noise {after['peaks']:.1%} of the change"
     if "unsharp_peaks" in after:
-        text += (f", of an unsharp mask {after['unsharp_peaks']:.3f} (with the same reward in "
-                 f"{after['unsharp_equal']:.0%} of the images, in the others with the highest that a mask reaches)")
-    else:
-        text += " (no reward, so no unsharp mask to compare with)"
+        text += f", {after['unsharp_peaks']:.1%} of that by an unsharp mask with as much reward"
+        if after["unsharp_equal"] < 1:
+            text += f" ({after['unsharp_equal']:.0%} of the images), or with as much as one reaches"
     if "unscored" in after:
         text += f"; {after['unscored']:.0f} scores are not finite and left out"
     warnings = ["structured noise: isolated peaks in the spectrum of what was changed"] if noisy else []
