@@ -8,10 +8,11 @@ data      two sets of quintuplets from the same photographs, the test images, an
           win; `sharp`: the photographs as they are
 train     every sampler on both sets from the published weights; orig and amo also from weights changed by 1e-6, and in
           the other memory format; train.py, then evaluate.py
-tune      amo's first network of the set `soft`, tuned by the reward with LoRA of rank 24 (the paper's) and 4, with the
-          full weights of the same layers, and with all weights, each until the reward on held-out photographs has
-          gained --gain
+tune      amo's networks of the set `soft`, tuned by the reward with LoRA of rank 24 (the paper's) and 4, with the full
+          weights of the same layers, and with all weights, each until the reward on held-out photographs has gained
+          --gain
 controls  the start's outputs, blurred or sharpened until they have amo's PSNR, or its reward
+judge     rows that were made before a metric was asked for, by their outputs, which are kept
 slow      IL-NIQE of some rows on 20 pairs
 real      a page of photographs of low quality, of which no better version exists, under --work
 report    tables and a picture
@@ -32,7 +33,7 @@ from pathlib import Path
 import runs
 
 DATA = Path(runs.literal("experiments/jobs", "DATA"))
-STAGES = ("data", "train", "tune", "controls", "slow", "real", "report")
+STAGES = ("data", "train", "tune", "controls", "judge", "slow", "real", "report")
 # {set: flags of prepare.quintuplets}
 SETS = {"soft": "--soften 1.5 --shrink 0.5".split(), "sharp": "--soften 1 --shrink 0.75".split()}
 # crops of 192 pixels: below that the reward knows little (docs/opinions.md)
@@ -75,9 +76,10 @@ def parse_args(argv=None):
     p.add_argument("--enhancers", type=runs.CHECKPOINT, nargs="+", metavar="FILE", help="of versions 02, 03, 04",
                    default=[DATA / "weights" / "sr" / f"{name}_fp16.pth" for name in
                             ("4xLSDIRCompactC3", "realesr-general-wdn-x4v3", "realesr-general-x4v3")])
-    p.add_argument("--rewards", nargs="+", default=["weights/downloads/opinion.pth", "rewards.cnniqa:build", "ranker"],
-                   metavar="NAME", help="quality models; the first, which agrees best with people, is the reward of "
-                                        "sma, amo and tuning, the others of one amo each")
+    p.add_argument("--rewards", nargs="+", metavar="NAME",
+                   default=["weights/downloads/opinion.pth", "rewards.cnniqa:build", "ranker", "rewards/ranker2.pth"],
+                   help="quality models; the first, which agreed best with people before the first row was trained, is "
+                        "the reward of sma, amo and tuning, the others of one amo each")
     p.add_argument("--unseen", nargs="*", default=["niqe", "brisque", "piqe"], metavar="NAME",
                    help="no-reference metrics that nothing optimises, a model that judges only among them")
     p.add_argument("--slow", nargs="*", default=["ilniqe"], metavar="NAME", help="likewise, on 20 pairs")
@@ -88,7 +90,8 @@ def parse_args(argv=None):
     p.add_argument("--vgg-weights", type=Path, metavar="FILE", default=Path("runs/vgg19.pth"),
                    help="VGG19, for the loss and the distance (python -m prepare.vgg19 makes it)")
     p.add_argument("--gain", type=runs.RATE, default=3.0, help="points of the reward at which tunings are compared")
-    p.add_argument("--seeds", type=runs.COUNT, nargs="+", default=[0, 1, 2], help="of orig, rand, amo; 1 for the rest")
+    p.add_argument("--seeds", type=runs.COUNT, nargs="+", default=[0, 1, 2],
+                   help="of orig, rand, amo and tunings; 1 for the rest")
     p.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), help="train on these")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: what the scale is for")
     p.add_argument("--jobs", type=runs.SIZE, default=2, help="processes at a time, each with one thread")
@@ -107,6 +110,7 @@ def parse_args(argv=None):
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -125,6 +129,8 @@ from images import list_images, load_image, save_image
 from report import page, pictures, tables
 
 TESTS = ("realsr", "sets")
+# files of RESULTS that are not a row
+OTHERS = ("picks", "precision", "slow")
 
 
 def plan(args):
@@ -185,12 +191,16 @@ def prepare(args):
 
 # Stages 2 and 3: networks
 
-def judge(args, row, *words):
+def all_metrics(args):
+    return [*args.rewards, *args.unseen, *jobs.WITH_REFERENCE]
+
+
+def judge(args, row, *words, names=None):
     """evaluate.py on both tests -> {test: its JSON}. words: --weights FILE, or --images DIR, where {test} is filled in.
 
-    Outputs are kept in WORK/outputs/<test>/<name of the row>/.
+    names: metrics, default all. Outputs are kept in WORK/outputs/<test>/<name of the row>/.
     """
-    judged, names = {}, [*args.rewards, *args.unseen, *jobs.WITH_REFERENCE]
+    judged, names = {}, names or all_metrics(args)
     for test in TESTS:
         out = args.work / "rows" / f"{row}-{test}.json"
         setting = SimpleNamespace(**vars(args) | {"work": args.work / test})
@@ -227,7 +237,7 @@ def precision_check(args, count=10):
     scores = {}
     for precision in ("fp32", "bf16"):
         result = jobs.evaluate(setting, args.start, folder / f"{precision}.json",
-                               [*args.rewards, *args.unseen, *jobs.WITH_REFERENCE], more=["--precision", precision])
+                               all_metrics(args), more=["--precision", precision])
         scores[precision] = result["scores"][args.start.stem]
     kept = {key: result[key] for key in jobs.MADE_BY}
     runs.save_json(args.results / "precision.json", {**kept, "scores": scores})
@@ -252,9 +262,9 @@ def train_row(args, row, where, flags):
     (run / "ckpt" / "last.pt").unlink()
 
 
-def tune_row(args, variant):
-    """Tune amo's first network until the gain is there; RESULTS/<row>.json."""
-    row, base = f"soft-amo-{args.seeds[0]}+{variant}", args.work / "runs" / f"soft-amo-{args.seeds[0]}"
+def tune_row(args, variant, seed):
+    """Tune amo's network of a seed until the gain is there; RESULTS/<row>.json."""
+    row, base = f"soft-amo-{seed}+{variant}", args.work / "runs" / f"soft-amo-{seed}"
     if (args.results / f"{row}.json").exists():
         return
     if not base.exists():
@@ -294,8 +304,8 @@ def controls(args):
                "unsharp": (AMOUNTS, metrics.unsharp)}
     for name, (strengths, function) in filters.items():
         for equal in ("psnr", "reward"):
-            row = f"start, {name} of equal {equal}"
-            file = args.results / f"{row.replace(', ', '-').replace(' ', '-')}.json"
+            row = f"start-{name}-of-equal-{equal}"
+            file = args.results / f"{row}.json"
             if file.exists():
                 continue
             used = {}
@@ -303,7 +313,7 @@ def controls(args):
                 metric = equal if equal == "psnr" else args.rewards[0]
                 goal = np.mean([scores[metric] for scores in amo[test].values()])
                 used[test] = filtered(args, test, row, strengths, function, goal, reward if equal == "reward" else None)
-            judged = judge(args, file.stem, "--images", args.work / "controls" / "{test}" / row)
+            judged = judge(args, row, "--images", args.work / "outputs" / "{test}" / row)
             runs.save_json(file, {"strength": used, **record_of(judged, row)})
 
 
@@ -319,11 +329,31 @@ def filtered(args, test, row, strengths, function, goal, reward):
         if best is None or abs(means - goal) < abs(best["reached"] - goal):
             best, kept = {"strength": strength, "reached": float(means), "goal": float(goal)}, changed
     for stem, image in kept.items():
-        save_image(args.work / "controls" / test / row / f"{stem}.png", image[0])
+        save_image(args.work / "outputs" / test / row / f"{stem}.png", image[0])
     return best
 
 
-# Stage 5: a metric of 15 seconds an image
+# Stage 5: metrics that were asked for later
+
+def complete(args):
+    """Add them to the scores of the rows that are there; `judged_later` says at which commit."""
+    for file in sorted(args.results.glob("*.json")):
+        record, row = json.loads(file.read_text()), file.stem
+        missing = [name for name in all_metrics(args) if name not in record.get("lower_is_better", all_metrics(args))]
+        if row in OTHERS or not missing:
+            continue
+        kept = args.work / "{test}" / "test" / "gt" if row == "reference" else args.work / "outputs" / "{test}" / row
+        judged = judge(args, f"{row}-later", "--images", kept, names=missing)
+        for test in TESTS:
+            scores, = judged[test]["scores"].values()
+            for stem, values in scores.items():
+                record["scores"][test][stem] |= values
+        record["lower_is_better"] |= judged[test]["lower_is_better"]
+        record.setdefault("judged_later", {}).update(dict.fromkeys(missing, judged[test]["commit"]))
+        runs.save_json(file, record)
+
+
+# Stage 6: a metric of 15 seconds an image
 
 def slow(args, count=20):
     """RESULTS/slow.json: {row: {image: {metric: value}}} of the first seed's outputs that are here."""
@@ -341,7 +371,7 @@ def slow(args, count=20):
     runs.save_json(args.results / "slow.json", {**kept, "scores": judged["scores"]})
 
 
-# Stage 6: photographs without a reference
+# Stage 7: photographs without a reference
 
 def real(args):
     """WORK/real.html: outputs of the start and of the first seed's networks that are here, with the first reward."""
@@ -355,16 +385,15 @@ def real(args):
     page.main(page.parse_args([str(out), str(args.work / "real.html")]))
 
 
-# Stage 7: report
+# Stage 8: report
 
 def report(args):
     """RESULTS.json: means, differences with verdicts, per test; the tables; RESULTS.png where outputs are here."""
     files = {path.stem: json.loads(path.read_text()) for path in args.results.glob("*.json")
-             if path.stem not in ("picks", "precision", "slow")}
+             if path.stem not in OTHERS}
     groups = {}
     for name in files:
-        trained = name.rpartition("-")[2].isdigit()
-        groups.setdefault(name.rpartition("-")[0] if trained else name, []).append(name)
+        groups.setdefault(re.sub(r"-\d+(?=\+|$)", "", name), []).append(name)
     lower = files["start"]["lower_is_better"]
     summary = {"command": sys.argv, **runs.describe_machine(), "lower_is_better": lower, "metrics": list(lower),
                "rows": {group: len(names) for group, names in groups.items()}}
@@ -419,9 +448,9 @@ def pairs_of(groups):
         chosen += [(amo, orig), (amo, rand), (rand, orig), (amo, sma)]
         chosen += [(f"{amo}-{variant}", f"{orig}-{variant}") for variant in ("perturbed", "contiguous")]
         chosen += [(row, "start") for row in groups if row.startswith(f"{where}-")]
-        chosen += [(row, orig) for row in groups if row.startswith(f"{amo}-")]
+        chosen += [(row, orig) for row in groups if row.startswith((f"{amo}-", f"{amo}+"))]
     tuned = [row for row in groups if "+" in row]
-    chosen += [(row, row.partition("+")[0].rpartition("-")[0]) for row in tuned]
+    chosen += [(row, row.partition("+")[0]) for row in tuned]
     chosen += [(row, other) for row in tuned for other in tuned if row.endswith("+naive") and "+lora" in other]
     chosen += [(row, "start") for row in groups if row.startswith("start-")]
     return [(a, b) for a, b in dict.fromkeys(chosen) if a in groups and b in groups]
@@ -445,9 +474,11 @@ def main(args):
             demo_seeds.perturb(args.start, perturbed(args), args.seeds[0])
         jobs.parallel(args.jobs, [partial(train_row, args, row, *words) for row, words in left.items()])
     if "tune" in args.stages:
-        jobs.parallel(args.jobs, [partial(tune_row, args, variant) for variant in VARIANTS])
+        jobs.parallel(args.jobs, [partial(tune_row, args, name, seed) for seed in args.seeds for name in VARIANTS])
     if "controls" in args.stages:
         controls(args)
+    if "judge" in args.stages:
+        complete(args)
     if "slow" in args.stages and args.slow:
         slow(args)
     if "real" in args.stages:

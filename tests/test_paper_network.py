@@ -30,13 +30,13 @@ def test_the_plan_has_three_seeds_of_three_samplers_and_one_of_the_rest():
 
 @pytest.mark.fast
 def test_the_differences_are_the_ones_fixed_before_the_runs():
-    groups = ["start", "soft-orig", "soft-rand", "soft-amo", "soft-sma", "soft-amo-ranker", "soft-amo-0+lora4",
-              "soft-amo-0+naive", "soft-amo-perturbed", "soft-orig-perturbed", "start-blur-of-equal-psnr"]
+    groups = ["start", "soft-orig", "soft-rand", "soft-amo", "soft-sma", "soft-amo-ranker", "soft-amo+lora4",
+              "soft-amo+naive", "soft-amo-perturbed", "soft-orig-perturbed", "start-blur-of-equal-psnr"]
     pairs = paper_network.pairs_of(groups)
     for pair in (("soft-amo", "soft-orig"), ("soft-amo", "soft-rand"), ("soft-rand", "soft-orig"),
                  ("soft-amo-perturbed", "soft-orig-perturbed"), ("soft-amo", "start"),
-                 ("soft-amo-ranker", "soft-orig"), ("soft-amo-0+lora4", "soft-amo"),
-                 ("soft-amo-0+naive", "soft-amo-0+lora4"), ("start-blur-of-equal-psnr", "start")):
+                 ("soft-amo-ranker", "soft-orig"), ("soft-amo+lora4", "soft-amo"),
+                 ("soft-amo+naive", "soft-amo+lora4"), ("start-blur-of-equal-psnr", "start")):
         assert pair in pairs, pair
     assert len(set(pairs)) == len(pairs) and all(a != b for a, b in pairs)
 
@@ -81,7 +81,7 @@ def small(tmp_path_factory, vgg_file, forked_call, photographs):
 def test_the_whole_queue_in_small(small, monkeypatch):
     summary = json.loads(small.results.with_suffix(".json").read_text())
     trained = {f"soft-{sampler}" for sampler in ("orig", "rand", "sma", "amo")}
-    assert trained | {"start", "bicubic", "reference", "soft-amo-1+lora4"} < set(summary["rows"])
+    assert trained | {"start", "bicubic", "reference", "soft-amo+lora4"} < set(summary["rows"])
     assert sum(row.startswith("start-") for row in summary["rows"]) == 4
     amo = json.loads((small.results / "soft-amo-1.json").read_text())
     assert [step["step"] for step in amo["losses"]] == [2] and "D_real" in amo["losses"][0]
@@ -116,7 +116,7 @@ def test_controls_are_the_filter_whose_mean_is_nearest(small):
     """The blur that was kept has the mean PSNR it says, and no other strength is nearer to amo's."""
     control = json.loads((small.results / "start-blur-of-equal-psnr.json").read_text())
     used = control["strength"]["realsr"]
-    folder = small.work / "controls" / "realsr" / "start, blur of equal psnr"
+    folder = small.work / "outputs" / "realsr" / "start-blur-of-equal-psnr"
     values = []
     for file in sorted(folder.iterdir()):
         gt = jobs.test_pair(small.work / "realsr", file.stem)[1]
@@ -124,3 +124,25 @@ def test_controls_are_the_filter_whose_mean_is_nearest(small):
     assert np.mean(values) == pytest.approx(used["reached"], abs=1e-4)
     scored = [scores["psnr"] for scores in control["scores"]["realsr"].values()]
     assert np.mean(scored) == pytest.approx(used["reached"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_metric_that_is_asked_for_later_is_added_to_every_row(small):
+    args = paper_network.parse_args(["judge"])
+    vars(args).update(vars(small) | {"stages": ["judge"], "unseen": ["piqe"]})
+    before = {path: json.loads(path.read_text()) for path in small.results.glob("*.json")}
+    paper_network.main(args)
+    rows = {path.stem: json.loads(path.read_text()) for path in before if "lower_is_better" in before[path]}
+    for path, record in before.items():
+        if path.stem not in rows:
+            continue
+        now = rows[path.stem]
+        assert now["lower_is_better"]["piqe"] is True and set(now["judged_later"]) == {"piqe"}
+        for test, images in record["scores"].items():
+            for stem, values in images.items():
+                assert {k: v for k, v in now["scores"][test][stem].items() if k != "piqe"} == values
+    # of the images of this row
+    stem = "astronaut"
+    image = load_image(small.work / "outputs" / "realsr" / "soft-amo-1" / f"{stem}.png")[None].float() / 255
+    expected = metrics.create_metric("piqe", "cpu")(image, None).item()
+    assert rows["soft-amo-1"]["scores"]["realsr"][stem]["piqe"] == pytest.approx(expected, abs=1e-3)
