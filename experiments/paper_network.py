@@ -173,20 +173,20 @@ def prepare(args):
     samplers.make_test(args.test_photos, args.work / "sets" / "test")
     # evenly from both cameras
     jobs.copy_realsr(args.pairs, args.work / "realsr" / "test", scale["pairs"])
-    file = args.results / "picks.json"
-    if not file.exists():
-        world, seeds = runs.start_world("cpu", args.jobs), partial(runs.sample_seed, args.seeds[0])
-        numbers = [jobs.last_value(scale["train"].split(), name)
-                   for name in ("--batch-size", "--group-size", "--crop", "--load-size")]
-        picks = {}
-        for where in args.sets:
-            sets = data.find_sets(args.work / where, "Train")
-            crops = data.TrainingSet(sets, "amo", seeds, *numbers)
-            record = json.loads((args.work / where / "quintuplets.json").read_text())
-            chosen = {label(name): samplers.rewards_choice(name, sets, crops, world) for name in args.rewards}
-            picks[where] = {"sets": len(sets.stems), "photos": len(record["photos"]), "dropped": record["dropped"],
-                            "settings": record["settings"], "rewards": chosen}
-        runs.save_json(file, {"command": sys.argv, **runs.describe_machine(), "crops": samplers.CROPS, "picks": picks})
+    file, machine = args.results / "picks.json", runs.describe_machine()
+    record = json.loads(file.read_text()) if file.exists() else {
+        "command": sys.argv, **machine, "crops": samplers.CROPS, "picks": {}}
+    world, seeds = runs.start_world("cpu", args.jobs), partial(runs.sample_seed, args.seeds[0])
+    numbers = [jobs.last_value(scale["train"].split(), name)
+               for name in ("--batch-size", "--group-size", "--crop", "--load-size")]
+    for where in (where for where in args.sets if where not in record["picks"]):
+        sets = data.find_sets(args.work / where, "Train")
+        crops = data.TrainingSet(sets, "amo", seeds, *numbers)
+        about = json.loads((args.work / where / "quintuplets.json").read_text())
+        chosen = {label(name): samplers.rewards_choice(name, sets, crops, world) for name in args.rewards}
+        record["picks"][where] = {"sets": len(sets.stems), "photos": len(about["photos"]), "dropped": about["dropped"],
+                                  "settings": about["settings"], "rewards": chosen, "commit": machine["commit"]}
+        runs.save_json(file, record)
 
 
 # Stages 2 and 3: networks
