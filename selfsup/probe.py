@@ -165,15 +165,14 @@ def draw7(path, lines):
     """PNG of figure7's changes: a line with its 95 % interval over photographs for every network and rule."""
     drawing, axes = style.figure(columns=2, height=4.4)
     distance = next(iter(lines.values()))["distance_name"]
-    titles = {"psnr": ("PSNR of the reconstruction, dB", "higher is better"),
-              "distance": (f"{tables.shown(distance)} of the reconstruction", "lower is better")}
+    titles = {"psnr": ("PSNR, dB", "higher"), "distance": (tables.shown(distance), "lower")}
     for axis, (metric, (title, better)) in zip(axes, titles.items()):
         axis.axhline(0, color="grey", linewidth=0.8)
         for name, line in lines.items():
             mean, *ends = np.array(line[f"{metric}_change"]).T
             style.band(axis, line["i"], mean, ends, label=name)
-        axis.set(xlabel="share i of the enlarged LR image in Y", title=title,
-                 ylabel=f"change against the true image; {better}")
+        axis.set(xlabel="share i of the enlarged LR image in Y", ylabel=f"{title}; {better} is better",
+                 title="reconstruction from Y, minus\nthat from the true image")
     style.legend(drawing, axes[0], columns=1, title="bands: 95 % intervals over photographs")
     style.save(drawing, path)
 
