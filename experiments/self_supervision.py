@@ -207,12 +207,15 @@ def prepare(args):
 def pretrain(args, network, seed):
     """RESULTS/rec-<network>-<seed>.json: how well it reconstructs held-out photographs."""
     out, words = args.work / "rec" / f"{network}-{seed}", [*flags(args, "pretrain"), *shlex.split(NETWORKS[network])]
-    if not (out / "weights" / "rec.pth").exists():
+    file = args.results / f"rec-{network}-{seed}.json"
+    if (out / "weights" / "rec.pth").exists():
+        if file.exists():
+            return
+    else:
         call(args, out.with_suffix(".log"), "selfsup.pretrain", "--hr", args.work / "hr", "--vgg-weights",
              args.vgg_weights, *words, "--seed", seed, "--device", args.device, "--out", out, "--resume", "auto")
     held_out = rec.load_reconstruction(out)[1]["held_out"]
-    runs.save_json(args.results / f"rec-{network}-{seed}.json",
-                   {"pretrain": words, **runs.describe_machine(args.device == "cpu"), **held_out})
+    runs.save_json(file, {"pretrain": words, **runs.describe_machine(args.device == "cpu"), **held_out})
 
 
 def score(args, folder, out, *row):
