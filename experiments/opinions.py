@@ -92,8 +92,8 @@ def train(args, mos, features, split, name):
         net.start_linear(features(net)[rows], training["mos"])
     losses = train_opinion.fit(net, training, teacher=teacher, **settings)
     record = {"arch": "ranker" if name.startswith("small") else "mobilenet_v2", "command": sys.argv, **machine,
-              "model": name, "split": split, "mos": {"file": "clive/labels.csv", "images": len(rows)}, **settings, "losses": losses,
-              "seconds_of_training": round(time.process_time() - began)}
+              "model": name, "split": split, "mos": {"file": "clive/labels.csv", "images": len(rows)}, **settings,
+              "losses": losses, "seconds_of_training": round(time.process_time() - began)}
     opinion.save(file, net, record)
     return file
 
