@@ -361,7 +361,8 @@ def slow(args, count=20):
     stems = list(list_images(args.work / "realsr" / "test" / "lq"))[::max(1, SCALES[args.scale]["pairs"] // count)]
     runs.write_atomic(only, lambda path: path.write_text("\n".join(stems) + "\n"))
     trained = [f"{where}-{sampler}-{seed}" for where in args.sets for sampler in ("orig", "amo")]
-    rows = ["start", *trained, *(f"soft-amo-{seed}+{variant}" for variant in VARIANTS)]
+    # the cheapest and the dearest tuning
+    rows = ["start", *trained, f"soft-amo-{seed}+lora4", f"soft-amo-{seed}+naive"]
     folders = [args.work / "outputs" / "realsr" / row for row in rows]
     folders = [folder for folder in folders if folder.is_dir()]
     setting = SimpleNamespace(**vars(args) | {"work": args.work / "realsr"})
