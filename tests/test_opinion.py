@@ -412,11 +412,22 @@ def test_negatives_are_worse_by_more_at_higher_severity_and_bicubic_loses_detail
 def test_the_attack_finds_the_best_image_within_the_limit_of_a_linear_model(level):
     net = Linear()
     start = torch.full((2, 3, 32, 32), 100 / 255)
-    found = attack.ascend(net, start, level, steps=10, seed=0)
+    found = attack.ascend(net, start, level, steps=10, step=0.25, seed=0)
     assert torch.allclose(found * 255, 100 + level * net.w.sign().expand(2, -1, -1, -1), atol=1e-3)
     # never outside the limit or of [0, 1], also at its ends
-    white = attack.ascend(net, torch.ones(1, 3, 32, 32), level, steps=10, seed=0)
+    white = attack.ascend(net, torch.ones(1, 3, 32, 32), level, steps=10, step=0.25, seed=0)
     assert white.max() <= 1 and (1 - white).max() * 255 <= level + 1e-3
+
+
+@pytest.mark.fast
+def test_the_attack_keeps_the_best_image_on_its_way():
+    start = torch.full((2, 3, 32, 32), 100 / 255)
+    # one likes 101 best, the other the start itself; long steps end beyond both
+    liked = torch.tensor([101.0, 100.0]).view(2, 1, 1, 1)
+    found = attack.ascend(lambda x: -(255 * x - liked).abs().mean((1, 2, 3)), start, 4, steps=3, step=0.5, seed=0)
+    assert torch.equal(found[1], start[1]) and (found[0] - 101 / 255).abs().mean() < (start[0] - 101 / 255).abs().mean()
+    short = attack.ascend(lambda x: -(255 * x - liked).abs().mean((1, 2, 3)), start, 4, steps=60, step=0.05, seed=0)
+    assert torch.allclose(short[0] * 255, torch.tensor(101.0), atol=1e-3)
 
 
 def test_gains_are_the_judges_own_and_in_units_of_its_scale():
