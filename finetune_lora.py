@@ -233,22 +233,23 @@ def validate(base, net, sets, judges, degradation, seeds, world):
 
 
 def verdict(before, after, judges):
-    """One line: did only the optimised score gain? before, after: values of the base and of the tuned network."""
+    """[line, ...]: values, structured noise, warnings. Did only the optimised score gain?
+
+    before, after: values of the base and of the tuned network.
+    """
     better = {m: (after[m] - before[m]) * (-1 if metric.lower_is_better else 1) > 0 for m, metric in judges.items()}
     worse = [m for m in judges if m not in ("reward", "psnr") and not better[m] and after[m] != before[m]]
-    noisy = "unsharp_peaks" in after and after["peaks"] > after["unsharp_peaks"] + metrics.PEAKS_ABOVE_UNSHARP
-    text = "; ".join(f"{m} {before[m]:.2f} -> {after[m]:.2f}" for m in judges)
-    text += f"; structured noise {after['peaks']:.1%} of the change"
-    if "unsharp_peaks" in after:
-        text += f", {after['unsharp_peaks']:.1%} of that by an unsharp mask with as much reward"
-        if after["unsharp_equal"] < 1:
-            text += f" ({after['unsharp_equal']:.0%} of the images), or with as much as one reaches"
+    lines = ["; ".join(f"{m} {before[m]:.2f} -> {after[m]:.2f}" for m in judges),
+             f"structured noise: {after['peaks']:.1%} of the change"]
     if "unscored" in after:
-        text += f"; {after['unscored']:.0f} scores are not finite and left out"
-    warnings = ["structured noise: isolated peaks in the spectrum of what was changed"] if noisy else []
+        lines[0] += f"; {after['unscored']:.0f} scores are not finite and left out"
+    if "unsharp_peaks" in after:
+        lines[1] += f"; of an unsharp mask's with as much reward, or the most it reaches: {after['unsharp_peaks']:.1%}"
+        if after["peaks"] > after["unsharp_peaks"] + metrics.PEAKS_ABOVE_UNSHARP:
+            lines.append("WARNING, structured noise: isolated peaks in the spectrum of what was changed")
     if better.get("reward") and worse:
-        warnings.append(f"the reward may be fooled: it rose while {', '.join(worse)} got worse")
-    return "".join(f"WARNING, {w}. " for w in warnings) + text
+        lines.append(f"WARNING, the reward may be fooled: it rose while {', '.join(worse)} got worse")
+    return lines
 
 
 @torch.no_grad()
@@ -421,7 +422,10 @@ def main(args):
         if val_sets is not None:
             after = validate(*shown, val_sets, judges, args.degradation, seeds, world)
             before = before or after
-            run.say(f"step {step} validation, {len(val_sets.stems)} images: {verdict(before, after, judges)}")
+            first, *more = verdict(before, after, judges)
+            run.say(f"step {step} validation, {len(val_sets.stems)} images: {first}")
+            for line in more:
+                run.say(f"  {line}")
             run.event(step, "val", **after)
         if step and world.is_main:
             path = args.out / "samples" / f"{step:07d}.png"

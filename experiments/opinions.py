@@ -61,7 +61,7 @@ from tqdm import tqdm
 import iqa
 from experiments.human import METHODS, read_study
 from images import load_image
-from report import opinions, style
+from report import opinions, style, tables
 from rewards import attack, opinion, train_opinion
 from rewards.ranker import load_ranker
 
@@ -328,22 +328,38 @@ def report(args):
     print(runs.markdown(["gain in units of D", "models", "D", *starts], rows))
     if (args.results / "study-judge.json").exists():
         print("\n" + study_table(json.loads((args.results / "study-judge.json").read_text())))
+    plot(table, records, args.results / "opinions.png")
+
+
+def plot(table, records, path):
+    """Left: SRCC by the side of the crops, of models with several splits. Right: gains of attacks."""
     drawing, axes = style.figure(columns=2, height=3.5)
+    sides = [*map(str, train_opinion.TEST_CROPS), "whole"]
+    colours = dict(zip(["ridge", *SETTINGS], style.COLOURS))
     for name, splits in table.items():
-        sides = list(map(str, train_opinion.TEST_CROPS))
-        count = "1 split" if len(splits) == 1 else f"{len(splits)} splits"
-        style.seeds(axes[0], range(5), [[row[side] for side in (*sides, "whole")] for row in splits.values()],
-                    f"{IN_WORDS.get(name, name)}, {count}")
-    axes[0].set(xticks=range(5), xticklabels=[*map(str, train_opinion.TEST_CROPS), "whole"], ylabel="SRCC on CLIVE",
-                xlabel="side of the crops, pixels")
-    for name in SETTINGS:
-        curves = [[0, *(attack.in_units({name: record["attack"]})[name, name][f"photo {level}"] for level in (1, 2, 4))]
-                  for (model, _), record in records.items() if model == name and "attack" in record]
-        if curves:
-            style.seeds(axes[1], (0, 1, 2, 4), curves, colour=style.COLOURS[list(table).index(name)])
-    axes[1].set(xlabel="limit of the attack, grey levels", ylabel="gain, units of D")
-    style.legend(drawing, axes[0], columns=3)
-    style.save(drawing, args.results / "opinions.png")
+        if len(splits) > 1:
+            style.seeds(axes[0], range(5), [[row[side] for side in sides] for row in splits.values()],
+                        colour=colours[name])
+    axes[0].set(xticks=range(5), xticklabels=sides, ylabel="SRCC on CLIVE", xlabel="side of the crops, pixels",
+                title="thin: a split each")
+    levels = (1, 2, 4)
+    for name in table:
+        attacks = [record["attack"] for (model, _), record in records.items() if model == name and "attack" in record]
+        # (models, levels, photographs), then the mean over models
+        gains = [[np.array(entry["gains"]["photo"][str(level)][name]) / entry["D"] for level in levels]
+                 for entry in attacks]
+        label = f"{IN_WORDS.get(name, name)}, splits: {len(table[name])}"
+        if gains:
+            means = np.mean(gains, 0)
+            ends = np.array([tables.interval(of_level) for of_level in means]).T
+            style.band(axes[1], (0, *levels), [0, *means.mean(1)], [[0, *end] for end in ends],
+                       f"{label}; {len(gains)} attacked", colours[name])
+        else:
+            axes[1].plot([], [], color=colours[name], label=label)
+    axes[1].set(xlabel="limit of the attack, grey levels", ylabel="gain, units of D",
+                title="bands: 95 %, ten photographs")
+    style.legend(drawing, axes[1], columns=2)
+    style.save(drawing, path)
 
 
 def main(args):
