@@ -454,6 +454,9 @@ def pairs_of(groups):
     chosen += [(row, row.partition("+")[0]) for row in tuned]
     chosen += [(row, other) for row in tuned for other in tuned if row.endswith("+naive") and "+lora" in other]
     chosen += [(row, "start") for row in groups if row.startswith("start-")]
+    # the rule on controls, asked directly; added after the runs
+    chosen += [(row, control) for row in ("soft-amo", "soft-amo+lora4") for control in groups
+               if control.startswith("start-")]
     return [(a, b) for a, b in dict.fromkeys(chosen) if a in groups and b in groups]
 
 
