@@ -233,7 +233,7 @@ def validate(base, net, sets, judges, degradation, seeds, world):
 
 
 def verdict(before, after, judges):
-    """[line, ...]: values, structured noise, warnings. Did only the optimised score gain?
+    """Lines of values, structured noise, warnings. Did only the optimised score gain?
 
     before, after: values of the base and of the tuned network.
     """
@@ -249,7 +249,7 @@ def verdict(before, after, judges):
             lines.append("WARNING, structured noise: isolated peaks in the spectrum of what was changed")
     if better.get("reward") and worse:
         lines.append(f"WARNING, the reward may be fooled: it rose while {', '.join(worse)} got worse")
-    return lines
+    return "\n  ".join(lines)
 
 
 @torch.no_grad()
@@ -422,10 +422,7 @@ def main(args):
         if val_sets is not None:
             after = validate(*shown, val_sets, judges, args.degradation, seeds, world)
             before = before or after
-            first, *more = verdict(before, after, judges)
-            run.say(f"step {step} validation, {len(val_sets.stems)} images: {first}")
-            for line in more:
-                run.say(f"  {line}")
+            run.say(f"step {step} validation, {len(val_sets.stems)} images: {verdict(before, after, judges)}")
             run.event(step, "val", **after)
         if step and world.is_main:
             path = args.out / "samples" / f"{step:07d}.png"

@@ -365,11 +365,11 @@ def test_the_verdict_names_a_fooled_reward_and_structured_noise():
              "peaks": 0.0, "unsharp_peaks": 0.0, "unsharp_equal": 0.5}
 
     def verdict(**end):
-        return "\n".join(ft.verdict(start, start | end, judges))
+        return ft.verdict(start, start | end, judges)
     fooled = "WARNING, the reward may be fooled: it rose while {} got worse"
     assert "WARNING" not in verdict(reward=55.0, piqe=38.0, ranker=61.0, psnr=20.0)
     assert "reward 50.00 -> 55.00" in verdict(reward=55.0, piqe=38.0)
-    assert verdict(peaks=0.021, unsharp_peaks=0.03).splitlines()[1] == (
+    assert verdict(peaks=0.021, unsharp_peaks=0.03).splitlines()[1].strip() == (
         "structured noise: 2.1% of the change; of an unsharp mask's with as much reward, or the most it reaches: 3.0%")
     assert verdict(reward=55.0, piqe=41.0, ranker=59.0).endswith(fooled.format("piqe, ranker"))
     assert verdict(reward=55.0, piqe=38.0, ranker=59.0).endswith(fooled.format("ranker"))
@@ -379,8 +379,8 @@ def test_the_verdict_names_a_fooled_reward_and_structured_noise():
     assert "WARNING, structured noise" in both and fooled.format("piqe") in both
     assert "WARNING" not in verdict(reward=55.0, piqe=30.0, peaks=0.2, unsharp_peaks=0.19)
     without = {k: v for k, v in start.items() if not k.startswith(("unsharp", "reward"))}
-    lines = ft.verdict(without, without | {"peaks": 0.2}, {m: v for m, v in judges.items() if m != "reward"})
-    assert lines[1:] == ["structured noise: 20.0% of the change"]
+    text = ft.verdict(without, without | {"peaks": 0.2}, {m: v for m, v in judges.items() if m != "reward"})
+    assert text.splitlines()[1:] == ["  structured noise: 20.0% of the change"]
 
 
 @pytest.mark.fast
