@@ -191,6 +191,11 @@ def prepare(args):
 
 # Stages 2 and 3: networks
 
+def read_rows(args):
+    """{row: its file of RESULTS}"""
+    return {path.stem: json.loads(path.read_text()) for path in args.results.glob("*.json") if path.stem not in OTHERS}
+
+
 def all_metrics(args):
     return [*args.rewards, *args.unseen, *jobs.WITH_REFERENCE]
 
@@ -337,10 +342,9 @@ def filtered(args, test, row, strengths, function, goal, reward):
 
 def complete(args):
     """Add them to the scores of the rows that are there; `judged_later` says at which commit."""
-    for file in sorted(args.results.glob("*.json")):
-        record, row = json.loads(file.read_text()), file.stem
-        missing = [name for name in all_metrics(args) if name not in record.get("lower_is_better", all_metrics(args))]
-        if row in OTHERS or not missing:
+    for row, record in read_rows(args).items():
+        missing = [name for name in all_metrics(args) if name not in record["lower_is_better"]]
+        if not missing:
             continue
         kept = args.work / "{test}" / "test" / "gt" if row == "reference" else args.work / "outputs" / "{test}" / row
         judged = judge(args, f"{row}-later", "--images", kept, names=missing)
@@ -350,7 +354,7 @@ def complete(args):
                 record["scores"][test][stem] |= values
         record["lower_is_better"] |= judged[test]["lower_is_better"]
         record.setdefault("judged_later", {}).update(dict.fromkeys(missing, judged[test]["commit"]))
-        runs.save_json(file, record)
+        runs.save_json(args.results / f"{row}.json", record)
 
 
 # Stage 6: a metric of 15 seconds an image
@@ -390,9 +394,7 @@ def real(args):
 
 def report(args):
     """RESULTS.json: means, differences with verdicts, per test; the tables; RESULTS.png where outputs are here."""
-    files = {path.stem: json.loads(path.read_text()) for path in args.results.glob("*.json")
-             if path.stem not in OTHERS}
-    groups = {}
+    files, groups = read_rows(args), {}
     for name in files:
         groups.setdefault(re.sub(r"-\d+(?=\+|$)", "", name), []).append(name)
     lower = files["start"]["lower_is_better"]

@@ -208,10 +208,10 @@ def pretrain(args, network, seed):
     """RESULTS/rec-<network>-<seed>.json: how well it reconstructs held-out photographs."""
     out, words = args.work / "rec" / f"{network}-{seed}", [*flags(args, "pretrain"), *shlex.split(NETWORKS[network])]
     file = args.results / f"rec-{network}-{seed}.json"
-    if (out / "weights" / "rec.pth").exists():
-        if file.exists():
-            return
-    else:
+    made = (out / "weights" / "rec.pth").exists()
+    if made and file.exists():
+        return
+    if not made:
         call(args, out.with_suffix(".log"), "selfsup.pretrain", "--hr", args.work / "hr", "--vgg-weights",
              args.vgg_weights, *words, "--seed", seed, "--device", args.device, "--out", out, "--resume", "auto")
     held_out = rec.load_reconstruction(out)[1]["held_out"]
