@@ -244,9 +244,12 @@ def verdict(before, after, judges):
     if "unscored" in after:
         lines[0] += f"; {after['unscored']:.0f} scores are not finite and left out"
     if "unsharp_peaks" in after:
-        lines[1] += f"; of an unsharp mask's with as much reward, or the most it reaches: {after['unsharp_peaks']:.1%}"
+        lines[1] += (f", {after['unsharp_peaks']:.1%} of an unsharp mask's (with the same reward in "
+                     f"{after['unsharp_equal']:.0%} of the images, in the others with the most it reaches)")
         if after["peaks"] > after["unsharp_peaks"] + metrics.PEAKS_ABOVE_UNSHARP:
             lines.append("WARNING, structured noise: isolated peaks in the spectrum of what was changed")
+    else:
+        lines[1] += " (no reward, so no unsharp mask to compare with)"
     if better.get("reward") and worse:
         lines.append(f"WARNING, the reward may be fooled: it rose while {', '.join(worse)} got worse")
     return "\n  ".join(lines)
