@@ -13,15 +13,17 @@ from images import list_images, load_image
 from report import pictures, tables
 
 ROWS = ("before", "LWay", "baseline", "controller", "FAR", "both", "flipped", "blur control", "unsharp control",
-        "before, compact", "both, compact")
+        "baseline, long", "FAR, long", "before, compact", "both, compact")
 # rows that are the same for every seed
 CONTROLS = ("before", "before, compact", "blur control", "unsharp control")
 PAIRS = [*((row, "before") for row in ("LWay", "baseline", "controller", "FAR", "both", "flipped")),
          ("controller", "baseline"), ("FAR", "baseline"), ("both", "baseline"), ("both", "LWay"), ("both", "flipped"),
-         ("both", "blur control"), ("both", "unsharp control"), ("both, compact", "before, compact")]
+         ("both", "blur control"), ("both", "unsharp control"), ("both, compact", "before, compact"),
+         *((row, "before") for row in ("baseline, long", "FAR, long")), ("FAR, long", "baseline, long"),
+         ("FAR, long", "FAR")]
 # test images that may be shown, side of the part
 PICTURE = ("test_set14-comic", "test_set14-baboon", "test_set5-butterfly"), 96
-NETWORKS = {"FAR": "FAR alone", "both": "FAR and controller"}
+NETWORKS = {"FAR": "FAR alone", "both": "FAR and controller", "FAR-long": "FAR, three times as long"}
 
 
 def compare(files):
