@@ -858,7 +858,10 @@ def cpu_flags():
 
 
 def describe_machine(on_cpu=False):
-    """Commit, versions and hardware, as recorded beside every number. on_cpu: a GPU, if there is one, has no part."""
+    """Commit, versions and hardware, as recorded beside every number. on_cpu: a GPU, if there is one, has no part.
+
+    The commit ends with +dirty if a file that git tracks was changed; results/, which experiments write, has no part.
+    """
     def git(*words):
         try:
             done = subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True, check=True)
@@ -866,7 +869,7 @@ def describe_machine(on_cpu=False):
         except (OSError, subprocess.CalledProcessError):
             return None
     commit = git("rev-parse", "HEAD")
-    if commit and git("status", "--porcelain", "--untracked-files=no"):
+    if commit and git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"):
         commit += "+dirty"
     cpu = f"CPU {platform.machine()}, {os.cpu_count()} cores"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and not on_cpu else cpu

@@ -409,3 +409,20 @@ def test_more_than_a_tenth_of_the_samples_of_100_steps_without_a_reward_are_too_
         for step in range(1, 101):
             meter.leave_out(step, "rewards", torch.tensor(0.25 if step > 2 else 0.0), 4, limit=0.4)
     assert step == 100
+
+
+def test_the_recorded_commit_is_dirty_if_code_was_changed_and_not_if_results_were(tmp_path, monkeypatch):
+    def git(*words):
+        return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words],
+                              capture_output=True, text=True, check=True).stdout.strip()
+    (tmp_path / "results").mkdir()
+    for file in ("train.py", "results/row.json"):
+        (tmp_path / file).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(runs, "REPO", tmp_path)
+    (tmp_path / "results" / "row.json").write_text("2")
+    assert runs.describe_machine()["commit"] == git("rev-parse", "HEAD")
+    (tmp_path / "train.py").write_text("2")
+    assert runs.describe_machine()["commit"] == git("rev-parse", "HEAD") + "+dirty"
