@@ -21,7 +21,8 @@ DATA = Path("datasets/public")
 SETTINGS = {"plain": dict(epochs=3, lr=2e-4), "hard": dict(epochs=4, lr=2e-4),
             "mild": dict(epochs=6, lr=1e-4, harden_weight=0.3), "norm": dict(epochs=2, lr=2e-4, gradient_norm=0.5),
             "small": dict(epochs=12, lr=2e-3, crop=128),
-            "small-hard": dict(epochs=8, lr=1e-3, crop=128, harden_weight=0.5)}
+            "small-hard": dict(epochs=8, lr=1e-3, crop=128, harden_weight=0.5),
+            "small-random": dict(epochs=24, lr=2e-3, crop=128)}
 # the models that others begin with
 BASES = {"hard": "plain", "mild": "plain", "norm": "plain", "small-hard": "small"}
 
@@ -34,7 +35,8 @@ def parse_args(argv=None):
     p.add_argument("--models", nargs="+", choices=list(SETTINGS), default=["plain", "hard", "small"],
                    help="train: which; hard, mild with a smaller weight of the attack, and norm with the "
                         "regularisation of gradients alone begin with plain, small-hard with small, the network of "
-                        "rewards/ranker.py: they are made if they are missing")
+                        "rewards/ranker.py: they are made if they are missing; small-random is that network from "
+                        "random weights")
     p.add_argument("--clive", type=Path, default=DATA / "human" / "clive", help="folder of labels.csv and images/")
     p.add_argument("--study", type=Path, default=DATA / "human" / "sr_study", help="folder of choice_of_4.csv")
     p.add_argument("--kodak", type=Path, default=DATA / "images" / "hr_kodak24", help="photographs that are attacked")
@@ -69,7 +71,7 @@ CROP, SEED = 224, 0
 # splits whose models are attacked
 ATTACKED = (0, 1, 2)
 IN_WORDS = {"ridge": "ridge regression", "hard": "hardened", "mild": "hardened mildly", "norm": "gradient norm",
-            "small": "small network", "small-hard": "small, hardened"}
+            "small": "small network", "small-hard": "small, hardened", "small-random": "small, from random weights"}
 
 
 def train(args, mos, features, split, name):
@@ -83,6 +85,9 @@ def train(args, mos, features, split, name):
     teacher, settings = None, dict(crop=CROP, seed=SEED) | SETTINGS[name]
     if name == "small":
         net = load_ranker()
+    elif name == "small-random":
+        torch.manual_seed(SEED)
+        net = opinion.ARCHITECTURES["ranker"]().eval().requires_grad_(False)
     elif name in BASES:
         base = train(args, mos, features, split, BASES[name])
         net, teacher = opinion.load(base)[0], opinion.load(base)[0] if name != "norm" else None
@@ -308,7 +313,7 @@ def report(args):
         rows.append([name, len(splits), *(f"{np.median(v):.3f} [{min(v):.3f}, {max(v):.3f}]" for v in values.values())])
     print(runs.markdown(["SRCC, median [range] over splits", "splits", *columns], rows), "\n")
     rows = []
-    for name, base in {"plain": "ridge", **BASES}.items():
+    for name, base in {"plain": "ridge", **BASES, "small-random": "small"}.items():
         both = sorted(set(table.get(name, {})) & set(table.get(base, {})))
         gains = {column: [table[name][k][column] - table[base][k][column] for k in both] for column in columns}
         if both:
