@@ -12,14 +12,14 @@ from experiments import jobs
 from images import list_images, load_image
 from report import pictures, tables
 
-ROWS = ("before", "LWay", "baseline", "controller", "FAR", "both", "flipped", "blur control", "unsharp control",
-        "blur and colour control", "baseline, long", "FAR, long", "both, perturbed", "both, fp32", "before, compact",
-        "both, compact")
+ROWS = ("before", "LWay", "baseline", "controller", "FAR", "both", "flipped", "shifted", "blur control",
+        "unsharp control", "blur and colour control", "baseline, long", "FAR, long", "both, perturbed", "both, fp32",
+        "before, compact", "both, compact")
 # rows that are the same for every seed
 CONTROLS = ("before", "before, compact", "blur control", "unsharp control", "blur and colour control")
 PAIRS = [*((row, "before") for row in ("LWay", "baseline", "controller", "FAR", "both", "flipped")),
          ("controller", "baseline"), ("FAR", "baseline"), ("both", "baseline"), ("both", "LWay"), ("both", "flipped"),
-         ("baseline", "LWay"), ("both", "blur control"), ("both", "unsharp control"),
+         ("shifted", "both"), ("baseline", "LWay"), ("both", "blur control"), ("both", "unsharp control"),
          ("both", "blur and colour control"), ("both, compact", "before, compact"),
          *((row, "before") for row in ("baseline, long", "FAR, long", "both, perturbed", "both, fp32")),
          ("FAR, long", "baseline, long"), ("FAR, long", "FAR")]

@@ -459,7 +459,7 @@ def test_the_queue_in_small(photos, tmp_path, monkeypatch, capsys):
     assert list(result["sets"]) == ["inside", "outside", "realsr"]
     # LWay, FAR, FAR-long, and the second seeds of baseline and both
     assert scripts.count("selfsup.pretrain") == 3 + 5
-    adapted = ["LWay", "baseline", "controller", "FAR", "both", "flipped"]
+    adapted = ["LWay", "baseline", "controller", "FAR", "both", "flipped", "shifted"]
     inside = result["sets"]["inside"]
     controls = ["blur control", "unsharp control", "blur and colour control"]
     more = ["baseline, long", "FAR, long", "both, perturbed", "both, fp32"]
