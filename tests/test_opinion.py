@@ -9,6 +9,7 @@ from conftest import REPO
 from scipy import stats
 from torch import nn
 
+import degradations
 import iqa
 import runs
 from images import save_image
@@ -412,22 +413,36 @@ def test_negatives_are_worse_by_more_at_higher_severity_and_bicubic_loses_detail
 def test_the_attack_finds_the_best_image_within_the_limit_of_a_linear_model(level):
     net = Linear()
     start = torch.full((2, 3, 32, 32), 100 / 255)
-    found = attack.ascend(net, start, level, steps=10, step=0.25, seed=0)
+    found = attack.ascend(net, start, level, seed=0)
     assert torch.allclose(found * 255, 100 + level * net.w.sign().expand(2, -1, -1, -1), atol=1e-3)
     # never outside the limit or of [0, 1], also at its ends
-    white = attack.ascend(net, torch.ones(1, 3, 32, 32), level, steps=10, step=0.25, seed=0)
+    white = attack.ascend(net, torch.ones(1, 3, 32, 32), level, seed=0)
     assert white.max() <= 1 and (1 - white).max() * 255 <= level + 1e-3
 
 
 @pytest.mark.fast
 def test_the_attack_keeps_the_best_image_on_its_way():
     start = torch.full((2, 3, 32, 32), 100 / 255)
-    # one likes 101 best, the other the start itself; long steps end beyond both
+    # one likes 101 best, the other the start itself; only steps that become short end at the former
     liked = torch.tensor([101.0, 100.0]).view(2, 1, 1, 1)
-    found = attack.ascend(lambda x: -(255 * x - liked).abs().mean((1, 2, 3)), start, 4, steps=3, step=0.5, seed=0)
-    assert torch.equal(found[1], start[1]) and (found[0] - 101 / 255).abs().mean() < (start[0] - 101 / 255).abs().mean()
-    short = attack.ascend(lambda x: -(255 * x - liked).abs().mean((1, 2, 3)), start, 4, steps=60, step=0.05, seed=0)
-    assert torch.allclose(short[0] * 255, torch.tensor(101.0), atol=1e-3)
+
+    def score(x):
+        return -(255 * x - liked).abs().mean((1, 2, 3))
+    found = attack.ascend(score, start, 4, seed=0)
+    assert torch.equal(found[1], start[1]) and torch.allclose(found[0] * 255, torch.tensor(101.0), atol=1e-3)
+    long = [degradations.to_8bit(x)[0] for x in attack.climb(score, start, 4, 0, **attack.WAYS["long steps"])]
+    assert all((image * 255 - 101).abs().mean() > 0.1 for image in long)
+
+
+@pytest.mark.fast
+def test_the_attack_is_no_worse_than_what_was_found_within_a_smaller_limit():
+    start = torch.full((1, 3, 32, 32), 100 / 255)
+    # a narrow peak at 101 grey levels, and a gradient that leads away from it
+    def score(x):
+        return ((255 * x - 101).abs() < 0.1).float().mean((1, 2, 3)) - x.mean((1, 2, 3))
+    peak = torch.full_like(start, 101 / 255)
+    assert torch.equal(attack.ascend(score, start, 4, 0, smaller=peak), peak)
+    assert score(attack.ascend(score, start, 4, 0)) < score(peak)
 
 
 def test_gains_are_the_judges_own_and_in_units_of_its_scale():
@@ -441,7 +456,7 @@ def test_gains_are_the_judges_own_and_in_units_of_its_scale():
     photos = attack.read_photos(None, 3, 64)
     rewards = {name: iqa.Reward({name: model}, {name: 1.0})
                for name, model in (("sharp", Sharpness()), ("smooth", Smoothness()))}
-    table = attack.measure(rewards, photos, [1, 4], steps=5)
+    table = attack.measure(rewards, photos, [1, 4])
     rows = attack.in_units(table)
     assert table["sharp"]["D"] == pytest.approx(-table["smooth"]["D"], rel=1e-5) and table["sharp"]["D"] > 0
     own = rows["sharp", "sharp"]
