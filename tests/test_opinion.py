@@ -111,6 +111,23 @@ def test_fidelity_loss_equals_a_loop_over_pairs_with_scipys_normal_distribution(
 
 
 @pytest.mark.fast
+def test_opinions_without_std_leave_the_fidelity_loss_to_the_others():
+    rng = np.random.default_rng(1)
+    mos, std = (torch.from_numpy(rng.uniform(10, 80, 6)) for _ in range(2))
+    score = torch.from_numpy(rng.uniform(20, 80, 6)).requires_grad_()
+    known, some = torch.tensor([0, 2, 5]), torch.full((6,), math.nan, dtype=torch.double)
+    some[known] = std[known]
+    loss = train_opinion.mos_loss(score, mos, some)
+    loss.backward()
+    smooth = torch.nn.functional.smooth_l1_loss(score / train_opinion.UNIT, mos / train_opinion.UNIT)
+    pairs = train_opinion.fidelity_loss(score[known], mos[known], std[known])
+    assert loss.item() == pytest.approx((smooth + train_opinion.PAIRS * pairs).item()) and score.grad.isfinite().all()
+    # one alone makes no pair
+    some[known[1:]] = math.nan
+    assert torch.equal(train_opinion.mos_loss(score, mos, some), train_opinion.mos_loss(score, mos, None))
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("std", [None, torch.full((8,), 20.0)])
 def test_mos_loss_is_least_for_the_opinions_themselves_and_grows_with_a_wrong_order(std):
     mos = torch.linspace(20, 80, 8)
@@ -347,6 +364,59 @@ def test_the_command_trains_judges_and_names_what_is_wrong(script, tmp_path):
         failed = script("rewards.train_opinion", *flags, *words, "--out", tmp_path / "x.pth", check=False)
         assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
         assert not (tmp_path / "x.pth").exists()
+
+
+@pytest.mark.fast
+def test_bad_opinions_are_refused_left_out_or_named(tmp_path, capsys):
+    for k, image in enumerate(noisy(np.linspace(2, 40, 24), 40)):
+        save_image(tmp_path / "images" / f"{k:02d}.png", image)
+
+    def read(values, ends=(0, 100), std=None):
+        rows = [f"{k:02d}.png,{value}" + (f",{std[k]}" if std else "") for k, value in enumerate(values)]
+        (tmp_path / "mos.csv").write_text("image,mos" + ",std" * bool(std) + "\n" + "\n".join(rows) + "\n")
+        found = train_opinion.read_mos(tmp_path / "mos.csv", tmp_path / "images", 32, ends=ends)
+        return found, capsys.readouterr().out
+    five = np.linspace(1, 5, 24)
+    found, printed = read(five)
+    assert "WARNING: its opinions lie between 1 and 5, 4 % of --mos-range 0 100" in printed
+    found, printed = read(five, (1, 5))
+    assert "WARNING" not in printed and found["mos"].tolist() == pytest.approx(np.linspace(0, 100, 24))
+    assert read(five, (5, 1))[0]["mos"][0] == 100
+    with pytest.raises(runs.UserError, match=r"line 14 \(12.png\) has 5.5, outside --mos-range 1 5: give the ends"):
+        read([*five[:12], 5.5, *five[13:]], (1, 5))
+    # one without std
+    found, printed = read(five * 20, std=["", *[3] * 23])
+    assert found["std"][0].isnan() and (found["std"][1:] == 3).all()
+    assert "1 of 24 opinions have no std: pairs with them have no fidelity loss" in printed
+    assert read(five * 20, std=[""] * 24)[0]["std"] is None
+    # one truncated image
+    file = tmp_path / "images" / "03.png"
+    file.write_bytes(file.read_bytes()[:2000])
+    found, printed = read(five * 20, std=range(1, 25))
+    assert "1 opinions left out: an image cannot be read (first: " in printed and "03.png: damaged image" in printed
+    assert len(found["images"]) == 23 and "03.png" not in found["names"] and found["std"].tolist()[2:4] == [3, 5]
+    for k in range(10):
+        (tmp_path / "images" / f"{k:02d}.png").write_bytes(b"none")
+    with pytest.raises(runs.UserError, match="14 usable opinions are too few; 10 opinions left out: an image cannot"):
+        read(five * 20)
+
+
+@pytest.mark.fast
+def test_choices_with_a_truncated_image_are_left_out(tmp_path, capsys):
+    for method, level in (("A", 3), ("B", 30)):
+        for k, image in enumerate(noisy([level, level + 3], 40)):
+            save_image(tmp_path / "study" / method / f"{k}.png", image)
+    (tmp_path / "choices.csv").write_text("observer,scene,candidates,selected\n1,0,A|B,A\n1,1,B|A,A\n")
+    for scene, left in ((0, 1), (1, 0)):
+        file = tmp_path / "study" / "A" / f"{scene}.png"
+        file.write_bytes(file.read_bytes()[:1000])
+        if left:
+            found = train_opinion.read_choices(tmp_path / "choices.csv", tmp_path / "study", 32)
+            assert len(found["images"]) == 1 and found["selected"].tolist() == [1]
+            printed = capsys.readouterr().out
+            assert "1 images left out: an image cannot be read" in printed and "1 choices left out" in printed
+    with pytest.raises(runs.UserError, match="no usable choice; 2 images left out"):
+        train_opinion.read_choices(tmp_path / "choices.csv", tmp_path / "study", 32)
 
 
 def test_the_embedded_model_of_opinions_says_what_made_it_and_prefers_photographs(photographs):
