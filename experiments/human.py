@@ -96,7 +96,7 @@ def judge_study(args, metrics, slow):
     ready(best, args.work / "authors.csv", AUTHORS_LOWER)
     analyze("score", "--out", pairs, "--choices", study / "pairs.csv", "--columns", PAIR_COLUMNS,
             "--name-pattern", PAIR_PATTERN, "--scores", best / "scores.csv", "--lower", *lower_of(best))
-    # Tables 1 and 2, and 3: each metric where the one that recommend names fails
+    # Tables 1 and 2, and 3: each metric where CLIPIQA, the best of the published ones, fails
     analyze("sbs", best, pairs, "--out", args.work)
     analyze("complement", best, "--fails", "CLIPIQA", "--out", args.work)
     analyze("choices", best, pairs, "--out", args.work)

@@ -195,13 +195,6 @@ def utility_of(w, table):
     return value
 
 
-def without(choices, method):
-    """The choices as if a method had not been shown; those that selected it are gone."""
-    left = choices[choices.selected != method]
-    left = left.assign(candidates=left.candidates.map(lambda row: tuple(m for m in row if m != method)))
-    return left[left.candidates.map(len) > 1]
-
-
 def study(args):
     """A judge: the head of a model that saw CLIVE's training images, fitted to the choices, on scenes it did not see.
 
@@ -238,7 +231,7 @@ def study(args):
         found = {}
         for fold in folds:
             seen = best[~best.scene.isin(fold)]
-            seen = without(seen, left_out) if left_out else seen
+            seen = opinions.without(seen, left_out) if left_out else seen
             value = utility_of(fit_head(table, seen, penalty_by_scenes(table, seen)), table)
             found |= {name: value(*reversed(name.split("/", 1))) for name in table if name.split("/", 1)[1] in fold}
         return found
@@ -252,7 +245,7 @@ def study(args):
     left_out = {}
     for method in METHODS:
         values["left out"] = learned(method)
-        own = opinions.names_only(without(best, method))
+        own = opinions.names_only(opinions.without(best, method))
         by_name = opinions.judge(best, lambda scene, m, own=own: own(scene, m))
         of_row = {"judge": "left out"} | {name: name for name in (*models, "sharpness")}
         left_out[method] = {name: opinions.judge(best, value_of(row))["containing"][method]

@@ -476,7 +476,14 @@ def names_only(choices):
     for scene in choices.scene.unique():
         others = choices[choices.scene != scene]
         strengths[scene] = {} if others.empty else bradley_terry(others).strength
-    return lambda scene, method: strengths[scene].get(method, 0.0)
+    return lambda scene, method: strengths.get(scene, {}).get(method, 0.0)
+
+
+def without(choices, method):
+    """The choices as if a method had not been shown; those that selected it are gone."""
+    left = choices[choices.selected != method]
+    left = left.assign(candidates=left.candidates.map(lambda row: tuple(m for m in row if m != method)))
+    return left[left.candidates.map(len) > 1]
 
 
 def ceilings(choices):

@@ -18,6 +18,8 @@ import runs
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
     p.add_argument("--reward", nargs="+", required=True, metavar="NAME", help="differentiable rewards, as for train.py")
+    p.add_argument("--reward-weights", nargs="*", default=[], metavar="NAME=FILE",
+                   help="local weights of these rewards instead of a download")
     p.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
     p.add_argument("--count", type=runs.SIZE, default=10, help="at most so many photographs, the first by name")
     p.add_argument("--crop", type=runs.number(int, 32), default=256, help="side of their centre crops, pixels")
@@ -27,7 +29,12 @@ def parse_args(argv=None):
     p.add_argument("--out-json", type=Path, help="write the numbers here")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it runs")
     p.add_argument("--threads", type=runs.COUNT, default=0, help="CPU threads (0: PyTorch's choice)")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    names = [runs.split_reward(word)[0] for word in args.reward]
+    for word in args.reward_weights:
+        if "=" not in word or word.partition("=")[0] not in names:
+            p.error(f"--reward-weights {word}: write NAME=FILE with a NAME of --reward ({', '.join(names)})")
+    return args
 
 
 # before the imports that take seconds, so that --help answers at once
@@ -140,7 +147,11 @@ def read_photos(folder, count, crop):
 def main(args):
     runs.check_output(args.out_json, "--out-json")
     device = runs.start_world(args.device, args.threads).device
-    rewards = {word: iqa.create_reward([word], device, need_gradient=True) for word in args.reward}
+    files, rewards = dict(word.split("=", 1) for word in args.reward_weights), {}
+    for word in args.reward:
+        name = runs.split_reward(word)[0]
+        rewards[word] = iqa.create_reward([word], device, files.get(name), need_gradient=True,
+                                          local=f"--reward-weights {name}=")
     photos = read_photos(args.images, args.count, args.crop).to(device)
     table = measure(rewards, photos, args.levels, args.seed)
     columns = [f"{start} {level:g}" for start in ("photo", "bicubic") for level in args.levels]
