@@ -185,7 +185,7 @@ def prepare(args):
                                  f"{args.work / where}: name the --work of that record, or other --results")
         crops = data.TrainingSet(sets, "amo", seeds, *numbers)
         for name in (name for name in args.rewards if label(name) not in known["rewards"]):
-            if known["rewards"] and known["commit"] != machine["commit"]:
+            if known.get("commit", record["commit"]) != machine["commit"]:
                 # a reward that was asked for later
                 known.setdefault("later", {})[label(name)] = machine["commit"]
             known["rewards"][label(name)] = samplers.rewards_choice(name, sets, crops, world)
