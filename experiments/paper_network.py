@@ -76,8 +76,8 @@ def parse_args(argv=None):
                             ("4xLSDIRCompactC3", "realesr-general-wdn-x4v3", "realesr-general-x4v3")])
     p.add_argument("--rewards", nargs="+", metavar="NAME",
                    default=["weights/downloads/opinion.pth", "rewards.cnniqa:build", "ranker", "rewards/ranker2.pth"],
-                   help="quality models; the first, which agreed best with people before the first row was trained, is "
-                        "the reward of sma, amo and tuning, the others of one amo each")
+                   help="quality models; the first, which agreed best with people's opinions of photographs when the "
+                        "first row was trained, is the reward of sma, amo and tuning, the others of one amo each")
     p.add_argument("--unseen", nargs="*", default=["niqe", "brisque", "piqe"], metavar="NAME",
                    help="no-reference metrics that nothing optimises, a model that judges only among them")
     p.add_argument("--slow", nargs="*", default=["ilniqe"], metavar="NAME", help="likewise, on 20 pairs")
