@@ -52,8 +52,9 @@ VARIANTS = {"lora24": "--tune lora --rank 24 --lr 5e-4", "lora4": "--tune lora -
             "layers": "--tune layers --lr 5e-5", "naive": "--tune all --lr 5e-5"}
 # photographs that no training of a row sees; their reward ends the tunings
 VALIDATION = 4
-# standard deviations of the blur, amounts of the unsharp mask, which are tried first; halvings between two of them
-STRENGTHS, HALVINGS = (0.1, 0.2, 0.4, 0.8, 1.6), 5
+# standard deviations of the blur, amounts of the unsharp mask, which are tried first; further ones between two of them,
+# until so much of the way to the goal is left
+STRENGTHS, TRIES, NEAR = (0.1, 0.2, 0.4, 0.8, 1.6), 5, 0.02
 
 
 def parse_args(argv=None):
@@ -293,42 +294,40 @@ def structured_noise(args, test, before, after):
 
 # Stage 4: what a filter reaches
 
-def controls(args):
-    """RESULTS/<row>.json of the start's outputs, filtered until they have amo's mean PSNR, or its mean reward.
+FILTERS = {"blur": lambda image, sigma: gaussian_blur(image, 2 * round(3 * sigma) + 3, sigma),
+           "unsharp": metrics.unsharp}
+
+
+def control(args, name, equal):
+    """RESULTS/start-NAME-of-equal-EQUAL.json: the start's outputs, filtered until they have amo's mean PSNR or reward.
 
     Where no strength comes nearer than the start itself, the row says so and has the start's scores.
     """
-    amo = {name: record["scores"] for name, record in read_rows(args).items()
-           if name in {f"{args.sets[0]}-amo-{seed}" for seed in args.seeds}}
-    start = json.loads((args.results / "start.json").read_text())
-    reward = jobs.judge(args.rewards[0], args.metric_weights)
-    filters = {"blur": lambda image, sigma: gaussian_blur(image, 2 * round(3 * sigma) + 3, sigma),
-               "unsharp": metrics.unsharp}
-    for name, function in filters.items():
-        for equal, metric in (("psnr", "psnr"), ("reward", args.rewards[0])):
-            row = f"start-{name}-of-equal-{equal}"
-            file = args.results / f"{row}.json"
-            if file.exists():
-                continue
-            used = {}
-            for test in TESTS:
-                goal = np.mean([values[metric] for scores in amo.values() for values in scores[test].values()])
-                score = reward if equal == "reward" else None
-                used[test] = filtered(args, test, row, function, float(goal), score) | {"seeds": len(amo)}
-            about = {"strength": used}
-            if any(of_test["strength"] for of_test in used.values()):
-                judged = judge(args, row, "--images", args.work / "outputs" / "{test}" / row)
-                noise = {test: structured_noise(args, test, "start", row) for test in TESTS}
-                runs.save_json(file, {**about, "structured_noise": noise, **record_of(judged, row)})
-            else:
-                runs.save_json(file, {**start, **about, "commit": runs.describe_machine()["commit"]})
+    row, metric = f"start-{name}-of-equal-{equal}", equal if equal == "psnr" else args.rewards[0]
+    file, used = args.results / f"{row}.json", {}
+    if file.exists():
+        return
+    amo = [record["scores"] for of, record in read_rows(args).items()
+           if of in {f"{args.sets[0]}-amo-{seed}" for seed in args.seeds}]
+    reward = jobs.judge(args.rewards[0], args.metric_weights) if equal == "reward" else None
+    for test in TESTS:
+        goal = float(np.mean([values[metric] for scores in amo for values in scores[test].values()]))
+        used[test] = filtered(args, test, row, FILTERS[name], goal, reward) | {"seeds": len(amo)}
+    if not any(of_test["strength"] for of_test in used.values()):
+        start = json.loads((args.results / "start.json").read_text())
+        runs.save_json(file, {**start, "strength": used, "commit": runs.describe_machine()["commit"]})
+        return
+    judged = judge(args, row, "--images", args.work / "outputs" / "{test}" / row)
+    noise = {test: structured_noise(args, test, "start", row) for test in TESTS}
+    runs.save_json(file, {"strength": used, "structured_noise": noise, **record_of(judged, row)})
 
 
 @torch.no_grad()
 def filtered(args, test, row, function, goal, reward):
     """Filter all outputs with the strength whose mean PSNR, or mean reward, is nearest to `goal` -> what was reached.
 
-    STRENGTHS are tried until one passes the goal, then HALVINGS of the interval before it: means are monotone there.
+    STRENGTHS are tried until one passes the goal, or leads away from it: means are monotone there. Then the interval is
+    divided, where a straight line would meet the goal, until NEAR of the way is left.
     """
     images, tried, best = outputs(args, test, "start"), {}, None
 
@@ -341,19 +340,22 @@ def filtered(args, test, row, function, goal, reward):
             metrics.psnr(image, jobs.test_pair(args.work / test, stem)[1]).item() for stem, image in changed.items()]))
         if best is None or abs(tried[strength] - goal) < abs(tried[best[0]] - goal):
             best = strength, changed
-        return tried[strength]
-    below, first = 0.0, attempt(0.0)
+        # 0 at the goal, 1 without the filter
+        return (tried[strength] - goal) / (tried[0.0] - goal)
+    low, left = 0.0, attempt(0.0)
     for strength in STRENGTHS:
-        if (attempt(strength) - goal) * (first - goal) <= 0:
-            above = strength
-            for _ in range(HALVINGS):
-                middle = (below + above) / 2
-                if (attempt(middle) - goal) * (first - goal) <= 0:
-                    above = middle
-                else:
-                    below = middle
+        high, right = strength, attempt(strength)
+        if right > 1.001:
             break
-        below = strength
+        if right <= 0:
+            for _ in range(TRIES):
+                if min(left, -right) < NEAR:
+                    break
+                middle = low + (high - low) * left / (left - right)
+                share = attempt(middle)
+                low, left, high, right = (middle, share, high, right) if share > 0 else (low, left, middle, share)
+            break
+        low, left = high, right
     for stem, image in best[1].items():
         save_image(args.work / "outputs" / test / row / f"{stem}.png", image[0])
     return {"strength": best[0], "reached": tried[best[0]], "goal": goal, "tried": dict(sorted(tried.items()))}
@@ -433,7 +435,9 @@ def main(args):
     if "tune" in args.stages:
         jobs.parallel(args.jobs, [partial(tune_row, args, name, seed) for seed in args.seeds for name in VARIANTS])
     if "controls" in args.stages:
-        controls(args)
+        for name in FILTERS:
+            for equal in ("psnr", "reward"):
+                control(args, name, equal)
     if "judge" in args.stages:
         complete(args)
     if "slow" in args.stages and args.slow:
