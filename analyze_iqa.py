@@ -198,6 +198,7 @@ def score(args):
     names = list(dict.fromkeys(name for column in columns for name in column))
     if "choices" in frames:
         names = opinions.names_of(frames["choices"])
+    guarded = "mos" in frames or "choices" in frames
     if args.scores:
         scores, more = agreement.read_scores(args.scores)
         unknown = [m for m in args.lower if m not in scores.columns]
@@ -208,12 +209,18 @@ def score(args):
     else:
         files = opinions.images_of(frames["choices"], args.images) if "choices" in frames else {}
         paths = [files.get(name) or args.images / name for name in names]
-        scores, metrics, more = compute(args, names, paths, about["metrics"], world)
+        chosen = list(args.metrics or default_metrics(args))
+        # the guard that every table of opinions has
+        chosen += [tables.CONTROL] * (guarded and tables.CONTROL not in chosen)
+        scores, metrics, more = compute(args, names, paths, chosen, about["metrics"], world)
     # metrics scored in an earlier call stay
     if (args.out / "scores.csv").exists():
         earlier, _ = agreement.read_scores(args.out / "scores.csv")
         scores = scores.join(earlier.reindex(scores.index)[[m for m in earlier.columns if m not in scores.columns]])
     left_out += more
+    if guarded and tables.CONTROL not in scores:
+        column, facts, more = control(args, names, frames, world)
+        scores, metrics, left_out = scores.join(column), metrics | facts, left_out + more
     if not world.is_main:
         return
     absent = [name for name in names if name not in scores.index]
@@ -234,16 +241,23 @@ def score(args):
           f"next: python analyze_iqa.py {NEXT[next(reversed(frames))]} {args.out}")
 
 
-def compute(args, names, paths, known, world):
+def control(args, names, frames, world):
+    """compute()'s result for the guard alone, beside ready scores; where it fails, nothing and a line that says so."""
+    try:
+        files = opinions.images_of(frames["choices"], args.images, strict=False) if "choices" in frames else {}
+        paths = [files.get(name) or args.images / name for name in names]
+        return compute(args, names, paths, [tables.CONTROL], {}, world)
+    except runs.UserError as error:
+        line = f"{tables.shown(tables.CONTROL)}, the guard, is absent: it needs the images in --images ({error})"
+        return pd.DataFrame(index=names), {}, [line]
+
+
+def compute(args, names, paths, metrics, known, world):
     """Score images, known as `names`, by each metric -> (scores by name, {metric: facts}, lines on what was left out).
 
     known: facts of an earlier call, whose speeds are kept.
     """
     import iqa
-    metrics = list(args.metrics or default_metrics(args))
-    # the guard that every table of opinions has
-    if (args.mos or args.choices) and tables.CONTROL not in metrics:
-        metrics.append(tables.CONTROL)
     files = dict(word.split("=", 1) for word in args.metric_weights if "=" in word)
     unknown = [word for word in args.metric_weights if word.partition("=")[0] not in metrics or "=" not in word]
     if unknown:

@@ -167,16 +167,18 @@ def _plain(model):
     return model.metric if isinstance(model, _Fused) else model
 
 
-def create_reward(words, device="cpu", weights_file=None, need_gradient=False, flag="--reward", musiq="pyiqa"):
+def create_reward(words, device="cpu", weights_file=None, need_gradient=False, flag="--reward", musiq="pyiqa",
+                  local=None):
     """Build Q from `--reward` words: pyiqa NR metric, `ranker`, reward file PATH.pth, `module:function`, or their sum.
 
     module:function is called with the device and returns a callable (B, 3, H, W) in [0, 1] -> (B,); it may carry
     `lower_better = True`. weights_file: a local weight file for the one pyiqa metric named. need_gradient: the models
     are created differentiable and each is probed with a backward pass on a natural and on a random image. flag: named
-    in errors. musiq: "fused": every MUSIQ of pyiqa (names musiq*) scores square images through rewards/musiq.py,
-    equal and faster, and images of any other shape through pyiqa's own model; "fused-bf16": the square ones in
-    bfloat16, whose scores are close but not equal, so that identity() differs. UserError for a full-reference,
-    unknown, set-level or (if a gradient is needed) non-differentiable metric.
+    in errors, as is `local`, what a user writes before a local weight file (None: as train.py and evaluate.py do; "":
+    the script takes none). musiq: "fused": every MUSIQ of pyiqa (names musiq*) scores square images through
+    rewards/musiq.py, equal and faster, and images of any other shape through pyiqa's own model; "fused-bf16": the
+    square ones in bfloat16, whose scores are close but not equal, so that identity() differs. UserError for a
+    full-reference, unknown, set-level or (if a gradient is needed) non-differentiable metric.
     """
     if musiq not in MUSIQ:
         raise runs.UserError(f"musiq must be one of {', '.join(MUSIQ)}, got {musiq!r}")
@@ -194,7 +196,7 @@ def create_reward(words, device="cpu", weights_file=None, need_gradient=False, f
         elif ":" in name:
             model = _user_model(name, device, flag)
         else:
-            model = pyiqa_model(name, device, weights_file, need_gradient, flag=flag)
+            model = pyiqa_model(name, device, weights_file, need_gradient, flag=flag, local=local)
             if musiq != "pyiqa" and name.startswith("musiq"):
                 model = _Fused(model, musiq == "fused-bf16")
         # ModuleDict keys may hold no dot
@@ -239,7 +241,7 @@ def pyiqa_modes():
     return {name: config.get("metric_mode") for name, config in DEFAULT_CONFIGS.items() if name not in SET_LEVEL}
 
 
-def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag="--reward"):
+def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag="--reward", local=None):
     """A pyiqa metric. A failed download ends in one line: which file, where to put it, which flag takes a local one."""
     from pyiqa import create_metric
     modes = pyiqa_modes()
@@ -252,7 +254,8 @@ def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag
         raise runs.UserError(f"{flag} {name}: this {problem}; give one that judges a single image without reference, "
                              f"for example {', '.join(similar or ['musiq', 'ranker'])}")
     # the flag that names a local file
-    local = {"--reward": "--reward-weights ", "--metrics": f"--metric-weights {name}="}.get(flag, "")
+    if local is None:
+        local = {"--reward": "--reward-weights ", "--metrics": f"--metric-weights {name}="}.get(flag, "")
     options = {"as_loss": True, "loss_reduction": "none"} if need_gradient else {"check_input_range": False}
     if weights_file:
         _check_weights_file(weights_file, local)

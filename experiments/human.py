@@ -96,6 +96,9 @@ def judge_study(args, metrics, slow):
     ready(best, args.work / "authors.csv", AUTHORS_LOWER)
     analyze("score", "--out", pairs, "--choices", study / "pairs.csv", "--columns", PAIR_COLUMNS,
             "--name-pattern", PAIR_PATTERN, "--scores", best / "scores.csv", "--lower", *lower_of(best))
+    # Tables 1 and 2, and 3: each metric where CLIPIQA, the best of the published ones, fails
+    analyze("sbs", best, pairs, "--out", args.work)
+    analyze("complement", best, "--fails", "CLIPIQA", "--out", args.work)
     analyze("choices", best, pairs, "--out", args.work)
     analyze("recommend", best, "--out", args.work)
 
@@ -115,7 +118,7 @@ def judge_clive(args, metrics, slow):
 def main(args):
     args.work.mkdir(parents=True, exist_ok=True)
     args.results.mkdir(parents=True, exist_ok=True)
-    judges = {"study": (judge_study, ("choices", "recommend")), "clive": (judge_clive, ("mos",))}
+    judges = {"study": (judge_study, ("sbs", "complement", "choices", "recommend")), "clive": (judge_clive, ("mos",))}
     for name in args.sets:
         judge, records = judges[name]
         judge(args, [*METRICS, *args.metrics], [] if args.no_slow else [SLOW])

@@ -2,13 +2,15 @@
 
     python -m experiments.opinions train 0 1 2        plain, hardened, small models of these splits of CLIVE
     python -m experiments.opinions ridge              the same splits, ridge regression on the backbone as it is
+    python -m experiments.opinions attack 0 1 2       how far their scores can be raised
     python -m experiments.opinions study              a judge that learns from the choices of a user study, and controls
     python -m experiments.opinions report             tables and plot of all that is there
 
 Ten random 80/20 splits of CLIVE (report.opinions.splits), fixed before the first training. Per split a plain model and
-one hardened from it are trained on the 80 %, and judged on the 20 %: whole images, the mean of four random crops of 96
-to 256 pixels, and attacks on ten photographs of Kodak (rewards/attack.py), their starting points, steps and step sizes
-other than the training's. One JSON per model in --results; what is there is not computed again.
+one hardened from it are trained on the 80 %, and judged on the 20 %: whole images, and the mean of four random crops of
+96 to 256 pixels. Attacks begin at ten photographs of Kodak and at their bicubic images (rewards/attack.py); starting
+points, steps and step sizes are other than the training's. One JSON per model, and one per attack, in --results; what
+is there is not computed again.
 """
 import sys
 from pathlib import Path
@@ -29,11 +31,12 @@ BASES = {"hard": "plain", "mild": "plain", "norm": "plain", "small-hard": "small
 
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
-    p.add_argument("stage", choices=["train", "ridge", "study", "report"], help="what to do")
+    p.add_argument("stage", choices=["train", "ridge", "attack", "study", "report"],
+                   help="what to do")
     p.add_argument("splits", type=runs.COUNT, nargs="*", default=list(range(10)),
-                   help="train: numbers of the splits; study: the split whose model is used")
+                   help="train, attack: numbers of the splits; study: the split whose model is used")
     p.add_argument("--models", nargs="+", choices=list(SETTINGS), default=["plain", "hard", "small"],
-                   help="train: which; hard, mild with a smaller weight of the attack, and norm with the "
+                   help="train, attack: which; hard, mild with a smaller weight of the attack, and norm with the "
                         "regularisation of gradients alone begin with plain, small-hard with small, the network of "
                         "rewards/ranker.py: they are made if they are missing; small-random is that network from "
                         "random weights")
@@ -68,8 +71,6 @@ from rewards import attack, opinion, train_opinion
 from rewards.ranker import load_ranker
 
 CROP, SEED = 224, 0
-# splits whose models are attacked
-ATTACKED = (0, 1, 2)
 IN_WORDS = {"ridge": "ridge regression", "hard": "hardened", "mild": "hardened mildly", "norm": "gradient norm",
             "small": "small network", "small-hard": "small, hardened", "small-random": "small, from random weights"}
 
@@ -103,7 +104,7 @@ def train(args, mos, features, split, name):
     return file
 
 
-def judge(args, mos, photos, features, split, name):
+def judge(args, mos, features, split, name):
     """The JSON of one model of one split."""
     out = args.results / f"clive-{name}-{split}.json"
     if out.exists():
@@ -113,11 +114,22 @@ def judge(args, mos, photos, features, split, name):
     record |= {"file_sha256": runs.digest(file), "judged_at": runs.describe_machine(on_cpu=True)["commit"]}
     test = train_opinion.part(mos, opinions.splits(mos["names"])[split][1])
     record["test"] = train_opinion.test_scores(net, test["images"], test["mos"].numpy())
-    if split in ATTACKED:
-        reward = iqa.create_reward([str(file)], need_gradient=True)
-        record["attack"] = attack.measure({name: reward}, photos, [1, 2, 4])[name]
     runs.save_json(out, record)
     print(out, record["test"], flush=True)
+
+
+def attacked(args, split, name):
+    """The JSON of an attack on one model of one split."""
+    out, file = args.results / f"attack-{name}-{split}.json", args.work / f"{name}-{split}.pth"
+    if out.exists():
+        return
+    if not file.exists():
+        raise runs.UserError(f"{file}: no such model; make it with: python -m experiments.opinions train {split} "
+                             f"--models {name}")
+    machine, reward = runs.describe_machine(on_cpu=True), iqa.create_reward([str(file)], need_gradient=True)
+    found = attack.measure({name: reward}, attack.read_photos(args.kodak, 10, 256), [1, 2, 4])[name]
+    runs.save_json(out, {"command": sys.argv, **machine, "model": name, "split": split,
+                         "file_sha256": runs.digest(file), "ways": attack.WAYS, **found})
 
 
 def imagenet(args):
@@ -183,23 +195,17 @@ def utility_of(w, table):
     return value
 
 
-def without(choices, method):
-    """The choices as if a method had not been shown; those that selected it are gone."""
-    left = choices[choices.selected != method]
-    left = left.assign(candidates=left.candidates.map(lambda row: tuple(m for m in row if m != method)))
-    return left[left.candidates.map(len) > 1]
-
-
 def study(args):
     """A judge: the head of a model that saw CLIVE's training images, fitted to the choices, on scenes it did not see.
 
-    Beside it: the model as it is, the small ones of all splits, the method's name alone, sharpness alone. With every
-    method left out in turn as well: then judged on the pairs that contain it.
+    Beside it: the model as it is, the hardened and the small ones of all splits, the method's name alone, sharpness
+    alone. With every method left out in turn as well: then judged on the pairs that contain it.
     """
     machine = runs.describe_machine(on_cpu=True)
     split = args.splits[0]
-    files = {name: args.work / f"{name}-{split}.pth" for name in ("plain", "hard")}
-    files |= {path.stem: path for path in sorted(args.work.glob("small-*.pth"))}
+    files = {"plain": args.work / f"plain-{split}.pth"}
+    others = ("hard-*.pth", "norm-*.pth", "small-*.pth")
+    files |= {path.stem: path for pattern in others for path in sorted(args.work.glob(pattern))}
     files["ranker2"] = runs.REPO / "rewards" / "ranker2.pth"
     models = {name: opinion.load(file)[0] for name, file in files.items() if file.exists()}
     if "plain" not in models:
@@ -225,7 +231,7 @@ def study(args):
         found = {}
         for fold in folds:
             seen = best[~best.scene.isin(fold)]
-            seen = without(seen, left_out) if left_out else seen
+            seen = opinions.without(seen, left_out) if left_out else seen
             value = utility_of(fit_head(table, seen, penalty_by_scenes(table, seen)), table)
             found |= {name: value(*reversed(name.split("/", 1))) for name in table if name.split("/", 1)[1] in fold}
         return found
@@ -239,7 +245,7 @@ def study(args):
     left_out = {}
     for method in METHODS:
         values["left out"] = learned(method)
-        own = opinions.names_only(without(best, method))
+        own = opinions.names_only(opinions.without(best, method))
         by_name = opinions.judge(best, lambda scene, m, own=own: own(scene, m))
         of_row = {"judge": "left out"} | {name: name for name in (*models, "sharpness")}
         left_out[method] = {name: opinions.judge(best, value_of(row))["containing"][method]
@@ -272,8 +278,9 @@ def penalty_by_scenes(table, choices, grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
 # Report
 
 def read_models(args):
-    """{"ridge", "plain", "hard": {split: {"whole", "96", ...: SRCC, "plcc": of whole images}}}, and all records."""
-    table, records = {}, {}
+    """-> {"ridge", "plain", "hard": {split: {"whole", "96", ...: SRCC, "plcc": of whole images}}}, {model: {split:
+    its attack}}."""
+    table, attacks = {}, {}
     if (args.results / "clive-ridge.json").exists():
         rows = json.loads((args.results / "clive-ridge.json").read_text())["srcc"]
         table["ridge"] = {row.pop("split"): row for row in rows}
@@ -281,11 +288,13 @@ def read_models(args):
         for split in range(10):
             file = args.results / f"clive-{name}-{split}.json"
             if file.exists():
-                record = records[name, split] = json.loads(file.read_text())
-                test = record["test"]
+                test = json.loads(file.read_text())["test"]
                 table.setdefault(name, {})[split] = {"whole": test["whole"]["srcc"], **test["crops"],
                                                      "plcc": test["whole"]["plcc"]}
-    return table, records
+            file = args.results / f"attack-{name}-{split}.json"
+            if file.exists():
+                attacks.setdefault(name, {})[split] = json.loads(file.read_text())
+    return table, attacks
 
 
 def study_table(record):
@@ -303,7 +312,7 @@ def study_table(record):
 
 def report(args):
     """Markdown tables, printed, and a plot beside the JSON files."""
-    table, records = read_models(args)
+    table, attacks = read_models(args)
     if not table:
         raise runs.UserError(f"{args.results}: no clive-*.json; make them with: python -m experiments.opinions train")
     columns = ("whole", *map(str, reversed(train_opinion.TEST_CROPS)))
@@ -322,21 +331,18 @@ def report(args):
     print(runs.markdown(["paired difference of SRCC, mean", "splits", *columns], rows), "\n")
     starts = [f"{start} {level}" for start in ("photo", "bicubic") for level in (1, 2, 4)]
     rows = []
-    for name in SETTINGS:
-        attacked = {split: record["attack"] for (model, split), record in records.items()
-                    if model == name and "attack" in record}
-        if attacked:
-            gains = [attack.in_units({name: entry})[name, name] for entry in attacked.values()]
-            scale = np.mean([entry["D"] for entry in attacked.values()])
-            rows.append([name, len(attacked), f"{scale:.1f}",
-                         *(f"{np.mean([g[start] for g in gains]):+.2f}" for start in starts)])
+    for name, splits in attacks.items():
+        gains = [attack.in_units({name: entry})[name, name] for entry in splits.values()]
+        scale = np.mean([entry["D"] for entry in splits.values()])
+        rows.append([name, len(splits), f"{scale:.1f}",
+                     *(f"{np.mean([g[start] for g in gains]):+.2f}" for start in starts)])
     print(runs.markdown(["gain in units of D", "models", "D", *starts], rows))
     if (args.results / "study-judge.json").exists():
         print("\n" + study_table(json.loads((args.results / "study-judge.json").read_text())))
-    plot(table, records, args.results / "opinions.png")
+    plot(table, attacks, args.results / "opinions.png")
 
 
-def plot(table, records, path):
+def plot(table, attacks, path):
     """Left: SRCC by the side of the crops, of models with several splits. Right: gains of attacks."""
     drawing, axes = style.figure(columns=2, height=3.5)
     sides = [*map(str, train_opinion.TEST_CROPS), "whole"]
@@ -349,10 +355,9 @@ def plot(table, records, path):
                 title="thin: a split each")
     levels = (1, 2, 4)
     for name in table:
-        attacks = [record["attack"] for (model, _), record in records.items() if model == name and "attack" in record]
         # (models, levels, photographs), then the mean over models
         gains = [[np.array(entry["gains"]["photo"][str(level)][name]) / entry["D"] for level in levels]
-                 for entry in attacks]
+                 for entry in attacks.get(name, {}).values()]
         label = f"{IN_WORDS.get(name, name)}, splits: {len(table[name])}"
         if gains:
             means = np.mean(gains, 0)
@@ -371,8 +376,12 @@ def main(args):
     runs.start_world("cpu", args.threads)
     if args.stage in ("study", "report"):
         return (study if args.stage == "study" else report)(args)
+    if args.stage == "attack":
+        for split in args.splits:
+            for name in args.models:
+                attacked(args, split, name)
+        return None
     mos = train_opinion.read_mos(args.clive / "labels.csv", args.clive / "images", CROP)
-    photos = attack.read_photos(args.kodak, 10, 256)
 
     def features(net):
         """Of the backbone as it is, one crop per image: the same for all splits."""
@@ -385,7 +394,7 @@ def main(args):
         return ridge(args, mos, features(imagenet(args)))
     for split in args.splits:
         for name in args.models:
-            judge(args, mos, photos, features, split, name)
+            judge(args, mos, features, split, name)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ pretrain  the reconstruction networks that the rows need: LWay, baseline, + cont
           as long
 tune      rows: RealESRGAN_x4plus adapted to a domain with each of them, and with "both" and the other sign of the
           controller (Table 4); the compact network with "both" as one row
-controls  the start's outputs, blurred and sharpened until their PSNR is nearest to that of "both"
+controls  the start's outputs, blurred, sharpened, and blurred with the mean colours of the LR image, by strengths whose
+          PSNR is nearest to that of "both"
 precision start and "both" in fp32 on ten images, since all else is trained and scored in bf16
-probe     the paper's Fig. 7 (baseline, + controller) and Fig. 8 (+ FAR) on photographs that pre-training did not see
+probe     the paper's Fig. 7 (baseline, + controller) and Fig. 8 (+ FAR) on photographs that pre-training did not see;
+          Fig. 7 also for LR images with hardly any noise
 report    tables, plots, a picture, and RESULTS/selfsup.json, of the rows that are there
 
 Each row is a file of RESULTS and is not made again; what only it needs is not trained either.
@@ -40,6 +42,9 @@ ADDED after seeds 0 and 1, in which T predicted 45 % of the energy, so that FAR 
 a pre-training three times as long, and from it a tuning with FAR ("FAR, long") and one without ("baseline, long").
 7. T then predicts more than half, FAR is larger for blurred photographs (Fig. 8), and FAR, long - baseline, long: VGG
    distance down.
+Later, after a reader's questions: "both" from weights changed by 1e-6, and in fp32 and the other memory format, which
+must have the signs of "both"; "both" with the controller's s shifted to where R was trained (s is 0.7 in tuning, 0.48
+in the mean of pre-training); the control with the LR image's colours; Fig. 7 without noise.
 
 At GPU scale the hypotheses are the same, of one seed. Stage 1 has the paper's network, 3,000 steps instead of 500,000.
 Two pre-trainings serve all rows, with FAR in both: rows without FAR leave it out of the tuning only. 300 steps of 5e-6
@@ -61,16 +66,19 @@ NETWORKS = {"LWay": "--arch lway", "baseline": "--s-rule one --no-far", "control
 # {row: (pre-training, flags of finetune)}
 ROWS = {"baseline": ("baseline", ""), "controller": ("controller", ""), "both": ("both", ""), "FAR": ("FAR", ""),
         "flipped": ("both", "--s-rule flip"), "LWay": ("LWay", ""), "both, compact": ("both", ""),
-        "FAR, long": ("FAR-long", ""), "baseline, long": ("FAR-long", "--no-far")}
+        "FAR, long": ("FAR-long", ""), "baseline, long": ("FAR-long", "--no-far"), "both, perturbed": ("both", ""),
+        "both, fp32": ("both", "--precision fp32"), "shifted": ("both", "--s-rule shifted")}
+# not tuned on RealSR's pairs, which no pre-training imitates
+SYNTHETIC = ("controller", "FAR", "flipped", "shifted", "both, compact")
 # those with all --seeds; the others have the first
 REPEATED = ("baseline", "both")
-# CHOICE: sizes. rows: {domain: its rows}, in order of value; of RealSR's pairs, which no pre-training imitates, fewer.
+# CHOICE: sizes. plan: {domain: its rows}, in order of value
 # fig7, fig8: networks that are probed
 SCALES = {
-    # two cores; every run but FAR-long's pre-training under 20 minutes
+    # two cores: a pre-training takes up to 25 minutes, FAR-long's an hour; both resume
     "cpu": dict(
-        rows=ROWS, plan={"inside": list(ROWS), "realsr": ["both", "baseline", "LWay", "FAR, long", "baseline, long"],
-                         "outside": ["both", "baseline", "controller", "FAR", "flipped", "LWay"]},
+        rows=ROWS, plan={"inside": list(ROWS), "realsr": [row for row in ROWS if row not in SYNTHETIC],
+                         "outside": ["both", "baseline", "controller", "FAR", "flipped", "LWay", "shifted"]},
         pretrain="""--patch 32 --load-size 160 --batch-size 4 --group-size 2 --size small --total-steps 2000 --lr 1e-3
                     --ema-decay 0.99 --workers 0 --log-every 200 --save-every 200 --val-every 0""",
         finetune="""--patch 24 --batch-size 2 --total-steps 100 --ema-decay 0.95 --workers 0 --log-every 25
@@ -167,7 +175,7 @@ import torch
 import archs
 import degradations
 import metrics
-from experiments import jobs, selfsup_report
+from experiments import demo_seeds, jobs, selfsup_report
 from images import list_images, load_image, save_image
 from prepare import demo_set
 from report import style
@@ -249,6 +257,14 @@ def add_start(args, domain, row, sr):
             args.work / "outputs" / domain / row.replace(", ", "-"))
 
 
+def perturbed(args):
+    """The network with every weight changed by a share of at most 1e-6."""
+    file = args.work / "perturbed.pth"
+    if not file.exists():
+        demo_seeds.perturb(args.sr, file, args.seeds[0])
+    return file
+
+
 def tuned(args, domain, row, seed):
     return args.work / "tuned" / f"{domain}-{row.replace(', ', '-')}-{seed}"
 
@@ -256,47 +272,79 @@ def tuned(args, domain, row, seed):
 def tune(args, domain, row, seed):
     """Adapt the network, judge it."""
     network, words = SCALES[args.scale]["rows"][row]
+    sr = args.compact if "compact" in row else perturbed(args) if "perturbed" in row else args.sr
     out, words = tuned(args, domain, row, seed), [*flags(args, "finetune"), *shlex.split(words)]
     call(args, out.with_suffix(".log"), "selfsup.finetune", "--rec", args.work / "rec" / f"{network}-{seed}", "--sr",
-         args.compact if "compact" in row else args.sr, "--lr-dir", args.work / domain / "lq", "--vgg-weights",
-         args.vgg_weights, *words, "--seed", seed, "--device", args.device, "--out", out, "--resume", "auto")
+         sr, "--lr-dir", args.work / domain / "lq", "--vgg-weights", args.vgg_weights, *words, "--seed", seed,
+         "--device", args.device, "--out", out, "--resume", "auto")
     log = (out / "log.txt").read_text(encoding="utf-8")
     moved = re.findall(r"movement of the averaged weights: ([\d.e-]+)", log)
     if not moved:
         raise runs.UserError(f"{out}: the tuning was stopped; the same command continues")
     add_row(args, domain, row, seed, "--weights", out, "--precision", "bf16", finetune=words, network=network,
-            movement=float(moved[-1]))
+            movement=float(moved[-1]), **checks_of(out))
+
+
+def checks_of(run):
+    """Of the fixed patches: {"far_floor", FAR of clean photographs, "checks": [before tuning, after]}."""
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    events = [event for event in events if event["split"] == "ema"]
+    settings = json.loads((run / "args.json").read_text())["args"]
+    return {"far_floor": settings["far_floor"], "checks": [events[0], events[-1]]}
 
 
 def controls(args, domain):
-    """The start's outputs under a blur, and under an unsharp mask, of the strength whose mean PSNR is nearest to that
-    of "both"; both are scored like networks."""
-    both = row_file(args, domain, "both", args.seeds[0])
-    if not both.exists() or row_file(args, domain, "unsharp control", 0).exists():
+    """The start's outputs, filtered with the strength whose mean PSNR is nearest to that of "both", scored like
+    networks. RESULTS/<domain>-colours.json: how far mean colours of the start's and of its outputs are from the LR
+    images', in grey levels."""
+    seed = args.seeds[0]
+    both, colours = row_file(args, domain, "both", seed), args.results / f"{domain}-colours.json"
+    if not both.exists() or colours.exists():
         return
-    outputs = args.work / "outputs" / domain / "before" / "start"
-    if not outputs.exists():
+    folders = {row: args.work / "outputs" / domain / row for row in ("before", "both")}
+    if not folders["before"].exists():
         add_start(args, domain, "before", args.sr)
+    if not folders["both"].exists():
+        score(args, args.work / domain, args.work / "scores" / f"{domain}-both-again.json", "--weights",
+              tuned(args, domain, "both", seed), "--precision", "bf16", "--names", "start", "--save", folders["both"])
     goal = np.mean([values["psnr"] for values in json.loads(both.read_text())["scores"].values()])
     device = runs.start_world(args.device, 0 if args.scale == "gpu" else 1).device
 
     def read(folder):
         return {stem: load_image(path)[None].to(device).float() / 255 for stem, path in list_images(folder).items()}
-    gt = read(args.work / domain / "gt")
-    start = read(outputs)
+    lq, gt = (read(args.work / domain / part) for part in ("lq", "gt"))
+    outputs = {row: read(folder / "start") for row, folder in folders.items()}
 
-    def blurred(image, sigma):
+    def shift(image, stem):
+        """What is missing to the mean colours of the LR image, (1, 3, 1, 1)."""
+        return lq[stem].mean((2, 3), keepdim=True) - image.mean((2, 3), keepdim=True)
+
+    def blurred(image, sigma, _):
         return degradations.to_8bit(degradations.blur(image, degradations.gaussian_kernel(21, sigma)))
-    for name, change, strengths in (("blur control", blurred, SIGMAS), ("unsharp control", metrics.unsharp, AMOUNTS)):
+
+    def sharpened(image, amount, _):
+        return metrics.unsharp(image, amount)
+
+    def blurred_in_colour(image, sigma, stem):
+        return degradations.to_8bit(blurred(image, sigma, stem) + shift(image, stem))
+    for name, change, strengths in (("blur control", blurred, SIGMAS), ("unsharp control", sharpened, AMOUNTS),
+                                    ("blur and colour control", blurred_in_colour, SIGMAS)):
+        if row_file(args, domain, name, 0).exists():
+            continue
+
         def psnr(strength, change=change):
-            return np.mean([metrics.psnr(metrics.luma(change(start[stem], strength)), metrics.luma(gt[stem]), 0).item()
-                            for stem in gt])
+            return np.mean([metrics.psnr(metrics.luma(change(image, strength, stem)), metrics.luma(gt[stem]), 0).item()
+                            for stem, image in outputs["before"].items()])
         reached = {strength: psnr(strength) for strength in strengths}
         best = min(strengths, key=lambda strength: abs(reached[strength] - goal))
         folder = args.work / "outputs" / domain / name.replace(" ", "-")
-        for stem in gt:
-            save_image(folder / f"{stem}.png", change(start[stem], best)[0])
+        for stem, image in outputs["before"].items():
+            save_image(folder / f"{stem}.png", change(image, best, stem)[0])
         add_row(args, domain, name, 0, "--images", folder, strength=best, psnr=reached[best], goal=goal)
+    distances = {row: {stem: 255 * shift(image, stem).abs().mean().item() for stem, image in images.items()}
+                 for row, images in outputs.items()}
+    runs.save_json(colours, {**runs.describe_machine(args.device == "cpu"), "domain": domain, "seed": seed,
+                             "colours": distances})
 
 
 def precision(args):
@@ -316,14 +364,14 @@ def precision(args):
                    {**runs.describe_machine(args.device == "cpu"), "differences": differences})
 
 
-def probe(args, figure, network):
+def probe(args, figure, network, *words):
     """RESULTS/<figure>-<network>-<seed>.json and its plot."""
     name = f"{network}-{args.seeds[0]}"
     file, net = args.results / f"{figure}-{name}.json", args.work / "rec" / name
     if (net / "weights" / "rec.pth").exists() and not file.exists():
-        call(args, args.work / "probe" / f"{figure}-{name}.log", "selfsup.probe", figure, "--rec", net, "--hr",
+        call(args, args.work / "probe" / f"{figure}-{name}.log", "selfsup.probe", figure[:4], "--rec", net, "--hr",
              args.work / "held-photos", "--crops", SCALES[args.scale]["crops"], "--vgg-weights", args.vgg_weights,
-             "--device", args.device, "--out", file.with_suffix(""))
+             "--device", args.device, "--out", file.with_suffix(""), *words)
 
 
 def rehearsal(folder):
@@ -355,7 +403,8 @@ def main(args):
     if args.stages != ["report"]:
         for path in [args.vgg_weights, args.sr, *compact]:
             if not path.exists():
-                raise runs.UserError(f"{path}: not there; --help says which flag names another, and what makes it")
+                raise runs.UserError(f"{path}: not there; --help says which flag names another; "
+                                     f"{runs.how_to_get(path)}")
     if "data" in args.stages:
         prepare(args)
     if "pretrain" in args.stages:
@@ -375,7 +424,9 @@ def main(args):
         print("no matplotlib: no Fig. 7 and 8")
     elif "probe" in args.stages:
         scale = SCALES[args.scale]
-        every([partial(probe, args, figure, network) for figure in ("fig7", "fig8") for network in scale[figure]])
+        tasks = [(figure, network) for figure in ("fig7", "fig8") for network in scale[figure]]
+        tasks += [("fig7-clean", network, "--degradation", "blur") for network in scale["fig7"]]
+        every([partial(probe, args, *task) for task in tasks])
     if "report" in args.stages:
         selfsup_report.report(args, flags(args, "pretrain"), flags(args, "finetune"))
         adapted = {row: tuned(args, "inside", row, args.seeds[0]) for row in ("LWay", "baseline", "both")}

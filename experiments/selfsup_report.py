@@ -12,15 +12,17 @@ from experiments import jobs
 from images import list_images, load_image
 from report import pictures, tables
 
-ROWS = ("before", "LWay", "baseline", "controller", "FAR", "both", "flipped", "blur control", "unsharp control",
-        "baseline, long", "FAR, long", "before, compact", "both, compact")
+ROWS = ("before", "LWay", "baseline", "controller", "FAR", "both", "flipped", "shifted", "blur control",
+        "unsharp control", "blur and colour control", "baseline, long", "FAR, long", "both, perturbed", "both, fp32",
+        "before, compact", "both, compact")
 # rows that are the same for every seed
-CONTROLS = ("before", "before, compact", "blur control", "unsharp control")
+CONTROLS = ("before", "before, compact", "blur control", "unsharp control", "blur and colour control")
 PAIRS = [*((row, "before") for row in ("LWay", "baseline", "controller", "FAR", "both", "flipped")),
          ("controller", "baseline"), ("FAR", "baseline"), ("both", "baseline"), ("both", "LWay"), ("both", "flipped"),
-         ("both", "blur control"), ("both", "unsharp control"), ("both, compact", "before, compact"),
-         *((row, "before") for row in ("baseline, long", "FAR, long")), ("FAR, long", "baseline, long"),
-         ("FAR, long", "FAR")]
+         ("shifted", "both"), ("baseline", "LWay"), ("both", "blur control"), ("both", "unsharp control"),
+         ("both", "blur and colour control"), ("both, compact", "before, compact"),
+         *((row, "before") for row in ("baseline, long", "FAR, long", "both, perturbed", "both, fp32")),
+         ("FAR, long", "baseline, long"), ("FAR, long", "FAR")]
 # test images that may be shown, side of the part
 PICTURE = ("test_set14-comic", "test_set14-baboon", "test_set5-butterfly"), 96
 NETWORKS = {"FAR": "FAR alone", "both": "FAR and controller", "FAR-long": "FAR, three times as long"}
@@ -60,10 +62,13 @@ def report(args, pretrain, finetune):
         elif path.stem.startswith("rec-"):
             summary["pretraining"][path.stem.removeprefix("rec-")] = content
         elif path.stem.startswith("fig"):
-            lines = summary.setdefault(path.stem.partition("-")[0], {})
-            lines |= {without_seed(name): {key: v for key, v in values.items()
-                                           if key in ("auc", "far_enc") or path.stem[3] == "7"}
+            lines, more = summary.setdefault(path.stem[:4], {}), ", LR without noise" * ("clean" in path.stem)
+            lines |= {without_seed(name) + more: {key: v for key, v in values.items()
+                                                  if key in ("auc", "far_enc") or path.stem[3] == "7"}
                       for name, values in content["lines"].items()}
+        elif path.stem.endswith("-colours"):
+            summary.setdefault("colours", {})[content["domain"]] = {
+                row: float(np.mean(list(values.values()))) for row, values in content["colours"].items()}
         elif path.stem == "precision":
             summary["precision"] = content["differences"]
     for domain in ("inside", "outside", "realsr"):

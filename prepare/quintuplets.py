@@ -287,7 +287,7 @@ def build(args, world):
     if world.is_main:
         runs.check_writable(args.out, "--out")
     # of the contact sheet, which comes last: refuse a wrong one now
-    reward = iqa.create_reward([args.reward], world.device)
+    reward = iqa.create_reward([args.reward], world.device, local="")
     remark = runs.precision_remark(world.device, args.precision, next(iter(sources.values()))["arch"])
     if world.is_main and remark:
         print(remark, file=sys.stderr)

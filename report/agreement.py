@@ -388,23 +388,27 @@ def misalignment(labels, quality, original_similar=True):
 # Advice
 
 def recommend(table, share):
-    """The paper's reasoning (Sec. 3, Supp. 7.1) as a rule -> (metric to train with, [metrics to keep for evaluation]).
+    """The paper's reasoning (Sec. 3, Supp. 7.1) as a rule -> metric to train with, [metrics to keep], [tied].
 
-    table, by metric: accuracy; pm (NaN: not known); differentiable; less: does a test say that the metric is less
-    accurate than the best differentiable one? share: as complement returns it.
+    table, by metric: accuracy; pm (NaN: not known); differentiable; measured: was its gradient measured here?; less:
+    does a test say that the metric is less accurate than the best differentiable one? share: as complement returns it.
+    Kept are metrics for evaluation; tied are those that the rule would train with as well.
 
     Only metrics that are right more often than chance count. Train with: a differentiable metric that is no less
     accurate than the best such one, by test and by MARGIN; of these the one with the least positive misalignment,
-    else with the highest accuracy. Keep: the two other metrics that are right most often where it fails, and the one
-    with the next least positive misalignment.
+    else with the highest accuracy; CHOICE: of equals one whose gradient was measured, then the first of the table.
+    Keep: the two other metrics that are right most often where it fails, and the one with the next least positive
+    misalignment.
     """
     table = table[table.accuracy > 0.5]
     usable = table[table.differentiable]
     usable = usable[~(usable.less & (usable.accuracy < usable.accuracy.max() - MARGIN))]
     if usable.empty:
-        return None, []
-    train = usable.sort_values(["pm", "accuracy"], ascending=[True, False]).index[0]
+        return None, [], []
+    usable = usable.sort_values(["pm", "accuracy", "measured"], ascending=[True, False, False], kind="stable")
+    train, first = usable.index[0], usable.iloc[0]
+    equal = (usable.accuracy == first.accuracy) & ((usable.pm == first.pm) | usable.pm.isna() & np.isnan(first.pm))
     others = [m for m in table.index if m != train]
     helpful = share.loc[train, others].sort_values(ascending=False, kind="stable").index[:2].tolist()
     aligned = table.pm[others].dropna().sort_values(kind="stable").index[:1].tolist()
-    return train, list(dict.fromkeys(helpful + aligned))
+    return train, list(dict.fromkeys(helpful + aligned)), usable.index[equal][1:].tolist()

@@ -57,7 +57,9 @@ def load_run(folder, kind=None, metrics=None):
     if unknown:
         raise runs.UserError(f"--metrics {' '.join(unknown)}: not scored in {folder}; "
                              f"it has {', '.join(scores.columns)}")
-    scores = scores[metrics or list(scores.columns)]
+    # the guard stays in every table of opinions
+    guard = [tables.CONTROL] * (kind in ("mos", "choices") and tables.CONTROL in scores)
+    scores = scores[list(dict.fromkeys([*metrics, *guard] if metrics else scores.columns))]
     frames = dict.fromkeys(preferences.KINDS) | preferences.read_frames(folder, "RUN")
     if kind and kind != "pairs" and frames[kind] is None:
         raise runs.UserError(f"{folder}: no {kind}.csv in it; this analysis needs `score --{kind}`")
@@ -477,15 +479,16 @@ def recommend(args):
     table["differentiable"] = [bool(speed.get("differentiable", True)) and m.lower() not in comparing
                                for m, speed in speeds.items()]
     pooled = np.concatenate(agreed)
-    # the others are compared with the most accurate differentiable one
-    usable = table[table.differentiable].accuracy
-    best = usable.idxmax() if len(usable) else None
+    table["measured"] = table.backward.notna()
+    # the others are compared with the most accurate differentiable one; of equals with one that was measured
+    usable = table[table.differentiable].sort_values(["accuracy", "measured"], ascending=False, kind="stable")
+    best = usable.index[0] if len(usable) else None
     pairs = agreement.paired(pooled, metrics, together(photos))
     pairs = pairs[pairs.differs]
     less = {*pairs[(pairs.a == best) & (pairs.difference > 0)].b, *pairs[(pairs.b == best) & (pairs.difference < 0)].a}
     table["less"] = [m in less for m in metrics]
     share, _ = agreement.complement(pooled, metrics)
-    train, keep = agreement.recommend(table, share)
+    train, keep, tied = agreement.recommend(table, share)
     table["where_it_fails"] = share.loc[train] if train else np.nan
 
     report = Report(args.out or args.runs[0], "recommend", [run.truth for run in loaded])
@@ -506,10 +509,14 @@ def recommend(args):
     device = next((speed["device"] for speed in speeds.values() if speed), "not measured")
     report.text(f"images/s: four random 256x256 crops, {device}; accuracy: mean over "
                 f"{', '.join(run.name for run in with_pairs)}, each counting the same")
+    if tied:
+        why = ("its gradient was measured here" if table.measured[train] and not table.measured[tied].any()
+               else "it is the first of them that was scored")
+        report.text(f"A tie: {' and '.join([train, *tied])} are equal by this rule; {train} is named because {why}.")
     report.text(f"By these preferences: train with {train}; keep {', '.join(keep)} for evaluation." if train else
                 "No metric to train with: none is differentiable, right more often than chance, and not clearly worse "
                 "than the best one that is.")
-    report.record |= {"train": train, "keep": keep, "table": json.loads(table.to_json(orient="index"))}
+    report.record |= {"train": train, "keep": keep, "tied": tied, "table": json.loads(table.to_json(orient="index"))}
     report.save()
 
 

@@ -26,16 +26,21 @@ MOS_RULE = ("SRCC, KRCC: Spearman's and Kendall's (tau-b) rank correlation; PLCC
             "four-parameter logistic (with the sign of its slope). 95 % intervals: bootstrap over images. Splits: the "
             "test images of ten random 80/20 divisions (opinions.splits, seed 0), median and range.")
 NAME_ONLY = "the method's name only"
+# of the measures that are tested
+CHANCE = {"pairs": 0.5, "within": 0.0}
 GUARD = ("A guard, not a target: log Laplacian variance (sharpness alone) and the method's name alone are rows of this "
          "table. A model that does worse than chance has the wrong sign; one that does as well as these two may have "
          "learned no more than they know.")
+NO_GUARD = ("{}: log Laplacian variance (sharpness alone) is absent from this table, so whether a model knows more "
+            "than sharpness cannot be seen: score once more with the images in --images")
 CHOICE_RULE = ("Pairs: of the K - 1 pairs of each choice (the selected one and every other candidate), the share that "
                "the scores order as the observer did; equal scores count half. Within scenes: mean over scenes of "
                "Spearman's correlation with how often each method was selected. Favourite: share of the choices that "
                "went to the best-scored candidate. Log likelihood: mean per choice of log softmax(t score), t >= 0 "
                "fitted on the other scenes. 95 % intervals: bootstrap over scenes. The method's name only: strengths "
                "fitted on the other scenes. Most possible: the majority of the same choices; the other observers: "
-               "their majority without the one who chooses.")
+               "their majority without the one who chooses. p: t test of the scenes' means against chance. Better, "
+               "worse: than chance, by interval and test (p < 0.05); unmarked: no evidence of a difference.")
 
 
 # Mean opinion scores
@@ -120,10 +125,16 @@ def choices(args):
         rows = [[method, interval(r["over scenes"]), "[{:.3f}, {:.3f}]".format(*r["over observers"][1:]),
                  r["selected"], r["shown"]] for method, r in strengths.items()]
         report.table(f"{run.name}: strengths of the methods (Bradley-Terry)", head, rows)
+        if run.choices.scene.nunique() == 1:
+            report.text(f"{run.name}: one scene only, so the method's name has no other scenes to know anything from")
         for line in run.about["left_out"]:
             report.text(f"{run.name}: {line}")
     report.text(CHOICE_RULE)
-    report.text(GUARD)
+    unguarded = [run.name for run in loaded if tables.CONTROL not in report.record["result"][run.name]]
+    for name in unguarded:
+        report.text(NO_GUARD.format(name))
+    if len(unguarded) < len(loaded):
+        report.text(GUARD)
     report.save()
     plot_choices(report.out, report.record)
 
@@ -140,8 +151,10 @@ def judge_all(run):
     judged = {metric: values for metric, values in judged.items() if values}
     result = dict(sorted(judged.items(), key=lambda item: -item[1]["pairs"][0]))
     by_name = opinions.judge(run.choices, opinions.names_only(run.choices))
-    # of a method that was left out, its name says nothing
-    by_name["containing"] = dict.fromkeys(by_name["containing"], 0.5)
+    # each method left out in turn: its strength is then the mean of the others'
+    for method in by_name["containing"]:
+        names = opinions.names_only(opinions.without(run.choices, method))
+        by_name["containing"][method] = opinions.judge(run.choices, names)["containing"][method]
     return result | {NAME_ONLY: by_name} | opinions.ceilings(run.choices)
 
 
@@ -153,14 +166,28 @@ def strengths_of(choices):
 
 
 def choice_table(report, title, name, result):
-    keys = ("pairs", "within", "favourite", "log_likelihood")
-    rows = [[shown(row), values.get("choices", ""), *(interval(values.get(key, np.nan)) for key in keys)]
-            for row, values in result.items()]
+    keys, rows = ("pairs", "within", "favourite", "log_likelihood"), []
+    for row, values in result.items():
+        cells = {key: interval(values.get(key, np.nan)) for key in keys}
+        tests = [than_chance(values, key, chance) for key, chance in CHANCE.items()]
+        rows.append([shown(row), values.get("choices", ""), cells["pairs"], tests[0], cells["within"], tests[1],
+                     cells["favourite"], cells["log_likelihood"]])
     frame = pd.DataFrame({row: {f"{key}{end}": x for key in keys if key in values
                                 for end, x in zip(("", "_low", "_high"), np.atleast_1d(values[key]))}
+                          | {f"{key}_p": p for key, p in values.get("p", {}).items()}
                           for row, values in result.items()}).T
-    report.table(title, ["scores", "choices", "pairs ↑", "within scenes ↑", "favourite ↑", "log likelihood ↑"], rows,
-                 name, frame)
+    report.table(title, ["scores", "choices", "pairs ↑", "p", "within scenes ↑", "p", "favourite ↑",
+                         "log likelihood ↑"], rows, name, frame)
+
+
+def than_chance(values, key, chance):
+    """p of one of judge()'s measures, with "better" or "worse" where interval and test both say so; "" without one."""
+    p = values.get("p", {}).get(key, np.nan)
+    if np.isnan(p):
+        return ""
+    _, low, high = values[key]
+    word = "better" if low > chance else "worse" if high < chance else ""
+    return f"{p:.2g}, {word}" if word and p < 0.05 else f"{p:.2g}"
 
 
 def containing_table(report, name, result):

@@ -166,16 +166,17 @@ def names_of(choices):
     return sorted({f"{method}/{row.scene}" for row in choices.itertuples() for method in row.candidates})
 
 
-def images_of(choices, folder):
-    """{METHOD/SCENE: file, None where there is none} of all candidates. UserError for a method without a folder."""
+def images_of(choices, folder, strict=True):
+    """{METHOD/SCENE: file, None where there is none} of all candidates. strict: UserError for one without a folder."""
     listed, files = {}, {}
     for name in names_of(choices):
         method, scene = name.split("/", 1)
         if method not in listed:
-            if not (Path(folder) / method).is_dir():
+            there = (Path(folder) / method).is_dir()
+            if strict and not there:
                 raise runs.UserError(f"--images {folder}: no folder {method} in it; a method's images are "
                                      "METHOD/SCENE.<suffix>")
-            listed[method] = list_images(Path(folder) / method)
+            listed[method] = list_images(Path(folder) / method) if there else {}
         files[name] = listed[method].get(scene)
     return files
 
@@ -390,8 +391,10 @@ def judge(choices, value):
         "within": mean over scenes of Spearman's correlation with how often each method was selected where shown;
         "favourite": share of the choices that its favourite gets, shared by equals;
         "log_likelihood": mean per choice of log softmax(t value), t >= 0 fitted on the other scenes;
-        "containing": {method: "pairs" of the pairs that contain the method}},
-    each of the four, and of "containing", as mean, low, high: 95 % intervals by bootstrap over scenes.
+        "containing": {method: "pairs" of the pairs that contain the method};
+        "p": {"pairs", "within"}: p values of two-sided t tests of the scenes' means against chance, 0.5 and 0},
+    each of the four, and of "containing", as mean, low, high: 95 % intervals by bootstrap over scenes. The tests stand
+    beside them because intervals of few scenes are too short.
     """
     utility, selected = utilities(choices, value)
     known = (~np.isnan(utility)).sum(axis=1) == choices.candidates.map(len)
@@ -415,7 +418,21 @@ def judge(choices, value):
             "within": over_clusters(list(within.values()), list(within)),
             "favourite": over_clusters(favourite, scenes),
             "log_likelihood": over_clusters(likelihood_elsewhere(utility, selected, scenes), scenes),
-            "containing": containing}
+            "containing": containing,
+            "p": {"pairs": t_test(pd.Series(right).groupby(of_pair).mean(), 0.5), "within": t_test(within.values(), 0)}}
+
+
+def t_test(values, chance):
+    """p of a two-sided one-sample t test of the mean of values, a scene's each, against chance; NaN is left out.
+
+    NaN for fewer than two. Values that are all alike differ from chance beyond doubt (0), or not at all (1).
+    """
+    values = np.array([value for value in values if not np.isnan(value)])
+    if len(values) < 2:
+        return np.nan
+    if np.ptp(values) == 0:
+        return float(values[0] == chance)
+    return float(stats.ttest_1samp(values, chance).pvalue)
 
 
 def selection_rates(choices):
@@ -451,9 +468,22 @@ def likelihood_elsewhere(utility, selected, scenes):
 
 
 def names_only(choices):
-    """A value for judge() that knows the method and nothing of the image: its strength in all other scenes."""
-    strengths = {scene: bradley_terry(choices[choices.scene != scene]).strength for scene in choices.scene.unique()}
-    return lambda scene, method: strengths[scene].get(method, 0.0)
+    """A value for judge() that knows the method and nothing of the image: its strength in all other scenes.
+
+    0, the mean of the strengths, for a method that no other scene shows; so for all where there is one scene only.
+    """
+    strengths = {}
+    for scene in choices.scene.unique():
+        others = choices[choices.scene != scene]
+        strengths[scene] = {} if others.empty else bradley_terry(others).strength
+    return lambda scene, method: strengths.get(scene, {}).get(method, 0.0)
+
+
+def without(choices, method):
+    """The choices as if a method had not been shown; those that selected it are gone."""
+    left = choices[choices.selected != method]
+    left = left.assign(candidates=left.candidates.map(lambda row: tuple(m for m in row if m != method)))
+    return left[left.candidates.map(len) > 1]
 
 
 def ceilings(choices):

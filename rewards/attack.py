@@ -4,11 +4,10 @@
 
 A gain is given in units of D, the reward's mean score of the photographs less that of their bicubic images (x4 down and
 up again): +1 says that a change nobody sees is worth as much as all the detail that bicubic interpolation loses. Two
-starts: the photographs, and their bicubic images. Each attack takes 10 steps of a quarter of the limit along the sign
-of the gradient (Madry et al., ICLR 2018), from a random point within the limit; what counts is the best of the images
-on the way, rounded to 8 bits. A hardened model may bend its gradient, so that long steps miss what short ones find: try
---steps 40 --step 0.05, too. With several rewards the images found on each are judged by all others: what transfers
-fools more than one model.
+starts: the photographs, and their bicubic images. An attack goes two ways along the sign of the gradient, see WAYS,
+since a hardened model may bend its gradient so that one of them finds nothing. What counts is the best of all images on
+both ways and of those within smaller limits, rounded to 8 bits. With several rewards the images found on each are
+judged by all others: what transfers fools more than one model.
 """
 import sys
 from pathlib import Path
@@ -19,18 +18,23 @@ import runs
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
     p.add_argument("--reward", nargs="+", required=True, metavar="NAME", help="differentiable rewards, as for train.py")
+    p.add_argument("--reward-weights", nargs="*", default=[], metavar="NAME=FILE",
+                   help="local weights of these rewards instead of a download")
     p.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
     p.add_argument("--count", type=runs.SIZE, default=10, help="at most so many photographs, the first by name")
     p.add_argument("--crop", type=runs.number(int, 32), default=256, help="side of their centre crops, pixels")
     p.add_argument("--levels", type=runs.RATE, nargs="+", default=[1, 2, 4],
                    help="limits of the change of every value, grey levels")
-    p.add_argument("--steps", type=runs.SIZE, default=10, help="steps of an attack")
-    p.add_argument("--step", type=runs.RATE, default=0.25, help="length of a step, as a share of the limit")
     p.add_argument("--seed", type=runs.COUNT, default=0, help="of the random points")
     p.add_argument("--out-json", type=Path, help="write the numbers here")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it runs")
     p.add_argument("--threads", type=runs.COUNT, default=0, help="CPU threads (0: PyTorch's choice)")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    names = [runs.split_reward(word)[0] for word in args.reward]
+    for word in args.reward_weights:
+        if "=" not in word or word.partition("=")[0] not in names:
+            p.error(f"--reward-weights {word}: write NAME=FILE with a NAME of --reward ({', '.join(names)})")
+    return args
 
 
 # before the imports that take seconds, so that --help answers at once
@@ -45,28 +49,49 @@ from images import list_images, load_image
 from rewards import harden
 from rewards.train_ranker import training_photos
 
+# steps; the first and the last, as shares of the limit; momentum; from a random point within the limit?
+WAYS = {
+    # Madry et al., ICLR 2018
+    "long steps": dict(steps=10, first=0.25, last=0.25, momentum=0.0, random=True),
+    # momentum: Dong et al., CVPR 2018; steps that fall, as in Croce and Hein, ICML 2020
+    "momentum": dict(steps=60, first=0.11, last=0.01, momentum=0.9, random=False)}
 
-def ascend(score, start, level, steps, step, seed):
-    """Projected gradient ascent -> the best (B, 3, H, W) 8-bit images found within `level` grey levels of the 8-bit
-    `start`, which is the first of them.
 
-    score: (B, 3, H, W) in [0, 1] -> (B,). Every step is this share of the limit along the gradient's sign.
+def climb(score, start, level, seed, steps, first, last, momentum, random):
+    """The images (B, 3, H, W) of one of WAYS, within `level` grey levels of `start`, not rounded."""
+    limit, direction, x = level / 255, 0, start
+    if random:
+        noise = torch.rand(start.shape, generator=torch.Generator().manual_seed(seed)).to(start.device)
+        x = (start + (2 * noise - 1) * limit).clamp(0, 1)
+    for k in range(steps):
+        x = x.detach().requires_grad_()
+        gradient = torch.autograd.grad(score(x).sum(), x)[0]
+        direction = momentum * direction + gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-12)
+        share = first + (last - first) * k / (steps - 1)
+        x = x.detach() + share * limit * direction.sign()
+        x = torch.minimum(torch.maximum(x, start - limit), start + limit).clamp(0, 1)
+        yield x
+
+
+def ascend(score, start, level, seed, smaller=None):
+    """The best 8-bit images (B, 3, H, W) found within `level` grey levels of the 8-bit `start`.
+
+    score: (B, 3, H, W) in [0, 1] -> (B,). smaller: what was found within a smaller limit, default `start`.
     """
-    noise = torch.rand(start.shape, generator=torch.Generator().manual_seed(seed)).to(start.device)
-    x, limits = (start + (2 * noise - 1) * level / 255).clamp(0, 1), start.new_full((len(start),), level)
+    found = (start if smaller is None else smaller).clone()
     with torch.no_grad():
-        found, best = start.clone(), score(start)
-    for _ in range(steps):
-        x = harden.ascend(score, x, start, limits, 1, step)
-        with torch.no_grad():
-            image = degradations.to_8bit(x)
-            value = score(image)
-        better = value > best
-        found[better], best = image[better], value.where(better, best)
+        best = score(found)
+    for way in WAYS.values():
+        for x in climb(score, start, level, seed, **way):
+            with torch.no_grad():
+                image = degradations.to_8bit(x)
+                value = score(image)
+            better = value > best
+            found[better], best = image[better], value.where(better, best)
     return found
 
 
-def measure(rewards, photos, levels, steps=10, step=0.25, seed=0, batch=5):
+def measure(rewards, photos, levels, seed=0, batch=5):
     """{name: {"photo", "bicubic", "D", "gains"}} of {name: reward}. photos: (N, 3, H, W), 8-bit.
 
     gains: {start: {level: {judge: N changes of the judge's score}}}, the judges being all rewards. Not divided by D.
@@ -81,9 +106,10 @@ def measure(rewards, photos, levels, steps=10, step=0.25, seed=0, batch=5):
     for name, reward in rewards.items():
         gains = {}
         for start, x in starts.items():
-            for level in levels:
-                found = torch.cat([ascend(reward, part, level, steps, step, seed + k)
-                                   for k, part in enumerate(x.split(batch))])
+            found = x
+            for level in sorted(levels):
+                found = torch.cat([ascend(reward, part, level, seed + k, smaller)
+                                   for k, (part, smaller) in enumerate(zip(x.split(batch), found.split(batch)))])
                 gains.setdefault(start, {})[f"{level:g}"] = {
                     judge: (score(other, found) - before[judge][start]).tolist() for judge, other in rewards.items()}
         means = {start: value.mean().item() for start, value in before[name].items()}
@@ -121,9 +147,13 @@ def read_photos(folder, count, crop):
 def main(args):
     runs.check_output(args.out_json, "--out-json")
     device = runs.start_world(args.device, args.threads).device
-    rewards = {word: iqa.create_reward([word], device, need_gradient=True) for word in args.reward}
+    files, rewards = dict(word.split("=", 1) for word in args.reward_weights), {}
+    for word in args.reward:
+        name = runs.split_reward(word)[0]
+        rewards[word] = iqa.create_reward([word], device, files.get(name), need_gradient=True,
+                                          local=f"--reward-weights {name}=")
     photos = read_photos(args.images, args.count, args.crop).to(device)
-    table = measure(rewards, photos, args.levels, args.steps, args.step, args.seed)
+    table = measure(rewards, photos, args.levels, args.seed)
     columns = [f"{start} {level:g}" for start in ("photo", "bicubic") for level in args.levels]
     rows = [[attacked, judge, f"{table[judge]['D']:.1f}", *(f"{gains[column]:+.2f}" for column in columns)]
             for (attacked, judge), gains in in_units(table).items()]
@@ -132,7 +162,7 @@ def main(args):
     if args.out_json:
         runs.save_json(args.out_json, {
             "command": sys.argv, **runs.describe_machine(device.type == "cpu"), "photos": len(photos),
-            "crop": args.crop, "steps": args.steps, "step": args.step, "seed": args.seed, "rewards": table})
+            "crop": args.crop, "ways": WAYS, "seed": args.seed, "rewards": table})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """NR-IQA models that learn from people's opinions: rewards.train_opinion makes them, `--reward FILE.pth` uses them.
 
-    python -m rewards.train_opinion --mos labels.csv --images PHOTOS --out runs/rewards/clive.pth
+    python -m rewards.train_opinion --mos labels.csv --mos-images PHOTOS --out runs/rewards/clive.pth
     python train.py --reward runs/rewards/clive.pth
 
 A reward file is {"reward": how it was made, "params": state dict}. The first part names the architecture, what it

@@ -11,7 +11,7 @@ distortions. Every image is seen as random crops, mirrored or not: neither chang
 docs/opinions.md has measurements.
 
 - Mean opinion scores: smooth L1, and over the pairs of a batch the fidelity loss of UNIQUE (Zhang et al., TIP 2021,
-  Eq. 1-4) where the standard deviations of the opinions are given, else 1 - PLCC.
+  Eq. 1-4) for which the standard deviations of the opinions are given, else 1 - PLCC.
 - Choices: minus the log likelihood of the chosen one under Bradley and Terry's (1952) model, Luce's for more than two.
 - --harden: rewards/harden.py.
 """
@@ -98,6 +98,8 @@ PAIRS = 0.3
 TEMPERATURE = 10.0
 # choices per step
 CHOICES = 4
+# CHOICE: opinions that span less of their scale, in percent, may have another one
+SPAN = 20
 # sides and number of the random crops on which a model is scored beside whole images: AMO judges crops
 TEST_CROPS, REPEATS = (96, 128, 192, 256), 4
 
@@ -105,23 +107,24 @@ TEST_CROPS, REPEATS = (96, 128, 192, 256), 4
 # Losses
 
 def mos_loss(score, mos, std=None):
-    """Scalar. score, mos: (B,), 0 to 100; std: (B,) standard deviations of the opinions, or None."""
+    """Scalar. score, mos: (B,), 0 to 100; std: (B,) standard deviations of the opinions, NaN where unknown, or None."""
     loss = F.smooth_l1_loss(score / UNIT, mos / UNIT)
     if len(score) < 2:
         return loss
-    if std is None:
+    if std is None or (~std.isnan()).sum() < 2:
         a, b = score - score.mean(), mos - mos.mean()
         return loss + PAIRS * (1 - (a * b).sum() / ((a * a).sum() * (b * b).sum() + 1e-6).sqrt())
     return loss + PAIRS * fidelity_loss(score, mos, std)
 
 
 def fidelity_loss(score, mos, std):
-    """UNIQUE's fidelity loss over all pairs of (B,): the distance of two chances that the first is the better one.
+    """UNIQUE's fidelity loss over the pairs of (B,): the distance of two chances that the first is the better one.
 
     People's is Phi of the difference of the opinions over its standard deviation (Thurstone, 1927). CHOICE: so is the
-    model's, with the same deviation; UNIQUE's model predicts its own.
+    model's, with the same deviation; UNIQUE's model predicts its own. Pairs with a std of NaN are left out.
     """
-    i, j = torch.triu_indices(len(score), len(score), 1)
+    pairs = torch.triu_indices(len(score), len(score), 1, device=std.device)
+    i, j = pairs[:, ~std[pairs].isnan().any(0)]
     deviation = (std[i] ** 2 + std[j] ** 2 + 1e-6).sqrt()
     people, model = (torch.special.ndtr((value[i] - value[j]) / deviation) for value in (mos, score))
     # the floor: a square root of 0 has no gradient
@@ -290,7 +293,11 @@ def test_scores(net, images, mos, device="cpu"):
 # Files
 
 def read_mos(path, folder, crop, columns=None, ends=(0, 100)):
-    """A MOS set -> {"names", "images", "mos", "std"}, for `fit`. Prints which rows are left out."""
+    """A MOS set -> {"names", "images", "mos", "std"}, for `fit`: mos 0 to 100, std NaN where unknown, None for all.
+
+    ends: worst and best of its scale; UserError for an opinion outside. Prints which rows are left out, and warns where
+    the opinions span little of the scale.
+    """
     table, faults = opinions.read_mos(path, columns)
     files = list_images(folder)
     found = table.image.map(lambda name: files.get(opinions.without_suffix(name)))
@@ -298,30 +305,63 @@ def read_mos(path, folder, crop, columns=None, ends=(0, 100)):
         faults.append(f"{int(found.isna().sum())} opinions left out: {folder} has no image of theirs "
                       f"(first: {table.image[found.isna()].iloc[0]})")
     table, found = table[found.notna()], found[found.notna()]
+    scale, shown = 100 / (ends[1] - ends[0]), f"--mos-range {ends[0]:g} {ends[1]:g}"
+    outside = table[~table.mos.between(*sorted(ends))]
+    if len(outside):
+        raise runs.UserError(f"--mos {path}: line {outside.index[0]} ({outside.image.iloc[0]}) has "
+                             f"{outside.mos.iloc[0]:g}, outside {shown}: give the ends of its scale")
+    loaded, damaged = load_images(found, "opinions")
+    faults += damaged
+    images = [image for image in loaded if image is not None]
+    whole = [image is not None for image in loaded]
+    table, found = table[whole], found[whole]
     if len(table) < 20:
         raise runs.UserError(f"--mos {path}: {len(table)} usable opinions are too few; {'; '.join(faults)}")
+    low, high, unknown = table.mos.min(), table.mos.max(), int(table["std"].isna().sum())
+    if (high - low) * abs(scale) < SPAN:
+        faults.append(f"WARNING: its opinions lie between {low:g} and {high:g}, {(high - low) * abs(scale):.0f} % of "
+                      f"{shown}; if that is not its scale, give the scale's ends, such as --mos-range 1 5")
+    if 0 < unknown < len(table):
+        faults.append(f"{unknown} of {len(table)} opinions have no std: pairs with them have no fidelity loss")
     for line in faults:
         print(f"{path}: {line}")
-    images = [load_image(file, rgb=True) for file in tqdm(found, desc="images", mininterval=5)]
     check_size(images, found, crop)
-    scale = 100 / (ends[1] - ends[0])
     std = torch.tensor(table["std"].to_numpy() * abs(scale)).float()
     return {"names": table.image.tolist(), "images": images,
             "mos": torch.tensor((table.mos.to_numpy() - ends[0]) * scale).float(),
-            "std": None if std.isnan().any() else std}
+            "std": None if std.isnan().all() else std}
+
+
+def load_images(files, rows):
+    """Images of files, None for one that cannot be read; [a line that counts those and names the first], or []."""
+    images, reasons = [], []
+    for file in tqdm(files, desc="images", mininterval=5):
+        try:
+            images.append(load_image(file, rgb=True))
+        except runs.UserError as error:
+            images.append(None)
+            reasons.append(error)
+    counted = [f"{len(reasons)} {rows} left out: an image cannot be read (first: {error})" for error in reasons[:1]]
+    return images, counted
 
 
 def read_choices(path, folder, crop, columns=None, methods=None, pattern=None):
     """Choices -> {"table", "images", "selected"}, for `fit`. Prints which rows are left out."""
     table, faults = opinions.read_choices(path, columns, methods, pattern)
     files = opinions.images_of(table, folder)
-    whole = [all(files[f"{method}/{row.scene}"] for method in row.candidates) for row in table.itertuples()]
+    files = {name: file for name, file in files.items() if file}
+    images, damaged = load_images(files.values(), "images")
+    loaded = {name: image for name, image in zip(files, images) if image is not None}
+    whole = [all(f"{method}/{row.scene}" in loaded for method in row.candidates) for row in table.itertuples()]
+    faults += damaged
     if not all(whole):
         faults.append(f"{whole.count(False)} choices left out: {folder} lacks an image of theirs")
         table = table[whole]
+    if table.empty:
+        raise runs.UserError(f"--choices {path}: no usable choice; {'; '.join(faults)}")
     for line in faults:
         print(f"{path}: {line}")
-    loaded = {name: load_image(files[name], rgb=True) for name in opinions.names_of(table)}
+    loaded = {name: loaded[name] for name in opinions.names_of(table)}
     check_size(loaded.values(), [files[name] for name in loaded], crop)
     images = [[loaded[f"{method}/{row.scene}"] for method in row.candidates] for row in table.itertuples()]
     for row, candidates in zip(table.itertuples(), images):

@@ -117,9 +117,10 @@ CHECK_PATCHES = 16
 # LR pixels, of whole images
 TILE = 256
 # the paper's 300 steps of 2e-6 and 600 of 5e-6 move weights averaged with 0.999 at most so far: a step of Adam moves a
-# weight by no more than the learning rate
+# weight by about the learning rate at most
 PAPER_MOVEMENT = 8e-5, 7.5e-4
-# CHOICE: warn beyond these: shift of mean colours in grey levels, FAR as a multiple of its start
+# CHOICE: warn beyond these: how much further mean colours are from the LR image's, in grey levels; FAR as a multiple of
+# its start
 DRIFT, FAR_LOSS = 2.0, 1.05
 FIXED = ("rec_hash", "sr_hash", "s_rule", "far", "far_path", "hf", "percep", "patch", "batch_size", "lambda_ft",
          "far_rho", "lr", "ema_decay", "clip_grad", "seed", "n_std", "stop", "patience", "check_patches", "hold_out",
@@ -171,18 +172,15 @@ def gradient_ratio(judge, net, draw, world, batches=10):
 
 
 @torch.no_grad()
-def check(net, patches, judge, items, image_metrics, world, colours=None):
-    """-> (values of the check, mean colours of the outputs (patches, 3)).
-
-    Values: means over the fixed patches of the judge's terms without noise; drift: how far mean colours are from
-    `colours`, in grey levels; means of image_metrics {name: Metric} over the whole images `items`, [(LR file, ground
-    truth or None)], which processes share.
+def check(net, patches, judge, items, image_metrics, world):
+    """-> {value: mean}: the judge's terms without noise over the fixed patches; colours: how far the outputs' mean
+    colours are from the patches', in grey levels; image_metrics {name: Metric} over the whole images `items`,
+    [(LR file, ground truth or None)], which processes share.
     """
     sr = torch.cat([net(part) for part in patches.split(8)])
     terms = [judge(lq_part, sr_part) for lq_part, sr_part in zip(patches.split(8), sr.split(8))]
     values = {name: torch.cat([t[name] for t in terms]).mean().item() for name in terms[0]}
-    now = sr.clamp(0, 1).mean((2, 3))
-    values["drift"] = 0.0 if colours is None else 255 * (now - colours).abs().mean().item()
+    values["colours"] = 255 * (sr.clamp(0, 1).mean((2, 3)) - patches.mean((2, 3))).abs().mean().item()
     if image_metrics:
         sums = torch.zeros(len(image_metrics), dtype=torch.float64, device=world.device)
         for paths in items[world.rank::world.size]:
@@ -191,14 +189,15 @@ def check(net, patches, judge, items, image_metrics, world, colours=None):
             whole = degradations.to_8bit(archs.upscale_tiled(net, lq, tile=TILE))
             sums += torch.stack([metric(whole, gt).double().mean() for metric in image_metrics.values()]).to(sums)
         values |= dict(zip(image_metrics, (world.reduce(sums) / len(items)).tolist()))
-    return values, now
+    return values
 
 
 def warnings(first, last, floor=0.0):
     """Signs between two checks that the network is getting worse, as text. floor: FAR of clean photographs."""
     texts = []
-    if last["drift"] > DRIFT:
-        texts.append(f"colours moved by {last['drift']:.1f} grey levels")
+    if last["colours"] > first["colours"] + DRIFT:
+        texts.append(f"mean colours are {last['colours']:.1f} grey levels from the LR image's, before tuning "
+                     f"{first['colours']:.1f}")
     if last["rec"] < first["rec"] and last.get("far", 0) > FAR_LOSS * first.get("far", 0):
         texts.append("the reconstruction gained while FAR lost: the output may be degrading")
     if last.get("far", floor) < floor:
@@ -339,8 +338,8 @@ def adapt(args, record, world, seeds, autocast, judge, sets, gts, out, resume, s
             return lq, 0.0
         return lq, rec.embedding_noise(judge.net, [seeds(step, lane, "n") for lane in lanes], n_std, device)
 
-    def look(net, colours):
-        return check(net, patches, judge, items, image_metrics, world, colours)
+    def look(net):
+        return check(net, patches, judge, items, image_metrics, world)
 
     state = run.checkpoint
     if state:
@@ -349,13 +348,12 @@ def adapt(args, record, world, seeds, autocast, judge, sets, gts, out, resume, s
         opt.load_state_dict(state["opt"])
         first, weight, best, ended = (state[name] for name in ("first", "weight", "best", "ended"))
         judge.shift = state["shift"]
-        colours = state["colours"].to(device)
     else:
         if s_rule == "shifted":
             # d of the network before tuning
-            judge.shift = (judge.shift[0], check(ema, patches, judge, [], {}, world)[0]["d"])
+            judge.shift = (judge.shift[0], check(ema, patches, judge, [], {}, world)["d"])
         weight = gradient_ratio(judge, ema, draw, world) if far and args.lambda_ft == "auto" else args.lambda_ft
-        (first, colours), best, ended = look(ema, None), None, False
+        first, best, ended = look(ema), None, False
     meter = runs.Meter(world, state and state["meter"])
     batches = data.batches(dataset, run.start_step + 1, args.total_steps, lanes, args.workers, device.type == "cuda")
     batches = data.prefetch(batches, device)
@@ -385,8 +383,8 @@ def adapt(args, record, world, seeds, autocast, judge, sets, gts, out, resume, s
     def save(step):
         meter.check_finite(samples_of, raw)
         run.save(step, {"net": raw.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
-                        "meter": meter.state_dict(), "first": first, "colours": colours.cpu(), "weight": weight,
-                        "shift": judge.shift, "best": best, "ended": ended})
+                        "meter": meter.state_dict(), "first": first, "weight": weight, "shift": judge.shift,
+                        "best": best, "ended": ended})
 
     def due(step, every):
         return runs.due(step, args.total_steps, every)
@@ -412,7 +410,7 @@ def adapt(args, record, world, seeds, autocast, judge, sets, gts, out, resume, s
             meter.check_finite(samples_of)
             run.progress(step, args.total_steps, meter, lr, {})
         if due(step, args.val_every):
-            values = {name: look(one, colours)[0] for name, one in (("raw", raw), ("ema", ema))}
+            values = {name: look(one) for name, one in (("raw", raw), ("ema", ema))}
             for name in values:
                 run.event(step, name, **values[name])
             # the EMA weights are the result

@@ -71,7 +71,7 @@ class BandEncoder(nn.Module):
     Its inputs are the logarithms of the strengths of first and second differences of the grey image at three scales:
     twelve numbers that tell blur and noise and need not be learned. Its embeddings differ by 0.71 and 0.95 of their
     size where the convolutional encoder's differ by 0.2 (600 steps, two seeds; results/selfsup-choices.json). After
-    2,000 steps R loses 1.6 to 2.7 dB when it gets other images' embeddings (docs/results-selfsup.md).
+    2,000 steps R loses 0.9 to 1.2 dB when it gets other images' embeddings (docs/results-selfsup.md).
     """
 
     def __init__(self, dim=512, width=128):
@@ -174,10 +174,9 @@ class Reconstruction(nn.Module):
     image_encoder=False: R sees the HR image itself (LWAY). bands: BandEncoder for E_deg.
     far_channels: channels of the established encoder's features, 0 for no FAR.
     skip: the reconstruction is the mean of every 4 x 4 pixels of the HR image plus what R adds beyond its own mean over
-    the image (CHOICE). Colours are right by construction, since blur, down-sampling, noise and JPEG keep an image's
-    mean; R's mean is off by half a grey level on photographs darker than those it has seen, and without the skip by a
-    grey level or more, so that the adapted network's colours drift. Neither paper has it; files of earlier commits are
-    without.
+    the image (CHOICE). Its mean colours are those of the HR image, as blur, down-sampling, noise and JPEG keep them;
+    without the skip R's own are a little off, and the adapted network's colours drift. Neither paper has it; files of
+    earlier commits are without.
     """
 
     def __init__(self, width=64, blocks=(16, 6, 4), dim=512, image_encoder=True, far_channels=0, bands=False,

@@ -35,6 +35,9 @@ def parse_args(argv=None):
                    help="fig8: x4 networks whose outputs are probed as well, before and after tuning")
     p.add_argument("--lr-dir", type=Path, metavar="DIR", help="fig8: images that --sr enlarges")
     p.add_argument("--crops", type=runs.SIZE, default=128, help="fig7, fig8: crops of the photographs (CHOICE)")
+    p.add_argument("--degradation", choices=runs.literal("degradations", "PRESETS"), metavar="PRESET",
+                   help="fig7: of the LR images; default: pre-training's. blur leaves hardly any noise or blocks in "
+                        "them, which Y would have to supply")
     p.add_argument("--out", type=Path, default=Path("runs/probe"), metavar="STEM", help="leaves STEM.png and STEM.json")
     options.add_files(p)
     options.add_machine(p)
@@ -46,6 +49,8 @@ def parse_args(argv=None):
     for name in ("runs",) if args.figure == "fig9" else ("rec", "hr"):
         if not getattr(args, name):
             p.error(f"{args.figure}: --{name} is needed")
+    if args.degradation and args.figure != "fig7":
+        p.error(f"--degradation {args.degradation}: of fig7 only")
     if bool(args.sr) != bool(args.lr_dir):
         p.error("--sr and --lr-dir: give both")
     return args
@@ -74,7 +79,7 @@ from selfsup import networks as rec
 DEGRADED = ("blur", "noise", "jpeg", "as in pre-training")
 # names in plots; others as in tables
 NAMES = {"jpeg": "JPEG", "rec": "reconstruction loss", "d": "quality distance d", "s": "controller s", "far": "FAR",
-         "drift": "drift of colours", "psnr": "PSNR, dB", "distance": "distance to truth"}
+         "colours": "distance of mean colours, grey levels", "psnr": "PSNR, dB", "distance": "distance to truth"}
 
 
 def open_networks(paths, device):
@@ -89,11 +94,12 @@ def open_networks(paths, device):
     return nets
 
 
-def clean_pairs(settings, hr, crops, device):
-    """-> photograph of each crop (crops,), and batches of lq, hr: synthetic pairs of `hr`, made as in pre-training."""
+def clean_pairs(settings, hr, crops, device, preset=None):
+    """-> photograph of each crop (crops,), and batches of lq, hr: synthetic pairs of `hr`, made as in pre-training but
+    for the preset, if there is one."""
     seeds, patch = partial(runs.sample_seed, 0), settings["patch"]
     dataset = data.TrainingSet(data.find_photos(hr, "--hr"), "orig", seeds, 8, 1, 4 * patch, settings["load_size"])
-    draw = data.synthetic_pairs(dataset, seeds, device, settings["degradation"], patch, 1)
+    draw = data.synthetic_pairs(dataset, seeds, device, preset or settings["degradation"], patch, 1)
     photos = [dataset.sets.photo(dataset.stems[dataset.index(1, lane)]) for lane in range(crops)]
     return np.array(photos), [draw(1, range(k, min(k + 8, crops))) for k in range(0, crops, 8)]
 
@@ -115,7 +121,7 @@ def changes(values, photos):
 
 
 @torch.no_grad()
-def figure7(recs, hr, crops, device, vgg_weights=None):
+def figure7(recs, hr, crops, device, vgg_weights=None, preset=None):
     """{line: {"i", "psnr", "distance": means per i, "psnr_change", "distance_change", ...}}
 
     Changes are [difference, low, high] per i against i = 0, the true image, with intervals over photographs.
@@ -129,7 +135,7 @@ def figure7(recs, hr, crops, device, vgg_weights=None):
         encoders.check_weights(settings, distance, hqi, None)
         if pairs is None:
             # the same for every network
-            photos, pairs = clean_pairs(settings, hr, crops, device)
+            photos, pairs = clean_pairs(settings, hr, crops, device, preset)
 
         def controller(rule, k, i, lq, y, looks=(settings["distance"], settings["vgg_stages"]), hqi=hqi):
             if rule == "one":
@@ -366,7 +372,8 @@ def main(args):
     if args.hr and not args.hr.is_dir():
         raise runs.UserError(f"--hr {args.hr}: no such folder")
     if args.figure == "fig7":
-        lines, draw = figure7(args.rec, args.hr, args.crops, world.device, args.vgg_weights), draw7
+        lines = figure7(args.rec, args.hr, args.crops, world.device, args.vgg_weights, args.degradation)
+        draw = draw7
     elif args.figure == "fig8":
         lines, draw = figure8(args.rec, args.hr, args.crops, world.device, args.vgg_weights, args.clip_weights,
                               args.far_sr, args.sr, args.lr_dir), draw8

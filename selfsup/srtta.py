@@ -304,7 +304,8 @@ def main(args):
     if world.size > 1:
         raise runs.UserError("SRTTA goes from image to image: start one process, without torchrun")
     if args.demo:
-        options.make_demo_start([options.DEMO_SET, options.DEMO_DOMAIN, options.DEMO_SR], world, args.device)
+        options.make_demo_start([path for path in (options.DEMO_SET, options.DEMO_DOMAIN, args.sr)
+                                 if path in options.DEMO_COMMANDS], world, args.device)
     if not args.lr_dir.is_dir():
         raise runs.UserError(f"--lr-dir {args.lr_dir}: no such folder")
     files = list_images(args.lr_dir)

@@ -188,13 +188,13 @@ def test_the_rule_decides_on_the_papers_numbers_as_the_paper_did(parts):
     accuracy = {m: np.mean([reported[part][m] for part in parts]) / 100 for m in top7}
     best = max(accuracy, key=accuracy.get)
     table = pd.DataFrame({"accuracy": accuracy, "pm": {m: agreement.paper_table(4)[m]["pm"] for m in top7},
-                          "differentiable": True, "less": {m: m != best for m in top7}})
+                          "differentiable": True, "measured": True, "less": {m: m != best for m in top7}})
     share = pd.DataFrame(np.nan, top7, top7)
     share.loc["musiq"] = pd.Series({m: np.mean([values[m] for values in fails.values()]) for m in fails["test"]})
-    train, keep = agreement.recommend(table, share)
-    assert train == "musiq" and set(keep) == {"nima", "qalign", "topiq_nr"}
-    assert agreement.recommend(table.assign(differentiable=False), share) == (None, [])
-    assert agreement.recommend(table.assign(accuracy=0.4), share) == (None, [])
+    train, keep, tied = agreement.recommend(table, share)
+    assert train == "musiq" and set(keep) == {"nima", "qalign", "topiq_nr"} and tied == []
+    assert agreement.recommend(table.assign(differentiable=False), share) == (None, [], [])
+    assert agreement.recommend(table.assign(accuracy=0.4), share) == (None, [], [])
     # a metric that is always right where others fail, and nearly always wrong
     contrary = table.copy()
     contrary.loc["nima", "accuracy"] = 0.03

@@ -352,6 +352,21 @@ def test_nima_needs_its_own_file_and_no_backbone(monkeypatch):
     assert asked == [("inception_resnet_v2", False), ("resnet50", True)] and timm.create_model is create
 
 
+@pytest.mark.parametrize("local, advice", [(None, "--reward-weights FILE"), ("", None),
+                                           ("--reward-weights niqe=", "--reward-weights niqe=FILE")])
+def test_a_failing_download_names_a_flag_that_the_script_has(monkeypatch, local, advice):
+    import pyiqa
+
+    def fail(*args, **kwargs):
+        print('Downloading: "https://host/niqe.mat" to /home/hub/pyiqa/niqe.mat')
+        raise OSError("no network")
+    monkeypatch.setattr(pyiqa, "create_metric", fail)
+    with pytest.raises(runs.UserError) as error:
+        iqa.create_reward(["niqe"], local=local)
+    assert "save it as /home/hub/pyiqa/niqe.mat" in str(error.value)
+    assert advice in str(error.value) if advice else "weights FILE" not in str(error.value)
+
+
 def test_damaged_foreign_and_dangerous_weight_files_are_refused(tmp_path, musiq_file):
     class Attack:
         def __reduce__(self):

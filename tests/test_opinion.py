@@ -9,6 +9,7 @@ from conftest import REPO
 from scipy import stats
 from torch import nn
 
+import degradations
 import iqa
 import runs
 from images import save_image
@@ -107,6 +108,23 @@ def test_fidelity_loss_equals_a_loop_over_pairs_with_scipys_normal_distribution(
     sure = torch.tensor([0.0, 100.0, 50.0], requires_grad=True)
     train_opinion.fidelity_loss(sure, torch.tensor([100.0, 0.0, 50.0]), torch.zeros(3)).backward()
     assert sure.grad.isfinite().all()
+
+
+@pytest.mark.fast
+def test_opinions_without_std_leave_the_fidelity_loss_to_the_others():
+    rng = np.random.default_rng(1)
+    mos, std = (torch.from_numpy(rng.uniform(10, 80, 6)) for _ in range(2))
+    score = torch.from_numpy(rng.uniform(20, 80, 6)).requires_grad_()
+    known, some = torch.tensor([0, 2, 5]), torch.full((6,), math.nan, dtype=torch.double)
+    some[known] = std[known]
+    loss = train_opinion.mos_loss(score, mos, some)
+    loss.backward()
+    smooth = torch.nn.functional.smooth_l1_loss(score / train_opinion.UNIT, mos / train_opinion.UNIT)
+    pairs = train_opinion.fidelity_loss(score[known], mos[known], std[known])
+    assert loss.item() == pytest.approx((smooth + train_opinion.PAIRS * pairs).item()) and score.grad.isfinite().all()
+    # one alone makes no pair
+    some[known[1:]] = math.nan
+    assert torch.equal(train_opinion.mos_loss(score, mos, some), train_opinion.mos_loss(score, mos, None))
 
 
 @pytest.mark.fast
@@ -348,6 +366,59 @@ def test_the_command_trains_judges_and_names_what_is_wrong(script, tmp_path):
         assert not (tmp_path / "x.pth").exists()
 
 
+@pytest.mark.fast
+def test_bad_opinions_are_refused_left_out_or_named(tmp_path, capsys):
+    for k, image in enumerate(noisy(np.linspace(2, 40, 24), 40)):
+        save_image(tmp_path / "images" / f"{k:02d}.png", image)
+
+    def read(values, ends=(0, 100), std=None):
+        rows = [f"{k:02d}.png,{value}" + (f",{std[k]}" if std else "") for k, value in enumerate(values)]
+        (tmp_path / "mos.csv").write_text("image,mos" + ",std" * bool(std) + "\n" + "\n".join(rows) + "\n")
+        found = train_opinion.read_mos(tmp_path / "mos.csv", tmp_path / "images", 32, ends=ends)
+        return found, capsys.readouterr().out
+    five = np.linspace(1, 5, 24)
+    found, printed = read(five)
+    assert "WARNING: its opinions lie between 1 and 5, 4 % of --mos-range 0 100" in printed
+    found, printed = read(five, (1, 5))
+    assert "WARNING" not in printed and found["mos"].tolist() == pytest.approx(np.linspace(0, 100, 24))
+    assert read(five, (5, 1))[0]["mos"][0] == 100
+    with pytest.raises(runs.UserError, match=r"line 14 \(12.png\) has 5.5, outside --mos-range 1 5: give the ends"):
+        read([*five[:12], 5.5, *five[13:]], (1, 5))
+    # one without std
+    found, printed = read(five * 20, std=["", *[3] * 23])
+    assert found["std"][0].isnan() and (found["std"][1:] == 3).all()
+    assert "1 of 24 opinions have no std: pairs with them have no fidelity loss" in printed
+    assert read(five * 20, std=[""] * 24)[0]["std"] is None
+    # one truncated image
+    file = tmp_path / "images" / "03.png"
+    file.write_bytes(file.read_bytes()[:2000])
+    found, printed = read(five * 20, std=range(1, 25))
+    assert "1 opinions left out: an image cannot be read (first: " in printed and "03.png: damaged image" in printed
+    assert len(found["images"]) == 23 and "03.png" not in found["names"] and found["std"].tolist()[2:4] == [3, 5]
+    for k in range(10):
+        (tmp_path / "images" / f"{k:02d}.png").write_bytes(b"none")
+    with pytest.raises(runs.UserError, match="14 usable opinions are too few; 10 opinions left out: an image cannot"):
+        read(five * 20)
+
+
+@pytest.mark.fast
+def test_choices_with_a_truncated_image_are_left_out(tmp_path, capsys):
+    for method, level in (("A", 3), ("B", 30)):
+        for k, image in enumerate(noisy([level, level + 3], 40)):
+            save_image(tmp_path / "study" / method / f"{k}.png", image)
+    (tmp_path / "choices.csv").write_text("observer,scene,candidates,selected\n1,0,A|B,A\n1,1,B|A,A\n")
+    for scene, left in ((0, 1), (1, 0)):
+        file = tmp_path / "study" / "A" / f"{scene}.png"
+        file.write_bytes(file.read_bytes()[:1000])
+        if left:
+            found = train_opinion.read_choices(tmp_path / "choices.csv", tmp_path / "study", 32)
+            assert len(found["images"]) == 1 and found["selected"].tolist() == [1]
+            printed = capsys.readouterr().out
+            assert "1 images left out: an image cannot be read" in printed and "1 choices left out" in printed
+    with pytest.raises(runs.UserError, match="no usable choice; 2 images left out"):
+        train_opinion.read_choices(tmp_path / "choices.csv", tmp_path / "study", 32)
+
+
 def test_the_embedded_model_of_opinions_says_what_made_it_and_prefers_photographs(photographs):
     net, record = opinion.load(runs.REPO / "rewards" / "ranker2.pth")
     assert record["arch"] == "ranker" and record["mos"]["images"] == 1162 and record["commit"]
@@ -412,22 +483,36 @@ def test_negatives_are_worse_by_more_at_higher_severity_and_bicubic_loses_detail
 def test_the_attack_finds_the_best_image_within_the_limit_of_a_linear_model(level):
     net = Linear()
     start = torch.full((2, 3, 32, 32), 100 / 255)
-    found = attack.ascend(net, start, level, steps=10, step=0.25, seed=0)
+    found = attack.ascend(net, start, level, seed=0)
     assert torch.allclose(found * 255, 100 + level * net.w.sign().expand(2, -1, -1, -1), atol=1e-3)
     # never outside the limit or of [0, 1], also at its ends
-    white = attack.ascend(net, torch.ones(1, 3, 32, 32), level, steps=10, step=0.25, seed=0)
+    white = attack.ascend(net, torch.ones(1, 3, 32, 32), level, seed=0)
     assert white.max() <= 1 and (1 - white).max() * 255 <= level + 1e-3
 
 
 @pytest.mark.fast
 def test_the_attack_keeps_the_best_image_on_its_way():
     start = torch.full((2, 3, 32, 32), 100 / 255)
-    # one likes 101 best, the other the start itself; long steps end beyond both
+    # one likes 101 best, the other the start itself; only steps that become short end at the former
     liked = torch.tensor([101.0, 100.0]).view(2, 1, 1, 1)
-    found = attack.ascend(lambda x: -(255 * x - liked).abs().mean((1, 2, 3)), start, 4, steps=3, step=0.5, seed=0)
-    assert torch.equal(found[1], start[1]) and (found[0] - 101 / 255).abs().mean() < (start[0] - 101 / 255).abs().mean()
-    short = attack.ascend(lambda x: -(255 * x - liked).abs().mean((1, 2, 3)), start, 4, steps=60, step=0.05, seed=0)
-    assert torch.allclose(short[0] * 255, torch.tensor(101.0), atol=1e-3)
+
+    def score(x):
+        return -(255 * x - liked).abs().mean((1, 2, 3))
+    found = attack.ascend(score, start, 4, seed=0)
+    assert torch.equal(found[1], start[1]) and torch.allclose(found[0] * 255, torch.tensor(101.0), atol=1e-3)
+    long = [degradations.to_8bit(x)[0] for x in attack.climb(score, start, 4, 0, **attack.WAYS["long steps"])]
+    assert all((image * 255 - 101).abs().mean() > 0.1 for image in long)
+
+
+@pytest.mark.fast
+def test_the_attack_is_no_worse_than_what_was_found_within_a_smaller_limit():
+    start = torch.full((1, 3, 32, 32), 100 / 255)
+    # a narrow peak at 101 grey levels, and a gradient that leads away from it
+    def score(x):
+        return ((255 * x - 101).abs() < 0.1).float().mean((1, 2, 3)) - x.mean((1, 2, 3))
+    peak = torch.full_like(start, 101 / 255)
+    assert torch.equal(attack.ascend(score, start, 4, 0, smaller=peak), peak)
+    assert score(attack.ascend(score, start, 4, 0)) < score(peak)
 
 
 def test_gains_are_the_judges_own_and_in_units_of_its_scale():
@@ -441,7 +526,7 @@ def test_gains_are_the_judges_own_and_in_units_of_its_scale():
     photos = attack.read_photos(None, 3, 64)
     rewards = {name: iqa.Reward({name: model}, {name: 1.0})
                for name, model in (("sharp", Sharpness()), ("smooth", Smoothness()))}
-    table = attack.measure(rewards, photos, [1, 4], steps=5)
+    table = attack.measure(rewards, photos, [1, 4])
     rows = attack.in_units(table)
     assert table["sharp"]["D"] == pytest.approx(-table["smooth"]["D"], rel=1e-5) and table["sharp"]["D"] > 0
     own = rows["sharp", "sharp"]

@@ -9,7 +9,7 @@ from scipy import stats
 from test_analyze import run
 
 import runs
-from images import save_image
+from images import load_image, save_image
 from report import opinion_analyses
 from rewards import sharpness
 
@@ -64,7 +64,9 @@ def test_choices_from_images_to_tables(study, rewards, capsys):
     assert result[BRIGHTNESS]["pairs"][0] == pytest.approx((6 * 2 + 2 * 1) / 20)
     assert result["LPIPS"]["favourite"][0] == pytest.approx((3 * 0.6 + 0.2) / 4)
     assert result["most possible"]["favourite"] == pytest.approx(0.6)
-    assert result["the method's name only"]["containing"] == dict.fromkeys(sorted(LEVELS), 0.5)
+    # by hand: without bright the others are dark > grey and bright, unknown, between; in scene 3 all are equal
+    by_name = {method: values[0] for method, values in result["the method's name only"]["containing"].items()}
+    assert by_name == pytest.approx({"bright": 8 / 16, "dark": 32 / 52, "grey": 28 / 48})
     assert record["strengths"]["run"]["bright"]["selected"] == 20
     for name in ("choices.md", "choices.tex", "choices-run.csv", "choices-run.png"):
         assert (folder / "run" / name).stat().st_size > 100
@@ -81,6 +83,73 @@ def test_choices_from_images_to_tables(study, rewards, capsys):
     advice = json.loads((folder / "run/recommend.json").read_text())
     assert advice["train"] == BRIGHTNESS and CONTROL not in advice["table"]
     assert advice["table"]["LPIPS"]["differentiable"] is False
+
+
+def test_ready_scores_have_the_guard_where_there_are_images_or_a_line_that_says_it_is_absent(study, capsys):
+    folder, words = study
+    names = [f"{method}/{scene}" for method in LEVELS for scene in range(4)]
+    pd.DataFrame({"image": names, "LPIPS": [-LEVELS[name.split("/")[0]] for name in names]}).to_csv(
+        folder / "ready.csv", index=False)
+    (folder / "images/dark/2.png").unlink()
+    ready = ["--scores", folder / "ready.csv", "--lower", "LPIPS"]
+    run("score", *words, *ready, "--out", folder / "run", "--device", "cpu")
+    assert f"{CONTROL}: 1 of 12 images have no score" in capsys.readouterr().out
+    scores = pd.read_csv(folder / "run/scores.csv", index_col="image")
+    image = load_image(folder / "images/grey/1.png")[None].float() / 255
+    assert scores[CONTROL]["grey/1"] == pytest.approx(sharpness.build()(image).item(), abs=1e-3)
+    assert scores[CONTROL].isna().sum() == 1 and scores.LPIPS.notna().all()
+    # it stays whatever else is asked for
+    run("choices", folder / "run", "--metrics", "LPIPS")
+    assert opinion_analyses.GUARD in capsys.readouterr().out
+    assert json.loads((folder / "run/choices.json").read_text())["result"]["run"][CONTROL]["choices"] == 30
+    # no images
+    run("score", *words[:-1], folder, *ready, "--out", folder / "blind")
+    printed = capsys.readouterr().out
+    assert "log Laplacian variance, the guard, is absent: it needs the images in --images" in printed
+    run("choices", folder / "blind")
+    printed = capsys.readouterr().out
+    assert "log Laplacian variance (sharpness alone) is absent from this table" in printed
+    assert opinion_analyses.GUARD not in printed
+
+
+def test_one_scene_is_judged_without_intervals(study, rewards, capsys):
+    folder, words = study
+    table = pd.read_csv(folder / "best.csv")
+    table[table.image == "1.png"].to_csv(folder / "best.csv", index=False)
+    run("score", *words, "--metrics", BRIGHTNESS, "--out", folder / "run", "--device", "cpu", "--no-speed")
+    run("choices", folder / "run")
+    assert "run: one scene only, so the method's name has no other scenes" in capsys.readouterr().out
+    result = json.loads((folder / "run/choices.json").read_text())["result"]["run"]
+    assert result["the method's name only"]["pairs"][0] == 0.5 and result[BRIGHTNESS]["favourite"][0] == 0.6
+    assert np.isnan(result[BRIGHTNESS]["p"]["pairs"]) and (folder / "run/choices-run.png").exists()
+
+
+@pytest.mark.parametrize("value, p, words", [((0.55, 0.501, 0.6), 0.04, "0.04, better"),
+                                             ((0.55, 0.501, 0.6), 0.06, "0.06"), ((0.55, 0.49, 0.6), 0.04, "0.04"),
+                                             ((0.4, 0.3, 0.49), 0.001, "0.001, worse"),
+                                             ((0.55, np.nan, np.nan), np.nan, "")])
+def test_the_verdict_needs_interval_and_test(value, p, words):
+    values = {"pairs": value, "p": {"pairs": p}}
+    assert opinion_analyses.than_chance(values, "pairs", 0.5) == words
+    assert opinion_analyses.than_chance({"pairs": 0.5}, "pairs", 0.5) == ""
+
+
+def test_of_equal_metrics_that_with_a_measured_gradient_is_named(study, rewards, capsys):
+    folder, words = study
+    run("score", *words, "--metrics", BRIGHTNESS, "--out", folder / "first", "--device", "cpu")
+    scores = pd.read_csv(folder / "first/scores.csv")
+    scores.assign(other=scores[BRIGHTNESS] * 2)[["image", "other"]].to_csv(folder / "ready.csv", index=False)
+    # the ready scores are the first column
+    run("score", *words, "--scores", folder / "ready.csv", "--out", folder / "run", "--device", "cpu")
+    run("score", "--out", folder / "run", "--images", folder / "images", "--metrics", BRIGHTNESS, "--device", "cpu")
+    table = pd.read_csv(folder / "run/scores.csv")
+    table[["image", "other", BRIGHTNESS, CONTROL]].to_csv(folder / "run/scores.csv", index=False)
+    run("recommend", folder / "run")
+    advice = json.loads((folder / "run/recommend.json").read_text())
+    assert advice["train"] == BRIGHTNESS and advice["tied"] == ["other"]
+    assert list(advice["table"]) == ["other", BRIGHTNESS]
+    assert (f"A tie: {BRIGHTNESS} and other are equal by this rule; {BRIGHTNESS} is named because its gradient was "
+            "measured here.") in capsys.readouterr().out
 
 
 def test_mos_from_images_to_tables(tmp_path, rewards, capsys):

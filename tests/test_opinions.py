@@ -108,6 +108,7 @@ def test_images_of_candidates_have_any_suffix(tmp_path):
         "A/1": "1.png", "A/2": "2.png", "B/1": "1.webp", "B/2": None}
     with pytest.raises(runs.UserError, match="no folder A in it; a method's images are METHOD/SCENE"):
         opinions.images_of(choices, tmp_path / "A")
+    assert set(opinions.images_of(choices, tmp_path / "A", strict=False).values()) == {None}
 
 
 def test_splits_keep_groups_together_and_forget_the_order_of_rows():
@@ -246,6 +247,17 @@ def test_scores_are_judged_as_by_hand():
     assert opinions.judge(worked(), lambda scene, method: np.nan) is None
 
 
+def test_few_scenes_are_tested_against_chance_as_scipy_does():
+    values = {"s": {"A": 1.0, "B": 3.0, "C": 2.0}, "t": {"A": 1.0, "B": 2.0, "C": 2.0}}
+    found = opinions.judge(worked(), lambda scene, method: values[scene][method])["p"]
+    # of the six pairs of s two are right, of the three of t two and a half
+    assert found["pairs"] == pytest.approx(stats.ttest_1samp([2 / 6, 2.5 / 3], 0.5).pvalue)
+    within = [stats.spearmanr([1, 3, 2], [2, 1, 0]).statistic, stats.spearmanr([1, 2, 2], [0, 0.5, 1]).statistic]
+    assert found["within"] == pytest.approx(stats.ttest_1samp(within, 0).pvalue)
+    assert np.isnan(opinions.t_test([0.7, np.nan], 0.5))
+    assert opinions.t_test([0.7, 0.7], 0.5) == 0 and opinions.t_test([0.5, 0.5], 0.5) == 1
+
+
 def test_floors_and_ceilings_by_hand():
     limits = opinions.ceilings(worked())
     most, others, chance = (limits[name] for name in ("most possible", "the other observers", "chance"))
@@ -263,6 +275,9 @@ def test_the_name_alone_knows_other_scenes():
     # in scene t only C beat A and B, and B beat A; of s the order is A, B, C
     assert value("s", "C") > value("s", "B") > value("s", "A")
     assert value("t", "A") > value("t", "B") > value("t", "C")
+    # no other scene
+    alone = worked()[worked().scene == "s"]
+    assert [opinions.names_only(alone)("s", method) for method in "ABC"] == [0, 0, 0]
 
 
 def test_opinions_as_random_pairs():

@@ -570,7 +570,7 @@ def test_switches(photos, trained, tmp_path, name, words, monkeypatch):
     tune(photos, trained / name, tmp_path / "out", *words)
     last = events_of(tmp_path / "out", "ema")[-1]
     assert ("far" in last) == (name in ("method", "bands") and "--no-far" not in words)
-    assert np.isfinite(last["rec"]) and last["drift"] > 0
+    assert np.isfinite(last["rec"]) and last["colours"] > 0
     if "--hold-out" in words:
         held, adapted = ((tmp_path / "out" / f"{n}.txt").read_text().split() for n in ("held_out", "adapted"))
         assert len(held) == 1 and len(adapted) == 3 and not set(held) & set(adapted)
@@ -671,7 +671,7 @@ def test_probes_of_what_does_not_fit(photos, trained, tmp_path):
                            ([*tuned, photos / "sr.pth", "--lr-dir", photos / "lq"], "two networks of one name")):
         with pytest.raises(runs.UserError, match=message):
             run(probe, *fig8, *words)
-    event = {"rec": 1.0, "drift": 0.0}
+    event = {"rec": 1.0, "colours": 0.0}
     # b was continued without --gt-dir
     for name, once in (("a", {}), ("b", {"psnr": 20.0}), ("c/a", {})):
         (tmp_path / name).mkdir(parents=True)

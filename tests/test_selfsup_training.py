@@ -196,22 +196,23 @@ def test_the_weight_of_far_balances_the_gradients():
 
 @pytest.mark.fast
 def test_warnings():
-    first = {"rec": 1.0, "far": 10.0, "drift": 0.0}
-    assert finetune.warnings(first, {"rec": 0.9, "far": 9.0, "drift": 1.9}) == ""
-    assert finetune.warnings(first, {"rec": 1.1, "far": 12.0, "drift": 0.0}) == ""
-    assert "colours moved by 2.1" in finetune.warnings(first, {"rec": 0.9, "far": 9.0, "drift": 2.1})
-    assert "may be degrading" in finetune.warnings(first, {"rec": 0.9, "far": 10.6, "drift": 0.0})
-    assert finetune.warnings({"rec": 1.0}, {"rec": 0.9, "drift": 0.0}) == ""
+    first = {"rec": 1.0, "far": 10.0, "colours": 0.0}
+    assert finetune.warnings(first, {"rec": 0.9, "far": 9.0, "colours": 1.9}) == ""
+    assert finetune.warnings(first, {"rec": 1.1, "far": 12.0, "colours": 0.0}) == ""
+    moved = finetune.warnings(first, {"rec": 0.9, "far": 9.0, "colours": 2.1})
+    assert "2.1 grey levels from the LR image's, before tuning 0.0" in moved
+    assert "may be degrading" in finetune.warnings(first, {"rec": 0.9, "far": 10.6, "colours": 0.0})
+    assert finetune.warnings({"rec": 1.0, "colours": 3.0}, {"rec": 0.9, "colours": 0.0}) == ""
 
 
 def test_it_stops_at_the_minimum_and_keeps_the_weights_of_that_step(photos, trained, tmp_path, monkeypatch):
     # before tuning; then raw and EMA turn about, of which the raw ones do not count
     values, kept = iter([9.0, 0.1, 5.0, 0.1, 4.0, 0.1, 3.0, 0.1, 3.5, 0.1, 3.2]), []
 
-    def fake_check(net, patches, judge, items, image_metrics, world, colours=None):
+    def fake_check(net, patches, judge, items, image_metrics, world):
         kept.append({k: v.clone() for k, v in net.state_dict().items()})
-        terms = {"rec": 1.0, "l1": 1.0, "percep": 1.0, "d": 0.1, "s": 0.9, "far": next(values), "drift": 0.0}
-        return terms, torch.zeros(16, 3)
+        terms = {"rec": 1.0, "l1": 1.0, "percep": 1.0, "d": 0.1, "s": 0.9, "far": next(values), "colours": 0.0}
+        return terms
     monkeypatch.setattr(finetune, "check", fake_check)
     monkeypatch.setattr(finetune, "PATIENCE", 2)
     tuned = tune(photos, trained / "method", tmp_path / "out", "--total-steps", 8, "--val-every", 1, "--stop", "far",
@@ -438,6 +439,7 @@ def test_the_queue_in_small(photos, tmp_path, monkeypatch, capsys):
     tiny = f"--load-size 64 --group-size 2 --val-photos 1 --size tiny --distance proxy --far-enc rand {short}"
     scale = {"pretrain": tiny, "finetune": short, "crops": 8, "metrics": ("psnr", "ranker")}
     monkeypatch.setitem(self_supervision.SCALES, "cpu", self_supervision.SCALES["cpu"] | scale)
+    monkeypatch.setitem(self_supervision.NETWORKS, "FAR-long", "--s-rule one --total-steps 3")
     work, results = tmp_path / "work", tmp_path / "results"
     words = ["--photos", photos / "gt", "--test", photos / "gt", "--realsr", tmp_path / "realsr", "--sr",
              photos / "sr.pth", "--compact", photos / "sr.pth", "--seeds", 0, 1, "--vgg-weights", tmp_path / "vgg.pth",
@@ -455,14 +457,14 @@ def test_the_queue_in_small(photos, tmp_path, monkeypatch, capsys):
                                                            "both - blur control"}
     result, output = queue(), capsys.readouterr().out
     assert list(result["sets"]) == ["inside", "outside", "realsr"]
-    # LWay, FAR, and the second seeds of baseline and both
-    assert scripts.count("selfsup.pretrain") == 3 + 4
-    adapted = ["LWay", "baseline", "controller", "FAR", "both", "flipped"]
+    # LWay, FAR, FAR-long, and the second seeds of baseline and both
+    assert scripts.count("selfsup.pretrain") == 3 + 5
+    adapted = ["LWay", "baseline", "controller", "FAR", "both", "flipped", "shifted"]
     inside = result["sets"]["inside"]
-    assert list(inside["mean"]) == ["before", *adapted, "blur control", "unsharp control", "before, compact",
-                                    "both, compact"]
-    assert list(result["sets"]["realsr"]["mean"]) == ["before", "LWay", "baseline", "both", "blur control",
-                                                      "unsharp control"]
+    controls = ["blur control", "unsharp control", "blur and colour control"]
+    more = ["baseline, long", "FAR, long", "both, perturbed", "both, fp32"]
+    assert list(inside["mean"]) == ["before", *adapted, *controls, *more, "before, compact", "both, compact"]
+    assert list(result["sets"]["realsr"]["mean"]) == ["before", "LWay", "baseline", "both", *controls, *more]
 
     def mean_psnr(name):
         row = json.loads((results / f"inside-{name}.json").read_text())["scores"]
@@ -476,12 +478,19 @@ def test_the_queue_in_small(photos, tmp_path, monkeypatch, capsys):
     assert len(inside["movement"]["both"]) == 2 and 0 < inside["movement"]["both"][0] < 1e-4
     control = json.loads((results / "inside-blur-control-0.json").read_text())
     assert control["strength"] in (0.3, 2.0) and control["goal"] == pytest.approx(mean_psnr("both-0"))
+    row = json.loads((results / "inside-both-0.json").read_text())
+    assert [check["step"] for check in row["checks"]] == [0, 2] and row["far_floor"] > 0
+    outputs, lq = (load_image(work / part / "gt-p0.png").float().mean((1, 2)) for part in (
+        "outputs/inside/before/start", "inside/lq"))
+    colours = json.loads((results / "inside-colours.json").read_text())["colours"]
+    assert colours["before"]["gt-p0"] == pytest.approx((outputs - lq).abs().mean().item(), abs=1e-3)
+    assert colours["both"].keys() == colours["before"].keys() == {f"gt-p{k}" for k in range(4)}
     assert set(result["precision"]) == {"before", "both"} and 0 < result["precision"]["both"]["psnr"] < 1
     assert "| both - LWay |" in output and "area under the ROC curve of FAR" in output
-    assert set(result["fig8"]) == {"FAR", "both"} and len(result["fig7"]) == 3
+    assert set(result["fig8"]) == {"FAR", "both", "FAR-long"} and len(result["fig7"]) == 2 * 3
     assert all((results / f"selfsup{name}.png").exists() for name in ("", "-fig7", "-fig8"))
     assert result["pretraining"].keys() == {"LWay-0", "controller-0", "FAR-0", "baseline-0", "baseline-1", "both-0",
-                                            "both-1"}
+                                            "both-1", "FAR-long-0"}
     # results that are there are kept
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *a, **k: pytest.fail("trained again"))
     assert queue()["sets"] == result["sets"]
