@@ -263,9 +263,9 @@ def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag
         if name == "musiq-ava":
             # pyiqa knows that of its own download only
             options["num_class"] = 10
-    printed = io.StringIO()
+    printed, own_only = io.StringIO(), without_backbone() if name.startswith("nima") else contextlib.nullcontext()
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), own_only:
             return create_metric(name, device=torch.device(device), **options)
     # URLError, requests and huggingface_hub errors
     except OSError as error:
@@ -273,6 +273,9 @@ def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag
         reason = " ".join(str(error).split())[:80]
         where = (f"download {place[1]} and save it as {place[2]} ({runs.how_to_get(place[2])})" if place else
                  f"its files come from the Hugging Face hub ({reason}); connect once or copy the hub's cache")
+        own_name = name.replace("_", "-")
+        if not place and own_name in runs.public_weights():
+            where += f"; python -m prepare.weights get {own_name} fetches its own weights, not this backbone"
         # else it is torchvision's or timm's backbone
         own = place and Path(place[2]).parent.name == "pyiqa"
         or_local = f", or name a local copy with {local}FILE" if own and local else ""
@@ -291,6 +294,18 @@ def pyiqa_model(name, device, weights_file, need_gradient=False, mode="NR", flag
         reason = " ".join(str(error).split())[:120]
         again = "" if weights_file else ": remove it, to have it fetched again"
         raise runs.UserError(f"{file}: does not fit metric {name} ({reason}){again}") from None
+
+
+@contextlib.contextmanager
+def without_backbone():
+    """timm's networks begin at random weights: pyiqa's NIMA would download a backbone, which its file replaces."""
+    import timm
+    create = timm.create_model
+    timm.create_model = lambda *args, **options: create(*args, **options | {"pretrained": False})
+    try:
+        yield
+    finally:
+        timm.create_model = create
 
 
 def _check_weights_file(path, flag):

@@ -296,10 +296,15 @@ def CHECKPOINT(text):
 
 
 def how_to_get(path=""):
-    """How errors about missing weights end: with the command that fetches this file, else public ones."""
-    name = next((name for name, entry in public_weights().items() if entry["file"] == Path(path).name), None)
-    return f"python -m prepare.weights get {name} fetches it" if name else \
-        "public weights: python -m prepare.weights list"
+    """How errors about missing weights end: with the command that fetches this file, the same weights, or the list."""
+    path, known = Path(path), public_weights()
+    name = next((name for name, entry in known.items() if entry["file"] == path.name), None)
+    if name:
+        return f"python -m prepare.weights get {name} fetches it"
+    # as runs/vgg19.pth, or another precision of a network
+    name = path.stem.removesuffix("_fp16")
+    return f"python -m prepare.weights get {name} --out {path.parent} fetches {path.parent / known[name]['file']}, " \
+           "which can be named instead" if name in known else "public weights: python -m prepare.weights list"
 
 
 def add_weights_key(group):

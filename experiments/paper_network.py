@@ -11,7 +11,7 @@ train     every sampler on both sets from the published weights; orig and amo al
 tune      amo's networks of the set `soft`, tuned by the reward with LoRA of rank 24 (the paper's) and 4, with the full
           weights of the same layers, and with all weights, each until the reward on held-out photographs has gained
           --gain
-controls  the start's outputs, blurred or sharpened until they have amo's PSNR, or its reward
+controls  the start's outputs, blurred or sharpened until they have amo's PSNR, or its reward, in the mean of its seeds
 judge     rows that were made before a metric was asked for, by their outputs, which are kept
 slow      IL-NIQE of some rows on 20 pairs
 real      a page of photographs of low quality, of which no better version exists, under --work
@@ -21,7 +21,8 @@ The analysis was fixed before the runs. Test images: RealSR's pairs (x4, crops o
 after two rounds of degradation, reported apart. All trainings of one seed see the same crops and degradations in the
 same order; only the ground truth differs. A difference of two rows is the mean over test images of (mean over seeds of
 A - the same of B), with a 95 % bootstrap interval over images; its sign is claimed where the interval excludes zero,
-every seed agrees and a paired t test has p < 0.05 (report.tables.difference). Rows of one seed say so. Hypotheses, from
+every seed agrees and a paired t test has p < 0.05 (report.tables.difference). Rows of one seed say so; rows without
+one, the start and the controls, are compared with every seed of the other. Hypotheses, from
 the paper: (1) amo > rand > orig on the reward and on quality metrics that nobody optimised; (2) tuning adds to amo's;
 (3) the VGG distance of both rises by less than 2 % over orig's; (4) PSNR falls; (5) the change by LoRA has less
 structured noise (metrics.noise_peaks) than the change by naive tuning at the same gain. The start is a row of every
@@ -51,11 +52,9 @@ VARIANTS = {"lora24": "--tune lora --rank 24 --lr 5e-4", "lora4": "--tune lora -
             "layers": "--tune layers --lr 5e-5", "naive": "--tune all --lr 5e-5"}
 # photographs that no training of a row sees; their reward ends the tunings
 VALIDATION = 4
-# test images that may be shown, side of the part
-PICTURE = ("test_set14_comic", "test_set14_baboon", "test_set5_butterfly"), 96
-# standard deviations of the blur, amounts of the unsharp mask
-BLURS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7, 2.0)
-AMOUNTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.2, 1.5, 2.0, 2.5, 3.0)
+# standard deviations of the blur, amounts of the unsharp mask, which are tried first; further ones between two of them,
+# until so much of the way to the goal is left
+STRENGTHS, TRIES, NEAR = (0.1, 0.2, 0.4, 0.8, 1.6), 5, 0.02
 
 
 def parse_args(argv=None):
@@ -78,8 +77,8 @@ def parse_args(argv=None):
                             ("4xLSDIRCompactC3", "realesr-general-wdn-x4v3", "realesr-general-x4v3")])
     p.add_argument("--rewards", nargs="+", metavar="NAME",
                    default=["weights/downloads/opinion.pth", "rewards.cnniqa:build", "ranker", "rewards/ranker2.pth"],
-                   help="quality models; the first, which agreed best with people before the first row was trained, is "
-                        "the reward of sma, amo and tuning, the others of one amo each")
+                   help="quality models; the first, which agreed best with people's opinions of photographs when the "
+                        "first row was trained, is the reward of sma, amo and tuning, the others of one amo each")
     p.add_argument("--unseen", nargs="*", default=["niqe", "brisque", "piqe"], metavar="NAME",
                    help="no-reference metrics that nothing optimises, a model that judges only among them")
     p.add_argument("--slow", nargs="*", default=["ilniqe"], metavar="NAME", help="likewise, on 20 pairs")
@@ -110,7 +109,6 @@ def parse_args(argv=None):
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import json
-import re
 import shutil
 import signal
 import sys
@@ -123,14 +121,11 @@ from torchvision.transforms.functional import gaussian_blur
 
 import data
 import metrics
-from experiments import demo_seeds, jobs, lora_tuning, samplers
+from experiments import demo_seeds, jobs, lora_tuning, paper_network_report, samplers
+from experiments.paper_network_report import TESTS, outputs, read_rows
 from experiments.sampler_report import label
-from images import list_images, load_image, save_image
-from report import page, pictures, tables
-
-TESTS = ("realsr", "sets")
-# files of RESULTS that are not a row
-OTHERS = ("picks", "precision", "slow")
+from images import list_images, save_image
+from report import page
 
 
 def plan(args):
@@ -179,22 +174,26 @@ def prepare(args):
     world, seeds = runs.start_world("cpu", args.jobs), partial(runs.sample_seed, args.seeds[0])
     numbers = [jobs.last_value(scale["train"].split(), name)
                for name in ("--batch-size", "--group-size", "--crop", "--load-size")]
-    for where in (where for where in args.sets if where not in record["picks"]):
-        sets = data.find_sets(args.work / where, "Train")
-        crops = data.TrainingSet(sets, "amo", seeds, *numbers)
+    for where in args.sets:
         about = json.loads((args.work / where / "quintuplets.json").read_text())
-        chosen = {label(name): samplers.rewards_choice(name, sets, crops, world) for name in args.rewards}
-        record["picks"][where] = {"sets": len(sets.stems), "photos": len(about["photos"]), "dropped": about["dropped"],
-                                  "settings": about["settings"], "rewards": chosen, "commit": machine["commit"]}
-        runs.save_json(file, record)
+        sets = data.find_sets(args.work / where, "Train")
+        made = {"sets": len(sets.stems), "photos": len(about["photos"]), "dropped": about["dropped"],
+                "settings": about["settings"]}
+        known = record["picks"].setdefault(where, {**made, "rewards": {}, "commit": machine["commit"]})
+        changed = [key for key in made if known[key] != made[key]]
+        if changed:
+            raise runs.UserError(f"{file}: of the set {where} it has other {', '.join(changed)} than "
+                                 f"{args.work / where}: name the --work of that record, or other --results")
+        crops = data.TrainingSet(sets, "amo", seeds, *numbers)
+        for name in (name for name in args.rewards if label(name) not in known["rewards"]):
+            if known.get("commit", record["commit"]) != machine["commit"]:
+                # a reward that was asked for later
+                known.setdefault("later", {})[label(name)] = machine["commit"]
+            known["rewards"][label(name)] = samplers.rewards_choice(name, sets, crops, world)
+            runs.save_json(file, record)
 
 
 # Stages 2 and 3: networks
-
-def read_rows(args):
-    """{row: its file of RESULTS}"""
-    return {path.stem: json.loads(path.read_text()) for path in args.results.glob("*.json") if path.stem not in OTHERS}
-
 
 def all_metrics(args):
     return [*args.rewards, *args.unseen, *jobs.WITH_REFERENCE]
@@ -287,12 +286,6 @@ def tune_row(args, variant, seed):
         "lambda_q": state["lambda_q"], "validation": steps, "structured_noise": peaks, **record})
 
 
-def outputs(args, test, row):
-    """{image: (1, 3, H, W) in [0, 1]} that evaluate.py kept."""
-    files = list_images(args.work / "outputs" / test / row)
-    return {stem: load_image(path)[None].float() / 255 for stem, path in files.items()}
-
-
 def structured_noise(args, test, before, after):
     """{image: metrics.noise_peaks of the change}"""
     old, new = outputs(args, test, before), outputs(args, test, after)
@@ -301,41 +294,71 @@ def structured_noise(args, test, before, after):
 
 # Stage 4: what a filter reaches
 
-def controls(args):
-    """RESULTS/<row>.json of the start's outputs, filtered until they have amo's mean PSNR or its mean reward."""
-    amo = json.loads((args.results / f"{args.sets[0]}-amo-{args.seeds[0]}.json").read_text())["scores"]
-    reward = jobs.judge(args.rewards[0], args.metric_weights)
-    filters = {"blur": (BLURS, lambda image, sigma: gaussian_blur(image, 2 * round(3 * sigma) + 3, sigma)),
-               "unsharp": (AMOUNTS, metrics.unsharp)}
-    for name, (strengths, function) in filters.items():
-        for equal in ("psnr", "reward"):
-            row = f"start-{name}-of-equal-{equal}"
-            file = args.results / f"{row}.json"
-            if file.exists():
-                continue
-            used = {}
-            for test in TESTS:
-                metric = equal if equal == "psnr" else args.rewards[0]
-                goal = np.mean([scores[metric] for scores in amo[test].values()])
-                used[test] = filtered(args, test, row, strengths, function, goal, reward if equal == "reward" else None)
-            judged = judge(args, row, "--images", args.work / "outputs" / "{test}" / row)
-            runs.save_json(file, {"strength": used, **record_of(judged, row)})
+FILTERS = {"blur": lambda image, sigma: gaussian_blur(image, 2 * round(3 * sigma) + 3, sigma),
+           "unsharp": metrics.unsharp}
+
+
+def control(args, name, equal):
+    """RESULTS/start-NAME-of-equal-EQUAL.json: the start's outputs, filtered until they have amo's mean PSNR or reward.
+
+    Where no strength comes nearer than the start itself, the row says so and has the start's scores.
+    """
+    row, metric = f"start-{name}-of-equal-{equal}", equal if equal == "psnr" else args.rewards[0]
+    file, used = args.results / f"{row}.json", {}
+    if file.exists():
+        return
+    amo = [record["scores"] for of, record in read_rows(args).items()
+           if of in {f"{args.sets[0]}-amo-{seed}" for seed in args.seeds}]
+    reward = jobs.judge(args.rewards[0], args.metric_weights) if equal == "reward" else None
+    for test in TESTS:
+        goal = float(np.mean([values[metric] for scores in amo for values in scores[test].values()]))
+        used[test] = filtered(args, test, row, FILTERS[name], goal, reward) | {"seeds": len(amo)}
+    if not any(of_test["strength"] for of_test in used.values()):
+        start = json.loads((args.results / "start.json").read_text())
+        runs.save_json(file, {**start, "strength": used, "commit": runs.describe_machine()["commit"]})
+        return
+    judged = judge(args, row, "--images", args.work / "outputs" / "{test}" / row)
+    noise = {test: structured_noise(args, test, "start", row) for test in TESTS}
+    runs.save_json(file, {"strength": used, "structured_noise": noise, **record_of(judged, row)})
 
 
 @torch.no_grad()
-def filtered(args, test, row, strengths, function, goal, reward):
-    """Filter all outputs with the strength whose mean PSNR, or mean reward, is nearest to `goal` -> what it reached."""
-    images, best = outputs(args, test, "start"), None
-    for strength in strengths:
-        changed = {stem: (function(image, strength).clamp(0, 1) * 255).round() / 255 for stem, image in images.items()}
-        means = np.mean([reward(image, None).item() if reward else
-                         metrics.psnr(image, jobs.test_pair(args.work / test, stem)[1]).item()
-                         for stem, image in changed.items()])
-        if best is None or abs(means - goal) < abs(best["reached"] - goal):
-            best, kept = {"strength": strength, "reached": float(means), "goal": float(goal)}, changed
-    for stem, image in kept.items():
+def filtered(args, test, row, function, goal, reward):
+    """Filter all outputs with the strength whose mean PSNR, or mean reward, is nearest to `goal` -> what was reached.
+
+    STRENGTHS are tried until one passes the goal, or leads away from it: means are monotone there. Then the interval is
+    divided, where a straight line would meet the goal, until NEAR of the way is left.
+    """
+    images, tried, best = outputs(args, test, "start"), {}, None
+
+    def attempt(strength):
+        nonlocal best
+        changed = {stem: (function(image, strength).clamp(0, 1) * 255).round() / 255 if strength else image
+                   for stem, image in images.items()}
+        tried[strength] = float(np.mean([
+            reward(image, None).item() if reward else
+            metrics.psnr(image, jobs.test_pair(args.work / test, stem)[1]).item() for stem, image in changed.items()]))
+        if best is None or abs(tried[strength] - goal) < abs(tried[best[0]] - goal):
+            best = strength, changed
+        # 0 at the goal, 1 without the filter
+        return (tried[strength] - goal) / (tried[0.0] - goal)
+    low, left = 0.0, attempt(0.0)
+    for strength in STRENGTHS:
+        high, right = strength, attempt(strength)
+        if right > 1.001:
+            break
+        if right <= 0:
+            for _ in range(TRIES):
+                if min(left, -right) < NEAR:
+                    break
+                middle = low + (high - low) * left / (left - right)
+                share = attempt(middle)
+                low, left, high, right = (middle, share, high, right) if share > 0 else (low, left, middle, share)
+            break
+        low, left = high, right
+    for stem, image in best[1].items():
         save_image(args.work / "outputs" / test / row / f"{stem}.png", image[0])
-    return best
+    return {"strength": best[0], "reached": tried[best[0]], "goal": goal, "tried": dict(sorted(tried.items()))}
 
 
 # Stage 5: metrics that were asked for later
@@ -390,85 +413,15 @@ def real(args):
     page.main(page.parse_args([str(out), str(args.work / "real.html")]))
 
 
-# Stage 8: report
-
-def report(args):
-    """RESULTS.json: means, differences with verdicts, per test; the tables; RESULTS.png where outputs are here."""
-    files, groups = read_rows(args), {}
-    for name in files:
-        groups.setdefault(re.sub(r"-\d+(?=\+|$)", "", name), []).append(name)
-    lower = files["start"]["lower_is_better"]
-    summary = {"command": sys.argv, **runs.describe_machine(), "lower_is_better": lower, "metrics": list(lower),
-               "rows": {group: len(names) for group, names in groups.items()}}
-    for test in TESTS:
-        stems = sorted(files["start"]["scores"][test])
-        # {row: (seeds, images, metrics)}
-        scores = {group: np.array([[[files[name]["scores"][test][stem][metric] for metric in lower] for stem in stems]
-                                   for name in sorted(names)]) for group, names in groups.items()}
-        compared = {}
-        for a, b in pairs_of(groups):
-            # rows of fewer seeds are compared on those
-            n = min(len(scores[a]), len(scores[b]))
-            compared[f"{a} - {b}"] = {metric: tables.difference(scores[a][:n, :, k], scores[b][:n, :, k])
-                                      for k, metric in enumerate(lower)} | {"seeds": n}
-        noise = {group: float(np.mean([list(files[name]["structured_noise"][test].values()) for name in names]))
-                 for group, names in groups.items() if "structured_noise" in files[names[0]]}
-        summary[test] = {"images": len(stems), "mean": {row: v.mean((0, 1)).tolist() for row, v in scores.items()},
-                         "seed_means": {row: v.mean(1).tolist() for row, v in scores.items()},
-                         "differences": compared, "structured_noise": noise}
-    runs.save_json(args.results.with_suffix(".json"), summary)
-    for test in TESTS:
-        seeds = [f"{row} ({n})" for row, n in summary["rows"].items()]
-        print(f"{test}, {summary[test]['images']} images; seeds: {', '.join(seeds)}\n")
-        print(jobs.metric_tables(summary | summary[test]))
-    if (args.work / "outputs").is_dir():
-        picture(args)
-
-
-def picture(args):
-    """RESULTS.png: parts of test images, enlarged twice: LR, start, the first seed of some rows, reference."""
-    (names, side), seed, cells = PICTURE, args.seeds[0], []
-    rows = ["start", f"soft-orig-{seed}", f"soft-amo-{seed}", *(f"soft-amo-{seed}+{variant}" for variant in VARIANTS)]
-    rows = [row for row in rows if (args.work / "outputs" / "sets" / row).is_dir()]
-    for stem in names:
-        lq, gt = jobs.test_pair(args.work / "sets", stem)
-        cells.append(jobs.middle_row(lq, {caption(row): outputs(args, "sets", row)[stem] for row in rows}, gt, side))
-    pictures.save_grid(args.results.with_suffix(".png"), cells)
-
-
-def caption(row):
-    """soft-amo-0+lora24 -> amo + LoRA 24"""
-    row, _, variant = row.partition("+")
-    row = row.split("-")[1] if row.startswith("soft-") else row
-    return row + (f" + {variant.replace('lora', 'LoRA ')}" if variant else "")
-
-
-def pairs_of(groups):
-    """The differences that were fixed before the runs, of the rows that are there."""
-    chosen = []
-    for where in SETS:
-        orig, rand, sma, amo = (f"{where}-{sampler}" for sampler in ("orig", "rand", "sma", "amo"))
-        chosen += [(amo, orig), (amo, rand), (rand, orig), (amo, sma)]
-        chosen += [(f"{amo}-{variant}", f"{orig}-{variant}") for variant in ("perturbed", "contiguous")]
-        chosen += [(row, "start") for row in groups if row.startswith(f"{where}-")]
-        chosen += [(row, orig) for row in groups if row.startswith((f"{amo}-", f"{amo}+"))]
-    tuned = [row for row in groups if "+" in row]
-    chosen += [(row, row.partition("+")[0]) for row in tuned]
-    chosen += [(row, other) for row in tuned for other in tuned if row.endswith("+naive") and "+lora" in other]
-    chosen += [(row, "start") for row in groups if row.startswith("start-")]
-    # the rule on controls, asked directly; added after the runs
-    chosen += [(row, control) for row in ("soft-amo", "soft-amo+lora4") for control in groups
-               if control.startswith("start-")]
-    return [(a, b) for a, b in dict.fromkeys(chosen) if a in groups and b in groups]
-
-
 def main(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if args.stages != ["report"]:
-        needed = [*args.photos, args.pairs, *args.test_photos, args.real_photos]
-        for path in [*needed, args.start, *args.enhancers, args.vgg_weights]:
+        rewards = [Path(name) for name in args.rewards if runs.is_reward_file(name)]
+        weights = [args.start, *args.enhancers, args.vgg_weights]
+        for path in [*args.photos, args.pairs, *args.test_photos, args.real_photos, *weights, *rewards]:
             if not path.exists():
-                command = f"; {runs.how_to_get(path)}" if path in (args.start, *args.enhancers) else ""
+                command = f"; {runs.how_to_get(path)}" if path in weights else \
+                    "; docs/results-paper-network.md has the command that trains it" if path in rewards else ""
                 raise runs.UserError(f"{path}: not there; docs/data.md says where it comes from, --help which flag "
                                      f"names another{command}")
     left = {row: words for row, words in plan(args).items() if not (args.results / f"{row}.json").exists()}
@@ -482,7 +435,9 @@ def main(args):
     if "tune" in args.stages:
         jobs.parallel(args.jobs, [partial(tune_row, args, name, seed) for seed in args.seeds for name in VARIANTS])
     if "controls" in args.stages:
-        controls(args)
+        for name in FILTERS:
+            for equal in ("psnr", "reward"):
+                control(args, name, equal)
     if "judge" in args.stages:
         complete(args)
     if "slow" in args.stages and args.slow:
@@ -490,7 +445,7 @@ def main(args):
     if "real" in args.stages:
         real(args)
     if "report" in args.stages:
-        report(args)
+        paper_network_report.report(args, SETS, VARIANTS)
 
 
 if __name__ == "__main__":

@@ -299,7 +299,7 @@ def main(args):
         needed = [*args.photos, *args.test, args.base, *(Path(name) for name in args.nr if runs.is_reward_file(name))]
         for path in needed + ([args.vgg_weights] if "vgg" in args.fr else []):
             if not path.exists():
-                command = f"; {runs.how_to_get(path)}" if path == args.base else ""
+                command = f"; {runs.how_to_get(path)}" if path in (args.base, args.vgg_weights) else ""
                 raise runs.UserError(f"{path}: not there; docs/data.md and experiments/README.md say where it comes "
                                      f"from, --help which flag names another{command}")
     if "data" in args.stages:

@@ -388,12 +388,15 @@ def main(args):
     # a report needs the results only
     if args.stages != ["report"]:
         if not args.vgg_weights.is_file():
-            raise runs.UserError(f"--vgg-weights {args.vgg_weights}: no such file; docs/data.md says where its shards "
-                                 f"are, and python -m prepare.vgg19 SHARDS {args.vgg_weights} makes it of them")
+            raise runs.UserError(f"--vgg-weights {args.vgg_weights}: no such file; "
+                                 f"{runs.how_to_get(args.vgg_weights)}; docs/data.md says where the shards of those "
+                                 "that were measured are, and python -m prepare.vgg19 SHARDS "
+                                 f"{args.vgg_weights} makes it of them")
         for path in [*args.photos, *args.test_photos, *args.enhancers, args.init]:
             if not path.exists():
+                command = f"; {runs.how_to_get(path)}" if path in (*args.enhancers, args.init) else ""
                 raise runs.UserError(f"{path}: not there; docs/data.md says where it comes from, --help which flag "
-                                     "names another")
+                                     f"names another{command}")
         check_settings(args)
     for stage in STAGES:
         if stage in args.stages:

@@ -331,6 +331,9 @@ def save(path, state):
 
 def convert(args):
     runs.check_output(args.out, "OUT.pth")
+    for path, name in ((args.param, "X.param"), (args.bin, "X.bin")):
+        if not path.is_file():
+            raise runs.UserError(f"{name} {path}: no such file; ncnn networks are two files, X.param and X.bin")
     try:
         param, content = args.param.read_text(), args.bin.read_bytes()
     except UnicodeDecodeError:

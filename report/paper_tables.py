@@ -113,7 +113,8 @@ def finished(folder):
 def missing(args):
     """Missing inputs, a line each: without this check the commands would stop at them hours or days later."""
     left = [command for _, folder, command in stages(args) if folder and not finished(folder)]
-    lines = [f"--init {arch}={file}: no such file" for arch, file in args.init.items() if not file.is_file()]
+    lines = [f"--init {arch}={file}: no such file; {runs.how_to_get(file)}" for arch, file in args.init.items()
+             if not file.is_file()]
     if any("psnr" in command for command in left) and not args.photos.is_dir():
         lines.append(f"--photos {args.photos}: no such folder, photographs of the psnr stage; "
                      "--init ARCH=FILE takes a public PSNR network instead")

@@ -336,6 +336,22 @@ def test_failing_download_names_the_file_its_place_and_the_flag(tmp_path):
     assert not list(tmp_path.rglob("*.pth*"))
 
 
+def test_nima_needs_its_own_file_and_no_backbone(monkeypatch):
+    """timm is asked for a network without weights; a metric whose backbone is downloaded says what does come."""
+    timm = pytest.importorskip("timm")
+    asked = []
+
+    def create(name, pretrained=False, **_):
+        asked.append((name, pretrained))
+        raise FileNotFoundError("stop here")
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(runs.UserError, match="--metrics nima: weights are not here"):
+        iqa.pyiqa_model("nima", "cpu", None, flag="--metrics")
+    with pytest.raises(runs.UserError, match="python -m prepare.weights get topiq-nr fetches its own weights"):
+        iqa.pyiqa_model("topiq_nr", "cpu", None, flag="--metrics")
+    assert asked == [("inception_resnet_v2", False), ("resnet50", True)] and timm.create_model is create
+
+
 @pytest.mark.parametrize("local, advice", [(None, "--reward-weights FILE"), ("", None),
                                            ("--reward-weights niqe=", "--reward-weights niqe=FILE")])
 def test_a_failing_download_names_a_flag_that_the_script_has(monkeypatch, local, advice):

@@ -4,12 +4,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.functional import gaussian_blur
 
 import archs
 import metrics
 import runs
 import train
-from experiments import jobs, paper_network
+from experiments import jobs, paper_network, paper_network_report
 from images import load_image, save_image
 
 
@@ -32,13 +33,55 @@ def test_the_plan_has_three_seeds_of_three_samplers_and_one_of_the_rest():
 def test_the_differences_are_the_ones_fixed_before_the_runs():
     groups = ["start", "soft-orig", "soft-rand", "soft-amo", "soft-sma", "soft-amo-ranker", "soft-amo+lora4",
               "soft-amo+naive", "soft-amo-perturbed", "soft-orig-perturbed", "start-blur-of-equal-psnr"]
-    pairs = paper_network.pairs_of(groups)
+    pairs = paper_network_report.pairs_of(groups, ["soft", "sharp"])
     for pair in (("soft-amo", "soft-orig"), ("soft-amo", "soft-rand"), ("soft-rand", "soft-orig"),
                  ("soft-amo-perturbed", "soft-orig-perturbed"), ("soft-amo", "start"),
                  ("soft-amo-ranker", "soft-orig"), ("soft-amo+lora4", "soft-amo"),
                  ("soft-amo+naive", "soft-amo+lora4"), ("start-blur-of-equal-psnr", "start")):
         assert pair in pairs, pair
     assert len(set(pairs)) == len(pairs) and all(a != b for a, b in pairs)
+
+
+@pytest.mark.fast
+def test_the_start_is_compared_with_every_seed(tmp_path):
+    """Against means by hand: start has one value per image, amo three, sma one (seed 0)."""
+    generator = np.random.default_rng(0)
+    amo, start, sma = 10 + generator.normal(size=(3, 6)), generator.normal(size=6), 5 + generator.normal(size=6)
+    rows = {f"soft-amo-{seed}": values for seed, values in enumerate(amo)} | {"start": start, "soft-sma-0": sma}
+    for row, values in rows.items():
+        images = {f"image{k}": {"psnr": float(value)} for k, value in enumerate(values)}
+        runs.save_json(tmp_path / "out" / f"{row}.json",
+                       {"lower_is_better": {"psnr": False}, "scores": {"realsr": images, "sets": images}})
+    args = paper_network.parse_args(["report", "--work", str(tmp_path / "no"), "--results", str(tmp_path / "out")])
+    paper_network_report.report(args, ["soft"], [])
+    found = json.loads((tmp_path / "out.json").read_text())["realsr"]["differences"]
+    assert found["soft-amo - start"]["seeds"] == 3
+    assert found["soft-amo - start"]["psnr"]["mean"] == pytest.approx(amo.mean() - start.mean())
+    assert found["soft-amo - start"]["psnr"]["seeds"] == pytest.approx(amo.mean(1) - start.mean())
+    assert found["soft-amo - start"]["psnr"]["verdict"] == "higher"
+    assert found["soft-amo - soft-sma"]["seeds"] == 1
+    assert found["soft-amo - soft-sma"]["psnr"]["mean"] == pytest.approx(amo[0].mean() - sma.mean())
+
+
+@pytest.mark.fast
+def test_a_filter_reaches_the_goal_or_says_that_it_cannot(tmp_path, photographs, monkeypatch):
+    """A blur of known strength gives the goal; a blur cannot raise the sharpness."""
+    args = paper_network.parse_args(["--work", str(tmp_path)])
+    images = {name: image[None, :, :96, :96].float() / 255 for name, image in photographs.items()}
+    monkeypatch.setattr(paper_network, "outputs", lambda *_: images)
+
+    def blur(image, sigma):
+        return gaussian_blur(image, 2 * round(3 * sigma) + 3, sigma)
+
+    def sharpness(image, _):
+        return image.diff(dim=3).abs().mean() * 100
+    goal = np.mean([sharpness(blur(image, 0.57), None).item() for image in images.values()])
+    used = paper_network.filtered(args, "realsr", "row", blur, goal, sharpness)
+    assert used["strength"] == pytest.approx(0.57, abs=0.02) and used["reached"] == pytest.approx(goal, rel=0.01)
+    kept = [load_image(file)[None].float() / 255 for file in (tmp_path / "outputs" / "realsr" / "row").iterdir()]
+    assert np.mean([sharpness(image, None).item() for image in kept]) == pytest.approx(used["reached"], rel=1e-4)
+    unreachable = paper_network.filtered(args, "realsr", "row", blur, 1.5 * used["tried"][0.0], sharpness)
+    assert unreachable["strength"] == 0 and unreachable["reached"] == used["tried"][0.0] < unreachable["goal"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +109,7 @@ def small(tmp_path_factory, vgg_file, forked_call, photographs):
         patch.setattr(paper_network, "SETS", {"soft": "--shrink 0.5 --min-std 0 --min-laplacian 0".split()})
         patch.setattr(paper_network, "VARIANTS", {"lora4": "--tune lora --rank 4 --lr 1e-2"})
         patch.setattr(paper_network, "VALIDATION", 1)
-        patch.setattr(paper_network, "PICTURE", (["test_coffee"], 96))
+        patch.setattr(paper_network_report, "PICTURE", (["test_coffee"], 96))
         patch.setattr(paper_network.samplers, "CROPS", 10)
         words = ["--photos", folder / "photos", "--test-photos", folder / "test", "--pairs", folder / "pairs",
                  "--real-photos", folder / "real", "--start", start, "--enhancers", enhancer, "--rewards", "ranker",
@@ -112,8 +155,8 @@ def test_the_whole_queue_in_small(small, monkeypatch):
 
 
 @pytest.mark.slow
-def test_controls_are_the_filter_whose_mean_is_nearest(small):
-    """The blur that was kept has the mean PSNR it says, and no other strength is nearer to amo's."""
+def test_the_images_of_a_control_have_what_it_says(small):
+    """PSNR of the blurred images, by hand; no strength that was tried is nearer to amo's."""
     control = json.loads((small.results / "start-blur-of-equal-psnr.json").read_text())
     used = control["strength"]["realsr"]
     folder = small.work / "outputs" / "realsr" / "start-blur-of-equal-psnr"
@@ -122,8 +165,21 @@ def test_controls_are_the_filter_whose_mean_is_nearest(small):
         gt = jobs.test_pair(small.work / "realsr", file.stem)[1]
         values.append(metrics.psnr(load_image(file)[None].float() / 255, gt).item())
     assert np.mean(values) == pytest.approx(used["reached"], abs=1e-4)
+    assert all(abs(used["reached"] - used["goal"]) <= abs(value - used["goal"]) for value in used["tried"].values())
     scored = [scores["psnr"] for scores in control["scores"]["realsr"].values()]
     assert np.mean(scored) == pytest.approx(used["reached"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_reward_that_is_asked_for_later_is_added_to_the_choices(small, monkeypatch):
+    file = small.results / "picks.json"
+    before = json.loads(file.read_text())
+    args = paper_network.parse_args(["data"])
+    vars(args).update(vars(small) | {"rewards": ["ranker", "sharpness"]})
+    monkeypatch.setattr(paper_network.samplers, "rewards_choice", lambda name, *_: {"best crop (amo)": name})
+    paper_network.prepare(args)
+    after = json.loads(file.read_text())["picks"]["soft"]["rewards"]
+    assert after == before["picks"]["soft"]["rewards"] | {"sharpness": {"best crop (amo)": "sharpness"}}
 
 
 @pytest.mark.slow

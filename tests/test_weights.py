@@ -22,6 +22,7 @@ import archs
 import lora
 import runs
 import upscale
+from experiments import paper_network, samplers
 from prepare import weights
 
 X4PLUS = "realesrgan-x4plus"
@@ -439,10 +440,34 @@ def test_messages_about_missing_weights_name_the_command(tmp_path, monkeypatch, 
             load(runs.CHECKPOINT(X4PLUS))
         with pytest.raises(runs.UserError, match="other.pth: no such .*python -m prepare.weights list"):
             load(tmp_path / "other.pth")
+    # the same weights under another name
+    general = "realesr-general-x4v3"
+    for file, name, official in (("runs/vgg19.pth", "vgg19", "vgg19-dcbb9e9d.pth"),
+                                 (f"sr/{general}_fp16.pth", general, f"{general}.pth")):
+        folder = Path(file).parent
+        assert runs.how_to_get(file) == (f"python -m prepare.weights get {name} --out {folder} fetches "
+                                         f"{folder / official}, which can be named instead")
+    vgg = str(tmp_path / "vgg19.pth")
+    for module, words in ((samplers, []), (paper_network, [
+            "--pairs", str(tmp_path), "--real-photos", str(tmp_path), "--rewards", "ranker", "--start", __file__,
+            "--enhancers", __file__])):
+        words += ["--photos", str(tmp_path), "--test-photos", str(tmp_path), "--vgg-weights", vgg]
+        with pytest.raises(runs.UserError, match="vgg19.pth: no.*python -m prepare.weights get vgg19 --out"):
+            module.main(module.parse_args(words))
     with pytest.raises(SystemExit) as stopped:
         upscale.parse_args(["photo.jpg"])
     assert stopped.value.code == 2
     assert f"python -m prepare.weights get {X4PLUS}, then --weights {X4PLUS}" in capsys.readouterr().err
+
+
+@pytest.mark.fast
+def test_a_missing_ncnn_file_is_named(tmp_path):
+    param = tmp_path / "x.param"
+    param.write_text("7767517\n")
+    for words, message in ((["y.param", "x.bin"], "X.param y.param: no such file"),
+                           ([str(param), "x.bin"], "X.bin x.bin: no such file")):
+        with pytest.raises(runs.UserError, match=message):
+            weights.main(weights.parse_args(["convert", *words, str(tmp_path / "out.pth")]))
 
 
 @pytest.mark.fast
