@@ -311,9 +311,9 @@ def draw_areas(path, networks):
         axis.axvline(0.5, color="grey", linewidth=0.8)
         area, low, high = np.array(list(areas.values())).T
         style.interval(axis, area, np.arange(len(areas)), (low, high))
-        axis.set(title=name, yticks=range(len(areas)), xlabel="area under the ROC curve",
-                 yticklabels=[NAMES.get(kind, kind) for kind in areas])
+        axis.set(title=name, yticks=range(len(areas)), yticklabels=[NAMES.get(kind, kind) for kind in areas])
     axes[0][0].invert_yaxis()
+    drawing.supxlabel("area under the ROC curve", fontsize=style.FONT)
     drawing.suptitle("95 % intervals over photographs; above 0.5 (grey line): FAR is larger for degraded ones",
                      fontsize=style.FONT)
     style.save(drawing, path)
