@@ -295,10 +295,10 @@ def checks_of(run):
 
 def controls(args, domain):
     """The start's outputs, filtered with the strength whose mean PSNR is nearest to that of "both", scored like
-    networks. RESULTS/<domain>-colours.json: how far mean colours of the start's and of its outputs are from the LR
+    networks. RESULTS/colours-<domain>.json: how far mean colours of the start's and of its outputs are from the LR
     images', in grey levels."""
     seed = args.seeds[0]
-    both, colours = row_file(args, domain, "both", seed), args.results / f"{domain}-colours.json"
+    both, colours = row_file(args, domain, "both", seed), args.results / f"colours-{domain}.json"
     if not both.exists() or colours.exists():
         return
     folders = {row: args.work / "outputs" / domain / row for row in ("before", "both")}

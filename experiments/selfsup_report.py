@@ -66,7 +66,7 @@ def report(args, pretrain, finetune):
             lines |= {without_seed(name) + more: {key: v for key, v in values.items()
                                                   if key in ("auc", "far_enc") or path.stem[3] == "7"}
                       for name, values in content["lines"].items()}
-        elif path.stem.endswith("-colours"):
+        elif path.stem.startswith("colours-"):
             summary.setdefault("colours", {})[content["domain"]] = {
                 row: float(np.mean(list(values.values()))) for row, values in content["colours"].items()}
         elif path.stem == "precision":

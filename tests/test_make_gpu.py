@@ -89,7 +89,7 @@ def test_the_rehearsal_of_self_supervision_leaves_every_row_without_optional_pac
     results = tmp_path / "out" / "selfsup"
     for domain, names in rows.items():
         files = {json.loads(file.read_text())["row"] for file in results.glob(f"{domain}-*.json")}
-        assert files == names | {"before", "blur control", "unsharp control"}
+        assert files == names | {"before", "blur control", "unsharp control", "blur and colour control"}
     summary = json.loads((results / "selfsup.json").read_text())
     assert summary["pretraining"].keys() == {"FAR-0", "both-0"} and summary["precision"].keys() == {"before", "both"}
     row = json.loads((results / "inside-controller-0.json").read_text())
