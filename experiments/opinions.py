@@ -31,8 +31,7 @@ BASES = {"hard": "plain", "mild": "plain", "norm": "plain", "small-hard": "small
 
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
-    p.add_argument("stage", choices=["train", "ridge", "attack", "study", "report"],
-                   help="what to do")
+    p.add_argument("stage", choices=["train", "ridge", "attack", "study", "report"], help="what to do")
     p.add_argument("splits", type=runs.COUNT, nargs="*", default=list(range(10)),
                    help="train, attack: numbers of the splits; study: the split whose model is used")
     p.add_argument("--models", nargs="+", choices=list(SETTINGS), default=["plain", "hard", "small"],
@@ -118,7 +117,7 @@ def judge(args, mos, features, split, name):
     print(out, record["test"], flush=True)
 
 
-def attacked(args, split, name):
+def attacked(args, photos, split, name):
     """The JSON of an attack on one model of one split."""
     out, file = args.results / f"attack-{name}-{split}.json", args.work / f"{name}-{split}.pth"
     if out.exists():
@@ -127,7 +126,7 @@ def attacked(args, split, name):
         raise runs.UserError(f"{file}: no such model; make it with: python -m experiments.opinions train {split} "
                              f"--models {name}")
     machine, reward = runs.describe_machine(on_cpu=True), iqa.create_reward([str(file)], need_gradient=True)
-    found = attack.measure({name: reward}, attack.read_photos(args.kodak, 10, 256), [1, 2, 4])[name]
+    found = attack.measure({name: reward}, photos, [1, 2, 4])[name]
     runs.save_json(out, {"command": sys.argv, **machine, "model": name, "split": split,
                          "file_sha256": runs.digest(file), "ways": attack.WAYS, **found})
 
@@ -241,16 +240,14 @@ def study(args):
         return lambda scene, method: values[name][f"{method}/{scene}"]
     rows = {name: {"best": opinions.judge(best, value_of(name)), "pairs": opinions.judge(pairs, value_of(name))}
             for name in values}
-    rows["name of the method"] = {"best": opinions.judge(best, opinions.names_only(best))}
+    rows["name of the method"] = {"best": opinions.judge_names(best)}
     left_out = {}
     for method in METHODS:
         values["left out"] = learned(method)
-        own = opinions.names_only(opinions.without(best, method))
-        by_name = opinions.judge(best, lambda scene, m, own=own: own(scene, m))
         of_row = {"judge": "left out"} | {name: name for name in (*models, "sharpness")}
         left_out[method] = {name: opinions.judge(best, value_of(row))["containing"][method]
                             for name, row in of_row.items()}
-        left_out[method]["name of the method"] = by_name["containing"][method]
+        left_out[method]["name of the method"] = rows["name of the method"]["best"]["containing"][method]
     runs.save_json(args.results / "study-judge.json", {
         "command": sys.argv, **machine, "model": f"{files['plain'].name}, trained on 80 % of CLIVE",
         "folds": len(folds), "seed": SEED, "scenes": len(scenes), "choices": len(best), "pair_choices": len(pairs),
@@ -377,9 +374,10 @@ def main(args):
     if args.stage in ("study", "report"):
         return (study if args.stage == "study" else report)(args)
     if args.stage == "attack":
+        photos = attack.read_photos(args.kodak, 10, 256)
         for split in args.splits:
             for name in args.models:
-                attacked(args, split, name)
+                attacked(args, photos, split, name)
         return None
     mos = train_opinion.read_mos(args.clive / "labels.csv", args.clive / "images", CROP)
 

@@ -150,12 +150,7 @@ def judge_all(run):
         judged[metric] = opinions.judge(run.choices, value)
     judged = {metric: values for metric, values in judged.items() if values}
     result = dict(sorted(judged.items(), key=lambda item: -item[1]["pairs"][0]))
-    by_name = opinions.judge(run.choices, opinions.names_only(run.choices))
-    # each method left out in turn: its strength is then the mean of the others'
-    for method in by_name["containing"]:
-        names = opinions.names_only(opinions.without(run.choices, method))
-        by_name["containing"][method] = opinions.judge(run.choices, names)["containing"][method]
-    return result | {NAME_ONLY: by_name} | opinions.ceilings(run.choices)
+    return result | {NAME_ONLY: opinions.judge_names(run.choices)} | opinions.ceilings(run.choices)
 
 
 def strengths_of(choices):

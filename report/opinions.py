@@ -29,7 +29,7 @@ from scipy import optimize, special, stats
 
 import runs
 from images import IMAGE_SUFFIXES, list_images
-from report import agreement
+from report import agreement, tables
 
 MOS_COLUMNS = "image=image,mos=mos"
 CHOICE_COLUMNS = "observer=observer,scene=scene,candidates=candidates,selected=selected"
@@ -428,11 +428,7 @@ def t_test(values, chance):
     NaN for fewer than two. Values that are all alike differ from chance beyond doubt (0), or not at all (1).
     """
     values = np.array([value for value in values if not np.isnan(value)])
-    if len(values) < 2:
-        return np.nan
-    if np.ptp(values) == 0:
-        return float(values[0] == chance)
-    return float(stats.ttest_1samp(values, chance).pvalue)
+    return tables.paired_p(values - chance) if len(values) > 1 else np.nan
 
 
 def selection_rates(choices):
@@ -477,6 +473,14 @@ def names_only(choices):
         others = choices[choices.scene != scene]
         strengths[scene] = {} if others.empty else bradley_terry(others).strength
     return lambda scene, method: strengths.get(scene, {}).get(method, 0.0)
+
+
+def judge_names(choices):
+    """judge() of names_only; in "containing" each method is left out in turn, and has the others' mean strength."""
+    judged = judge(choices, names_only(choices))
+    for method in judged["containing"]:
+        judged["containing"][method] = judge(choices, names_only(without(choices, method)))["containing"][method]
+    return judged
 
 
 def without(choices, method):
