@@ -194,11 +194,54 @@ def utility_of(w, table):
     return value
 
 
+def judge_file(args, base, w, shift):
+    """WORK/judge.pth: the model of the reward file `base` with the head w of fit_head -> its path.
+
+    Its unit is that of the opinions: TEMPERATURE points are one of utility. shift: utility that has 50 points. It is
+    for judging; what it judges must not have been trained with the choices.
+    """
+    net, record = opinion.load(base)
+    points = train_opinion.TEMPERATURE
+    share = w[0].item() / points * net.stretch.item()
+    with torch.no_grad():
+        for layer in (net.linear, net.mlp[2]):
+            layer.weight *= share
+            layer.bias *= share
+        net.linear.weight += w[1:].float()
+        # the constant of the score is no part of the layers
+        net.linear.bias += w[0].item() / points * net.shift.item() - shift
+        net.stretch.fill_(points)
+        net.shift.fill_(50)
+    opinion.save(args.work / "judge.pth", net, {
+        "arch": record["arch"], "command": sys.argv, **runs.describe_machine(on_cpu=True), "init": record,
+        "choices": "sr_study, all; the head alone", "role": "judges; no network may be trained with it"})
+    return args.work / "judge.pth"
+
+
+def all_layers(base, choices, images, folds):
+    """{METHOD/SCENE: score} by models of which every layer learned the choices of the other folds, not the head alone.
+
+    images: {METHOD/SCENE: (3, H, W) uint8}.
+    """
+    found = {}
+    for fold in folds:
+        seen = choices[~choices.scene.isin(fold)]
+        net = opinion.load(base)[0]
+        train_opinion.fit(net, choices={
+            "images": [[images[f"{method}/{row.scene}"] for method in row.candidates] for row in seen.itertuples()],
+            "selected": torch.tensor([row.candidates.index(row.selected) for row in seen.itertuples()])},
+            epochs=1, lr=1e-4, crop=CROP, seed=SEED)
+        names = [name for name in images if name.split("/", 1)[1] in fold]
+        found |= dict(zip(names, train_opinion.score_whole(net, [images[name] for name in names])))
+    return found
+
+
 def study(args):
     """A judge: the head of a model that saw CLIVE's training images, fitted to the choices, on scenes it did not see.
 
-    Beside it: the model as it is, the hardened and the small ones of all splits, the method's name alone, sharpness
-    alone. With every method left out in turn as well: then judged on the pairs that contain it.
+    Beside it: all layers fitted to them, the model as it is, the hardened and the small ones of all splits, the
+    method's name alone, sharpness alone. With every method left out in turn as well: then judged on the pairs that
+    contain it. The judge of all scenes is WORK/judge.pth.
     """
     machine = runs.describe_machine(on_cpu=True)
     split = args.splits[0]
@@ -212,11 +255,12 @@ def study(args):
                              f"python -m experiments.opinions train {split}")
     tables, _ = read_study(args.study)
     best, pairs = tables["choices"], tables["pairs"]
-    net, table, values = models["plain"], {}, {name: {} for name in (*models, "sharpness")}
+    net, table, images, values = models["plain"], {}, {}, {name: {} for name in (*models, "sharpness")}
     sharp = iqa.create_reward(["rewards.sharpness:build"])
     with torch.no_grad():
         for name, file in tqdm(opinions.images_of(best, args.study).items(), desc="study", mininterval=5):
-            x = load_image(file)[None].float() / 255
+            images[name] = load_image(file)
+            x = images[name][None].float() / 255
             z = net.described(x)
             for model in models:
                 values[model][name] = (net.head(z) if model == "plain" else models[model](x)).item()
@@ -235,6 +279,12 @@ def study(args):
             found |= {name: value(*reversed(name.split("/", 1))) for name in table if name.split("/", 1)[1] in fold}
         return found
     values["judge"] = learned()
+    values["judge, all layers"] = {name: value / train_opinion.TEMPERATURE
+                                   for name, value in all_layers(files["plain"], best, images, folds).items()}
+    w = fit_head(table, best, penalty_by_scenes(table, best))
+    value = utility_of(w, table)
+    mean = np.mean([value(*reversed(name.split("/", 1))) for name in table])
+    file = judge_file(args, files["plain"], w, mean)
 
     def value_of(name):
         return lambda scene, method: values[name][f"{method}/{scene}"]
@@ -251,6 +301,7 @@ def study(args):
     runs.save_json(args.results / "study-judge.json", {
         "command": sys.argv, **machine, "model": f"{files['plain'].name}, trained on 80 % of CLIVE",
         "folds": len(folds), "seed": SEED, "scenes": len(scenes), "choices": len(best), "pair_choices": len(pairs),
+        "file": {"name": file.name, "sha256": runs.digest(file)},
         "ceilings": {"best": opinions.ceilings(best), "pairs": opinions.ceilings(pairs)},
         "rows": rows, "left_out": left_out})
     for name, row in rows.items():
@@ -299,11 +350,12 @@ def study_table(record):
     def cell(values, sign=""):
         mean, low, high = (f"{value:{sign}.2f}" for value in values)
         return f"{mean} [{low}, {high}]"
-    head, rows = ["the study", "pairs", "within scenes", "log likelihood"], []
+    head, rows = ["the study", "pairs", "p", "within scenes", "p", "log likelihood"], []
     for name, row in record["rows"].items():
         best = row["best"]
-        without = [cell(values[name]) for values in record["left_out"].values() if name in values]
-        rows.append([name, cell(best["pairs"]), cell(best["within"], "+"), cell(best["log_likelihood"]), *without])
+        without = [cell(values[name]) if name in values else "" for values in record["left_out"].values()]
+        rows.append([name, cell(best["pairs"]), f"{best['p']['pairs']:.3f}", cell(best["within"], "+"),
+                     f"{best['p']['within']:.3f}", cell(best["log_likelihood"]), *without])
     return runs.markdown([*head, *(f"{method} left out" for method in record["left_out"])], rows)
 
 
