@@ -232,12 +232,18 @@ def save_array(path, values):
     runs.write_atomic(path, write)
 
 
-def main(args):
-    world, _, files = options.start_images(args, "kernelgan")
-    for path in files.values():
+def check_sizes(files):
+    """UserError for the first image that is too small for the crops of the generator."""
+    for path in files:
         width, height = image_size(path)
         if min(width, height) < SMALLEST:
-            raise runs.UserError(f"{path}: {width}x{height} pixels, KernelGAN needs sides of at least {SMALLEST}")
+            raise runs.UserError(f"{path}: {width}x{height} pixels, KernelGAN needs sides of at least {SMALLEST}; "
+                                 "take the image out of the folder (selfsup.table1: or the row out of --rows)")
+
+
+def main(args):
+    world, _, files = options.start_images(args, "kernelgan")
+    check_sizes(files.values())
     for stem, path in list(files.items())[world.rank::world.size]:
         target = args.out / f"{stem}.npy"
         if target.exists():

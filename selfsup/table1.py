@@ -85,6 +85,7 @@ import archs
 import metrics
 from images import image_size, list_images
 from report import tables
+from selfsup import kernelgan
 
 
 def can_be_had(name):
@@ -175,6 +176,8 @@ def main(args):
             raise runs.UserError(f"{flag} {folder}: no such folder")
     arch, names = archs.load_x4(args.sr, "--sr")[1]["arch"], columns()
     gt = list_images(args.gt)
+    if "KernelGAN+ZSSR" in args.rows:
+        kernelgan.check_sizes(list_images(args.lq).values())
     places = make_rows(args)
     networks = {row: path for row, path in places.items() if row in ("start", "+SRTTA", "+LWay", "+full")}
     images = [path for row, path in places.items() if row not in networks]

@@ -65,6 +65,16 @@ def test_one_call_fills_the_table(folders, monkeypatch, capsys):
     assert [words[0] for words in started[count:]] == [words[0] for words in started[:count]]
 
 
+def test_an_image_too_small_for_a_row_is_named_before_hours_of_other_rows(folders, monkeypatch):
+    monkeypatch.setattr(options, "run", lambda *words: pytest.fail("began"))
+    monkeypatch.setattr(table1, "columns", lambda: ["psnr", "ssim"])
+    save_image(folders / "lq" / "small.png", astronaut(0, 0, 80))
+    args = table1.parse_args(["--hr", str(folders / "hr"), "--sr", str(folders / "sr.pth"), "--out", "out", "--lq",
+                              str(folders / "lq"), "--gt", str(folders / "gt")])
+    with pytest.raises(runs.UserError, match="small.png: 80x80 pixels, KernelGAN needs .* at least 84; take"):
+        table1.main(args)
+
+
 def test_some_rows_with_given_pretrainings(folders, monkeypatch):
     started = []
     monkeypatch.setattr(options, "run", lambda *words: started.append([str(word) for word in words]))
