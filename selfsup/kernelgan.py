@@ -48,13 +48,11 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch.nn.utils.parametrizations import spectral_norm
 
-from images import image_size, load_image, save_image
+from images import load_image, save_image
 from selfsup import kernels
 
 # side of the kernel; of the crops that G shrinks (64 -> 26) and that D compares (26 -> a map of 20 x 20)
 KERNEL, G_CROP, D_CROP = 13, 64, 26
-# CHOICE: a crop and room to move it
-SMALLEST = G_CROP + 20
 # every so many steps the learning rate falls by 10, and the weight of the bicubic term by 100
 FALL, RELAX = 750, 200
 # CHOICE: the bicubic term counts as met below this. KernelGAN's 0.4 belongs to another target, see Penalties
@@ -232,18 +230,9 @@ def save_array(path, values):
     runs.write_atomic(path, write)
 
 
-def check_sizes(files):
-    """UserError for the first image that is too small for the crops of the generator."""
-    for path in files:
-        width, height = image_size(path)
-        if min(width, height) < SMALLEST:
-            raise runs.UserError(f"{path}: {width}x{height} pixels, KernelGAN needs sides of at least {SMALLEST}; "
-                                 "take the image out of the folder (selfsup.table1: or the row out of --rows)")
-
-
 def main(args):
     world, _, files = options.start_images(args, "kernelgan")
-    check_sizes(files.values())
+    kernels.check_files(files.values())
     for stem, path in list(files.items())[world.rank::world.size]:
         target = args.out / f"{stem}.npy"
         if target.exists():

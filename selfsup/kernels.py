@@ -15,6 +15,10 @@ import torch.nn.functional as F
 from scipy import ndimage, signal
 
 import runs
+from images import image_size
+
+# CHOICE: a crop of KernelGAN's generator, 64 pixels, and room to move it
+SMALLEST = 64 + 20
 
 
 def mirrored(images, margin):
@@ -44,6 +48,15 @@ def check_sides(images, scale):
     if any(side % scale for side in images.shape[2:]):
         size = f"{images.shape[3]}x{images.shape[2]}"
         raise runs.UserError(f"{size} pixels do not divide by {scale}: crop the image first")
+
+
+def check_files(paths):
+    """UserError for the first image that is too small for KernelGAN."""
+    for path in paths:
+        width, height = image_size(path)
+        if min(width, height) < SMALLEST:
+            raise runs.UserError(f"{path}: {width}x{height} pixels, KernelGAN needs sides of at least {SMALLEST}; "
+                                 "take the image out of the folder (selfsup.table1: or the row out of --rows)")
 
 
 def downscale(images, kernel=None, scale=2):

@@ -42,8 +42,8 @@ def parse_args(argv=None):
                    help="sharp photographs (PAPER: DIV2K's training images)")
     g.add_argument("--val-photos", type=runs.SIZE, default=8, help="photographs held out for the checks (CHOICE)")
     g.add_argument("--degradation", choices=runs.literal("degradations", "PRESETS"), default="realesrgan",
-                   help="preset of degradations.py (PAPER: second order, realesrgan; lr-grid: noise and JPEG on the LR "
-                        "grid, as of cameras, of which realesrgan leaves little)")
+                   help="preset of degradations.py (PAPER: second order, realesrgan; lr-grid, CHOICE: a camera's order,"
+                        " blur, then noise and JPEG on the LR grid; blur: noise and JPEG before shrinking)")
     g.add_argument("--load-size", type=runs.SIZE, default=400,
                    help="window of the photograph that is degraded, in HR pixels (Real-ESRGAN)")
     g.add_argument("--group-size", type=runs.SIZE, default=4,
@@ -61,8 +61,8 @@ def parse_args(argv=None):
                    help="perceptual part of L_rec and distance of the controller: lpips (LWAY; CHOICE: VGG for L_rec, "
                         "AlexNet for the controller), vgg: cosine of VGG19's features, proxy: no weights")
     g.add_argument("--vgg-stages", type=runs.number(int, 1, 5), default=5,
-                   help="of --distance vgg; 2 takes a quarter of the time, but d is so small that Eq. 8 asks R for an "
-                        "s that it has not seen")
+                   help="of --distance vgg (CHOICE); 2 takes a quarter of the time, but d is so small that Eq. 8 asks R"
+                        " for an s that it has not seen")
     g.add_argument("--far-enc", choices=["clip", "vgg", "sr", "rand"], default="clip",
                    help="established encoder of FAR (Table 3): CLIP RN50 (PAPER), VGG19, a x4 network, random")
     options.add_files(p)

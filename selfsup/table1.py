@@ -85,7 +85,7 @@ import archs
 import metrics
 from images import image_size, list_images
 from report import tables
-from selfsup import kernelgan
+from selfsup import kernels
 
 
 def can_be_had(name):
@@ -114,10 +114,10 @@ def make_rows(args):
         places["ZSSR"] = args.out / "ZSSR"
         run("zssr", "--lr-dir", args.lq, "--out", places["ZSSR"])
     if "KernelGAN+ZSSR" in args.rows:
-        places["KernelGAN+ZSSR"], kernels = args.out / "KernelGAN+ZSSR", args.out / "kernels"
-        run("kernelgan", "--lr-dir", args.lq, "--out", kernels)
+        places["KernelGAN+ZSSR"], folder = args.out / "KernelGAN+ZSSR", args.out / "kernels"
+        run("kernelgan", "--lr-dir", args.lq, "--out", folder)
         # real photographs are noisy: noise on sons, no back-projection (CHOICE: the paper does not say)
-        run("zssr", "--lr-dir", args.lq, "--out", places["KernelGAN+ZSSR"], "--kernels", kernels, "--config",
+        run("zssr", "--lr-dir", args.lq, "--out", places["KernelGAN+ZSSR"], "--kernels", folder, "--config",
             "kernelgan-real")
     if "+SRTTA" in args.rows:
         places["+SRTTA"] = args.out / "srtta"
@@ -177,7 +177,7 @@ def main(args):
     arch, names = archs.load_x4(args.sr, "--sr")[1]["arch"], columns()
     gt = list_images(args.gt)
     if "KernelGAN+ZSSR" in args.rows:
-        kernelgan.check_sizes(list_images(args.lq).values())
+        kernels.check_files(list_images(args.lq).values())
     places = make_rows(args)
     networks = {row: path for row, path in places.items() if row in ("start", "+SRTTA", "+LWay", "+full")}
     images = [path for row, path in places.items() if row not in networks]

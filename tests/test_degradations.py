@@ -242,6 +242,21 @@ def test_a_lane_depends_on_its_own_image_and_seeds_alone(name):
         assert torch.equal(full, alone) and torch.equal(full, halves) and torch.equal(full, backwards)
 
 
+def test_lr_grid_leaves_noise_and_blocks_in_the_lr_image_and_blur_does_not():
+    images = photos(96).repeat(4, 1, 1, 1)
+    strengths, steps = {}, {}
+    for name in ("lr-grid", "blur"):
+        silent = dict(PRESETS[name], rounds=[dict(r, gaussian_sigma=(0, 0), poisson_scale=(0.0, 0.0))
+                                             for r in PRESETS[name]["rounds"]])
+        with_noise, without = (degrade(images, preset, range(24), range(24)) * 255 for preset in (name, silent))
+        strengths[name] = (with_noise - without).std((1, 2, 3)).median().item()
+        # steps between neighbours at the borders of 8 x 8 blocks against all others
+        across = without.diff(dim=3).abs().mean((0, 1, 2))
+        steps[name] = (across[7::8].mean() / across[torch.arange(len(across)) % 8 != 7].mean()).item()
+    assert strengths["lr-grid"] > 4 and strengths["blur"] < 2.5, strengths
+    assert steps["lr-grid"] > steps["blur"] + 0.1, steps
+
+
 def test_seeds_decide_the_result():
     image = photos(64)[:1]
     first = degrade(image, "two-round", [1], [2])
