@@ -85,7 +85,7 @@ SCALES = {
                     --save-every 25 --val-every 50""",
         seeds=[0, 1, 2], metrics=("psnr", "ssim", "vgg", "niqe"), pairs=20, crops=64,
         fig7=("baseline", "controller"), fig8=("FAR", "both", "FAR-long")),
-    # eight tunings in less than eight minutes on an H100
+    # eight tunings sized for eight minutes of one device of the class of an H100
     "gpu": dict(
         rows=ROWS | {"baseline": ("FAR", "--no-far"), "controller": ("both", "--no-far")},
         plan={"inside": ["both", "baseline", "controller", "FAR", "flipped"], "realsr": ["both", "baseline"],
