@@ -225,12 +225,8 @@ def all_layers(base, choices, images, folds):
     """
     found = {}
     for fold in folds:
-        seen = choices[~choices.scene.isin(fold)]
-        net = opinion.load(base)[0]
-        train_opinion.fit(net, choices={
-            "images": [[images[f"{method}/{row.scene}"] for method in row.candidates] for row in seen.itertuples()],
-            "selected": torch.tensor([row.candidates.index(row.selected) for row in seen.itertuples()])},
-            epochs=1, lr=1e-4, crop=CROP, seed=SEED)
+        net, seen = opinion.load(base)[0], train_opinion.shown(choices[~choices.scene.isin(fold)], images)
+        train_opinion.fit(net, choices=seen, epochs=1, lr=1e-4, crop=CROP, seed=SEED)
         names = [name for name in images if name.split("/", 1)[1] in fold]
         found |= dict(zip(names, train_opinion.score_whole(net, [images[name] for name in names])))
     return found

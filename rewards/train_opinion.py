@@ -363,12 +363,18 @@ def read_choices(path, folder, crop, columns=None, methods=None, pattern=None):
         print(f"{path}: {line}")
     loaded = {name: loaded[name] for name in opinions.names_of(table)}
     check_size(loaded.values(), [files[name] for name in loaded], crop)
-    images = [[loaded[f"{method}/{row.scene}"] for method in row.candidates] for row in table.itertuples()]
-    for row, candidates in zip(table.itertuples(), images):
+    choices = shown(table, loaded)
+    for row, candidates in zip(table.itertuples(), choices["images"]):
         if len({image.shape for image in candidates}) > 1:
             raise runs.UserError(f"--choices {path}: the images of scene {row.scene} differ in size")
-    selected = [row.candidates.index(row.selected) for row in table.itertuples()]
-    return {"table": table, "images": images, "selected": torch.tensor(selected)}
+    return {"table": table, **choices}
+
+
+def shown(table, images):
+    """{"images", "selected"} of choices, for `fit`. images: {METHOD/SCENE: (3, H, W) uint8}."""
+    rows = list(table.itertuples())
+    return {"images": [[images[f"{method}/{row.scene}"] for method in row.candidates] for row in rows],
+            "selected": torch.tensor([row.candidates.index(row.selected) for row in rows])}
 
 
 def check_size(images, files, crop):
