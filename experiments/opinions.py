@@ -242,7 +242,7 @@ def study(args):
     machine = runs.describe_machine(on_cpu=True)
     split = args.splits[0]
     files = {"plain": args.work / f"plain-{split}.pth"}
-    others = ("hard-*.pth", "norm-*.pth", "small-*.pth")
+    others = ("hard-*.pth", "mild-*.pth", "norm-*.pth", "small-*.pth")
     files |= {path.stem: path for pattern in others for path in sorted(args.work.glob(pattern))}
     files["ranker2"] = runs.REPO / "rewards" / "ranker2.pth"
     models = {name: opinion.load(file)[0] for name, file in files.items() if file.exists()}
@@ -286,6 +286,8 @@ def study(args):
         return lambda scene, method: values[name][f"{method}/{scene}"]
     rows = {name: {"best": opinions.judge(best, value_of(name)), "pairs": opinions.judge(pairs, value_of(name))}
             for name in values}
+    for name, row in rows.items():
+        row["like_sharpness"] = likeness(values[name], values["sharpness"], scenes)
     rows["name of the method"] = {"best": opinions.judge_names(best)}
     left_out = {}
     for method in METHODS:
@@ -302,6 +304,13 @@ def study(args):
         "rows": rows, "left_out": left_out})
     for name, row in rows.items():
         print(f"{name:<20} pairs {row['best']['pairs'][0]:.3f}  within {row['best']['within'][0]:+.3f}")
+
+
+def likeness(values, others, scenes):
+    """Spearman's correlation of two {METHOD/SCENE: value} over the methods, the mean of the scenes."""
+    def of_scene(table, scene):
+        return [table[f"{method}/{scene}"] for method in METHODS]
+    return float(np.mean([spearmanr(of_scene(values, scene), of_scene(others, scene)).statistic for scene in scenes]))
 
 
 def penalty_by_scenes(table, choices, grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
@@ -346,12 +355,13 @@ def study_table(record):
     def cell(values, sign=""):
         mean, low, high = (f"{value:{sign}.2f}" for value in values)
         return f"{mean} [{low}, {high}]"
-    head, rows = ["the study", "pairs", "p", "within scenes", "p", "log likelihood"], []
+    head, rows = ["the study", "pairs", "p", "within scenes", "p", "like sharpness", "log likelihood"], []
     for name, row in record["rows"].items():
         best = row["best"]
         without = [cell(values[name]) if name in values else "" for values in record["left_out"].values()]
+        like = f"{row['like_sharpness']:+.2f}" if "like_sharpness" in row else ""
         rows.append([name, cell(best["pairs"]), f"{best['p']['pairs']:.3f}", cell(best["within"], "+"),
-                     f"{best['p']['within']:.3f}", cell(best["log_likelihood"]), *without])
+                     f"{best['p']['within']:.3f}", like, cell(best["log_likelihood"]), *without])
     return runs.markdown([*head, *(f"{method} left out" for method in record["left_out"])], rows)
 
 

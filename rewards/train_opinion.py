@@ -4,10 +4,12 @@
     python -m rewards.train_opinion --choices choices.csv --choice-images STUDY --out runs/rewards/study.pth
     python -m rewards.train_opinion --init runs/rewards/clive.pth --harden ... --out runs/rewards/clive-hard.pth
     python -m rewards.train_opinion --arch ranker --crop 128 --epochs 12 --mos ... --out rewards/ranker2.pth
+    python -m rewards.train_opinion --arch ranker --init random --crop 128 --epochs 24 --mos ... --out runs/small.pth
 
 The result is a reward file for --reward. Networks: MobileNetV2 or VGG19 with ImageNet weights and regression on pooled
 features of several depths, which starts at ridge regression, or the small net of rewards/ranker.py, which knows
-distortions. Every image is seen as random crops, mirrored or not: neither changes its quality, as a resize would.
+distortions unless it begins with random weights. Every image is seen as random crops, mirrored or not: neither changes
+its quality, as a resize would.
 docs/opinions.md has measurements.
 
 - Mean opinion scores: smooth L1, and over the pairs of a batch the fidelity loss of UNIQUE (Zhang et al., TIP 2021,
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import runs
 
+RANDOM = Path("random")
 # CHOICE: per architecture, AdamW's peak rate
 RATES = {"mobilenet_v2": 2e-4, "vgg19": 5e-5, "ranker": 2e-3}
 
@@ -32,7 +35,8 @@ def parse_args(argv=None):
     g.add_argument("--backbone", type=Path, metavar="FILE",
                    help="ImageNet weights with torchvision's keys instead of its download; prepare.mobilenet_v2 and "
                         "prepare.vgg19 convert public 8-bit ones")
-    g.add_argument("--init", type=Path, metavar="FILE.pth", help="begin with this reward file instead")
+    g.add_argument("--init", type=Path, metavar="FILE.pth|random",
+                   help="begin with this reward file instead, or with random weights")
     g = p.add_argument_group("opinions; the forms of the files are described in report/opinions.py")
     g.add_argument("--mos", type=Path, metavar="CSV", help="mean opinion scores: image, mos[, std]")
     g.add_argument("--mos-images", type=Path, metavar="DIR", help="their images")
@@ -66,7 +70,7 @@ def parse_args(argv=None):
             p.error(f"--{name} needs the folder of its images: --{folder.replace('_', '-')} DIR")
     if not (args.mos or args.choices):
         p.error("nothing to learn from: give --mos, --choices or both")
-    if args.harden and not (args.init and args.mos):
+    if args.harden and not (args.init and args.init != RANDOM and args.mos):
         p.error("--harden keeps the scale of a trained model: give --init FILE.pth, and its --mos")
     if args.gradient_norm and not args.mos:
         p.error("--gradient-norm is taken on the images of --mos")
@@ -395,7 +399,9 @@ def main(args):
     device = runs.start_world(args.device, args.threads).device
     torch.manual_seed(args.seed)
     record = {"arch": args.arch, "command": sys.argv, **runs.describe_machine(device.type == "cpu")}
-    if args.init:
+    if args.init == RANDOM:
+        net = opinion.ARCHITECTURES[args.arch]()
+    elif args.init:
         net, begun = opinion.load(args.init)
         record |= {"arch": begun["arch"], "init": begun}
     elif args.arch == "ranker":
@@ -418,7 +424,7 @@ def main(args):
     settings = {"epochs": args.epochs, "lr": args.lr or RATES[record["arch"]], "batch_size": args.batch_size,
                 "crop": args.crop, "seed": args.seed, "harden_weight": args.harden,
                 "gradient_norm": args.gradient_norm}
-    if not args.init and args.arch != "ranker":
+    if args.init in (None, RANDOM) and args.arch != "ranker":
         seen = mos["images"] if mos else [image for images in choices["images"] for image in images]
         features = crop_features(net, seen, args.crop, args.seed)
         if mos:

@@ -346,6 +346,14 @@ def test_the_command_trains_judges_and_names_what_is_wrong(script, tmp_path):
         [*map(str, flags), "--crop", "64", "--epochs", "0", "--out", str(tmp_path / "begun.pth")]))
     begun, own = opinion.load(tmp_path / "begun.pth")[0], load_ranker()
     assert all(torch.equal(value, begun.state_dict()[key]) for key, value in own.state_dict().items())
+    # or random weights, of the seed
+    train_opinion.main(train_opinion.parse_args(
+        [*map(str, flags), "--init", "random", "--seed", "3", "--crop", "64", "--epochs", "0",
+         "--out", str(tmp_path / "random.pth")]))
+    begun = opinion.load(tmp_path / "random.pth")[0]
+    torch.manual_seed(3)
+    assert all(torch.equal(value, begun.state_dict()[key])
+               for key, value in opinion.ARCHITECTURES["ranker"]().state_dict().items())
     # from a file, and from choices alone
     for method, level in (("clean", 3), ("noisy", 30)):
         for k, image in enumerate(noisy([level, level + 3], 80)):
@@ -360,6 +368,7 @@ def test_the_command_trains_judges_and_names_what_is_wrong(script, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(
         judge.parameters(), opinion.load(tmp_path / "noise.pth")[0].parameters()))
     for words, message in ((["--crop", 128], "less than a crop"), (["--harden"], "--init"),
+                           (["--harden", "--init", "random"], "--harden keeps the scale of a trained model"),
                            (["--mos-images", tmp_path / "none"], "none")):
         failed = script("rewards.train_opinion", *flags, *words, "--out", tmp_path / "x.pth", check=False)
         assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
