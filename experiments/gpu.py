@@ -27,7 +27,7 @@ JOBS = {
 # {experiment: (its module, flags that a device machine needs)}: only by name, each as long as --minutes, with its data
 # and runs/vgg19.pth where experiments/README.md says; no metric that is a package of its own
 EXPERIMENTS = {"paper_network": ("paper_network", ("--scale gpu --jobs 1 --seeds 0 --unseen --slow "
-                                                   "--rewards rewards/ranker2.pth ranker").split()),
+                                                   "--rewards rewards/ranker3.pth ranker").split()),
                "selfsup": ("self_supervision", "--scale gpu".split()),
                "dpo": ("preferences", ("--scale gpu --jobs 1 --seeds 0 "
                                        "--watch psnr rewards.cnniqa:build ranker").split())}

@@ -244,7 +244,7 @@ def study(args):
     files = {"plain": args.work / f"plain-{split}.pth"}
     others = ("hard-*.pth", "mild-*.pth", "norm-*.pth", "small-*.pth")
     files |= {path.stem: path for pattern in others for path in sorted(args.work.glob(pattern))}
-    files["ranker2"] = runs.REPO / "rewards" / "ranker2.pth"
+    files |= {name: runs.REPO / "rewards" / f"{name}.pth" for name in ("ranker2", "ranker3")}
     models = {name: opinion.load(file)[0] for name, file in files.items() if file.exists()}
     if "plain" not in models:
         raise runs.UserError(f"{files['plain']}: no such model; make it with: "

@@ -76,7 +76,8 @@ def parse_args(argv=None):
                    default=[DATA / "weights" / "sr" / f"{name}_fp16.pth" for name in
                             ("4xLSDIRCompactC3", "realesr-general-wdn-x4v3", "realesr-general-x4v3")])
     p.add_argument("--rewards", nargs="+", metavar="NAME",
-                   default=["weights/downloads/opinion.pth", "rewards.cnniqa:build", "ranker", "rewards/ranker2.pth"],
+                   default=["weights/downloads/opinion.pth", "rewards.cnniqa:build", "ranker", "rewards/ranker2.pth",
+                            "rewards/ranker3.pth"],
                    help="quality models; the first, which agreed best with people's opinions of photographs when the "
                         "first row was trained, is the reward of sma, amo and tuning, the others of one amo each")
     p.add_argument("--unseen", nargs="*", default=["niqe", "brisque", "piqe"], metavar="NAME",

@@ -18,10 +18,10 @@ differed (tau 0.6), 150 steps of 8 pairs were gradient noise, and the no-referen
 - tau is 1, as in training. A generator is worth tuning if on held-out photographs the mean of its samples has at least
   1 dB more PSNR than its base, and if on the scale of the pool its reward is within 0.02 of the best of the tried tau.
   If not, the report says what was reached; nothing is left out.
-- Reward: half SSIM and VGG distance, half ranker2, the one model at hand that agrees with people on SR outputs better
-  than chance (docs/results-human.md, where CLIPIQA, a download, does as well: --nr clipiqa). Pairs are chosen on each
-  image's own scale if in the first pool the correlation of each half with the sum is then between 0.4 and 0.9, for all
-  seeds alike; networks are compared on that of an average image.
+- Reward: half SSIM and VGG distance, half ranker3, of the models at hand the one that agrees best with people on SR
+  outputs, as sharpness does (docs/results-human.md). Pairs are chosen on each image's own scale if in the first pool
+  the correlation of each half with the sum is then between 0.4 and 0.9, for all seeds alike; networks are compared on
+  that of an average image.
 - lr 2e-5 and beta 5000 are the paper's. The weights of the check with the best held-out reward count.
 - Three seeds, each with a generator and a pool of its own, for the untuned generator, 1 of 4 and HPO; one for the other
   arms. A difference is the mean over test photographs of (mean over common seeds of A - B). It is in bold, and a sign
@@ -82,9 +82,9 @@ def parse_args(argv=None):
                    metavar="DIR", help="further photographs of the test")
     p.add_argument("--base", type=runs.CHECKPOINT, metavar="FILE", help="frozen x4 network; default: the scale's")
     p.add_argument("--fr", nargs="+", default=["ssim", "vgg"], metavar="NAME", help="full-reference half of the reward")
-    p.add_argument("--nr", nargs="+", default=["rewards/ranker2.pth"], metavar="NAME", help="no-reference half")
+    p.add_argument("--nr", nargs="+", default=["rewards/ranker3.pth"], metavar="NAME", help="no-reference half")
     p.add_argument("--watch", nargs="*", metavar="NAME", help="metrics outside the reward",
-                   default=["psnr", "rewards.cnniqa:build", "ranker", "gmsd", "brisque", "piqe"])
+                   default=["psnr", "rewards/ranker2.pth", "rewards.cnniqa:build", "ranker", "gmsd", "brisque", "piqe"])
     p.add_argument("--metric-weights", nargs="*", metavar="NAME=FILE",
                    default=[f"brisque={DATA / 'weights' / 'iqa' / 'brisque_svm_weights.pth'}"])
     p.add_argument("--vgg-weights", type=Path, default=Path("runs/vgg19.pth"), metavar="FILE",

@@ -7,7 +7,8 @@ up again): +1 says that a change nobody sees is worth as much as all the detail 
 starts: the photographs, and their bicubic images. An attack goes two ways along the sign of the gradient, see WAYS,
 since a hardened model may bend its gradient so that one of them finds nothing. What counts is the best of all images on
 both ways and of those within smaller limits, rounded to 8 bits. With several rewards the images found on each are
-judged by all others: what transfers fools more than one model.
+judged by all others: what transfers fools more than one model. A second table has what every reward says of faults that
+need no attack: noise, halos, ringing and patterns on the photographs. A reward of mere sharpness likes them.
 """
 import sys
 from pathlib import Path
@@ -45,6 +46,7 @@ import torch
 
 import degradations
 import iqa
+import metrics
 from images import list_images, load_image
 from rewards import harden
 from rewards.train_ranker import training_photos
@@ -91,12 +93,27 @@ def ascend(score, start, level, seed, smaller=None):
     return found
 
 
-def measure(rewards, photos, levels, seed=0, batch=5):
-    """{name: {"photo", "bicubic", "D", "gains"}} of {name: reward}. photos: (N, 3, H, W), 8-bit.
+def faults(photos, seed=0):
+    """{fault: the 8-bit photos (N, 3, H, W) with it}: high frequencies that are no detail, by strength.
 
-    gains: {start: {level: {judge: N changes of the judge's score}}}, the judges being all rewards. Not divided by D.
+    Noise and checkerboard: grey levels; unsharp: amount.
     """
-    starts = {"photo": photos, "bicubic": harden.bicubic(photos)}
+    noise = degradations.normal_field(photos.shape, seed).to(photos.device)
+    pattern = harden.checkerboard(*photos.shape[2:], 2).to(photos.device)
+    return {"noise 3": degradations.to_8bit(photos + 3 / 255 * noise),
+            "noise 10": degradations.to_8bit(photos + 10 / 255 * noise),
+            "unsharp 1": metrics.unsharp(photos, 1.0), "unsharp 4": metrics.unsharp(photos, 4.0),
+            "ringing": degradations.to_8bit(harden.ringing(photos, 0.5, 1.5)),
+            "checkerboard 3": degradations.to_8bit(photos + 3 / 255 * pattern)}
+
+
+def measure(rewards, photos, levels, seed=0, batch=5):
+    """{name: {"photo", "bicubic", "D", "faults", "gains"}} of {name: reward}. photos: (N, 3, H, W), 8-bit.
+
+    gains: {start: {level: {judge: N changes of the judge's score}}}, the judges being all rewards; faults: {fault: N
+    changes of its score}. Not divided by D.
+    """
+    starts, faulty = {"photo": photos, "bicubic": harden.bicubic(photos)}, faults(photos)
 
     def score(reward, images):
         with torch.no_grad():
@@ -113,7 +130,8 @@ def measure(rewards, photos, levels, seed=0, batch=5):
                 gains.setdefault(start, {})[f"{level:g}"] = {
                     judge: (score(other, found) - before[judge][start]).tolist() for judge, other in rewards.items()}
         means = {start: value.mean().item() for start, value in before[name].items()}
-        table[name] = means | {"D": means["photo"] - means["bicubic"], "gains": gains}
+        changes = {fault: (score(reward, x) - before[name]["photo"]).tolist() for fault, x in faulty.items()}
+        table[name] = means | {"D": means["photo"] - means["bicubic"], "faults": changes, "gains": gains}
     return table
 
 
@@ -159,6 +177,10 @@ def main(args):
             for (attacked, judge), gains in in_units(table).items()]
     print(f"{len(photos)} photographs; gains in units of the judge's D, by start and grey levels")
     print(runs.markdown(["attacked", "judge", "D", *columns], rows))
+    rows = [[name, *(f"{np.mean(changes) / entry['D'] if entry['D'] > 0 else np.nan:+.2f}"
+                     for changes in entry["faults"].values())] for name, entry in table.items()]
+    print("\nchanges of the score by faults of the photographs, units of D; amplitudes in grey levels")
+    print(runs.markdown(["judge", *faults(photos)], rows))
     if args.out_json:
         runs.save_json(args.out_json, {
             "command": sys.argv, **runs.describe_machine(device.type == "cpu"), "photos": len(photos),

@@ -3,8 +3,8 @@
     python -m rewards.train_opinion --mos labels.csv --mos-images PHOTOS --out runs/rewards/clive.pth
     python -m rewards.train_opinion --choices choices.csv --choice-images STUDY --out runs/rewards/study.pth
     python -m rewards.train_opinion --init runs/rewards/clive.pth --harden ... --out runs/rewards/clive-hard.pth
-    python -m rewards.train_opinion --arch ranker --crop 128 --epochs 12 --mos ... --out rewards/ranker2.pth
-    python -m rewards.train_opinion --arch ranker --init random --crop 128 --epochs 24 --mos ... --out runs/small.pth
+    python -m rewards.train_opinion --arch ranker --crop 128 --epochs 12 ... --out rewards/ranker2.pth
+    python -m rewards.train_opinion --arch ranker --init random --crop 128 --epochs 24 ... --out rewards/ranker3.pth
 
 The result is a reward file for --reward. Networks: MobileNetV2 or VGG19 with ImageNet weights and regression on pooled
 features of several depths, which starts at ridge regression, or the small net of rewards/ranker.py, which knows

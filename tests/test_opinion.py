@@ -428,9 +428,11 @@ def test_choices_with_a_truncated_image_are_left_out(tmp_path, capsys):
         train_opinion.read_choices(tmp_path / "choices.csv", tmp_path / "study", 32)
 
 
-def test_the_embedded_model_of_opinions_says_what_made_it_and_prefers_photographs(photographs):
-    net, record = opinion.load(runs.REPO / "rewards" / "ranker2.pth")
+@pytest.mark.parametrize("name", ["ranker2", "ranker3"])
+def test_the_embedded_models_of_opinions_say_what_made_them_and_prefer_photographs(photographs, name):
+    net, record = opinion.load(runs.REPO / "rewards" / f"{name}.pth")
     assert record["arch"] == "ranker" and record["mos"]["images"] == 1162 and record["commit"]
+    assert f"rewards/{name}.pth" in record["command"]
     x = torch.stack([image[:, :128, :128] for image in photographs.values()])
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     photos, small = net(x), net(harden.bicubic(x))
@@ -522,6 +524,27 @@ def test_the_attack_is_no_worse_than_what_was_found_within_a_smaller_limit():
     peak = torch.full_like(start, 101 / 255)
     assert torch.equal(attack.ascend(score, start, 4, 0, smaller=peak), peak)
     assert score(attack.ascend(score, start, 4, 0)) < score(peak)
+
+
+def test_faults_add_high_frequencies_that_the_embedded_ranker_dislikes_and_sharpness_likes():
+    photos = attack.read_photos(None, 3, 128)
+    # away from black and white, so that nothing is clipped
+    photos = degradations.to_8bit(0.3 + 0.4 * photos)
+    found = attack.faults(photos)
+    changes = {name: 255 * (image - photos) for name, image in found.items()}
+    assert changes["noise 3"].std().item() == pytest.approx(3, abs=0.1)
+    assert changes["noise 10"].std().item() == pytest.approx(10, abs=0.3)
+    board = changes["checkerboard 3"].round()
+    assert set(board.unique().tolist()) == {-3, 3} and (board[..., 1:] == -board[..., :-1]).all()
+    assert changes["unsharp 4"].std() > 2 * changes["unsharp 1"].std() > 0 < changes["ringing"].std()
+    ranker, sharp = iqa.create_reward(["ranker"]), iqa.create_reward(["rewards.sharpness:build"])
+    for name in ("noise 10", "unsharp 4", "checkerboard 3"):
+        assert (sharp(found[name]) > sharp(photos)).all()
+        assert (ranker(found[name]) < ranker(photos)).all()
+    # in the table, by fault and photograph
+    table = attack.measure({"r": ranker}, photos, [])
+    assert set(table["r"]["faults"]) == set(found)
+    assert table["r"]["faults"]["noise 3"] == pytest.approx((ranker(found["noise 3"]) - ranker(photos)).tolist())
 
 
 def test_gains_are_the_judges_own_and_in_units_of_its_scale():
