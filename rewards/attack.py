@@ -24,8 +24,8 @@ def parse_args(argv=None):
     p.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
     p.add_argument("--count", type=runs.SIZE, default=10, help="at most so many photographs, the first by name")
     p.add_argument("--crop", type=runs.number(int, 32), default=256, help="side of their centre crops, pixels")
-    p.add_argument("--levels", type=runs.RATE, nargs="+", default=[1, 2, 4],
-                   help="limits of the change of every value, grey levels")
+    p.add_argument("--levels", type=runs.RATE, nargs="*", default=[1, 2, 4],
+                   help="limits of the change of every value, grey levels; none: the second table alone")
     p.add_argument("--seed", type=runs.COUNT, default=0, help="of the random points")
     p.add_argument("--out-json", type=Path, help="write the numbers here")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it runs")
@@ -175,12 +175,14 @@ def main(args):
     columns = [f"{start} {level:g}" for start in ("photo", "bicubic") for level in args.levels]
     rows = [[attacked, judge, f"{table[judge]['D']:.1f}", *(f"{gains[column]:+.2f}" for column in columns)]
             for (attacked, judge), gains in in_units(table).items()]
-    print(f"{len(photos)} photographs; gains in units of the judge's D, by start and grey levels")
-    print(runs.markdown(["attacked", "judge", "D", *columns], rows))
-    rows = [[name, *(f"{np.mean(changes) / entry['D'] if entry['D'] > 0 else np.nan:+.2f}"
+    print(f"{len(photos)} photographs")
+    if args.levels:
+        print("gains in units of the judge's D, by start and grey levels")
+        print(runs.markdown(["attacked", "judge", "D", *columns], rows) + "\n")
+    rows = [[name, f"{entry['D']:.1f}", *(f"{np.mean(changes) / entry['D'] if entry['D'] > 0 else np.nan:+.2f}"
                      for changes in entry["faults"].values())] for name, entry in table.items()]
-    print("\nchanges of the score by faults of the photographs, units of D; amplitudes in grey levels")
-    print(runs.markdown(["judge", *faults(photos)], rows))
+    print("changes of the score by faults of the photographs, in units of D; noise and checkerboard: grey levels")
+    print(runs.markdown(["judge", "D", *faults(photos)], rows))
     if args.out_json:
         runs.save_json(args.out_json, {
             "command": sys.argv, **runs.describe_machine(device.type == "cpu"), "photos": len(photos),

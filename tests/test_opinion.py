@@ -1,5 +1,6 @@
 """Rewards trained on opinions: losses against brute force, files, crops, hardening, attacks on known models."""
 import itertools
+import json
 import math
 
 import numpy as np
@@ -526,7 +527,7 @@ def test_the_attack_is_no_worse_than_what_was_found_within_a_smaller_limit():
     assert score(attack.ascend(score, start, 4, 0)) < score(peak)
 
 
-def test_faults_add_high_frequencies_that_the_embedded_ranker_dislikes_and_sharpness_likes():
+def test_faults_add_high_frequencies_that_the_embedded_ranker_dislikes_and_sharpness_likes(tmp_path, capsys):
     photos = attack.read_photos(None, 3, 128)
     # away from black and white, so that nothing is clipped
     photos = degradations.to_8bit(0.3 + 0.4 * photos)
@@ -545,6 +546,16 @@ def test_faults_add_high_frequencies_that_the_embedded_ranker_dislikes_and_sharp
     table = attack.measure({"r": ranker}, photos, [])
     assert set(table["r"]["faults"]) == set(found)
     assert table["r"]["faults"]["noise 3"] == pytest.approx((ranker(found["noise 3"]) - ranker(photos)).tolist())
+    # without an attack
+    attack.main(attack.parse_args(["--reward", "ranker", "rewards.sharpness:build", "--levels", "--count", "2",
+                                   "--crop", "64", "--threads", "1", "--out-json", str(tmp_path / "faults.json")]))
+    record = json.loads((tmp_path / "faults.json").read_text())["rewards"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and "attacked" not in "".join(lines)
+    cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
+    sharp = record["rewards.sharpness:build"]
+    assert cells[2:] == [f"{np.mean(changes) / sharp['D']:+.2f}" for changes in sharp["faults"].values()]
+    assert float(cells[3]) > 0 and record["ranker"]["gains"] == {}
 
 
 def test_gains_are_the_judges_own_and_in_units_of_its_scale():
