@@ -71,7 +71,7 @@ from rewards.ranker import load_ranker
 
 CROP, SEED = 224, 0
 IN_WORDS = {"ridge": "ridge regression", "hard": "hardened", "mild": "hardened mildly", "norm": "gradient norm",
-            "small": "small network", "small-hard": "small, hardened", "small-random": "small, from random weights"}
+            "small": "small network", "small-hard": "small, hardened", "small-random": "small, random start"}
 
 
 def train(args, mos, features, split, name):
