@@ -109,6 +109,7 @@ def parse_args(argv=None):
 # --help needs no torch: seconds
 ARGS = parse_args() if __name__ == "__main__" else None
 
+import itertools
 import json
 import shutil
 import signal
@@ -299,17 +300,19 @@ FILTERS = {"blur": lambda image, sigma: gaussian_blur(image, 2 * round(3 * sigma
            "unsharp": metrics.unsharp}
 
 
-def control(args, name, equal):
+def control(args, where, name, equal):
     """RESULTS/start-NAME-of-equal-EQUAL.json: the start's outputs, filtered until they have amo's mean PSNR or reward.
 
-    Where no strength comes nearer than the start itself, the row says so and has the start's scores.
+    where: amo of this training set; rows of all sets but the first name it at their end. Where no strength comes nearer
+    than the start itself, the row says so and has the start's scores.
     """
-    row, metric = f"start-{name}-of-equal-{equal}", equal if equal == "psnr" else args.rewards[0]
+    row = f"start-{name}-of-equal-{equal}" + ("" if where == next(iter(SETS)) else f"-{where}")
+    metric = equal if equal == "psnr" else args.rewards[0]
     file, used = args.results / f"{row}.json", {}
     if file.exists():
         return
     amo = [record["scores"] for of, record in read_rows(args).items()
-           if of in {f"{args.sets[0]}-amo-{seed}" for seed in args.seeds}]
+           if of in {f"{where}-amo-{seed}" for seed in args.seeds}]
     reward = jobs.judge(args.rewards[0], args.metric_weights) if equal == "reward" else None
     for test in TESTS:
         goal = float(np.mean([values[metric] for scores in amo for values in scores[test].values()]))
@@ -436,9 +439,8 @@ def main(args):
     if "tune" in args.stages:
         jobs.parallel(args.jobs, [partial(tune_row, args, name, seed) for seed in args.seeds for name in VARIANTS])
     if "controls" in args.stages:
-        for name in FILTERS:
-            for equal in ("psnr", "reward"):
-                control(args, name, equal)
+        for where, name, equal in itertools.product(args.sets, FILTERS, ("psnr", "reward")):
+            control(args, where, name, equal)
     if "judge" in args.stages:
         complete(args)
     if "slow" in args.stages and args.slow:

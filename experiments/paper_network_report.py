@@ -141,7 +141,8 @@ def pairs_of(groups, sets):
     chosen += [(row, other) for row in tuned for other in tuned
                if row.endswith(("+naive", "+layers")) and "+lora" in other]
     chosen += [(row, "start") for row in groups if row.startswith("start-")]
-    # the rule on controls, asked directly; added after the runs
-    chosen += [(row, control) for row in ("soft-amo", "soft-amo+lora4") for control in groups
-               if control.startswith("start-")]
+    # the rule on controls, asked directly; added after the runs. Those of the first set's amo do not name it
+    for control in (row for row in groups if row.startswith("start-")):
+        where = next((where for where in sets if control.endswith(f"-{where}")), next(iter(sets)))
+        chosen += [(row, control) for row in (f"{where}-amo", f"{where}-amo+lora4")]
     return [(a, b) for a, b in dict.fromkeys(chosen) if a in groups and b in groups]

@@ -32,13 +32,16 @@ def test_the_plan_has_three_seeds_of_three_samplers_and_one_of_the_rest():
 @pytest.mark.fast
 def test_the_differences_are_the_ones_fixed_before_the_runs():
     groups = ["start", "soft-orig", "soft-rand", "soft-amo", "soft-sma", "soft-amo-ranker", "soft-amo+lora4",
-              "soft-amo+naive", "soft-amo-perturbed", "soft-orig-perturbed", "start-blur-of-equal-psnr"]
+              "soft-amo+naive", "soft-amo-perturbed", "soft-orig-perturbed", "start-blur-of-equal-psnr", "sharp-amo",
+              "start-blur-of-equal-psnr-sharp"]
     pairs = paper_network_report.pairs_of(groups, ["soft", "sharp"])
     for pair in (("soft-amo", "soft-orig"), ("soft-amo", "soft-rand"), ("soft-rand", "soft-orig"),
                  ("soft-amo-perturbed", "soft-orig-perturbed"), ("soft-amo", "start"),
                  ("soft-amo-ranker", "soft-orig"), ("soft-amo+lora4", "soft-amo"),
-                 ("soft-amo+naive", "soft-amo+lora4"), ("start-blur-of-equal-psnr", "start")):
+                 ("soft-amo+naive", "soft-amo+lora4"), ("start-blur-of-equal-psnr", "start"),
+                 ("soft-amo", "start-blur-of-equal-psnr"), ("sharp-amo", "start-blur-of-equal-psnr-sharp")):
         assert pair in pairs, pair
+    assert ("sharp-amo", "start-blur-of-equal-psnr") not in pairs
     assert len(set(pairs)) == len(pairs) and all(a != b for a, b in pairs)
 
 
