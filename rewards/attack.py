@@ -93,7 +93,7 @@ def ascend(score, start, level, seed, smaller=None):
     return found
 
 
-def faults(photos, seed=0):
+def faults(photos, seed):
     """{fault: the 8-bit photos (N, 3, H, W) with it}: high frequencies that are no detail, by strength.
 
     Noise and checkerboard: grey levels; unsharp: amount.
@@ -113,7 +113,7 @@ def measure(rewards, photos, levels, seed=0, batch=5):
     gains: {start: {level: {judge: N changes of the judge's score}}}, the judges being all rewards; faults: {fault: N
     changes of its score}. Not divided by D.
     """
-    starts, faulty = {"photo": photos, "bicubic": harden.bicubic(photos)}, faults(photos)
+    starts, faulty = {"photo": photos, "bicubic": harden.bicubic(photos)}, faults(photos, seed)
 
     def score(reward, images):
         with torch.no_grad():
@@ -179,10 +179,12 @@ def main(args):
     if args.levels:
         print("gains in units of the judge's D, by start and grey levels")
         print(runs.markdown(["attacked", "judge", "D", *columns], rows) + "\n")
-    rows = [[name, f"{entry['D']:.1f}", *(f"{np.mean(changes) / entry['D'] if entry['D'] > 0 else np.nan:+.2f}"
-                     for changes in entry["faults"].values())] for name, entry in table.items()]
+    rows = []
+    for name, entry in table.items():
+        unit = entry["D"] if entry["D"] > 0 else np.nan
+        rows.append([name, f"{unit:.1f}", *(f"{np.mean(changes) / unit:+.2f}" for changes in entry["faults"].values())])
     print("changes of the score by faults of the photographs, in units of D; noise and checkerboard: grey levels")
-    print(runs.markdown(["judge", "D", *faults(photos)], rows))
+    print(runs.markdown(["judge", "D", *entry["faults"]], rows))
     if args.out_json:
         runs.save_json(args.out_json, {
             "command": sys.argv, **runs.describe_machine(device.type == "cpu"), "photos": len(photos),

@@ -400,7 +400,7 @@ def main(args):
     torch.manual_seed(args.seed)
     record = {"arch": args.arch, "command": sys.argv, **runs.describe_machine(device.type == "cpu")}
     if args.init == RANDOM:
-        net = opinion.ARCHITECTURES[args.arch]()
+        net, record["init"] = opinion.ARCHITECTURES[args.arch](), "random"
     elif args.init:
         net, begun = opinion.load(args.init)
         record |= {"arch": begun["arch"], "init": begun}
