@@ -5,8 +5,7 @@
 
 It was trained on six kinds of distortion of scikit-image's photographs, so it stands in for a published model in the
 demo and in the tests. It does not agree with people on super-resolved images, and it is no substitute for MUSIQ.
-rewards/ranker2.pth and, better, rewards/ranker3.pth, reward files of this network trained on opinions, do
-(docs/results-human.md).
+rewards/ranker3.pth, a reward file of this network trained on opinions, does, as sharpness does (docs/results-human.md).
 """
 import pickle
 from pathlib import Path
