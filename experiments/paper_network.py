@@ -11,7 +11,8 @@ train     every sampler on both sets from the published weights; orig and amo al
 tune      amo's networks of the set `soft`, tuned by the reward with LoRA of rank 24 (the paper's) and 4, with the full
           weights of the same layers, and with all weights, each until the reward on held-out photographs has gained
           --gain
-controls  the start's outputs, blurred or sharpened until they have amo's PSNR, or its reward, in the mean of its seeds
+controls  the start's outputs, blurred or sharpened until they have amo's PSNR, or its reward, in the mean of its
+          seeds, for every set
 judge     rows that were made before a metric was asked for, by their outputs, which are kept
 slow      IL-NIQE of some rows on 20 pairs
 real      a page of photographs of low quality, of which no better version exists, under --work
@@ -313,6 +314,8 @@ def control(args, where, name, equal):
         return
     amo = [record["scores"] for of, record in read_rows(args).items()
            if of in {f"{where}-amo-{seed}" for seed in args.seeds}]
+    if not amo:
+        raise runs.UserError(f"{args.results}: no {where}-amo-SEED.json to compare with; `train` makes them")
     reward = jobs.judge(args.rewards[0], args.metric_weights) if equal == "reward" else None
     for test in TESTS:
         goal = float(np.mean([values[metric] for scores in amo for values in scores[test].values()]))
@@ -420,7 +423,7 @@ def real(args):
 def main(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if args.stages != ["report"]:
-        rewards = [Path(name) for name in args.rewards if runs.is_reward_file(name)]
+        rewards = [Path(name) for name in [*args.rewards, *args.unseen] if runs.is_reward_file(name)]
         weights = [args.start, *args.enhancers, args.vgg_weights]
         for path in [*args.photos, args.pairs, *args.test_photos, args.real_photos, *weights, *rewards]:
             if not path.exists():

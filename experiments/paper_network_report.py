@@ -66,9 +66,9 @@ def report(args, sets, variants):
                                           for stem in stems]) for seed, name in names.items()}
                   for group, names in groups.items()}
         compared = {}
-        # a control that no filter reached is the start itself
-        kept = [row for row in groups if row not in files or
-                any(of_test["strength"] for of_test in files[row].get("strength", {"none": {"strength": 1}}).values())]
+        # a control that no filter reached on this test is the start itself
+        kept = {row: names for row, names in groups.items()
+                if files.get(row, {}).get("strength", {}).get(test, {"strength": 1})["strength"]}
         for one, other in pairs_of(kept, sets):
             a, b = map(np.array, paired(scores[one], scores[other]))
             if len(a):
@@ -77,7 +77,7 @@ def report(args, sets, variants):
         means = {row: np.array(list(of_seed.values())) for row, of_seed in scores.items()}
         summary[test] = {"images": len(stems), "mean": {row: v.mean((0, 1)).tolist() for row, v in means.items()},
                          "seed_means": {row: v.mean(1).tolist() for row, v in means.items()}, "differences": compared,
-                         **noise(files, groups, test, stems)}
+                         **noise(files, kept, test, stems)}
     runs.save_json(args.results.with_suffix(".json"), summary)
     for test in TESTS:
         seeds = [f"{row} ({n})" for row, n in summary["rows"].items()]
@@ -144,5 +144,5 @@ def pairs_of(groups, sets):
     # the rule on controls, asked directly; added after the runs. Those of the first set's amo do not name it
     for control in (row for row in groups if row.startswith("start-")):
         where = next((where for where in sets if control.endswith(f"-{where}")), next(iter(sets)))
-        chosen += [(row, control) for row in (f"{where}-amo", f"{where}-amo+lora4")]
+        chosen += [(row, control) for row in (f"{where}-amo", "soft-amo+lora4")]
     return [(a, b) for a, b in dict.fromkeys(chosen) if a in groups and b in groups]
