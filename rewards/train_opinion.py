@@ -70,7 +70,7 @@ def parse_args(argv=None):
             p.error(f"--{name} needs the folder of its images: --{folder.replace('_', '-')} DIR")
     if not (args.mos or args.choices):
         p.error("nothing to learn from: give --mos, --choices or both")
-    if args.harden and not (args.init and args.init != RANDOM and args.mos):
+    if args.harden and (args.init in (None, RANDOM) or not args.mos):
         p.error("--harden keeps the scale of a trained model: give --init FILE.pth, and its --mos")
     if args.gradient_norm and not args.mos:
         p.error("--gradient-norm is taken on the images of --mos")
