@@ -2,6 +2,7 @@
 
     python -m experiments.opinions train 0 1 2        plain, hardened, small models of these splits of CLIVE
     python -m experiments.opinions ridge              the same splits, ridge regression on the backbone as it is
+    python -m experiments.opinions others             the same splits, models that learned nothing of CLIVE
     python -m experiments.opinions attack 0 1 2       how far their scores can be raised
     python -m experiments.opinions study              a judge that learns from the choices of a user study, and controls
     python -m experiments.opinions report             tables and plot of all that is there
@@ -27,11 +28,15 @@ SETTINGS = {"plain": dict(epochs=3, lr=2e-4), "hard": dict(epochs=4, lr=2e-4),
             "small-random": dict(epochs=24, lr=2e-3, crop=128)}
 # the models that others begin with
 BASES = {"hard": "plain", "mild": "plain", "norm": "plain", "small-hard": "small"}
+# those that learned nothing of CLIVE: {name: (as --reward takes it, file of its weights)}
+OTHERS = {"sharpness": ("rewards.sharpness:build", None), "ranker": ("ranker", None),
+          "CNNIQA-LIVE": ("rewards.cnniqa:build", None), "NIQE": ("niqe", "niqe_modelparameters.mat"),
+          "BRISQUE": ("brisque", "brisque_svm_weights.pth"), "PIQE": ("piqe", None)}
 
 
 def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
-    p.add_argument("stage", choices=["train", "ridge", "attack", "study", "report"], help="what to do")
+    p.add_argument("stage", choices=["train", "ridge", "others", "attack", "study", "report"], help="what to do")
     p.add_argument("splits", type=runs.COUNT, nargs="*", default=list(range(10)),
                    help="train, attack: numbers of the splits; study: the split whose model is used")
     p.add_argument("--models", nargs="+", choices=list(SETTINGS), default=["plain", "hard", "small"],
@@ -41,6 +46,7 @@ def parse_args(argv=None):
                         "random weights")
     p.add_argument("--clive", type=Path, default=DATA / "human" / "clive", help="folder of labels.csv and images/")
     p.add_argument("--study", type=Path, default=DATA / "human" / "sr_study", help="folder of choice_of_4.csv")
+    p.add_argument("--weights", type=Path, default=DATA / "weights" / "iqa", help="of NIQE and BRISQUE, for others")
     p.add_argument("--kodak", type=Path, default=DATA / "images" / "hr_kodak24", help="photographs that are attacked")
     p.add_argument("--backbone", type=Path, default=Path("runs/mobilenet_v2.pth"), help="of prepare.mobilenet_v2")
     p.add_argument("--work", type=Path, default=Path("runs/opinions"), help="where the reward files go")
@@ -153,12 +159,36 @@ def ridge(args, mos, first_crops):
     means, result = {side: torch.stack(rows) for side, rows in means.items()}, []
     for split, (rows, test) in enumerate(opinions.splits(mos["names"])):
         net.start_linear(first_crops[rows], mos["mos"][rows])
-        scores = {side: net.linear((features[test] - net.centre) / net.spread)[:, 0].numpy()
+        scores = {side: net.linear((features - net.centre) / net.spread)[:, 0].numpy()
                   for side, features in means.items()}
-        result.append({"split": split, **{side: round(float(spearmanr(score, mos["mos"][test]).statistic), 4)
-                                          for side, score in scores.items()}})
+        result.append({"split": split, **{side: srcc(score, mos["mos"], test) for side, score in scores.items()}})
     runs.save_json(args.results / "clive-ridge.json", {"command": sys.argv, **machine, "images": len(mos["images"]),
                                                        "srcc": result})
+
+
+def others(args, mos):
+    """The SRCC of OTHERS on the test part of every split. One JSON per model."""
+    for name, (word, weights) in OTHERS.items():
+        out = args.results / f"clive-{name}.json"
+        if out.exists():
+            continue
+        machine, net = runs.describe_machine(on_cpu=True), iqa.create_reward([word], weights_file=weights and
+                                                                             args.weights / weights)
+        scores = {"whole": train_opinion.score_whole(net, mos["images"])}
+        for size in train_opinion.TEST_CROPS:
+            scores[str(size)] = train_opinion.score_crops(net, mos["images"], size)
+        # an image that a model cannot score, as NIQE a flat crop, is left out
+        known = {side: np.isfinite(values) for side, values in scores.items()}
+        result = [{"split": split, **{side: srcc(values, mos["mos"], test[known[side][test]])
+                                      for side, values in scores.items()}}
+                  for split, (_, test) in enumerate(opinions.splits(mos["names"]))]
+        runs.save_json(out, {"command": sys.argv, **machine, "model": word, "images": len(mos["images"]),
+                             "not_scored": {side: int((~rows).sum()) for side, rows in known.items()}, "srcc": result})
+        print(out, flush=True)
+
+
+def srcc(scores, mos, rows):
+    return round(float(spearmanr(scores[rows], mos[rows]).statistic), 4)
 
 
 # The user study
@@ -331,19 +361,18 @@ def penalty_by_scenes(table, choices, grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
 # Report
 
 def read_models(args):
-    """-> {"ridge", "plain", "hard": {split: {"whole", "96", ...: SRCC, "plcc": of whole images}}}, {model: {split:
-    its attack}}."""
+    """-> {"ridge", "ranker", "plain", ...: {split: {"whole", "96", ...: SRCC}}}, {model: {split: its attack}}."""
     table, attacks = {}, {}
-    if (args.results / "clive-ridge.json").exists():
-        rows = json.loads((args.results / "clive-ridge.json").read_text())["srcc"]
-        table["ridge"] = {row.pop("split"): row for row in rows}
+    for name in ("ridge", *OTHERS):
+        if (args.results / f"clive-{name}.json").exists():
+            rows = json.loads((args.results / f"clive-{name}.json").read_text())["srcc"]
+            table[name] = {row.pop("split"): row for row in rows}
     for name in SETTINGS:
         for split in range(10):
             file = args.results / f"clive-{name}-{split}.json"
             if file.exists():
                 test = json.loads(file.read_text())["test"]
-                table.setdefault(name, {})[split] = {"whole": test["whole"]["srcc"], **test["crops"],
-                                                     "plcc": test["whole"]["plcc"]}
+                table.setdefault(name, {})[split] = {"whole": test["whole"]["srcc"], **test["crops"]}
             file = args.results / f"attack-{name}-{split}.json"
             if file.exists():
                 attacks.setdefault(name, {})[split] = json.loads(file.read_text())
@@ -402,6 +431,8 @@ def plot(table, attacks, path):
     drawing, axes = style.figure(columns=2, height=3.5)
     sides = [*map(str, train_opinion.TEST_CROPS), "whole"]
     colours = dict(zip(["ridge", *SETTINGS], style.COLOURS))
+    # the plot has those that learned
+    table = {name: splits for name, splits in table.items() if name not in OTHERS}
     for name, splits in table.items():
         if len(splits) > 1:
             style.seeds(axes[0], range(5), [[row[side] for side in sides] for row in splits.values()],
@@ -446,6 +477,8 @@ def main(args):
             found = train_opinion.crop_features(net, mos["images"], CROP, SEED)
             runs.write_atomic(file, lambda temporary: torch.save(found, temporary))
         return torch.load(file, weights_only=True)
+    if args.stage == "others":
+        return others(args, mos)
     if args.stage == "ridge":
         return ridge(args, mos, features(imagenet(args)))
     for split in args.splits:

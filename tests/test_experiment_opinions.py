@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.optimize import minimize
+from scipy.stats import spearmanr
 
 import iqa
 from experiments import opinions as experiment
@@ -103,6 +104,34 @@ def test_the_judge_of_unseen_scenes_and_its_file(study, monkeypatch):
     # markdown of equal rows
     lines = experiment.study_table(record).splitlines()
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + len(rows)
+
+
+def fails_on_grey(device):
+    """More noise is better; nothing can be said of an image without any."""
+    return lambda x: torch.where(x.std((1, 2, 3)) > 1e-4, x.std((1, 2, 3)), torch.nan)
+
+
+def test_models_that_learned_nothing_are_judged_on_every_split(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    noise = rng.permutation(30)
+    images = [torch.from_numpy(128 + level * rng.uniform(-1, 1, (3, 260, 264))).byte() for level in noise]
+    mos = {"names": [f"{k:02d}.png" for k in range(30)], "images": images, "mos": torch.tensor(noise % 20).float()}
+    monkeypatch.setattr(experiment, "OTHERS", {"sharpness": ("rewards.sharpness:build", None),
+                                               "noise": (f"{__name__}:fails_on_grey", None)})
+    args = experiment.parse_args(["others", "--results", str(tmp_path)])
+    experiment.others(args, mos)
+    table, _ = experiment.read_models(args)
+    assert list(table) == ["sharpness", "noise"] and all(len(rows) == 10 for rows in table.values())
+    for split, (_, test) in enumerate(opinions.splits(mos["names"])):
+        want = spearmanr(noise[test], noise[test] % 20).statistic
+        assert table["sharpness"][split] == pytest.approx(dict.fromkeys(("whole", "96", "128", "192", "256"), want),
+                                                          abs=1e-4)
+        rest = test[noise[test] > 0]
+        assert table["noise"][split]["128"] == pytest.approx(spearmanr(noise[rest], noise[rest] % 20).statistic,
+                                                             abs=1e-4)
+    record = json.loads((tmp_path / "clive-noise.json").read_text())
+    assert record["not_scored"] == dict.fromkeys(("whole", "96", "128", "192", "256"), 1)
+    experiment.report(args)
 
 
 def test_likeness_is_the_mean_rank_correlation_of_scenes():
