@@ -59,7 +59,7 @@ TUNE = "--batch-size 256 --lr 2e-5 --beta 5000 --val-every 20 --log-every 10 --s
 # 0.7 s, a step of DPO 12 s, an output 0.1 s and its scores 0.3 s. gpu: unmeasured
 SCALES = {
     "cpu": dict(base=DATA / "weights" / "sr" / "realesr-general-x4v3_fp16.pth", test_samples=12, groups=96,
-                generator="--size tiny --batch-size 16 --group-size 4 --lr 1e-3 --total-steps 8000 --val-every 1000 "
+                generator="--size tiny --batch-size 16 --group-size 4 --lr 1e-3 --total-steps 5000 --val-every 1000 "
                           "--save-every 100 --log-every 100 --workers 1", piece=1000,
                 tune="--patch 24 --accumulate 16 --total-steps 100 --val-groups 12 --workers 0", tune_piece=60),
     "gpu": dict(base="realesrgan-x4plus", test_samples=32, groups=200,
