@@ -272,15 +272,15 @@ def study(args):
     machine = runs.describe_machine(on_cpu=True)
     split = args.splits[0]
     files = {"plain": args.work / f"plain-{split}.pth"}
-    others = ("hard-*.pth", "mild-*.pth", "norm-*.pth", "small-*.pth")
-    files |= {path.stem: path for pattern in others for path in sorted(args.work.glob(pattern))}
+    kinds = ("hard-*.pth", "mild-*.pth", "norm-*.pth", "small-*.pth")
+    files |= {path.stem: path for pattern in kinds for path in sorted(args.work.glob(pattern))}
     files |= {name: runs.REPO / "rewards" / f"{name}.pth" for name in ("ranker2", "ranker3")}
     models = {name: opinion.load(file)[0] for name, file in files.items() if file.exists()}
     if "plain" not in models:
         raise runs.UserError(f"{files['plain']}: no such model; make it with: "
                              f"python -m experiments.opinions train {split}")
-    tables, _ = read_study(args.study)
-    best, pairs = tables["choices"], tables["pairs"]
+    votes, _ = read_study(args.study)
+    best, pairs = votes["choices"], votes["pairs"]
     net, table, images, values = models["plain"], {}, {}, {name: {} for name in (*models, "sharpness")}
     sharp = iqa.create_reward(["rewards.sharpness:build"])
     with torch.no_grad():

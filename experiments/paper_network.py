@@ -38,7 +38,7 @@ DATA = Path(runs.literal("experiments/jobs", "DATA"))
 STAGES = ("data", "train", "tune", "controls", "judge", "slow", "real", "report")
 # {set: flags of prepare.quintuplets}
 SETS = {"soft": "--soften 1.5 --shrink 0.5".split(), "sharp": "--soften 1 --shrink 0.75".split()}
-# crops of 192 pixels: below that the reward knows little (docs/opinions.md)
+# crops of 192 pixels: below that the reward knows little (docs/results-opinions.md)
 SCALES = {
     "cpu": dict(train="""--crop 192 --load-size 256 --batch-size 2 --group-size 2 --pool-size 16 --total-steps 140
                          --d-warmup 40 --ema-decay 0.95 --lr 1e-4 --milestones --precision bf16 --workers 0""",

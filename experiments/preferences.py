@@ -51,7 +51,7 @@ SIGMA = 0.056
 NOISE = (0.6, 0.8, 1.2)
 # LR with 20 grey levels of noise, as realesrgan makes it, asks for denoising only
 DEGRADATION = "--degradation two-round"
-# the reward knows little of outputs below 192 pixels (docs/opinions.md)
+# the reward knows little of outputs below 192 pixels (docs/results-opinions.md)
 CROPS = f"--patch 48 --load-size 208 {DEGRADATION}"
 GENERATOR = f"--patch 32 --load-size 160 {DEGRADATION} --val-photos 8 --warmup 200 --precision bf16"
 TUNE = "--batch-size 256 --lr 2e-5 --beta 5000 --val-every 20 --log-every 10 --save-every 10"

@@ -51,7 +51,8 @@ def parse_args(argv=None):
     g.add_argument("--test", type=runs.number(float, 0, 1, below=True), default=0.0,
                    help="share of the MOS images that is kept out, and scored in the end")
     g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=runs.COUNT, default=5, help="passes over the opinions; 0: ridge regression only")
+    g.add_argument("--epochs", type=runs.COUNT, default=5,
+                   help="passes over the opinions, of --mos where there are any; 0: ridge regression only")
     g.add_argument("--lr", type=runs.RATE, help=f"peak learning rate of AdamW, one cycle; default by network: {RATES}")
     g.add_argument("--batch-size", type=runs.SIZE, default=16, help="crops of MOS images per step")
     g.add_argument("--crop", type=runs.number(int, 32), default=224, help="side of the crops, pixels")
@@ -271,7 +272,7 @@ def score_whole(net, images, device="cpu"):
 
 @torch.no_grad()
 def score_crops(net, images, size, seed=0, device="cpu"):
-    """(N,) float64: the mean score of REPEATS random crops of every image, the same for every model."""
+    """(N,) float64: the mean score of REPEATS random crops of every image, equal for equal lists of images."""
     scores = []
     for k, image in enumerate(images):
         x = random_crops([image] * REPEATS, size, np.random.default_rng([seed, 5, size, k]))
