@@ -6,9 +6,10 @@
     OUT/eval.json  table.md  curves.png  grid.png     OUT/<row>/<name>/<seed>.png
 
 Controls show whether the reward was fooled: metrics that had no part in it (--watch); the first generator's outputs
-under an unsharp mask; their mean over the seeds, which a deterministic network would give; and the first generator with
-less noise at the start (--less-noise). If one of these rows gains as much as tuning does, the gain cannot be credited
-to the preferences. Intervals are over photographs, paired: crops of one photograph resemble each other.
+under an unsharp mask; their mean over the seeds, which a deterministic network would give; the first generator with
+less noise at the start (--less-noise), and with the grid of pixels that tuning adds to all outputs alike. If one of
+these rows gains as much as tuning does, the gain cannot be credited to the preferences.
+Intervals are over photographs, paired: crops of one photograph resemble each other.
 """
 from pathlib import Path
 
@@ -118,11 +119,49 @@ def mean_of(row):
     return f"{row}, mean of seeds"
 
 
-def make_outputs(out, generators, items, samples, batch_size, world):
-    """{row: {name: [files by seed]}}: outputs of every generator, and the controls made of the first one's."""
+def with_grid(first, row):
+    """Name of the control row: `first` with what `row` changes in every 4x4 block alike."""
+    return f"{first} + grid of {row}"
+
+
+class WithGrid:
+    """A generator whose outputs get the same grid (3, 4, 4) in every 4x4 block, before they are rounded to 8 bits."""
+
+    def __init__(self, gen, grid):
+        self.gen, self.net, self.grid = gen, gen.net, grid
+
+    def identity(self, net):
+        return self.gen.identity(net) | {"grid": self.grid.tolist()}
+
+    def sample(self, net, lq, names, seeds):
+        sr = self.gen.sample(net, lq, names, seeds)
+        return (sr + self.grid.to(sr).repeat(1, *(n // 4 for n in sr.shape[2:]))).clamp(0, 1)
+
+
+def grid_of_change(before, after):
+    """What all outputs change alike, by the place in 4x4 blocks: (3, 4, 4), mean 0 in every channel, of RGB in [0, 1].
+
+    A pixel shuffle can add such a grid, which no image calls for. before, after: {name: [files by seed]}.
+    """
+    total, count = 0, 0
+    for name, paths in before.items():
+        for old, new in zip(paths, after[name]):
+            change = (load_image(new).double() - load_image(old).double()) / 255
+            total = total + change.unflatten(2, (-1, 4)).unflatten(1, (-1, 4)).mean((1, 3))
+            count += 1
+    grid = total / count
+    return grid - grid.mean((1, 2), keepdim=True)
+
+
+def make_outputs(out, generators, tuned, items, samples, batch_size, world):
+    """{row: {name: [files by seed]}}: outputs of every generator, and the controls made of the first one's.
+
+    tuned: rows whose grid of pixels makes a control.
+    """
     files, first = {}, next(iter(generators))
     lq_hashes = {name: runs.digest(item["lq"]) for name, item in items.items()}
-    for row, gen in generators.items():
+
+    def sampled(row, gen):
         record = out / f"{row}.json"
         about = {"generator": gen.identity(gen.net), "images": lq_hashes, "samples": samples}
         if record.exists() and candidates.read_json(record, "remove it") != about:
@@ -133,6 +172,10 @@ def make_outputs(out, generators, items, samples, batch_size, world):
             runs.save_json(record, about)
         candidates.fill(gen, items, out / row, samples, world, batch_size, row)
         files[row] = {name: [out / row / name / f"{seed}.png" for seed in range(samples)] for name in items}
+    for row, gen in generators.items():
+        sampled(row, gen)
+    for row in tuned:
+        sampled(with_grid(first, row), WithGrid(generators[first], grid_of_change(files[first], files[row])))
     for amount in UNSHARP:
         row = sharpened(first, amount)
         files[row] = {name: [out / row / name / path.name for path in paths] for name, paths in files[first].items()}
@@ -209,7 +252,9 @@ def main(args):
                    **dict(prompts=args.prompts, guidance=args.guidance) if args.model else {})
     generators = open_generators(args.gen, args.names, args.less_noise, load)
     first = next(iter(generators))
-    rows = [*generators, *(sharpened(first, amount) for amount in UNSHARP), mean_of(first)]
+    tuned = list(generators)[1:len(args.gen)]
+    rows = [*generators, *(with_grid(first, row) for row in tuned), *(sharpened(first, amount) for amount in UNSHARP),
+            mean_of(first)]
     if unknown := [row for row in args.shown_rows or () if row not in rows]:
         raise runs.UserError(f"--shown-rows {unknown[0]!r}: no such row; choose from {', '.join(rows)}")
     if args.hr:
@@ -220,7 +265,7 @@ def main(args):
     if world.is_main:
         runs.check_writable(args.out, "--out")
 
-    outputs = make_outputs(args.out, generators, items, args.samples, args.batch_size, world)
+    outputs = make_outputs(args.out, generators, tuned, items, args.samples, args.batch_size, world)
     raw = {row: candidates.judge(judges, items, files, args.out / "scores", world) for row, files in outputs.items()}
     if not world.is_main:
         return

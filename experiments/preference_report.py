@@ -31,7 +31,7 @@ SIGNS = [("Tuning raises the mean of the seeds", "HPO", "base", "reward", 1),
          ("A no-reference reward alone gives away SSIM", "HPO", "nr", "ssim", 1),
          ("Two rounds beat one at equal cost (the paper's future work)", "2 rounds", "HPO", "reward", 1)]
 # first names that fit: photographs of these sets may be shown; side of the part; times that differences are enlarged
-PICTURE, SIDE, TIMES = ("test_set14-comic", "test_set14", "test_set5", ""), 128, 4
+PICTURE, SIDE, TIMES = ("test_set14-monarch", "test_set14", "test_set5", ""), 128, 16
 
 
 # Was the generator worth tuning?
@@ -88,7 +88,9 @@ def summarise(generators, arms):
             values.setdefault(row, {})[seed] = np.array([parts["per_photo"][name] for name in columns]).T
             curves.setdefault(row, {})[seed] = parts["curve"]
     controls = [row for row in first["rows"] if row != "base"]
-    pairs = [*((row, "base") for row in (*arms, *controls)), *PAIRS, *(("HPO", row) for row in controls)]
+    grids = {arm: compare.with_grid("base", arm) for arm in arms}
+    pairs = [*((row, "base") for row in (*arms, *controls, *grids.values())), *PAIRS,
+             *(("HPO", row) for row in controls), *grids.items()]
     differences = {}
     for a, b in pairs:
         seeds = [seed for seed in values.get(a, {}) if seed in values.get(b, {})]
@@ -96,6 +98,8 @@ def summarise(generators, arms):
             both = [np.stack([values[row][seed] for seed in seeds]) for row in (a, b)]
             differences[f"{a} - {b}"] = {name: tables.difference(both[0][..., n], both[1][..., n])
                                          for n, name in enumerate(columns)}
+    def gain_of(row):
+        return differences[f"{row} - base"]["reward"]["mean"]
     sigma, sigma_pool = ({seed: about["pool"][name] for seed, about in generators.items()}
                          for name in ("sigma", "sigma_pool"))
     gain = differences.get("HPO - base")
@@ -114,6 +118,9 @@ def summarise(generators, arms):
         "curves": {row: {kind: [curve[kind] for curve in of_seed.values()] for kind in ("best", "mean", "worst")}
                    for row, of_seed in curves.items()},
         "differences": differences, "signs": signs(differences, f"worst@{k[-1]}"),
+        "grid_share": {arm: gain_of(grid) / gain_of(arm) for arm, grid in grids.items()},
+        "structured_noise": {arm: float(np.mean([list(about["structured_noise"].values())
+                                                 for about in of_seed.values()])) for arm, of_seed in arms.items()},
         "watched": {arm: {seed: about["watched"] for seed, about in of_seed.items()} for arm, of_seed in arms.items()},
         "training": {arm: {seed: [part[-1] for part in about["training"]] for seed, about in of_seed.items()}
                      for arm, of_seed in arms.items()}}
@@ -163,10 +170,12 @@ def text(summary):
     for arm, of_seed in summary["training"].items():
         ends = [part[-1] for part in of_seed.values()]
         changes = [100 * np.mean([end[key] / end["win_ref"] for end in ends]) for key in ("win_change", "lose_change")]
-        rows.append([arm, f"{np.mean([end['accuracy'] for end in ends]):.2f}", *(f"{v:+.2f} %" for v in changes)])
+        rows.append([arm, f"{np.mean([end['accuracy'] for end in ends]):.2f}", *(f"{v:+.2f} %" for v in changes),
+                     f"{summary['structured_noise'][arm]:.1%}",
+                     f"{summary['grid_share'][arm]:.0%}"])
     if rows:
-        parts.append(runs.markdown(["at the last step", "implicit accuracy", "error at winners, change", "at losers"],
-                                   rows))
+        parts.append(runs.markdown(["at the last step", "implicit accuracy", "error at winners, change", "at losers",
+                                    "change in isolated peaks", "gain that a fixed grid of pixels has"], rows))
     return "\n\n".join(parts)
 
 

@@ -117,9 +117,10 @@ import signal
 import sys
 from functools import partial
 
-from dpo import pool
+import metrics
+from dpo import compare, pool
 from experiments import jobs, preference_report
-from images import list_images
+from images import list_images, load_image
 
 
 def settings(args):
@@ -262,8 +263,18 @@ def tune(args, arm, seed):
         "curation": [{key: about[key] for key in ("reward", "scope", "sigma", "gap", "gain", "pairs", "groups")}
                      for about in curations],
         "watched": [[(e["step"], e["reward"]) for e in events(part, "val")] for part, _ in parts],
-        "training": [events(part, "train") for part, _ in parts], "rows": rows_of(judged, [arm]),
-        "made_by": {"training": made_by(run / "args.json"), "evaluation": {key: judged[key] for key in jobs.MADE_BY}}})
+        "training": [events(part, "train") for part, _ in parts],
+        "rows": rows_of(judged, [arm, compare.with_grid("base", arm)]), "structured_noise": structured_noise(out, arm),
+        "made_by": {
+            "training": made_by(run / "args.json"), "evaluation": {key: judged[key] for key in jobs.MADE_BY}}})
+
+
+def structured_noise(out, arm):
+    """{image: metrics.noise_peaks of the first seed's change}. out: of dpo.compare"""
+    def change(name):
+        before, after = (load_image(out / row / name / "0.png").float() for row in ("base", arm))
+        return (after - before)[None] / 255
+    return {path.name: metrics.noise_peaks(change(path.name)).item() for path in sorted((out / arm).iterdir())}
 
 
 def in_rounds(args, seed, base, log, words):

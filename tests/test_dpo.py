@@ -813,8 +813,8 @@ def test_the_comparison_is_what_its_files_say(compared, stages):
     out, _ = compared
     summary = json.loads((out / "eval.json").read_text())
     rows = summary["rows"]
-    assert list(rows) == ["gen", "tuned", "gen, 0.9 of the noise", "gen, 0.7 of the noise", "gen + unsharp 0.5",
-                          "gen + unsharp 1", "gen, mean of seeds"]
+    assert list(rows) == ["gen", "tuned", "gen, 0.9 of the noise", "gen, 0.7 of the noise", "gen + grid of tuned",
+                          "gen + unsharp 0.5", "gen + unsharp 1", "gen, mean of seeds"]
     assert summary["inside"] == ["ssim", BRIGHTNESS] and summary["outside"] == ["psnr"]
     names = list(list_images(out / "images" / "lq"))
     outputs = torch.stack([torch.stack([load_image(out / "gen" / name / f"{seed}.png") for seed in range(4)])
@@ -852,6 +852,19 @@ def test_the_comparison_is_what_its_files_say(compared, stages):
     again = gen.sample(gen.net, lq[None].float() / 255, [names[0]], [1])[0]
     assert (again - quiet).abs().max() < 0.51 / 255 + 1e-5
     assert rows["gen, 0.7 of the noise"]["means"]["diversity"]["mean"] > 0
+    # by hand: what tuning changes at each place of the 4x4 blocks of all images and seeds, less its mean
+    tuned = torch.stack([torch.stack([load_image(out / "tuned" / name / f"{seed}.png") for seed in range(4)])
+                         for name in names]).float() / 255
+    grid = torch.stack([torch.stack([(tuned - outputs)[..., y::4, x::4].mean((0, 1, 3, 4)) for x in range(4)], 1)
+                        for y in range(4)], 1)
+    grid -= grid.mean((1, 2), keepdim=True)
+    shifted = load_image(out / "gen + grid of tuned" / names[0] / "1.png")
+    gen = flow.load_flow(stages / "gen")
+    again = gen.sample(gen.net, lq[None].float() / 255, [names[0]], [1])[0]
+    size = again.shape[1] // 4
+    with_grid, without = ((255 * image.clamp(0, 1)).round().byte() == shifted
+                          for image in (again + grid.repeat(1, size, size), again))
+    assert with_grid.float().mean() > 0.99 > 0.95 > without.float().mean()
     assert summary["lower_is_better"]["diversity"] is None
     assert load_image(out / "grid.png").shape[0] == 3 and (out / "curves.png").is_file()
     assert "tuned - gen" in (out / "table.md").read_text()

@@ -60,7 +60,8 @@ def test_the_whole_queue_in_small(queue, monkeypatch):
     assert summary["seeds"]["base"] == summary["seeds"]["HPO"] == summary["seeds"]["1 of 4"] == [0, 1]
     assert all(summary["seeds"][arm] == [0] for arm in exp.ARMS if arm not in exp.REPEATED)
     assert set(summary["seeds"]) == {"base", *exp.ARMS, "base, 0.6 of the noise", "base, 1.2 of the noise",
-                                     "base + unsharp 0.5", "base + unsharp 1", "base, mean of seeds"}
+                                     "base + unsharp 0.5", "base + unsharp 1", "base, mean of seeds",
+                                     *(f"base + grid of {arm}" for arm in exp.ARMS)}
     # a sign for every claim and one for the controls
     assert len(summary["signs"]) == len(preference_report.SIGNS) + 1
     # one scale of the reward for all, which the first seed's pool has chosen
@@ -126,7 +127,8 @@ def results(tmp_path):
         for arm, gain in (("HPO", 0.03), ("1 of 4", 0.05)):
             step = {"step": 5, "win_ref": 2.0, "win_change": 0.01, "lose_change": 0.02, "accuracy": 0.7}
             runs.save_json(folder / f"{arm.replace(' ', '-')}-{seed}.json", {
-                "settings": {"scale": "cpu"}, "seed": seed, "arm": arm, "rows": {arm: row(base + noise, gain)},
+                "settings": {"scale": "cpu"}, "seed": seed, "arm": arm, "structured_noise": {"a": 0.1, "b": 0.2 * seed},
+                "rows": {arm: row(base + noise, gain), f"base + grid of {arm}": row(base + noise, gain / 2)},
                 "watched": [[[0, 0.4], [5, 0.4 + gain]]], "training": [[step]]})
     return folder
 
@@ -146,7 +148,9 @@ def test_the_report_says_sigma_first_and_what_holds_of_the_papers_signs(results,
     assert "The weights of HPO add to a quarter: the opposite holds" in said
     assert "not above base, mean of seeds." in said and "0.8 of the noise" not in said.split("every control:")[1]
     assert "best against the worst in a small network" not in said
-    assert "| HPO | 0.70 | +0.50 % | +1.00 % |" in said
+    # a grid alone has 0.0175 of 0.0325; peaks of 0.1 and 0, 0.1 and 0.2
+    assert "| HPO | 0.70 | +0.50 % | +1.00 % | 10.0% | 54% |" in said
+    assert summary["differences"]["HPO - base + grid of HPO"]["reward"]["mean"] == pytest.approx(0.015)
     # of each generator
     assert np.array(summary["curves"]["base"]["best"]) == pytest.approx(np.array([[0.45, 0.55]] * 2))
 
@@ -187,7 +191,7 @@ def test_the_contact_sheet_has_the_same_seeds_before_and_after_and_what_changed(
             "images/gt/a-0-0.png": torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)}
     for seed in range(3):
         save[f"base/a-0-0/{seed}.png"] = torch.full((3, 32, 32), 50 + seed, dtype=torch.uint8)
-        save[f"HPO/a-0-0/{seed}.png"] = torch.full((3, 32, 32), 60 + 3 * seed, dtype=torch.uint8)
+        save[f"HPO/a-0-0/{seed}.png"] = torch.full((3, 32, 32), 56 + 2 * seed, dtype=torch.uint8)
     for name, image in save.items():
         save_image(tmp_path / name, image)
     grids = []
@@ -196,7 +200,7 @@ def test_the_contact_sheet_has_the_same_seeds_before_and_after_and_what_changed(
     preference_report.draw_grid(tmp_path, rows, tmp_path / "grid.png")
     levels = [[round(255 * image.mean().item()) for image, _ in line[:3]] for line in grids[0]]
     # seeds 1, 0, 2
-    assert levels == [[51, 50, 52], [63, 60, 66], [128 + 4 * 12, 128 + 4 * 10, 128 + 4 * 14]]
+    assert levels == [[51, 50, 52], [58, 56, 60], [128 + 16 * 7, 128 + 16 * 6, 255]]
     assert grids[0][1][0][1] == "after, worst 0.70" and grids[0][0][3][1] == "low resolution"
 
 
