@@ -29,6 +29,8 @@ differed (tau 0.6), 150 steps of 8 pairs were gradient noise, and the no-referen
   p < 0.05 (report.tables). The columns that count are the reward, and the worst of the seeds.
 - Controls: less and more noise at the start, two unsharp masks, and the mean of all seeds, which a deterministic
   network would give. A gain that a control reaches is not credited to the preferences.
+Added when the first arm had been judged and its change looked at: the untuned outputs with the grid of pixels that
+tuning adds to all outputs alike, and the share of the change in isolated peaks of its spectrum.
 """
 import shlex
 from pathlib import Path
@@ -55,8 +57,8 @@ DEGRADATION = "--degradation two-round"
 CROPS = f"--patch 48 --load-size 208 {DEGRADATION}"
 GENERATOR = f"--patch 32 --load-size 160 {DEGRADATION} --val-photos 8 --warmup 200 --precision bf16"
 TUNE = "--batch-size 256 --lr 2e-5 --beta 5000 --val-every 20 --log-every 10 --save-every 10"
-# CHOICE. cpu: sized on a core with AMX, by a try of each stage, for calls of less than 20 minutes: a generator step
-# 0.7 s, a step of DPO 12 s, an output 0.1 s and its scores 0.3 s. gpu: unmeasured
+# CHOICE. cpu: sized for calls of less than 20 minutes of a core: a generator step 0.6 s, a step of DPO 12 to 15 s, an
+# output 0.2 s and its scores 0.7 s. gpu: unmeasured
 SCALES = {
     "cpu": dict(base=DATA / "weights" / "sr" / "realesr-general-x4v3_fp16.pth", test_samples=12, groups=96,
                 generator="--size tiny --batch-size 16 --group-size 4 --lr 1e-3 --total-steps 5000 --val-every 1000 "

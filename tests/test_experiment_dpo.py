@@ -30,7 +30,7 @@ def queue(quintuplets, tmp_path):
     originals = quintuplets / "Train" / "images" / "0-6" / "original"
     torch.manual_seed(0)
     runs.save_weights(tmp_path / "base.pth", archs.create("compact-small").state_dict())
-    crops = "--patch 8 --load-size 48 --degradation two-round"
+    crops = "--patch 16 --load-size 64 --degradation two-round"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "parallel", lambda jobs, tasks: [task() for task in tasks])
         patch.setattr(jobs, "call", lambda log, script, *words: run_here(script, *words, "--threads", 1))
