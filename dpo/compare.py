@@ -7,8 +7,8 @@
 
 Controls show whether the reward was fooled: metrics that had no part in it (--watch); the first generator's outputs
 under an unsharp mask; their mean over the seeds, which a deterministic network would give; the first generator with
-less noise at the start (--less-noise), and with the grid of pixels that tuning adds to all outputs alike. If one of
-these rows gains as much as tuning does, the gain cannot be credited to the preferences.
+less noise at the start (--less-noise), and with the grid of pixels that tuning adds to all outputs alike (these two
+without --model). If one of these rows gains as much as tuning does, the gain cannot be credited to the preferences.
 Intervals are over photographs, paired: crops of one photograph resemble each other.
 """
 from pathlib import Path
@@ -141,15 +141,17 @@ class WithGrid:
 def grid_of_change(before, after):
     """What all outputs change alike, by the place in 4x4 blocks: (3, 4, 4), mean 0 in every channel, of RGB in [0, 1].
 
-    A pixel shuffle can add such a grid, which no image calls for. before, after: {name: [files by seed]}.
+    A pixel shuffle can add such a grid, which no image calls for. Its 45 free numbers are fitted to the outputs that
+    are judged. before, after: {name: [files by seed]}.
     """
-    total, count = 0, 0
+    total, blocks = 0, 0
     for name, paths in before.items():
         for old, new in zip(paths, after[name]):
-            change = (load_image(new).double() - load_image(old).double()) / 255
-            total = total + change.unflatten(2, (-1, 4)).unflatten(1, (-1, 4)).mean((1, 3))
-            count += 1
-    grid = total / count
+            # whole numbers: the same sum on every machine
+            change = load_image(new).long() - load_image(old).long()
+            total = total + change.unflatten(2, (-1, 4)).unflatten(1, (-1, 4)).sum((1, 3))
+            blocks += change[0].numel() // 16
+    grid = total.double() / (255 * blocks)
     return grid - grid.mean((1, 2), keepdim=True)
 
 
@@ -252,7 +254,8 @@ def main(args):
                    **dict(prompts=args.prompts, guidance=args.guidance) if args.model else {})
     generators = open_generators(args.gen, args.names, args.less_noise, load)
     first = next(iter(generators))
-    tuned = list(generators)[1:len(args.gen)]
+    # with --model a row costs hours
+    tuned = [] if args.model else list(generators)[1:len(args.gen)]
     rows = [*generators, *(with_grid(first, row) for row in tuned), *(sharpened(first, amount) for amount in UNSHARP),
             mean_of(first)]
     if unknown := [row for row in args.shown_rows or () if row not in rows]:
@@ -344,7 +347,7 @@ def draw_curves(summary, path):
     """
     drawing, (left, right) = style.figure(columns=2, height=4.2)
     rows, kinds = list(summary["rows"].items()), ("best", "mean", "worst")
-    thin = "; thin: each generator" if np.ndim(rows[0][1]["curve"]["best"]) > 1 else ""
+    thin = "; thin: each generator" if len(np.atleast_2d(rows[0][1]["curve"]["best"])) > 1 else ""
     for n, (row, v) in enumerate(rows):
         for kind, line in zip(kinds, ("-", "--", ":")):
             # the marker of this row on the right

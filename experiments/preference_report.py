@@ -70,8 +70,11 @@ def read(results):
             raise runs.UserError(f"{path}: made with other settings than {results / 'generator-*.json'} "
                                  f"({'; '.join(changed)[:200]}): choose another --results")
     arms = {}
-    for about in files.values():
+    for path, about in files.items():
         if "arm" in about:
+            if "structured_noise" not in about:
+                raise runs.UserError(f"{path}: by an earlier version, without the grid of pixels: remove it, and the "
+                                     "same command judges that arm again")
             arms.setdefault(about["arm"], {})[about["seed"]] = about
     # in the order of NAMES
     return generators, {arm: arms[arm] for arm in NAMES if arm in arms}
@@ -90,7 +93,8 @@ def summarise(generators, arms):
     controls = [row for row in first["rows"] if row != "base"]
     grids = {arm: compare.with_grid("base", arm) for arm in arms}
     pairs = [*((row, "base") for row in (*arms, *controls, *grids.values())), *PAIRS,
-             *(("HPO", row) for row in controls), *grids.items()]
+             *(("HPO", row) for row in (*controls, *grids.values())),
+             *((arm, grid) for arm, grid in grids.items() if arm != "HPO")]
     differences = {}
     for a, b in pairs:
         seeds = [seed for seed in values.get(a, {}) if seed in values.get(b, {})]
@@ -98,8 +102,10 @@ def summarise(generators, arms):
             both = [np.stack([values[row][seed] for seed in seeds]) for row in (a, b)]
             differences[f"{a} - {b}"] = {name: tables.difference(both[0][..., n], both[1][..., n])
                                          for n, name in enumerate(columns)}
-    def gain_of(row):
-        return differences[f"{row} - base"]["reward"]["mean"]
+    def share_of_grid(arm):
+        """Of an arm's gain; None where nothing is gained."""
+        gain, grid = (differences[f"{row} - base"]["reward"] for row in (arm, grids[arm]))
+        return grid["mean"] / gain["mean"] if gain["verdict"] == "higher" else None
     sigma, sigma_pool = ({seed: about["pool"][name] for seed, about in generators.items()}
                          for name in ("sigma", "sigma_pool"))
     gain = differences.get("HPO - base")
@@ -118,7 +124,7 @@ def summarise(generators, arms):
         "curves": {row: {kind: [curve[kind] for curve in of_seed.values()] for kind in ("best", "mean", "worst")}
                    for row, of_seed in curves.items()},
         "differences": differences, "signs": signs(differences, f"worst@{k[-1]}"),
-        "grid_share": {arm: gain_of(grid) / gain_of(arm) for arm, grid in grids.items()},
+        "grid_share": {arm: share_of_grid(arm) for arm in arms},
         "structured_noise": {arm: float(np.mean([list(about["structured_noise"].values())
                                                  for about in of_seed.values()])) for arm, of_seed in arms.items()},
         "watched": {arm: {seed: about["watched"] for seed, about in of_seed.items()} for arm, of_seed in arms.items()},
@@ -170,9 +176,10 @@ def text(summary):
     for arm, of_seed in summary["training"].items():
         ends = [part[-1] for part in of_seed.values()]
         changes = [100 * np.mean([end[key] / end["win_ref"] for end in ends]) for key in ("win_change", "lose_change")]
+        share = summary["grid_share"][arm]
         rows.append([arm, f"{np.mean([end['accuracy'] for end in ends]):.2f}", *(f"{v:+.2f} %" for v in changes),
                      f"{summary['structured_noise'][arm]:.1%}",
-                     f"{summary['grid_share'][arm]:.0%}"])
+                     "" if share is None else f"{share:.0%}"])
     if rows:
         parts.append(runs.markdown(["at the last step", "implicit accuracy", "error at winners, change", "at losers",
                                     "change in isolated peaks", "gain that a fixed grid of pixels has"], rows))
@@ -215,7 +222,8 @@ def draw_steps(summary, path):
         axis.remove()
     drawing.supxlabel("training steps", fontsize=style.FONT)
     drawing.supylabel("gain of the run's own reward on held-out images", fontsize=style.FONT)
-    drawing.suptitle("Thick: mean of the generators, thin: each of them", fontsize=style.FONT)
+    if max(map(len, summary["watched"].values())) > 1:
+        drawing.suptitle("Thick: mean of the generators, thin: each of them", fontsize=style.FONT)
     style.save(drawing, path)
 
 

@@ -151,6 +151,7 @@ def test_the_report_says_sigma_first_and_what_holds_of_the_papers_signs(results,
     # a grid alone has 0.0175 of 0.0325; peaks of 0.1 and 0, 0.1 and 0.2
     assert "| HPO | 0.70 | +0.50 % | +1.00 % | 10.0% | 54% |" in said
     assert summary["differences"]["HPO - base + grid of HPO"]["reward"]["mean"] == pytest.approx(0.015)
+    assert summary["differences"]["HPO - base + grid of 1 of 4"]["reward"]["mean"] == pytest.approx(0.005)
     # of each generator
     assert np.array(summary["curves"]["base"]["best"]) == pytest.approx(np.array([[0.45, 0.55]] * 2))
 
@@ -160,6 +161,11 @@ def test_results_that_do_not_belong_together_are_refused(results, tmp_path):
     file = results / "HPO-1.json"
     file.write_text(file.read_text().replace('"cpu"', '"gpu"'))
     with pytest.raises(runs.UserError, match="HPO-1.json: made with other settings .*scale 'cpu' -> 'gpu'"):
+        preference_report.report(results, tmp_path)
+    about = json.loads(file.read_text().replace('"gpu"', '"cpu"'))
+    del about["structured_noise"]
+    runs.save_json(file, about)
+    with pytest.raises(runs.UserError, match="HPO-1.json: by an earlier version"):
         preference_report.report(results, tmp_path)
     with pytest.raises(runs.UserError, match="no generator-SEED.json"):
         preference_report.report(tmp_path / "empty", tmp_path)
