@@ -28,10 +28,9 @@ SETTINGS = {"plain": dict(epochs=3, lr=2e-4), "hard": dict(epochs=4, lr=2e-4),
             "small-random": dict(epochs=24, lr=2e-3, crop=128)}
 # the models that others begin with
 BASES = {"hard": "plain", "mild": "plain", "norm": "plain", "small-hard": "small"}
-# those that learned nothing of CLIVE: {name: (as --reward takes it, file of its weights)}
-OTHERS = {"sharpness": ("rewards.sharpness:build", None), "ranker": ("ranker", None),
-          "CNNIQA-LIVE": ("rewards.cnniqa:build", None), "NIQE": ("niqe", "niqe_modelparameters.mat"),
-          "BRISQUE": ("brisque", "brisque_svm_weights.pth"), "PIQE": ("piqe", None)}
+# those that learned nothing of CLIVE: {name: as --reward takes it}
+OTHERS = {"sharpness": "rewards.sharpness:build", "ranker": "ranker", "CNNIQA-LIVE": "rewards.cnniqa:build",
+          "NIQE": "niqe", "BRISQUE": "brisque", "PIQE": "piqe"}
 
 
 def parse_args(argv=None):
@@ -69,7 +68,7 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 import iqa
-from experiments.human import METHODS, read_study
+from experiments.human import FILES, METHODS, read_study
 from images import load_image
 from report import opinions, style, tables
 from rewards import attack, opinion, train_opinion
@@ -159,36 +158,37 @@ def ridge(args, mos, first_crops):
     means, result = {side: torch.stack(rows) for side, rows in means.items()}, []
     for split, (rows, test) in enumerate(opinions.splits(mos["names"])):
         net.start_linear(first_crops[rows], mos["mos"][rows])
-        scores = {side: net.linear((features - net.centre) / net.spread)[:, 0].numpy()
+        scores = {side: net.linear((features[test] - net.centre) / net.spread)[:, 0].numpy()
                   for side, features in means.items()}
-        result.append({"split": split, **{side: srcc(score, mos["mos"], test) for side, score in scores.items()}})
+        result.append({"split": split, **{side: srcc(score, mos["mos"][test]) for side, score in scores.items()}})
     runs.save_json(args.results / "clive-ridge.json", {"command": sys.argv, **machine, "images": len(mos["images"]),
                                                        "srcc": result})
 
 
 def others(args, mos):
     """The SRCC of OTHERS on the test part of every split. One JSON per model."""
-    for name, (word, weights) in OTHERS.items():
+    for name, word in OTHERS.items():
         out = args.results / f"clive-{name}.json"
         if out.exists():
             continue
-        machine, net = runs.describe_machine(on_cpu=True), iqa.create_reward([word], weights_file=weights and
-                                                                             args.weights / weights)
+        machine, weights = runs.describe_machine(on_cpu=True), word in FILES and args.weights / FILES[word]
+        net = iqa.create_reward([word], weights_file=weights)
         scores = {"whole": train_opinion.score_whole(net, mos["images"])}
         for size in train_opinion.TEST_CROPS:
             scores[str(size)] = train_opinion.score_crops(net, mos["images"], size)
         # an image that a model cannot score, as NIQE a flat crop, is left out
-        known = {side: np.isfinite(values) for side, values in scores.items()}
-        result = [{"split": split, **{side: srcc(values, mos["mos"], test[known[side][test]])
-                                      for side, values in scores.items()}}
-                  for split, (_, test) in enumerate(opinions.splits(mos["names"]))]
+        known, result = {side: np.isfinite(values) for side, values in scores.items()}, []
+        for split, (_, test) in enumerate(opinions.splits(mos["names"])):
+            rows = {side: test[known[side][test]] for side in scores}
+            result.append({"split": split, **{side: srcc(values[rows[side]], mos["mos"][rows[side]])
+                                              for side, values in scores.items()}})
         runs.save_json(out, {"command": sys.argv, **machine, "model": word, "images": len(mos["images"]),
                              "not_scored": {side: int((~rows).sum()) for side, rows in known.items()}, "srcc": result})
         print(out, flush=True)
 
 
-def srcc(scores, mos, rows):
-    return round(float(spearmanr(scores[rows], mos[rows]).statistic), 4)
+def srcc(scores, mos):
+    return round(float(spearmanr(scores, mos).statistic), 4)
 
 
 # The user study

@@ -116,8 +116,8 @@ def test_models_that_learned_nothing_are_judged_on_every_split(tmp_path, monkeyp
     noise = rng.permutation(30)
     images = [torch.from_numpy(128 + level * rng.uniform(-1, 1, (3, 260, 264))).byte() for level in noise]
     mos = {"names": [f"{k:02d}.png" for k in range(30)], "images": images, "mos": torch.tensor(noise % 20).float()}
-    monkeypatch.setattr(experiment, "OTHERS", {"sharpness": ("rewards.sharpness:build", None),
-                                               "noise": (f"{__name__}:fails_on_grey", None)})
+    monkeypatch.setattr(experiment, "OTHERS", {"sharpness": "rewards.sharpness:build",
+                                               "noise": f"{__name__}:fails_on_grey"})
     args = experiment.parse_args(["others", "--results", str(tmp_path)])
     experiment.others(args, mos)
     table, _ = experiment.read_models(args)
