@@ -119,7 +119,9 @@ def test_a_killed_data_worker_ends_the_run(photos, tmp_path):
     wait_for(process, " step 2/")
     workers_of(process)[0].kill()
     code, errors = end_of(process, 10)
-    assert code == 1 and "Traceback" in errors and "DataLoader worker" in errors
+    assert code == 1 and "Traceback" in errors
+    # A worker that dies while it hands over a batch breaks the connection before torch has seen that it is dead.
+    assert any(name in errors for name in ("DataLoader worker", "ConnectionResetError", "EOFError"))
 
 
 def test_an_image_that_cannot_be_read_is_one_line_and_saves_the_run(photos, tmp_path):
