@@ -13,13 +13,15 @@ from report import pictures, style, tables
 
 NAMES = {"base": "untuned generator", "best-worst": "best against worst", "1 of 4": "best quarter against worst",
          "1 of 8": "best eighth against worst", "HPO": "best quarter, HPO",
+         "HPO, grid-free": "best quarter, HPO, ranker3 without grid",
          "HPO, paper sigma": "best quarter, HPO, weights as at\nthe paper's sigma_g",
          "nr": "HPO, no-reference reward", "fr": "HPO, full-reference reward", "2 rounds": "HPO, two rounds"}
 # in the plot of curves
 SHOWN = ("best-worst", "HPO")
 # arms that are compared with each other, beside each with the untuned generator
 PAIRS = [("1 of 4", "best-worst"), ("1 of 4", "1 of 8"), ("HPO", "best-worst"), ("HPO", "1 of 4"),
-         ("HPO, paper sigma", "1 of 4"), ("HPO", "fr"), ("HPO", "nr"), ("2 rounds", "HPO")]
+         ("HPO, paper sigma", "1 of 4"), ("HPO", "fr"), ("HPO", "nr"), ("HPO, grid-free", "HPO"),
+         ("2 rounds", "HPO")]
 # the paper's claims: (sentence, A, B, column, sign of A - B); WORST is worst@M
 WORST = "worst"
 SIGNS = [("Tuning raises the mean of the seeds", "HPO", "base", "reward", 1),
@@ -72,7 +74,7 @@ def read(results):
     arms = {}
     for path, about in files.items():
         if "arm" in about:
-            if "structured_noise" not in about:
+            if "grid" not in about:
                 raise runs.UserError(f"{path}: by an earlier version, without the grid of pixels: remove it, and the "
                                      "same command judges that arm again")
             arms.setdefault(about["arm"], {})[about["seed"]] = about
@@ -127,6 +129,7 @@ def summarise(generators, arms):
         "grid_share": {arm: share_of_grid(arm) for arm in arms},
         "structured_noise": {arm: float(np.mean([list(about["structured_noise"].values())
                                                  for about in of_seed.values()])) for arm, of_seed in arms.items()},
+        "grid": {arm: {seed: about["grid"] for seed, about in of_seed.items()} for arm, of_seed in arms.items()},
         "watched": {arm: {seed: about["watched"] for seed, about in of_seed.items()} for arm, of_seed in arms.items()},
         "training": {arm: {seed: [part[-1] for part in about["training"]] for seed, about in of_seed.items()}
                      for arm, of_seed in arms.items()}}
@@ -183,6 +186,12 @@ def text(summary):
     if rows:
         parts.append(runs.markdown(["at the last step", "implicit accuracy", "error at winners, change", "at losers",
                                     "change in isolated peaks", "gain that a fixed grid of pixels has"], rows))
+        rows = [[f"{arm}, {seed}", f"{grid['strength']:.2f}", f"{grid['spread']:.3f}",
+                 tables.difference_cell(grid["preferred"], 4),
+                 ", ".join(f"{m} {values['mean']:+.2f}" for m, values in grid["correlation"].items())]
+                for arm, of_seed in summary["grid"].items() for seed, grid in of_seed.items()]
+        parts.append(runs.markdown(["grid of pixels, grey levels", "in the tuned outputs", "in the candidates, spread",
+                                    "winners minus losers", "rank correlation with the scores"], rows))
     return "\n\n".join(parts)
 
 

@@ -10,7 +10,8 @@ pool      --samples outputs for every low-resolution crop, their scores, how far
 tune      DPO with equal steps and pairs per step, then the outputs for the test photographs. Arms: the best against the
           worst seed (Diffusion-DPO); the best and worst 1/4 and 1/8 of the seeds; 1/4 with the weights of HPO, the
           method, and with weights that differ from 1 as much as at the paper's sigma_g; HPO with a full- or a
-          no-reference reward alone; HPO in two rounds of half the images and half the steps
+          no-reference reward alone, and with ranker3 judging images without their grid of pixels; HPO in two rounds of
+          half the images and half the steps
 report    sigma_g first, then tables, the signs of the paper, curves and a contact sheet
 
 PRE-REGISTERED before any run, after a first experiment (docs/results-dpo.md) that was starved: its seeds hardly
@@ -30,7 +31,9 @@ differed (tau 0.6), 150 steps of 8 pairs were gradient noise, and the no-referen
 - Controls: less and more noise at the start, two unsharp masks, and the mean of all seeds, which a deterministic
   network would give. A gain that a control reaches is not credited to the preferences.
 Added when the first arm had been judged and its change looked at: the untuned outputs with the grid of pixels that
-tuning adds to all outputs alike, and the share of the change in isolated peaks of its spectrum.
+tuning adds to all outputs alike, and the share of the change in isolated peaks of its spectrum. When three arms of the
+first generator had been judged: rewards.gridfree, as a metric outside the reward and as the no-reference half of an arm
+of its own, and how much of an arm's grid the winners and losers of its pairs have.
 """
 import shlex
 from pathlib import Path
@@ -41,9 +44,12 @@ DATA = Path(runs.literal("experiments/jobs", "DATA"))
 STAGES = ("data", "generate", "pool", "tune", "report")
 # {arm: (flags of dpo.pool curate, of dpo.tune)}, in order of value
 ARMS = {"HPO": ("--top 8", "--hpo both"), "1 of 4": ("--top 8", "--hpo none"), "best-worst": ("--top 1", "--hpo none"),
-        "HPO, paper sigma": ("--top 8", "--hpo both"), "2 rounds": ("--top 8", "--hpo both"),
+        "HPO, grid-free": ("--top 8", "--hpo both"), "HPO, paper sigma": ("--top 8", "--hpo both"),
+        "2 rounds": ("--top 8", "--hpo both"),
         "nr": ("--top 8 --reward nr", "--hpo both"), "fr": ("--top 8 --reward fr", "--hpo both"),
         "1 of 8": ("--top 4", "--hpo none")}
+# its outputs are those of the other arms, its no-reference half is GRID_FREE
+GRID_FREE_ARM, GRID_FREE = "HPO, grid-free", "rewards.gridfree:build"
 # those with all --seeds; the others have the first
 REPEATED = ("HPO", "1 of 4")
 ROUNDS = 2
@@ -86,7 +92,8 @@ def parse_args(argv=None):
     p.add_argument("--fr", nargs="+", default=["ssim", "vgg"], metavar="NAME", help="full-reference half of the reward")
     p.add_argument("--nr", nargs="+", default=["rewards/ranker3.pth"], metavar="NAME", help="no-reference half")
     p.add_argument("--watch", nargs="*", metavar="NAME", help="metrics outside the reward",
-                   default=["psnr", "rewards/ranker2.pth", "rewards.cnniqa:build", "ranker", "gmsd", "brisque", "piqe"])
+                   default=["psnr", GRID_FREE, "rewards/ranker2.pth", "rewards.cnniqa:build", "ranker", "gmsd",
+                            "brisque", "piqe"])
     p.add_argument("--metric-weights", nargs="*", metavar="NAME=FILE",
                    default=[f"brisque={DATA / 'weights' / 'iqa' / 'brisque_svm_weights.pth'}"])
     p.add_argument("--vgg-weights", type=Path, default=Path("runs/vgg19.pth"), metavar="FILE",
@@ -119,10 +126,15 @@ import signal
 import sys
 from functools import partial
 
+import numpy as np
+from scipy import stats
+
 import metrics
-from dpo import compare, pool
+from dpo import candidates, compare, pool
 from experiments import jobs, preference_report
 from images import list_images, load_image
+from report import tables
+from rewards.gridfree import shared_grid
 
 
 def settings(args):
@@ -174,16 +186,23 @@ def make_pool(args, seed):
     jobs.call(log, "dpo.pool", "sample", "--gen", folder(args, "gen", seed), "--hr", args.work / "hr",
               "--groups", scale["groups"], "--samples", args.samples, *shlex.split(CROPS), "--seed", seed,
               "--device", args.device, "--out", out)
-    jobs.call(log, "dpo.pool", "score", "--pool", out, "--fr", *args.fr, "--nr", *args.nr, *metric_files(args),
-              "--device", args.device)
+    score(args, out, args.nr)
+
+
+def score(args, out, no_reference):
+    jobs.call(out.with_suffix(".log"), "dpo.pool", "score", "--pool", out, "--fr", *args.fr, "--nr", *no_reference,
+              *metric_files(args), "--device", args.device)
 
 
 def curate(args, seed, arm, *more):
     """-> curation.json of an arm's pairs, in WORK/pairs/<arm>-<seed>."""
-    out = folder(args, "pairs", seed, arm)
+    out, outputs = folder(args, "pairs", seed, arm), folder(args, "pool", seed)
     if not (out / "curation.json").exists():
-        pool.main(pool.parse_args(["curate", "--pool", folder(args, "pool", seed), *shlex.split(ARMS[arm][0]),
-                                   "--out", out, *more]))
+        if arm == GRID_FREE_ARM:
+            made, outputs = outputs, folder(args, "pool", seed, "grid-free")
+            reuse(made, outputs)
+            score(args, outputs, [GRID_FREE])
+        pool.main(pool.parse_args(["curate", "--pool", outputs, *shlex.split(ARMS[arm][0]), "--out", out, *more]))
     return json.loads((out / "curation.json").read_text())
 
 
@@ -267,6 +286,7 @@ def tune(args, arm, seed):
         "watched": [[(e["step"], e["reward"]) for e in events(part, "val")] for part, _ in parts],
         "training": [events(part, "train") for part, _ in parts],
         "rows": rows_of(judged, [arm, compare.with_grid("base", arm)]), "structured_noise": structured_noise(out, arm),
+        "grid": grid_in_pairs(parts[0][1], out, arm),
         "made_by": {
             "training": made_by(run / "args.json"), "evaluation": {key: judged[key] for key in jobs.MADE_BY}}})
 
@@ -277,6 +297,37 @@ def structured_noise(out, arm):
         before, after = (load_image(out / row / name / "0.png").float() for row in ("base", arm))
         return (after - before)[None] / 255
     return {path.name: metrics.noise_peaks(change(path.name)).item() for path in sorted((out / arm).iterdir())}
+
+
+def grid_in_pairs(pairs, out, arm):
+    """Where the grid of pixels of an arm comes from; pairs: its (first) pairs, out: of dpo.compare. In grey levels:
+
+    strength      of the grid that tuning added to all outputs, root mean square
+    spread        of that grid in the candidates of an image, standard deviation over the seeds, mean over the images
+    preferred     winners minus losers: report.tables.difference from 0 over the images
+    correlation   {metric: the same of its rank correlation with the candidate's grid over the seeds of an image}
+    """
+    def outputs(row):
+        return {path.name: sorted(path.iterdir()) for path in sorted((out / row).iterdir())}
+    grid = 255 * compare.grid_of_change(outputs("base"), outputs(arm)).float()
+    strength = grid.square().mean().sqrt().item()
+    of_pool = Path(json.loads((pairs / "curation.json").read_text())["pool"])
+    _, items, files = candidates.open_pool(pairs / of_pool)
+    names, raw, about = candidates.read_scores(pairs / of_pool)
+    levels = {name: np.array([(shared_grid(load_image(path)[None].float())[0] * grid).mean().item() / strength
+                              for path in files[name]]) for name in names}
+    preferred = {}
+    for pair in candidates.read_lines(pairs / "pairs.jsonl", "remove the pairs"):
+        level = levels[pair["name"]]
+        preferred.setdefault(pair["name"], []).append(level[pair["w_seed"]] - level[pair["l_seed"]])
+    ranks = {m: [stats.spearmanr(scores[:, k], levels[name]).statistic for name, scores in zip(names, raw)]
+             for k, m in enumerate(about)}
+
+    def against_zero(values):
+        return tables.difference(np.array([values]), np.zeros((1, len(values))))
+    return {"strength": strength, "spread": float(np.mean([level.std() for level in levels.values()])),
+            "preferred": against_zero([np.mean(values) for values in preferred.values()]),
+            "correlation": {m: against_zero(values) for m, values in ranks.items()}}
 
 
 def in_rounds(args, seed, base, log, words):

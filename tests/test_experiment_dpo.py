@@ -68,7 +68,7 @@ def test_the_whole_queue_in_small(queue, monkeypatch):
     arms = {file.stem: json.loads(file.read_text()) for file in queue.results.glob("*.json")
             if not file.stem.startswith("generator")}
     scopes = {part["scope"] for about in arms.values() for part in about["curation"]}
-    assert len(arms) == 10 and scopes == {summary["scope"]}
+    assert len(arms) == 11 and scopes == {summary["scope"]}
     gains = {about["arm"]: about["curation"][0]["gain"] for about in arms.values() if about["seed"] == 0}
     assert gains["HPO"] == 1 and gains["HPO, paper sigma"] == pytest.approx(exp.SIGMA / summary["sigma"]["0"][1])
     # two rounds have half the images and half the steps
@@ -125,9 +125,12 @@ def results(tmp_path):
             "k": [1, 2], "lower_is_better": {"best@2": False, "reward": False, "worst@2": False, "seed std": None,
                                                "ssim": False}})
         for arm, gain in (("HPO", 0.03), ("1 of 4", 0.05)):
+            zero = {"mean": 0.0, "low": -0.1, "high": 0.1, "verdict": "no evidence"}
             step = {"step": 5, "win_ref": 2.0, "win_change": 0.01, "lose_change": 0.02, "accuracy": 0.7}
             runs.save_json(folder / f"{arm.replace(' ', '-')}-{seed}.json", {
                 "settings": {"scale": "cpu"}, "seed": seed, "arm": arm, "structured_noise": {"a": 0.1, "b": 0.2 * seed},
+                "grid": {"strength": 0.3, "spread": 0.02, "correlation": {"ssim": zero | {"mean": -0.06}},
+                         "preferred": zero | {"mean": 0.006, "low": 0.003, "high": 0.009, "verdict": "higher"}},
                 "rows": {arm: row(base + noise, gain), f"base + grid of {arm}": row(base + noise, gain / 2)},
                 "watched": [[[0, 0.4], [5, 0.4 + gain]]], "training": [[step]]})
     return folder
@@ -150,6 +153,7 @@ def test_the_report_says_sigma_first_and_what_holds_of_the_papers_signs(results,
     assert "best against the worst in a small network" not in said
     # a grid alone has 0.0175 of 0.0325; peaks of 0.1 and 0, 0.1 and 0.2
     assert "| HPO | 0.70 | +0.50 % | +1.00 % | 10.0% | 54% |" in said
+    assert "| HPO, 1 | 0.30 | 0.020 | **+0.0060** [+0.0030, +0.0090] | ssim -0.06 |" in said
     assert summary["differences"]["HPO - base + grid of HPO"]["reward"]["mean"] == pytest.approx(0.015)
     assert summary["differences"]["HPO - base + grid of 1 of 4"]["reward"]["mean"] == pytest.approx(0.005)
     # of each generator
@@ -163,7 +167,7 @@ def test_results_that_do_not_belong_together_are_refused(results, tmp_path):
     with pytest.raises(runs.UserError, match="HPO-1.json: made with other settings .*scale 'cpu' -> 'gpu'"):
         preference_report.report(results, tmp_path)
     about = json.loads(file.read_text().replace('"gpu"', '"cpu"'))
-    del about["structured_noise"]
+    del about["grid"]
     runs.save_json(file, about)
     with pytest.raises(runs.UserError, match="HPO-1.json: by an earlier version"):
         preference_report.report(results, tmp_path)
