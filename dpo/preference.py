@@ -136,6 +136,20 @@ def combine(intra, inter, hpo="both"):
 
 # Loss
 
+def equal_grids(win, lose, period=4):
+    """(b, C, H, W) winners and losers -> the same without what their blocks of period x period pixels differ by alike.
+
+    CHOICE (ours): a network that ends in a pixel shuffle follows no direction as easily as the same small pattern in
+    all blocks of all images, and the preference for one, however faint, grows into a grid of pixels (docs/
+    results-dpo.md). Half of the mean block of win - lose, but for its mean colour, goes from the one to the other, so
+    that no pair has anything to say about a grid. H and W are multiples of period.
+    """
+    difference = (win - lose).unflatten(3, (-1, period)).unflatten(2, (-1, period)).mean((2, 4))
+    difference = difference - difference.mean((2, 3), keepdim=True)
+    half = difference.repeat(1, 1, *(n // period for n in win.shape[2:])) / 2
+    return win - half, lose + half
+
+
 def error(prediction, target):
     """d: squared error, mean over the elements, (B,) in float32. With a sum beta would not have its usual meaning."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)

@@ -32,6 +32,9 @@ def parse_args(argv=None):
                    help="folder that dpo.pool curate has written")
     g.add_argument("--patch", type=runs.COUNT, default=0,
                    help="side of the LR patches in pixels; 0: whole images (CHOICE)")
+    g.add_argument("--equal-grids", action="store_true",
+                   help="take from every pair what its 4x4 blocks of pixels differ by alike, so that no grid is "
+                        "learned (CHOICE; PAPER: off)")
     g.add_argument("--val-groups", type=runs.COUNT, default=16,
                    help="images that are only watched, whole photographs at a time; 0: none, and no metric is loaded "
                         "(CHOICE)")
@@ -85,7 +88,7 @@ KEEP = "best"
 # the part of a generator's identity that says how it samples
 SAMPLING = ("steps", "tau", "guidance", "negative", "adain", "dtype")
 FIXED = ("generator", "pairs_hash", "beta", "hpo", "patch", "batch_size", "lr", "keep", "seed", "val_groups",
-         "samples", "steps", "tau", "guidance")
+         "equal_grids", "samples", "steps", "tau", "guidance")
 # Flags of earlier commits, and their only value that is left. CHOICE: beta is the same for all t (the derivation for
 # flows has a factor (1 - t)^2, without which Flow-DPO found it better); noise is drawn afresh (DPO), not the one that a
 # candidate was made from, and with standard deviation 1, also where sampling starts at another tau; the learning rate
@@ -311,6 +314,8 @@ def main(args):
     def errors(step, part, batch):
         """-> d of the network, then of the reference, at winners and losers, each (b,). All share t and noise (DPO)."""
         lq, win, lose = (batch[kind].to(device).float() / 255 for kind in ("lq", "win", "lose"))
+        if args.equal_grids:
+            win, lose = preference.equal_grids(win, lose)
         names = [dataset.rows[int(k)]["name"] for k in batch["index"]]
         # winners first, then losers
         with torch.no_grad(), autocast():

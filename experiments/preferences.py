@@ -10,8 +10,8 @@ pool      --samples outputs for every low-resolution crop, their scores, how far
 tune      DPO with equal steps and pairs per step, then the outputs for the test photographs. Arms: the best against the
           worst seed (Diffusion-DPO); the best and worst 1/4 and 1/8 of the seeds; 1/4 with the weights of HPO, the
           method, and with weights that differ from 1 as much as at the paper's sigma_g; HPO with a full- or a
-          no-reference reward alone, and with ranker3 judging images without their grid of pixels; HPO in two rounds of
-          half the images and half the steps
+          no-reference reward alone, with ranker3 judging images without their grid of pixels, and with pairs that have
+          equal grids; HPO in two rounds of half the images and half the steps
 report    sigma_g first, then tables, the signs of the paper, curves and a contact sheet
 
 PRE-REGISTERED before any run, after a first experiment (docs/results-dpo.md) that was starved: its seeds hardly
@@ -31,9 +31,9 @@ differed (tau 0.6), 150 steps of 8 pairs were gradient noise, and the no-referen
 - Controls: less and more noise at the start, two unsharp masks, and the mean of all seeds, which a deterministic
   network would give. A gain that a control reaches is not credited to the preferences.
 Added when the first arm had been judged and its change looked at: the untuned outputs with the grid of pixels that
-tuning adds to all outputs alike, and the share of the change in isolated peaks of its spectrum. When three arms of the
+tuning adds to all outputs alike, and the share of the change in isolated peaks of its spectrum. When four arms of the
 first generator had been judged: rewards.gridfree, as a metric outside the reward and as the no-reference half of an arm
-of its own, and how much of an arm's grid the winners and losers of its pairs have.
+of its own, the arm of equal grids, and how much of an arm's grid the winners and losers of its pairs have.
 """
 import shlex
 from pathlib import Path
@@ -44,7 +44,8 @@ DATA = Path(runs.literal("experiments/jobs", "DATA"))
 STAGES = ("data", "generate", "pool", "tune", "report")
 # {arm: (flags of dpo.pool curate, of dpo.tune)}, in order of value
 ARMS = {"HPO": ("--top 8", "--hpo both"), "1 of 4": ("--top 8", "--hpo none"), "best-worst": ("--top 1", "--hpo none"),
-        "HPO, grid-free": ("--top 8", "--hpo both"), "HPO, paper sigma": ("--top 8", "--hpo both"),
+        "HPO, equal grids": ("--top 8", "--hpo both --equal-grids"), "HPO, grid-free": ("--top 8", "--hpo both"),
+        "HPO, paper sigma": ("--top 8", "--hpo both"),
         "2 rounds": ("--top 8", "--hpo both"),
         "nr": ("--top 8 --reward nr", "--hpo both"), "fr": ("--top 8 --reward fr", "--hpo both"),
         "1 of 8": ("--top 4", "--hpo none")}

@@ -174,6 +174,28 @@ def test_swapping_winner_and_loser_flips_the_sign():
 
 
 @fast
+def test_pairs_of_equal_grids_teach_no_grid():
+    generator = torch.Generator().manual_seed(0)
+    win, lose = torch.rand(2, 3, 3, 16, 24, generator=generator, dtype=torch.double)
+    equal_win, equal_lose = preference.equal_grids(win, lose)
+    # what a network that adds the same 4x4 block everywhere is told by the loss
+    gradients = []
+    for w, x in ((win, lose), (equal_win, equal_lose)):
+        block = torch.zeros(1, 3, 4, 4, dtype=torch.double, requires_grad=True)
+        output = block.repeat(3, 1, 4, 6)
+        errors = [(output - target).square().flatten(1).mean(1) for target in (w, x)]
+        losses, _ = preference.dpo_loss(errors[0], errors[0].detach(), errors[1], errors[1].detach(), 100.0)
+        losses.sum().backward()
+        gradients.append(block.grad - block.grad.mean((2, 3), keepdim=True))
+    assert gradients[0].abs().max() > 0.01 and gradients[1].abs().max() < 1e-12
+    # the mean of winner and loser stays, and so do the mean colours
+    torch.testing.assert_close(equal_win + equal_lose, win + lose)
+    torch.testing.assert_close(equal_win.mean((2, 3)), win.mean((2, 3)))
+    # a second time there is nothing to take
+    torch.testing.assert_close(preference.equal_grids(equal_win, equal_lose)[0], equal_win)
+
+
+@fast
 def test_loss_of_a_worked_example():
     win, win_ref, lose, lose_ref = (torch.tensor([d]) for d in (0.10, 0.12, 0.30, 0.29))
     loss, logit = preference.dpo_loss(win, win_ref, lose, lose_ref, 100.0, 2.0)

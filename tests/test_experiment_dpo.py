@@ -68,7 +68,7 @@ def test_the_whole_queue_in_small(queue, monkeypatch):
     arms = {file.stem: json.loads(file.read_text()) for file in queue.results.glob("*.json")
             if not file.stem.startswith("generator")}
     scopes = {part["scope"] for about in arms.values() for part in about["curation"]}
-    assert len(arms) == 11 and scopes == {summary["scope"]}
+    assert len(arms) == 12 and scopes == {summary["scope"]}
     gains = {about["arm"]: about["curation"][0]["gain"] for about in arms.values() if about["seed"] == 0}
     assert gains["HPO"] == 1 and gains["HPO, paper sigma"] == pytest.approx(exp.SIGMA / summary["sigma"]["0"][1])
     # two rounds have half the images and half the steps
