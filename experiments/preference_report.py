@@ -34,6 +34,8 @@ SIGNS = [("Tuning raises the mean of the seeds", "HPO", "base", "reward", 1),
          ("So do weights as far from 1 as the paper's", "HPO, paper sigma", "1 of 4", "reward", 1),
          ("A no-reference reward alone gives away SSIM", "HPO", "nr", "ssim", 1),
          ("Two rounds beat one at equal cost (the paper's future work)", "2 rounds", "HPO", "reward", 1)]
+# arms whose changes are shown; of the first one the outputs as well
+PICTURED = ("HPO", "HPO, equal grids")
 # first names that fit: photographs of these sets may be shown; side of the part; times that differences are enlarged
 PICTURE, SIDE, TIMES = ("test_set14-monarch", "test_set14", "test_set5", ""), 128, 16
 
@@ -61,6 +63,11 @@ def criterion(check, by_tau):
 
 
 # From files to one summary
+
+def stem(arm, seed):
+    """Of an arm's files and folders."""
+    return f"{arm}-{seed}".replace(",", "").replace(" ", "-")
+
 
 def read(results):
     """-> {seed: a generator's file}, {arm: {seed: its file}}. UserError for none, and for files of several settings."""
@@ -238,30 +245,35 @@ def draw_steps(summary, path):
     style.save(drawing, path)
 
 
-def draw_grid(eval_folder, rows, path):
+def draw_grid(folders, rewards, path):
     """One photograph: the worst, middle and best seed of the untuned generator; below, the same seeds tuned; and what
-    changed, TIMES as large, around grey.
+    changed, TIMES as large, around grey, for every arm.
 
-    eval_folder: OUT of dpo.compare; rows: {"base", arm: {"rewards": {image: [reward of every seed]}}}
+    folders: {arm: OUT of dpo.compare}; the first arm's outputs are shown; rewards: {"base" and the first arm: {image:
+    [reward of every seed]}}
     """
-    names = list(rows["base"]["rewards"])
-    name = next(name for start in PICTURE for name in names if name.startswith(start))
-    before, after = (rows[row]["rewards"][name] for row in rows)
+    first, *_ = arms = list(folders)
+    name = next(name for start in PICTURE for name in rewards["base"] if name.startswith(start))
+    before, after = rewards["base"][name], rewards[first][name]
     order = np.argsort(before)
     seeds = {"worst": order[0], "middle": order[len(order) // 2], "best": order[-1]}
-    lq, gt = (load_image(eval_folder / "images" / part / f"{name}.png") for part in ("lq", "gt"))
-    images = {row: [load_image(eval_folder / row / name / f"{seed}.png") for seed in seeds.values()] for row in rows}
+    lq, gt = (load_image(folders[first] / "images" / part / f"{name}.png") for part in ("lq", "gt"))
+    images = {row: [load_image(folders.get(row, folders[first]) / row / name / f"{seed}.png")
+                    for seed in seeds.values()] for row in ("base", *arms)}
     side = min(SIDE, *gt.shape[1:])
     top, left = ((n - side) // 2 for n in gt.shape[1:])
 
     def cell(image, caption):
         return pictures.enlarged_crop(image[None].float() / 255, top, left, side, 2), caption
-    changes = [(128 + TIMES * (b.float() - a.float())).clamp(0, 255).round().byte() for a, b in zip(*images.values())]
+    def change(a, b):
+        return (128 + TIMES * (b.float() - a.float())).clamp(0, 255).round().byte()
     lq = lq.repeat_interleave(4, 1).repeat_interleave(4, 2)
     lines = [[cell(image, f"{row}, {rank} {r[seed]:.2f}") for image, (rank, seed) in zip(images[key], seeds.items())]
-             for row, key, r in zip(("before", "after"), rows, (before, after))]
-    lines.append([cell(image, f"change x {TIMES}") for image in changes])
-    ends = [cell(lq, "low resolution"), cell(gt, "ground truth"), cell(torch.full_like(gt, 128), "no change")]
+             for row, key, r in (("before", "base", before), (first, first, after))]
+    lines += [[cell(change(a, b), f"{arm}, change x {TIMES}") for a, b in zip(images["base"], images[arm])]
+              for arm in arms]
+    grey = cell(torch.full_like(gt, 128), "no change")
+    ends = [cell(lq, "low resolution"), cell(gt, "ground truth"), *[grey] * len(arms)]
     pictures.save_grid(path, [[*line, end] for line, end in zip(lines, ends)])
 
 
@@ -275,9 +287,10 @@ def report(results, work):
         draw_curves(summary, picture(results, "curves"))
     if style.is_there() and summary["watched"]:
         draw_steps(summary, picture(results, "steps"))
-    for seed, about in arms.get("HPO", {}).items():
-        outputs = work / "eval" / f"HPO-{seed}"
-        if (outputs / "HPO").is_dir():
-            rows = {"base": generators[seed]["rows"]["base"], "HPO": about["rows"]["HPO"]}
-            draw_grid(outputs, rows, picture(results, "grid"))
-            break
+    seed = next(iter(arms.get("HPO", {})), None)
+    folders = {arm: work / "eval" / stem(arm, seed) for arm in PICTURED}
+    folders = {arm: folder for arm, folder in folders.items() if (folder / arm).is_dir()}
+    if "HPO" in folders:
+        rows = {"base": generators[seed], "HPO": arms["HPO"][seed]}
+        draw_grid(folders, {row: about["rows"][row]["rewards"] for row, about in rows.items()},
+                  picture(results, "grid"))

@@ -151,7 +151,7 @@ def metric_files(args):
 
 
 def folder(args, stage, seed, arm=""):
-    return args.work / stage / (f"{arm}-{seed}".replace(",", "").replace(" ", "-") if arm else str(seed))
+    return args.work / stage / (preference_report.stem(arm, seed) if arm else str(seed))
 
 
 def result(args, seed, arm="generator"):

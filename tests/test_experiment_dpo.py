@@ -206,12 +206,12 @@ def test_the_contact_sheet_has_the_same_seeds_before_and_after_and_what_changed(
         save_image(tmp_path / name, image)
     grids = []
     monkeypatch.setattr(preference_report.pictures, "save_grid", lambda path, lines: grids.append(lines))
-    rows = {"base": {"rewards": {"a-0-0": [0.5, 0.1, 0.9]}}, "HPO": {"rewards": {"a-0-0": [0.6, 0.7, 0.8]}}}
-    preference_report.draw_grid(tmp_path, rows, tmp_path / "grid.png")
+    rewards = {"base": {"a-0-0": [0.5, 0.1, 0.9]}, "HPO": {"a-0-0": [0.6, 0.7, 0.8]}}
+    preference_report.draw_grid({"HPO": tmp_path}, rewards, tmp_path / "grid.png")
     levels = [[round(255 * image.mean().item()) for image, _ in line[:3]] for line in grids[0]]
     # seeds 1, 0, 2
     assert levels == [[51, 50, 52], [58, 56, 60], [128 + 16 * 7, 128 + 16 * 6, 255]]
-    assert grids[0][1][0][1] == "after, worst 0.70" and grids[0][0][3][1] == "low resolution"
+    assert grids[0][1][0][1] == "HPO, worst 0.70" and grids[0][0][3][1] == "low resolution"
 
 
 # Flags
