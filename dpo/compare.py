@@ -138,19 +138,19 @@ class WithGrid:
         return (sr + self.grid.to(sr).repeat(1, *(n // 4 for n in sr.shape[2:]))).clamp(0, 1)
 
 
-def grid_of_change(before, after):
+def grid_of_change(before, after, period=4):
     """What all outputs change alike, by the place in 4x4 blocks: (3, 4, 4), mean 0 in every channel, of RGB in [0, 1].
 
     A pixel shuffle can add such a grid, which no image calls for. Its 45 free numbers are fitted to the outputs that
-    are judged. before, after: {name: [files by seed]}.
+    are judged. before, after: {name: [files by seed]}; period: another side of the blocks.
     """
     total, blocks = 0, 0
     for name, paths in before.items():
         for old, new in zip(paths, after[name]):
             # whole numbers: the same sum on every machine
             change = load_image(new).long() - load_image(old).long()
-            total = total + change.unflatten(2, (-1, 4)).unflatten(1, (-1, 4)).sum((1, 3))
-            blocks += change[0].numel() // 16
+            total = total + change.unflatten(2, (-1, period)).unflatten(1, (-1, period)).sum((1, 3))
+            blocks += change[0].numel() // period ** 2
     grid = total.double() / (255 * blocks)
     return grid - grid.mean((1, 2), keepdim=True)
 

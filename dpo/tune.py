@@ -33,8 +33,8 @@ def parse_args(argv=None):
     g.add_argument("--patch", type=runs.COUNT, default=0,
                    help="side of the LR patches in pixels; 0: whole images (CHOICE)")
     g.add_argument("--equal-grids", action="store_true",
-                   help="take from every pair what its 4x4 blocks of pixels differ by alike, so that no grid is "
-                        "learned (CHOICE; PAPER: off)")
+                   help="take from every pair what its 4x4 blocks of pixels differ by alike, so that no grid of that "
+                        "period is preferred; for generators that end in a pixel shuffle (CHOICE; PAPER: off)")
     g.add_argument("--val-groups", type=runs.COUNT, default=16,
                    help="images that are only watched, whole photographs at a time; 0: none, and no metric is loaded "
                         "(CHOICE)")
@@ -54,6 +54,8 @@ def parse_args(argv=None):
     g.add_argument("--accumulate", type=runs.SIZE, default=1, help="micro-batches per step and process (CHOICE: 1)")
     args = options.parse(p, argv, {p: DEMO})
     options.check_generator(p, args)
+    if args.equal_grids and args.model:
+        p.error("--equal-grids is for FlowSR, which ends in a pixel shuffle: leave it out with --model")
     if args.keep == "best" and not args.val_groups:
         p.error("--keep best needs held-out images: give --val-groups")
     if args.out is None:

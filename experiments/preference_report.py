@@ -84,8 +84,8 @@ def read(results):
     for path, about in files.items():
         if "arm" in about:
             if "grid" not in about:
-                raise runs.UserError(f"{path}: by an earlier version, without the grid of pixels: remove it, and the "
-                                     "same command judges that arm again")
+                raise runs.UserError(f"{path}: by an earlier version, without the grid of pixels: remove the files of "
+                                     "that seed, and the same command judges its arms again")
             arms.setdefault(about["arm"], {})[about["seed"]] = about
     # in the order of NAMES
     return generators, {arm: arms[arm] for arm in NAMES if arm in arms}
@@ -195,12 +195,13 @@ def text(summary):
     if rows:
         parts.append(runs.markdown(["at the last step", "implicit accuracy", "error at winners, change", "at losers",
                                     "change in isolated peaks", "gain that a fixed grid of pixels has"], rows))
-        rows = [[f"{arm}, {seed}", f"{grid['strength']:.2f}", f"{grid['spread']:.3f}",
+        rows = [[f"{arm}, {seed}", f"{grid['strength']:.3f}", f"{grid['period 8']:.3f}", f"{grid['spread']:.3f}",
                  tables.difference_cell(grid["preferred"], 4),
                  ", ".join(f"{m} {values['mean']:+.2f}" for m, values in grid["correlation"].items())]
                 for arm, of_seed in summary["grid"].items() for seed, grid in of_seed.items()]
-        parts.append(runs.markdown(["grid of pixels, grey levels", "in the tuned outputs", "in the candidates, spread",
-                                    "winners minus losers", "rank correlation with the scores"], rows))
+        parts.append(runs.markdown(["grid of pixels, grey levels", "in the tuned outputs", "beyond it in 8x8 blocks",
+                                    "in the candidates, spread", "candidates, winners minus losers",
+                                    "candidates, rank correlation with the metrics, better up"], rows))
     return "\n\n".join(parts)
 
 
@@ -287,10 +288,10 @@ def report(results, work):
         draw_curves(summary, picture(results, "curves"))
     if style.is_there() and summary["watched"]:
         draw_steps(summary, picture(results, "steps"))
-    seed = next(iter(arms.get("HPO", {})), None)
-    folders = {arm: work / "eval" / stem(arm, seed) for arm in PICTURED}
-    folders = {arm: folder for arm, folder in folders.items() if (folder / arm).is_dir()}
-    if "HPO" in folders:
-        rows = {"base": generators[seed], "HPO": arms["HPO"][seed]}
-        draw_grid(folders, {row: about["rows"][row]["rewards"] for row, about in rows.items()},
-                  picture(results, "grid"))
+    for seed, about in arms.get("HPO", {}).items():
+        folders = {arm: work / "eval" / stem(arm, seed) for arm in PICTURED}
+        folders = {arm: folder for arm, folder in folders.items() if (folder / arm).is_dir()}
+        if "HPO" in folders:
+            rewards = {"base": generators[seed]["rows"]["base"]["rewards"], "HPO": about["rows"]["HPO"]["rewards"]}
+            draw_grid(folders, rewards, picture(results, "grid"))
+            break

@@ -91,7 +91,8 @@ def parse_args(argv=None):
                    metavar="DIR", help="further photographs of the test")
     p.add_argument("--base", type=runs.CHECKPOINT, metavar="FILE", help="frozen x4 network; default: the scale's")
     p.add_argument("--fr", nargs="+", default=["ssim", "vgg"], metavar="NAME", help="full-reference half of the reward")
-    p.add_argument("--nr", nargs="+", default=["rewards/ranker3.pth"], metavar="NAME", help="no-reference half")
+    p.add_argument("--nr", nargs="+", default=["rewards/ranker3.pth"], metavar="NAME",
+                   help=f"no-reference half; that of the arm {GRID_FREE_ARM} is {GRID_FREE}")
     p.add_argument("--watch", nargs="*", metavar="NAME", help="metrics outside the reward",
                    default=["psnr", GRID_FREE, "rewards/ranker2.pth", "rewards.cnniqa:build", "ranker", "gmsd",
                             "brisque", "piqe"])
@@ -303,32 +304,58 @@ def structured_noise(out, arm):
 def grid_in_pairs(pairs, out, arm):
     """Where the grid of pixels of an arm comes from; pairs: its (first) pairs, out: of dpo.compare. In grey levels:
 
-    strength      of the grid that tuning added to all outputs, root mean square
-    spread        of that grid in the candidates of an image, standard deviation over the seeds, mean over the images
-    preferred     winners minus losers: report.tables.difference from 0 over the images
-    correlation   {metric: the same of its rank correlation with the candidate's grid over the seeds of an image}
+    strength      of the grid of 4x4 blocks that tuning added to all outputs, root mean square
+    period 8      of what 8x8 blocks share beyond that
+    spread        of the first grid in the candidates of an image, standard deviation over the seeds, mean over images
+    preferred     of that grid winners minus losers, of candidates as they are: report.tables.difference from 0 over
+                  photographs; all pairs alike, those of held-out photographs too
+    correlation   {metric: the same of its rank correlation with the candidate's grid over the seeds of an image; above
+                  0 where the metric takes the grid for better}
     """
     def outputs(row):
         return {path.name: sorted(path.iterdir()) for path in sorted((out / row).iterdir())}
-    grid = 255 * compare.grid_of_change(outputs("base"), outputs(arm)).float()
-    strength = grid.square().mean().sqrt().item()
-    of_pool = Path(json.loads((pairs / "curation.json").read_text())["pool"])
-    _, items, files = candidates.open_pool(pairs / of_pool)
-    names, raw, about = candidates.read_scores(pairs / of_pool)
-    levels = {name: np.array([(shared_grid(load_image(path)[None].float())[0] * grid).mean().item() / strength
-                              for path in files[name]]) for name in names}
+    grid, of_8 = (255 * compare.grid_of_change(outputs("base"), outputs(arm), period).float() for period in (4, 8))
+    strength, beyond = (pattern.square().mean().sqrt().item() for pattern in (grid, of_8 - grid.repeat(1, 2, 2)))
+    made_from = pairs / json.loads((pairs / "curation.json").read_text())["pool"]
+    names, raw, about = candidates.read_scores(made_from)
+    # of a tuning that added no grid at all
+    direction = grid / max(strength, 1e-9)
+    levels = {name: (grids * direction.numpy()).mean((1, 2, 3)) for name, grids in candidate_grids(made_from).items()}
     preferred = {}
     for pair in candidates.read_lines(pairs / "pairs.jsonl", "remove the pairs"):
         level = levels[pair["name"]]
         preferred.setdefault(pair["name"], []).append(level[pair["w_seed"]] - level[pair["l_seed"]])
-    ranks = {m: [stats.spearmanr(scores[:, k], levels[name]).statistic for name, scores in zip(names, raw)]
-             for k, m in enumerate(about)}
+    _, items, _ = candidates.open_pool(made_from)
+    photos = np.array([items[name]["photo"] for name in names])
 
     def against_zero(values):
-        return tables.difference(np.array([values]), np.zeros((1, len(values))))
-    return {"strength": strength, "spread": float(np.mean([level.std() for level in levels.values()])),
-            "preferred": against_zero([np.mean(values) for values in preferred.values()]),
-            "correlation": {m: against_zero(values) for m, values in ranks.items()}}
+        values = compare.over_photos(np.array(values), photos)
+        return tables.difference(values[None], np.zeros((1, len(values))))
+    correlation = {}
+    for k, (name_of_metric, facts) in enumerate(about.items()):
+        sign = -1 if facts["lower_is_better"] else 1
+        # 0 where a metric, or the grid, is the same for all seeds
+        ranks = [stats.spearmanr(sign * scores[:, k], levels[name]).statistic
+                 if np.ptp(scores[:, k]) and np.ptp(levels[name]) else 0.0 for name, scores in zip(names, raw)]
+        correlation[name_of_metric] = against_zero(ranks)
+    return {"strength": strength, "period 8": beyond, "correlation": correlation,
+            "spread": float(np.mean([level.std() for level in levels.values()])),
+            "preferred": against_zero([np.mean(preferred[name]) for name in names])}
+
+
+def candidate_grids(made_from):
+    """{image: rewards.gridfree.shared_grid of every candidate, (M, 3, 4, 4), in grey levels}; kept in the pool."""
+    file = made_from / "grids.npz"
+    if not file.exists():
+        _, _, files = candidates.open_pool(made_from)
+        grids = {name: np.stack([shared_grid(load_image(path)[None].float())[0].numpy() for path in paths])
+                 for name, paths in files.items()}
+
+        def write(path):
+            with path.open("wb") as stream:
+                np.savez(stream, **grids)
+        runs.write_atomic(file, write)
+    return dict(np.load(file))
 
 
 def in_rounds(args, seed, base, log, words):
@@ -348,7 +375,7 @@ def in_rounds(args, seed, base, log, words):
 
 
 def reuse(made, out):
-    """OUT of dpo.compare with what is already in another OUT: pictures as links, the rest copied."""
+    """OUT of dpo.compare, or a pool, with what is already in another one: pictures as links, the rest copied."""
     def copy(a, b):
         (os.link if a.endswith(".png") and Path(a).parent != made else shutil.copy2)(a, b)
     jobs.whole(out, lambda part: shutil.copytree(made, part, copy_function=copy))

@@ -25,7 +25,7 @@ SHOWN = {"psnr": "PSNR", "ssim": "SSIM", "vgg": "VGG distance", "flat_hf": "flat
          "stlpips": "LPIPS-ST", "dists": "DISTS", "musiq": "MUSIQ", "nima": "NIMA", "qalign": "Q-Align",
          "topiq_nr": "TOPIQ", "niqe": "NIQE", "brisque": "BRISQUE", "piqe": "PIQE", "ilniqe": "IL-NIQE",
          "rewards.cnniqa:build": "CNNIQA-LIVE", "cnniqa_live:build": "CNNIQA-LIVE",
-         "rewards.sharpness:build": "log Laplacian variance"}
+         "rewards.sharpness:build": "log Laplacian variance", "rewards.gridfree:build": "ranker3 without grid"}
 # a row of every table of opinions, never a model to train with
 CONTROL = "rewards.sharpness:build"
 # the paper's "FR low", "FR mid" and "NR high"; other metrics that a result says to compare are full-reference, too

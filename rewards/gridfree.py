@@ -5,19 +5,27 @@
 
 Such a network can add one small pattern to all 4x4 blocks of its outputs, which no image calls for and which costs the
 other terms of a reward next to nothing; a quality model that likes patterns pays for it (docs/results-dpo.md). Here
-the grid is taken away before the image is judged, so it has no score, and next to no gradient (the borders' share).
-What changes over the image is still seen.
+the grid is taken away before the image is judged, so it has next to no score and gradient: what is left comes from the
+borders, and from areas at black or white, where a grid is cut off. What changes over the image, and patterns of another
+period, are still seen.
 """
-import torch
 import torch.nn.functional as F
+from torch import nn
 
 import runs
 from rewards import opinion
 
 PERIOD = 4
 MODEL = "rewards/ranker3.pth"
-# along each axis; nothing of period 4 or 2 passes this smoothing
-SMOOTH = torch.tensor([0.5, 1, 1, 1, 0.5]) / 4
+
+
+def smoothed(x):
+    """Means of 4 x 4 pixels around every pixel, centred by half weights at the ends: nothing of period 4 or 2 passes.
+
+    The border is reflected.
+    """
+    around = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), 4, 1)
+    return F.avg_pool2d(around, 2, 1)
 
 
 def shared_grid(x):
@@ -26,8 +34,7 @@ def shared_grid(x):
     Of x minus a smoothed x, whose flat areas are the grid alone, the mean over the middle half of all blocks, so that
     edges and textures have no say. Blocks that the lower and right border cut are left out.
     """
-    kernel = (SMOOTH[:, None] * SMOOTH).to(x).repeat(x.shape[1], 1, 1, 1)
-    details = x - F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=x.shape[1])
+    details = x - smoothed(x)
     height, width = (n - n % PERIOD for n in x.shape[2:])
     blocks = details[..., :height, :width].unflatten(3, (-1, PERIOD)).unflatten(2, (-1, PERIOD))
     values = blocks.permute(0, 1, 3, 5, 2, 4).flatten(4).sort(-1).values
@@ -43,6 +50,14 @@ def without_grid(x):
     return x - tiled[..., :height, :width]
 
 
+class GridFree(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(without_grid(x))
+
+
 def build(device="cpu"):
-    model = opinion.load(runs.REPO / MODEL)[0].to(device)
-    return lambda x: model(without_grid(x))
+    return GridFree(opinion.load(runs.REPO / MODEL)[0]).to(device)

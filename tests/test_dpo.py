@@ -731,6 +731,26 @@ def test_winner_and_loser_share_time_and_noise_and_pairs_have_their_weights(stag
     assert event["lr"] == 1e-4 and event["loss"] == pytest.approx(math.log(2) * weight.mean().item(), abs=1e-5)
 
 
+def test_equal_grids_are_trained_on(stages, tmp_path, monkeypatch, capsys):
+    noised, targets = flow.FlowSR.noised, []
+
+    def recorded(self, x0, eps, t):
+        targets.append(x0)
+        return noised(self, x0, eps, t)
+    monkeypatch.setattr(flow.FlowSR, "noised", recorded)
+    spreads = []
+    for name, flags in (("plain", []), ("equal", ["--equal-grids"])):
+        run(tune, *tuning(stages), *flags, "--total-steps", 1, "--out", tmp_path / name)
+        win, lose = targets[-1].chunk(2)
+        # channels are the 16 places of a block for every colour
+        blocks = (win - lose).mean((2, 3)).unflatten(1, (3, 16))
+        spreads.append((blocks - blocks.mean(2, keepdim=True)).abs().max().item())
+    assert spreads[0] > 1e-3 and spreads[1] < 1e-6
+    with pytest.raises(SystemExit):
+        tune.parse_args(["--model", str(tmp_path), "--equal-grids"])
+    assert "--equal-grids is for FlowSR" in capsys.readouterr().err
+
+
 def test_tuning_samples_as_its_pool_was_sampled(stages, tmp_path):
     shutil.copytree(stages / "pool", tmp_path / "quiet")
     about = json.loads((tmp_path / "quiet" / "pool.json").read_text())

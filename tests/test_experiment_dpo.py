@@ -11,7 +11,7 @@ import torch
 
 import archs
 import runs
-from dpo import pool, pretrain, rounds, tune
+from dpo import candidates, pool, pretrain, rounds, tune
 from experiments import gpu, jobs, preference_report
 from experiments import preferences as exp
 from images import save_image
@@ -76,6 +76,11 @@ def test_the_whole_queue_in_small(queue, monkeypatch):
     assert [part["groups"] for part in in_rounds["curation"]] == [3, 3]
     assert [part[-1]["step"] for part in in_rounds["training"]] == [2, 2]
     assert [event["step"] for event in arms["HPO-0"]["training"][0]] == [1, 2, 3, 4]
+    # an arm with scores of its own, of the same candidates
+    norms = {arm: json.loads((queue.work / "pairs" / f"{arm}-0" / "norm.json").read_text())["metrics"]
+             for arm in ("HPO", "HPO-grid-free")}
+    assert set(norms["HPO"]) == {"ssim", "ranker"} and set(norms["HPO-grid-free"]) == {"ssim", exp.GRID_FREE}
+    assert (queue.work / "pool" / "0" / "scores.jsonl").read_text().count("ranker") == 6 * 8
     # the untuned generator: tau, criterion, and its outputs judged once for all arms
     generator = json.loads((queue.results / "generator-0.json").read_text())
     assert set(generator["reward_by_tau"]) == {"0.6", "1", "1.2"} and not generator["criterion"]["met"]
@@ -129,7 +134,8 @@ def results(tmp_path):
             step = {"step": 5, "win_ref": 2.0, "win_change": 0.01, "lose_change": 0.02, "accuracy": 0.7}
             runs.save_json(folder / f"{arm.replace(' ', '-')}-{seed}.json", {
                 "settings": {"scale": "cpu"}, "seed": seed, "arm": arm, "structured_noise": {"a": 0.1, "b": 0.2 * seed},
-                "grid": {"strength": 0.3, "spread": 0.02, "correlation": {"ssim": zero | {"mean": -0.06}},
+                "grid": {"strength": 0.3, "period 8": 0.01, "spread": 0.02,
+                         "correlation": {"ssim": zero | {"mean": -0.06}},
                          "preferred": zero | {"mean": 0.006, "low": 0.003, "high": 0.009, "verdict": "higher"}},
                 "rows": {arm: row(base + noise, gain), f"base + grid of {arm}": row(base + noise, gain / 2)},
                 "watched": [[[0, 0.4], [5, 0.4 + gain]]], "training": [[step]]})
@@ -153,7 +159,7 @@ def test_the_report_says_sigma_first_and_what_holds_of_the_papers_signs(results,
     assert "best against the worst in a small network" not in said
     # a grid alone has 0.0175 of 0.0325; peaks of 0.1 and 0, 0.1 and 0.2
     assert "| HPO | 0.70 | +0.50 % | +1.00 % | 10.0% | 54% |" in said
-    assert "| HPO, 1 | 0.30 | 0.020 | **+0.0060** [+0.0030, +0.0090] | ssim -0.06 |" in said
+    assert "| HPO, 1 | 0.300 | 0.010 | 0.020 | **+0.0060** [+0.0030, +0.0090] | ssim -0.06 |" in said
     assert summary["differences"]["HPO - base + grid of HPO"]["reward"]["mean"] == pytest.approx(0.015)
     assert summary["differences"]["HPO - base + grid of 1 of 4"]["reward"]["mean"] == pytest.approx(0.005)
     # of each generator
@@ -195,6 +201,50 @@ def test_the_criterion_is_1_dB_and_002():
 
 
 @fast
+def test_where_a_grid_comes_from_is_measured_in_the_candidates(tmp_path):
+    """Candidates are flat, with 0 to 4 grey levels of a grid; one metric likes it, one does not, one is blind."""
+    grid, names = torch.zeros(3, 4, 4), ["p0-0-0", "p0-1-0", "p1-2-0"]
+    grid[:, 0, 0], grid[:, 2, 1] = 1, -1
+    tile, flat, strength = grid.repeat(1, 6, 6), torch.full((3, 24, 24), 100.0), (2 / 16) ** 0.5
+    pool_folder, out, pairs = tmp_path / "pool", tmp_path / "eval", tmp_path / "pairs"
+    levels = [3, 0, 4, 1, 2]
+    for name in names:
+        save_image(pool_folder / "lq" / f"{name}.png", torch.zeros(3, 6, 6, dtype=torch.uint8))
+        for seed, level in enumerate(levels):
+            save_image(pool_folder / "cand" / name / f"{seed}.png", (flat + level * tile).byte())
+            save_image(out / "base" / name / f"{seed}.png", flat.byte())
+            # a part of period 8, too
+            more = torch.zeros_like(flat)
+            more[:, ::8, ::8] = 8
+            save_image(out / "arm" / name / f"{seed}.png", (flat + 2 * tile + more).byte())
+    runs.save_json(pool_folder / "pool.json", {"samples": 5, "hr": "x", "generator": {}})
+    candidates.write_lines(pool_folder / "scores.jsonl", [
+        {"name": name, "seed": seed, "likes": level, "distance": level, "blind": 1.0}
+        for name in names for seed, level in enumerate(levels)])
+    runs.save_json(pool_folder / "scores.json", {"metrics": {
+        name: {"lower_is_better": name == "distance"} for name in ("likes", "distance", "blind")}})
+    candidates.write_lines(pairs / "pairs.jsonl", [{"name": name, "w_seed": 2, "l_seed": 3} for name in names])
+    runs.save_json(pairs / "curation.json", {"pool": str(pool_folder.resolve())})
+    found = exp.grid_in_pairs(pairs, out, "arm")
+    of_4 = 2 * grid
+    of_4[:, 0, 0] += 2
+    of_4 -= of_4.mean((1, 2), keepdim=True)
+    assert found["strength"] == pytest.approx(of_4.square().mean().sqrt().item(), rel=1e-5)
+    assert found["period 8"] == pytest.approx((sum(x * x for x in (6, -2, -2, -2)) / 64) ** 0.5, rel=1e-5)
+    # the candidates' grid along that of the arm
+    along = (grid * of_4).mean().item() / found["strength"]
+    assert found["spread"] == pytest.approx(2 ** 0.5 * along, rel=0.01) and along < strength
+    assert found["preferred"]["mean"] == pytest.approx(3 * along, rel=0.01)
+    # intervals over two photographs
+    assert {m: round(values["mean"], 6) for m, values in found["correlation"].items()} == {
+        "likes": 1, "distance": -1, "blind": 0}
+    for name in names:
+        for seed in range(len(levels)):
+            save_image(out / "arm" / name / f"{seed}.png", flat.byte())
+    assert exp.grid_in_pairs(pairs, out, "arm")["strength"] == 0
+
+
+@fast
 def test_the_contact_sheet_has_the_same_seeds_before_and_after_and_what_changed(tmp_path, monkeypatch):
     torch.manual_seed(0)
     save = {"images/lq/a-0-0.png": torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8),
@@ -202,15 +252,17 @@ def test_the_contact_sheet_has_the_same_seeds_before_and_after_and_what_changed(
     for seed in range(3):
         save[f"base/a-0-0/{seed}.png"] = torch.full((3, 32, 32), 50 + seed, dtype=torch.uint8)
         save[f"HPO/a-0-0/{seed}.png"] = torch.full((3, 32, 32), 56 + 2 * seed, dtype=torch.uint8)
+        save[f"other/equal/a-0-0/{seed}.png"] = torch.full((3, 32, 32), 51 + seed, dtype=torch.uint8)
     for name, image in save.items():
         save_image(tmp_path / name, image)
     grids = []
     monkeypatch.setattr(preference_report.pictures, "save_grid", lambda path, lines: grids.append(lines))
     rewards = {"base": {"a-0-0": [0.5, 0.1, 0.9]}, "HPO": {"a-0-0": [0.6, 0.7, 0.8]}}
-    preference_report.draw_grid({"HPO": tmp_path}, rewards, tmp_path / "grid.png")
+    preference_report.draw_grid({"HPO": tmp_path, "equal": tmp_path / "other"}, rewards, tmp_path / "grid.png")
     levels = [[round(255 * image.mean().item()) for image, _ in line[:3]] for line in grids[0]]
     # seeds 1, 0, 2
-    assert levels == [[51, 50, 52], [58, 56, 60], [128 + 16 * 7, 128 + 16 * 6, 255]]
+    assert levels == [[51, 50, 52], [58, 56, 60], [128 + 16 * 7, 128 + 16 * 6, 255], [128 + 16] * 3]
+    assert [len(line) for line in grids[0]] == [4] * 4 and grids[0][3][0][1] == "equal, change x 16"
     assert grids[0][1][0][1] == "HPO, worst 0.70" and grids[0][0][3][1] == "low resolution"
 
 

@@ -52,3 +52,24 @@ def test_the_score_has_next_to_no_gradient_along_a_grid_and_is_that_of_the_plain
     assert along["free"] < 0.05 * along["plain"], along
     with torch.no_grad():
         assert abs(free(photo) - plain(photo)) < 1
+
+
+def test_a_grid_that_the_plain_model_likes_is_worth_nothing(photo):
+    free, plain = (iqa.create_reward([name]) for name in
+                   ("rewards.gridfree:build", str(runs.REPO / gridfree.MODEL)))
+    grid = torch.zeros(1, 3, 4, 4, requires_grad=True)
+    plain(photo + grid.repeat(1, 1, 64, 64)).sum().backward()
+    liked = grid.grad - grid.grad.mean((2, 3), keepdim=True)
+    liked = 0.6 * liked / liked.square().mean().sqrt()
+    # as files hold it
+    after = (255 * photo + liked.repeat(1, 1, 64, 64)).round().clamp(0, 255) / 255
+    before = (255 * photo).round() / 255
+    with torch.no_grad():
+        gain, of_free = plain(after) - plain(before), free(after) - free(before)
+    assert gain > 1 and of_free.abs() < 0.1 * gain, (gain, of_free)
+
+
+def test_the_weights_belong_to_the_identity(monkeypatch):
+    first = iqa.create_reward(["rewards.gridfree:build"]).identity()
+    monkeypatch.setattr(gridfree, "MODEL", "rewards/ranker2.pth")
+    assert iqa.create_reward(["rewards.gridfree:build"]).identity() != first
