@@ -14,6 +14,7 @@ from report import pictures, style, tables
 NAMES = {"base": "untuned generator", "best-worst": "best against worst", "1 of 4": "best quarter against worst",
          "1 of 8": "best eighth against worst", "HPO": "best quarter, HPO",
          "HPO, equal grids": "best quarter, HPO, pairs of equal grids",
+         "tossed": "winners and losers by a coin",
          "HPO, grid-free": "best quarter, HPO, ranker3 without grid",
          "HPO, paper sigma": "best quarter, HPO, weights as at\nthe paper's sigma_g",
          "nr": "HPO, no-reference reward", "fr": "HPO, full-reference reward", "2 rounds": "HPO, two rounds"}
@@ -23,6 +24,7 @@ SHOWN = ("best-worst", "HPO")
 PAIRS = [("1 of 4", "best-worst"), ("1 of 4", "1 of 8"), ("HPO", "best-worst"), ("HPO", "1 of 4"),
          ("HPO, paper sigma", "1 of 4"), ("HPO", "fr"), ("HPO", "nr"), ("HPO, grid-free", "HPO"),
          ("HPO, equal grids", "HPO"), ("HPO, equal grids", "base + grid of HPO"),
+         ("HPO", "tossed"),
          ("2 rounds", "HPO")]
 # the paper's claims: (sentence, A, B, column, sign of A - B); WORST is worst@M
 WORST = "worst"

@@ -11,7 +11,8 @@ tune      DPO with equal steps and pairs per step, then the outputs for the test
           worst seed (Diffusion-DPO); the best and worst 1/4 and 1/8 of the seeds; 1/4 with the weights of HPO, the
           method, and with weights that differ from 1 as much as at the paper's sigma_g; HPO with a full- or a
           no-reference reward alone, with ranker3 judging images without their grid of pixels, and with pairs that have
-          equal grids; HPO in two rounds of half the images and half the steps
+          equal grids; 1/4 with winners and losers by the toss of a coin; HPO in two rounds of half the images and half
+          the steps
 report    sigma_g first, then tables, the signs of the paper, curves and a contact sheet
 
 PRE-REGISTERED before any run, after a first experiment (docs/results-dpo.md) that was starved: its seeds hardly
@@ -33,7 +34,8 @@ differed (tau 0.6), 150 steps of 8 pairs were gradient noise, and the no-referen
 Added when the first arm had been judged and its change looked at: the untuned outputs with the grid of pixels that
 tuning adds to all outputs alike, and the share of the change in isolated peaks of its spectrum. When four arms of the
 first generator had been judged: rewards.gridfree, as a metric outside the reward and as the no-reference half of an arm
-of its own, the arm of equal grids, and how much of an arm's grid the winners and losers of its pairs have.
+of its own, the arm of equal grids, and how much of an arm's grid the winners and losers of its pairs have. When that
+arm had a grid as well: the tossed pairs, a control, since tuning may leave a grid whatever is preferred.
 """
 import shlex
 from pathlib import Path
@@ -46,6 +48,7 @@ STAGES = ("data", "generate", "pool", "tune", "report")
 ARMS = {"HPO": ("--top 8", "--hpo both"), "1 of 4": ("--top 8", "--hpo none"), "best-worst": ("--top 1", "--hpo none"),
         "HPO, equal grids": ("--top 8", "--hpo both --equal-grids"), "HPO, grid-free": ("--top 8", "--hpo both"),
         "HPO, paper sigma": ("--top 8", "--hpo both"),
+        "tossed": ("--top 8", "--hpo none"),
         "2 rounds": ("--top 8", "--hpo both"),
         "nr": ("--top 8 --reward nr", "--hpo both"), "fr": ("--top 8 --reward fr", "--hpo both"),
         "1 of 8": ("--top 4", "--hpo none")}
@@ -199,13 +202,27 @@ def score(args, out, no_reference):
 def curate(args, seed, arm, *more):
     """-> curation.json of an arm's pairs, in WORK/pairs/<arm>-<seed>."""
     out, outputs = folder(args, "pairs", seed, arm), folder(args, "pool", seed)
-    if not (out / "curation.json").exists():
-        if arm == GRID_FREE_ARM:
-            made, outputs = outputs, folder(args, "pool", seed, "grid-free")
-            reuse(made, outputs)
-            score(args, outputs, [GRID_FREE])
-        pool.main(pool.parse_args(["curate", "--pool", outputs, *shlex.split(ARMS[arm][0]), "--out", out, *more]))
+    if arm == GRID_FREE_ARM and not out.exists():
+        made, outputs = outputs, folder(args, "pool", seed, "grid-free")
+        reuse(made, outputs)
+        score(args, outputs, [GRID_FREE])
+
+    def make(part):
+        pool.main(pool.parse_args(["curate", "--pool", outputs, *shlex.split(ARMS[arm][0]), "--out", part, *more]))
+        if arm == "tossed":
+            toss(part / "pairs.jsonl", seed)
+    jobs.whole(out, make)
     return json.loads((out / "curation.json").read_text())
+
+
+def toss(file, seed):
+    """Let winners and losers change places in each pair with a chance of one half."""
+    rng, rows = np.random.default_rng(seed), candidates.read_lines(file, "remove the pairs")
+    for row in rows:
+        if rng.random() < 0.5:
+            row["w_seed"], row["l_seed"], row["R_w"], row["R_l"] = (
+                row["l_seed"], row["w_seed"], row["R_l"], row["R_w"])
+    candidates.write_lines(file, rows)
 
 
 def make_pairs(args, seed):

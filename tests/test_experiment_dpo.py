@@ -68,7 +68,7 @@ def test_the_whole_queue_in_small(queue, monkeypatch):
     arms = {file.stem: json.loads(file.read_text()) for file in queue.results.glob("*.json")
             if not file.stem.startswith("generator")}
     scopes = {part["scope"] for about in arms.values() for part in about["curation"]}
-    assert len(arms) == 12 and scopes == {summary["scope"]}
+    assert len(arms) == 13 and scopes == {summary["scope"]}
     gains = {about["arm"]: about["curation"][0]["gain"] for about in arms.values() if about["seed"] == 0}
     assert gains["HPO"] == 1 and gains["HPO, paper sigma"] == pytest.approx(exp.SIGMA / summary["sigma"]["0"][1])
     # two rounds have half the images and half the steps
@@ -81,6 +81,12 @@ def test_the_whole_queue_in_small(queue, monkeypatch):
              for arm in ("HPO", "HPO-grid-free")}
     assert set(norms["HPO"]) == {"ssim", "ranker"} and set(norms["HPO-grid-free"]) == {"ssim", exp.GRID_FREE}
     assert (queue.work / "pool" / "0" / "scores.jsonl").read_text().count("ranker") == 6 * 8
+    # of the same pairs some the other way round
+    pairs, tossed = (candidates.read_lines(queue.work / "pairs" / f"{arm}-0" / "pairs.jsonl", "")
+                     for arm in ("1-of-4", "tossed"))
+    turned = [(a["w_seed"], a["l_seed"]) == (b["l_seed"], b["w_seed"]) for a, b in zip(pairs, tossed)]
+    assert 0 < sum(turned) < len(turned) == len(tossed)
+    assert all((b["R_w"] < b["R_l"]) == turn for b, turn in zip(tossed, turned))
     # the untuned generator: tau, criterion, and its outputs judged once for all arms
     generator = json.loads((queue.results / "generator-0.json").read_text())
     assert set(generator["reward_by_tau"]) == {"0.6", "1", "1.2"} and not generator["criterion"]["met"]
