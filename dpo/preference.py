@@ -140,9 +140,9 @@ def equal_grids(win, lose, period=4):
     """(b, C, H, W) winners and losers -> the same without what their blocks of period x period pixels differ by alike.
 
     CHOICE (ours): a network that ends in a pixel shuffle can add the same small pattern to all blocks of all images,
-    and tuning made grids of 0.3 to 0.6 grey levels of preferences for 0.01 (docs/results-dpo.md). Half of the mean
-    block of win - lose, but for its mean colour, goes from the one to the other, so that these two targets do not
-    differ by a grid. H and W are multiples of period.
+    and tuning left grids of 0.3 to 0.6 grey levels where winners had 0.01 more of them than losers; without that 0.01
+    it left another one (docs/results-dpo.md). Half of the mean block of win - lose, but for its mean colour, goes from
+    the one to the other. H and W are multiples of period.
     """
     difference = (win - lose).unflatten(3, (-1, period)).unflatten(2, (-1, period)).mean((2, 4))
     difference = difference - difference.mean((2, 3), keepdim=True)

@@ -34,7 +34,7 @@ def parse_args(argv=None):
                    help="side of the LR patches in pixels; 0: whole images (CHOICE)")
     g.add_argument("--equal-grids", action="store_true",
                    help="take from every pair what its 4x4 blocks of pixels differ by alike, so that no grid of that "
-                        "period is preferred; for generators that end in a pixel shuffle (CHOICE; PAPER: off)")
+                        "period is preferred (CHOICE; it did not keep grids away, docs/results-dpo.md; PAPER: off)")
     g.add_argument("--val-groups", type=runs.COUNT, default=16,
                    help="images that are only watched, whole photographs at a time; 0: none, and no metric is loaded "
                         "(CHOICE)")
