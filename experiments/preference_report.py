@@ -37,7 +37,7 @@ SIGNS = [("Tuning raises the mean of the seeds", "HPO", "base", "reward", 1),
          ("A no-reference reward alone gives away SSIM", "HPO", "nr", "ssim", 1),
          ("Two rounds beat one at equal cost (the paper's future work)", "2 rounds", "HPO", "reward", 1)]
 # arms whose changes are shown; of the first one the outputs as well
-PICTURED = ("HPO", "HPO, equal grids")
+PICTURED = ("HPO", "HPO, equal grids", "tossed")
 # first names that fit: photographs of these sets may be shown; side of the part; times that differences are enlarged
 PICTURE, SIDE, TIMES = ("test_set14-monarch", "test_set14", "test_set5", ""), 128, 16
 
@@ -215,9 +215,9 @@ def picture(results, name):
 
 
 def draw_curves(summary, path):
-    """compare.draw_curves, with a thin line for every generator."""
-    shown = {}
-    for row in ("base", *(arm for arm in SHOWN if arm in summary["curves"])):
+    """compare.draw_curves, with a thin line for every generator; of arms that all generators have."""
+    shown, seeds = {}, summary["seeds"]
+    for row in ("base", *(arm for arm in SHOWN if seeds.get(arm) == seeds["base"])):
         shown[NAMES[row]] = {"curve": summary["curves"][row],
                              "minus_first": summary["differences"].get(f"{row} - base")}
     compare.draw_curves({"rows": shown, "k": summary["k"], "reward": "hybrid"}, path)

@@ -48,7 +48,7 @@ STAGES = ("data", "generate", "pool", "tune", "report")
 ARMS = {"HPO": ("--top 8", "--hpo both"), "1 of 4": ("--top 8", "--hpo none"), "best-worst": ("--top 1", "--hpo none"),
         "HPO, equal grids": ("--top 8", "--hpo both --equal-grids"), "HPO, grid-free": ("--top 8", "--hpo both"),
         "HPO, paper sigma": ("--top 8", "--hpo both"),
-        "tossed": ("--top 8", "--hpo none"),
+        "tossed": ("--top 8", "--hpo none --keep last"),
         "2 rounds": ("--top 8", "--hpo both"),
         "nr": ("--top 8 --reward nr", "--hpo both"), "fr": ("--top 8 --reward fr", "--hpo both"),
         "1 of 8": ("--top 4", "--hpo none")}
