@@ -331,7 +331,8 @@ def grid_in_pairs(pairs, out, arm):
     """
     def outputs(row):
         return {path.name: sorted(path.iterdir()) for path in sorted((out / row).iterdir())}
-    grid, of_8 = (255 * compare.grid_of_change(outputs("base"), outputs(arm), period).float() for period in (4, 8))
+    of_8 = 255 * compare.grid_of_change(outputs("base"), outputs(arm), 8).float()
+    grid = of_8.unflatten(2, (-1, 4)).unflatten(1, (-1, 4)).mean((1, 3))
     strength, beyond = (pattern.square().mean().sqrt().item() for pattern in (grid, of_8 - grid.repeat(1, 2, 2)))
     made_from = pairs / json.loads((pairs / "curation.json").read_text())["pool"]
     names, raw, about = candidates.read_scores(made_from)
