@@ -555,6 +555,9 @@ def start_training(device, threads, seed, precision, deterministic=False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     world = start_world(device, threads)
+    # bf16 without units is many times slower, and nothing else would say so
+    if precision == "bf16" and world.is_main and (remark := precision_remark(world.device, precision, None)):
+        print(remark, file=sys.stderr)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     # it times the algorithms of cuDNN, so that the next process may take others, which round otherwise
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
@@ -576,7 +579,7 @@ def in_precision(device, precision):
 
 
 def precision_remark(device, precision, arch):
-    """What bf16 gains or costs on this CPU, where that is not what was chosen; else "".
+    """What bf16 gains or costs on this CPU, where that is not what was chosen; else "". arch: None for any other.
 
     The numbers are those of results/bench/precision-<unit>.json (experiments/precision.py), where there is one.
     """

@@ -2,6 +2,7 @@
 
     python -m experiments.paper_network                        every stage at CPU scale; resumes where it stopped
     python -m experiments.paper_network --scale gpu            one CUDA device: the paper's crop and batch per GPU
+    python -m experiments.paper_network --precision fp32 --seeds 0 --work DIR --results DIR      do the signs survive?
 
 data      two sets of quintuplets from the same photographs, the test images, and, before any training, the share of
           crops that each reward leaves to the original. `soft`: enlarged by 1.5 first, so that enhanced versions often
@@ -41,11 +42,10 @@ SETS = {"soft": "--soften 1.5 --shrink 0.5".split(), "sharp": "--soften 1 --shri
 # crops of 192 pixels: below that the reward knows little (docs/results-opinions.md)
 SCALES = {
     "cpu": dict(train="""--crop 192 --load-size 256 --batch-size 2 --group-size 2 --pool-size 16 --total-steps 140
-                         --d-warmup 40 --ema-decay 0.95 --lr 1e-4 --milestones --precision bf16 --workers 0""",
+                         --d-warmup 40 --ema-decay 0.95 --lr 1e-4 --milestones --workers 0""",
                 tune="--total-steps 100 --val-every 5 --ema-decay 0.9", pairs=40, patch=256),
     "gpu": dict(train="""--crop 256 --load-size 0 --batch-size 12 --group-size 12 --pool-size 180 --total-steps 1400
-                         --d-warmup 400 --ema-decay 0.99 --lr 1e-4 --milestones --precision bf16 --fast graph
-                         --workers 12""",
+                         --d-warmup 400 --ema-decay 0.99 --lr 1e-4 --milestones --fast graph --workers 12""",
                 tune="--total-steps 400 --val-every 10 --ema-decay 0.95", pairs=100, patch=384),
 }
 # {variant: flags of finetune_lora.py}; at the paper's 5e-5, adapters that begin at zero do nothing in so few steps
@@ -93,6 +93,8 @@ def parse_args(argv=None):
     p.add_argument("--gain", type=runs.RATE, default=3.0, help="points of the reward at which tunings are compared")
     p.add_argument("--seeds", type=runs.COUNT, nargs="+", default=[0, 1, 2],
                    help="of orig, rand, amo and tunings; 1 for the rest")
+    p.add_argument("--precision", choices=["bf16", "fp32"], default="bf16",
+                   help="of quintuplets, training and outputs; tuning is in fp32")
     p.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), help="train on these")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: what the scale is for")
     p.add_argument("--jobs", type=runs.SIZE, default=2, help="processes at a time, each with one thread")
@@ -166,7 +168,7 @@ def prepare(args):
         if not (args.work / where / "quintuplets.json").exists():
             jobs.call(args.work / f"{where}.log", "prepare.quintuplets", "--photos", photos, "--enhancers", args.start,
                       *args.enhancers, "--out", args.work / where, *SETS[where], "--patch", scale["patch"],
-                      "--step", scale["patch"], "--precision", "bf16", "--device", args.device,
+                      "--step", scale["patch"], "--precision", args.precision, "--device", args.device,
                       processes=args.jobs if args.device == "cpu" else 1)
     samplers.make_test(args.test_photos, args.work / "sets" / "test")
     # evenly from both cameras
@@ -213,7 +215,7 @@ def judge(args, row, *words, names=None):
         setting = SimpleNamespace(**vars(args) | {"work": args.work / test})
         filled = [str(word).replace("{test}", test) for word in words]
         judged[test] = jobs.evaluate(setting, None, out, names, more=[
-            *filled, "--precision", "bf16", "--save", args.work / "outputs" / test])
+            *filled, "--precision", args.precision, "--save", args.work / "outputs" / test])
     return judged
 
 
@@ -231,7 +233,8 @@ def add_start(args):
     judged = judge(args, "start", "--weights", args.start, "--names", "start", "--baselines", "bicubic", "reference")
     for row in ("bicubic", "reference", "start"):
         runs.save_json(args.results / f"{row}.json", record_of(judged, row))
-    precision_check(args)
+    if args.precision != "fp32":
+        precision_check(args)
 
 
 def precision_check(args, count=10):
@@ -252,7 +255,7 @@ def precision_check(args, count=10):
 
 def train_row(args, row, where, flags):
     """Train, evaluate, write RESULTS/<row>.json; continues an interrupted training."""
-    run, words = args.work / "runs" / row, SCALES[args.scale]["train"].split()
+    run, words = args.work / "runs" / row, [*SCALES[args.scale]["train"].split(), "--precision", args.precision]
     jobs.call(run.with_suffix(".log"), "train.py", "--arch", "rrdbnet", "--data", args.work / where, "--init",
               args.start, "--vgg-weights", args.vgg_weights, *words, "--val-photos", VALIDATION, "--val-every", 0,
               "--save-every", 50, "--log-every", 10, *flags, "--device", args.device, "--out", run, "--resume", "auto")
@@ -415,7 +418,7 @@ def real(args):
     rows |= {path.parent.parent.name: path for path in sorted((args.work / "runs").glob("*/weights/merged.pth"))}
     out = args.work / "real.json"
     jobs.call(args.work / "real.log", "evaluate.py", "--lq", args.real_photos, "--weights", *rows.values(), "--names",
-              *rows, "--metrics", args.rewards[0], "--precision", "bf16", "--device", args.device, "--cache",
+              *rows, "--metrics", args.rewards[0], "--precision", args.precision, "--device", args.device, "--cache",
               args.work / "evaluation-cache", "--save", args.work / "outputs" / "real", "--out-json", out)
     page.main(page.parse_args([str(out), str(args.work / "real.html")]))
 

@@ -47,11 +47,13 @@ def test_first_draws_of_neighbouring_seeds_are_uniform_and_uncorrelated():
 
 @pytest.mark.parametrize("precision, tf32, dtype", [
     ("fp32", False, torch.float32), ("tf32", True, torch.float32), ("bf16", False, torch.bfloat16)])
-def test_precision_is_what_was_asked_for(precision, tf32, dtype):
+def test_precision_is_what_was_asked_for(monkeypatch, capsys, precision, tf32, dtype):
+    monkeypatch.setattr(runs, "cpu_flags", lambda: ["avx2"])
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     original = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
     try:
         world, seeds, autocast = runs.start_training("cpu", 0, 3, precision)
+        assert ("fp32 is faster on a CPU without units" in capsys.readouterr().err) == (precision == "bf16")
         with autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
         assert cudnn.allow_tf32 == matmul.allow_tf32 == tf32
