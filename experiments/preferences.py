@@ -192,6 +192,13 @@ def make_pool(args, seed):
               "--groups", scale["groups"], "--samples", args.samples, *shlex.split(CROPS), "--seed", seed,
               "--device", args.device, "--out", out)
     score(args, out, args.nr)
+    if GRID_FREE_ARM in args.arms and seed in seeds_of(args, GRID_FREE_ARM):
+        reuse(out, grid_free_pool(args, seed))
+        score(args, grid_free_pool(args, seed), [GRID_FREE])
+
+
+def grid_free_pool(args, seed):
+    return folder(args, "pool", seed, "grid-free")
 
 
 def score(args, out, no_reference):
@@ -201,11 +208,8 @@ def score(args, out, no_reference):
 
 def curate(args, seed, arm, *more):
     """-> curation.json of an arm's pairs, in WORK/pairs/<arm>-<seed>."""
-    out, outputs = folder(args, "pairs", seed, arm), folder(args, "pool", seed)
-    if arm == GRID_FREE_ARM and not out.exists():
-        made, outputs = outputs, folder(args, "pool", seed, "grid-free")
-        reuse(made, outputs)
-        score(args, outputs, [GRID_FREE])
+    out = folder(args, "pairs", seed, arm)
+    outputs = grid_free_pool(args, seed) if arm == GRID_FREE_ARM else folder(args, "pool", seed)
 
     def make(part):
         pool.main(pool.parse_args(["curate", "--pool", outputs, *shlex.split(ARMS[arm][0]), "--out", part, *more]))

@@ -251,10 +251,20 @@ def add_row(args, domain, row, seed, *words, **more):
                           **{key: judged[key] for key in (*jobs.MADE_BY, "lower_is_better")}})
 
 
+def kept(args, domain, row):
+    """Folder of a row's outputs, for the controls."""
+    return args.work / "outputs" / domain / row.replace(", ", "-")
+
+
+def keep(args, domain, row):
+    """Flags of evaluate.py for that."""
+    folder = kept(args, domain, row)
+    return ["--names", folder.name, "--save", folder.parent]
+
+
 def add_start(args, domain, row, sr):
-    """The network before tuning; its outputs are kept for the controls."""
-    add_row(args, domain, row, 0, "--weights", sr, "--precision", "bf16", "--names", "start", "--save",
-            args.work / "outputs" / domain / row.replace(", ", "-"))
+    """The network before tuning."""
+    add_row(args, domain, row, 0, "--weights", sr, "--precision", "bf16", *keep(args, domain, row))
 
 
 def perturbed(args):
@@ -281,7 +291,8 @@ def tune(args, domain, row, seed):
     moved = re.findall(r"movement of the averaged weights: ([\d.e-]+)", log)
     if not moved:
         raise runs.UserError(f"{out}: the tuning was stopped; the same command continues")
-    add_row(args, domain, row, seed, "--weights", out, "--precision", "bf16", finetune=words, network=network,
+    saved = keep(args, domain, row) if (row, seed) == ("both", args.seeds[0]) else []
+    add_row(args, domain, row, seed, "--weights", out, "--precision", "bf16", *saved, finetune=words, network=network,
             movement=float(moved[-1]), **checks_of(out))
 
 
@@ -301,19 +312,18 @@ def controls(args, domain):
     both, colours = row_file(args, domain, "both", seed), args.results / f"colours-{domain}.json"
     if not both.exists() or colours.exists():
         return
-    folders = {row: args.work / "outputs" / domain / row for row in ("before", "both")}
-    if not folders["before"].exists():
-        add_start(args, domain, "before", args.sr)
-    if not folders["both"].exists():
-        score(args, args.work / domain, args.work / "scores" / f"{domain}-both-again.json", "--weights",
-              tuned(args, domain, "both", seed), "--precision", "bf16", "--names", "start", "--save", folders["both"])
+    folders = {row: kept(args, domain, row) for row in ("before", "both")}
+    for row, folder in folders.items():
+        if not folder.exists():
+            file = row_file(args, domain, row, seed if row == "both" else 0)
+            raise runs.UserError(f"{folder}: not there; remove {file}, and `tune` makes it again")
     goal = np.mean([values["psnr"] for values in json.loads(both.read_text())["scores"].values()])
     device = runs.start_world(args.device, 0 if args.scale == "gpu" else 1).device
 
     def read(folder):
         return {stem: load_image(path)[None].to(device).float() / 255 for stem, path in list_images(folder).items()}
     lq, gt = (read(args.work / domain / part) for part in ("lq", "gt"))
-    outputs = {row: read(folder / "start") for row, folder in folders.items()}
+    outputs = {row: read(folder) for row, folder in folders.items()}
 
     def shift(image, stem):
         """What is missing to the mean colours of the LR image, (1, 3, 1, 1)."""
@@ -337,7 +347,7 @@ def controls(args, domain):
                             for stem, image in outputs["before"].items()])
         reached = {strength: psnr(strength) for strength in strengths}
         best = min(strengths, key=lambda strength: abs(reached[strength] - goal))
-        folder = args.work / "outputs" / domain / name.replace(" ", "-")
+        folder = kept(args, domain, name.replace(" ", "-"))
         for stem, image in outputs["before"].items():
             save_image(folder / f"{stem}.png", change(image, best, stem)[0])
         add_row(args, domain, name, 0, "--images", folder, strength=best, psnr=reached[best], goal=goal)

@@ -481,7 +481,7 @@ def test_the_queue_in_small(photos, tmp_path, monkeypatch, capsys):
     row = json.loads((results / "inside-both-0.json").read_text())
     assert [check["step"] for check in row["checks"]] == [0, 2] and row["far_floor"] > 0
     outputs, lq = (load_image(work / part / "gt-p0.png").float().mean((1, 2)) for part in (
-        "outputs/inside/before/start", "inside/lq"))
+        "outputs/inside/before", "inside/lq"))
     colours = json.loads((results / "colours-inside.json").read_text())["colours"]
     assert colours["before"]["gt-p0"] == pytest.approx((outputs - lq).abs().mean().item(), abs=1e-3)
     assert colours["both"].keys() == colours["before"].keys() == {f"gt-p{k}" for k in range(4)}
