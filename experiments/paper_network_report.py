@@ -60,31 +60,41 @@ def report(args, sets, variants):
     summary = {"command": sys.argv, **runs.describe_machine(), "lower_is_better": lower, "metrics": list(lower),
                "rows": {group: len(names) for group, names in groups.items()}}
     for test in TESTS:
-        stems = sorted(files["start"]["scores"][test])
-        # {row: {seed: (images, metrics)}}
-        scores = {group: {seed: np.array([[files[name]["scores"][test][stem][metric] for metric in lower]
-                                          for stem in stems]) for seed, name in names.items()}
-                  for group, names in groups.items()}
-        compared = {}
         # a control that no filter reached on this test is the start itself
         kept = {row: names for row, names in groups.items()
                 if files.get(row, {}).get("strength", {}).get(test, {"strength": 1})["strength"]}
-        for one, other in pairs_of(kept, sets):
-            a, b = map(np.array, paired(scores[one], scores[other]))
-            if len(a):
-                compared[f"{one} - {other}"] = {metric: tables.difference(a[:, :, k], b[:, :, k])
-                                                for k, metric in enumerate(lower)} | {"seeds": len(a)}
-        means = {row: np.array(list(of_seed.values())) for row, of_seed in scores.items()}
-        summary[test] = {"images": len(stems), "mean": {row: v.mean((0, 1)).tolist() for row, v in means.items()},
-                         "seed_means": {row: v.mean(1).tolist() for row, v in means.items()}, "differences": compared,
-                         **noise(files, kept, test, stems)}
+        stems = sorted(files["start"]["scores"][test])
+        summary[test] = {**compared({name: record["scores"][test] for name, record in files.items()}, lower,
+                                    pairs_of(kept, sets)), **noise(files, kept, test, stems)}
+    if (args.results / "slow.json").exists():
+        slow = json.loads((args.results / "slow.json").read_text())
+        summary["slow"] = {**compared(slow["scores"], slow["lower_is_better"], pairs_of(by_seed(slow["scores"]), sets)),
+                           "lower_is_better": slow["lower_is_better"], "metrics": list(slow["lower_is_better"])}
     runs.save_json(args.results.with_suffix(".json"), summary)
-    for test in TESTS:
-        seeds = [f"{row} ({n})" for row, n in summary["rows"].items()]
-        print(f"{test}, {summary[test]['images']} images; seeds: {', '.join(seeds)}\n")
-        print(jobs.metric_tables(summary | summary[test]))
+    for test in (*TESTS, "slow"):
+        if test in summary:
+            seeds = [f"{row} ({n})" for row, n in summary["rows"].items() if row in summary[test]["mean"]]
+            print(f"{test}, {summary[test]['images']} images; seeds: {', '.join(seeds)}\n")
+            print(jobs.metric_tables(summary | summary[test]))
     if (args.work / "outputs").is_dir():
         picture(args, variants)
+
+
+def compared(scores, metrics, pairs):
+    """Means, and differences of pairs of rows with verdicts. scores: {name of a row: {image: {metric: value}}}"""
+    # {row: {seed: (images, metrics)}}
+    values = {row: {seed: np.array([[image[metric] for metric in metrics] for _, image in sorted(scores[name].items())])
+                    for seed, name in names.items()} for row, names in by_seed(scores).items()}
+    differences = {}
+    for one, other in pairs:
+        a, b = map(np.array, paired(values[one], values[other]))
+        if len(a):
+            differences[f"{one} - {other}"] = {metric: tables.difference(a[:, :, k], b[:, :, k])
+                                               for k, metric in enumerate(metrics)} | {"seeds": len(a)}
+    of_row = {row: np.array(list(of_seed.values())) for row, of_seed in values.items()}
+    return {"images": next(iter(of_row.values())).shape[1], "differences": differences,
+            "mean": {row: v.mean((0, 1)).tolist() for row, v in of_row.items()},
+            "seed_means": {row: v.mean(1).tolist() for row, v in of_row.items()}}
 
 
 def noise(files, groups, test, stems):

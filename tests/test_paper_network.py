@@ -55,9 +55,15 @@ def test_the_start_is_compared_with_every_seed(tmp_path):
         images = {f"image{k}": {"psnr": float(value)} for k, value in enumerate(values)}
         runs.save_json(tmp_path / "out" / f"{row}.json",
                        {"lower_is_better": {"psnr": False}, "scores": {"realsr": images, "sets": images}})
+    slow = {row: {f"image{k}": {"ilniqe": float(value)} for k, value in enumerate(rows[row][:3])}
+            for row in ("start", "soft-amo-1")}
+    runs.save_json(tmp_path / "out" / "slow.json", {"lower_is_better": {"ilniqe": True}, "scores": slow})
     args = paper_network.parse_args(["report", "--work", str(tmp_path / "no"), "--results", str(tmp_path / "out")])
     paper_network_report.report(args, ["soft"], [])
-    found = json.loads((tmp_path / "out.json").read_text())["realsr"]["differences"]
+    summary = json.loads((tmp_path / "out.json").read_text())
+    change = summary["slow"]["differences"]["soft-amo - start"]["ilniqe"]
+    assert summary["slow"]["images"] == 3 and change["mean"] == pytest.approx((amo[1, :3] - start[:3]).mean())
+    found = summary["realsr"]["differences"]
     assert found["soft-amo - start"]["seeds"] == 3
     assert found["soft-amo - start"]["psnr"]["mean"] == pytest.approx(amo.mean() - start.mean())
     assert found["soft-amo - start"]["psnr"]["seeds"] == pytest.approx(amo.mean(1) - start.mean())
