@@ -2,7 +2,7 @@
 
     python -m experiments.paper_network                        every stage at CPU scale; resumes where it stopped
     python -m experiments.paper_network --scale gpu            one CUDA device: the paper's crop and batch per GPU
-    python -m experiments.paper_network --precision fp32 --seeds 0 --work DIR --results DIR      do the signs survive?
+    python -m experiments.paper_network --precision fp32 --train=... --work DIR --results DIR    do the signs survive?
 
 data      two sets of quintuplets from the same photographs, the test images, and, before any training, the share of
           crops that each reward leaves to the original. `soft`: enlarged by 1.5 first, so that enhanced versions often
@@ -31,6 +31,7 @@ structured noise (metrics.noise_peaks) than the change by naive tuning at the sa
 table: a difference in how much was lost is not a gain. A row whose gain over the start a control reaches has no more
 than that control.
 """
+import shlex
 from pathlib import Path
 
 import runs
@@ -95,6 +96,8 @@ def parse_args(argv=None):
                    help="of orig, rand, amo and tunings; 1 for the rest")
     p.add_argument("--precision", choices=["bf16", "fp32"], default="bf16",
                    help="of quintuplets, training and outputs; tuning is in fp32")
+    p.add_argument("--train", type=shlex.split, default=[], metavar="WORDS",
+                   help="flags of train.py after those of the scale, in one word; the last of a flag counts")
     p.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), help="train on these")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: what the scale is for")
     p.add_argument("--jobs", type=runs.SIZE, default=2, help="processes at a time, each with one thread")
@@ -255,7 +258,8 @@ def precision_check(args, count=10):
 
 def train_row(args, row, where, flags):
     """Train, evaluate, write RESULTS/<row>.json; continues an interrupted training."""
-    run, words = args.work / "runs" / row, [*SCALES[args.scale]["train"].split(), "--precision", args.precision]
+    run, words = args.work / "runs" / row, SCALES[args.scale]["train"].split()
+    words += ["--precision", args.precision, *args.train]
     jobs.call(run.with_suffix(".log"), "train.py", "--arch", "rrdbnet", "--data", args.work / where, "--init",
               args.start, "--vgg-weights", args.vgg_weights, *words, "--val-photos", VALIDATION, "--val-every", 0,
               "--save-every", 50, "--log-every", 10, *flags, "--device", args.device, "--out", run, "--resume", "auto")

@@ -124,7 +124,7 @@ def missing(args):
         lines.append(f"--data {args.data}: no Test in it, the images of the table; docs/data.md says how to get HGGT")
     if args.table == 8 and not any(args.realsr.glob("*/Test/4/*_HR.png")):
         lines.append(f"--realsr {args.realsr}: no RealSR v3 there (<camera>/Test/4/*_LR4.png and *_HR.png); "
-                     "docs/data.md says where it is found")
+                     "docs/evaluation.md says where it is found")
     return lines
 
 
