@@ -766,7 +766,7 @@ def load_generator(path, key=None, pad_mode=None, **options):
 
 
 def load_run(path, flag, key=None, pad_mode=None):
-    """load_generator of a weights file, or of a run folder: its newest EMA weights, padded as trained. -> (net, info).
+    """load_generator of a weights file, or of a run folder's merged.pth, else newest EMA weights. -> (net, info)
 
     pad_mode wins over the run's own. info also has file, and trained_at: the run's commit, or None for a file.
     flag: the caller's, named in errors. Raises UserError as load_generator does, and where nothing is.

@@ -179,6 +179,10 @@ class Sets:
         """Name of the photograph that an image is a patch of."""
         return photo_of(stem) if self.patches else stem
 
+    def photographs(self):
+        """Their names, for logs."""
+        return ", ".join(sorted({self.photo(stem) for stem in self.stems}))
+
     def grouping(self):
         """A phrase for logs: how many photographs, and what says so."""
         photos = len({self.photo(stem) for stem in self.stems})
@@ -632,7 +636,7 @@ def prefetch(batches, device):
     def fetch():
         try:
             batch = next(batches, None)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             return error
         with torch.cuda.stream(side):
             return batch and {name: tensor if name == "where" else tensor.to(device, non_blocking=True)
@@ -668,6 +672,7 @@ class TrainingPool:
                                  "(0 switches the pool off)")
         self.slots, self.lanes, self.seeds, self.eight_bit = size // batch_size, lanes, seeds, eight_bit
         self.stored = None if state is None else tuple(t[lanes.start:lanes.stop].to(device) for t in state)
+        # a checkpoint of an earlier commit kept sharpened ones as uint8
         if self.stored and not eight_bit:
             self.stored = tuple(t.float() / 255 if t.dtype == torch.uint8 else t for t in self.stored)
 

@@ -270,7 +270,9 @@ def draw_kernel(rng, r, pad_to):
 
 
 def draw_group(preset, seed):
-    """What HGGT draws once per GPU batch: {"rounds": [...], "final_mode", "jpeg_last"}; the last is for two rounds.
+    """What HGGT draws once per GPU batch: {"rounds": [...], "final_mode", "jpeg_last"}.
+
+    The last two are for two rounds; one ends with the mode of its resize.
 
     Each round holds blur (bool), resize (of RESIZES), scale, mode (of MODES), gaussian (else Poisson), and noise_seed,
     which is that of the gray field.

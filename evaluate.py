@@ -61,8 +61,9 @@ def parse_args(argv=None):
     g.add_argument("--images", type=Path, nargs="+", default=[], metavar="DIR",
                    help="folders of outputs, <stem>.png, else <stem>_<anything>.png")
     g.add_argument("--baselines", nargs="*", choices=["bicubic", "reference", "gold"], default=["bicubic"],
-                   help="bicubic interpolation; the originals or references judged as if they were outputs; gold: per "
-                        "image and no-reference metric the best of a quintuplet's versions (the paper's Gold Standard)")
+                   help="bicubic: MATLAB's kernel; reference: originals or references as if they were outputs; gold: "
+                        "per image and no-reference metric the best of a quintuplet's versions (the paper's Gold "
+                        "Standard)")
     g.add_argument("--against", metavar="ROW", help="take differences to this row; default: the first of --weights")
     g = p.add_argument_group("test images")
     g.add_argument("--data", type=Path, default=Path("datasets/HGGT"), metavar="DIR",
@@ -129,6 +130,8 @@ def complete(p, args):
         p.error(f"--names: {len(args.names)} names for {len(args.weights)} --weights; give one for each")
     if args.base and not any(map(is_adapter, args.weights)):
         p.error("--base: names what adapters belong to, and no adapter.pth is among --weights")
+    if args.scale != [1.0] and not any(map(is_adapter, args.weights)):
+        p.error("--scale: the strengths of adapters, and no adapter.pth is among --weights (RUN/lora/adapter.pth)")
     if args.total_steps and not args.demo:
         p.error("--total-steps: is for --demo, which trains")
 
@@ -224,7 +227,7 @@ def find_rows(args, items, device):
     """{name: Row}; UserError for two of one name."""
     rows = {}
     if "bicubic" in args.baselines:
-        rows["bicubic"] = metrics.Row(metrics.bicubic, identity="bicubic")
+        rows["bicubic"] = metrics.Row(metrics.bicubic, identity="bicubic, a = -0.5")
     if "reference" in args.baselines:
         rows["reference"] = metrics.Row(files={stem: (i["versions"] or i["refs"])[0] for stem, i in items.items()})
     for k, path in enumerate(args.weights):

@@ -22,10 +22,10 @@ from pathlib import Path
 import runs
 
 ARCHS = runs.literal("archs", "ARCHS")
-# "as stage 2" (Supp. 8.3): taken from the run that is tuned
+# "as stage 2" (Supp. 8.3): taken from the run that is tuned, and so are its weights of losses
 OF_BASE = ("data", "versions", "val_photos", "load_size", "crop", "degradation", "sampler", "tau", "atlas",
-           "lambda_l1", "lambda_p", "vgg_weights", "d_features", "batch_size", "group_size", "pool_size", "ema_decay",
-           "drop_path", "channels_last", "seed")
+           "vgg_weights", "d_features", "batch_size", "group_size", "pool_size", "ema_decay", "drop_path",
+           "channels_last", "seed")
 # flags of train.py whose values only that run, or the architecture, decides
 NO_FLAGS = ("--load-size", "--tau", "--atlas", "--d-features", "--group-size", "--drop-path", "--channels-last")
 # CHOICE: under 90 s on two cores
@@ -83,8 +83,7 @@ def parse_args(argv=None):
     g.add_argument("--out", type=Path,
                    help="run folder (default: <base>+<reward>[-<variant>]; variant: hp, ig, nnr2, nnr5, layers, naive)")
     # the paper's defaults, then what the base was trained with, then those of this stage; explicit flags still win
-    values = {"load_size": 0, "tau": None, "atlas": [], "d_features": 64, "drop_path": 0.0, "channels_last": True}
-    values |= ARCHS[arch]["train"] | ARCHS[arch]["gan"]
+    values = ARCHS[arch]["train"] | ARCHS[arch]["gan"]
     of_base = {k: v for k, v in trained.items()
                if k in OF_BASE or k.startswith("lambda_") and k not in ("lambda_a", "lambda_q")}
     if trained.get("sampler") not in ("sma", "smp") and not of_base.get("atlas"):
@@ -107,8 +106,18 @@ def parse_args(argv=None):
         args.lambda_q = 0.0
     elif args.lambda_q is None:
         args.lambda_q = 1.0 if any("=" in word for word in args.reward) else "auto" if first.demo else 0.05
+    if args.d_init and not args.lambda_a:
+        p.error(f"--d-init {args.d_init}: there is no discriminator with --lambda-a 0, the default")
     # what chooses the ground truths
-    args.gt_reward = trained.get("reward", args.reward)
+    args.gt_reward, args.gt_reward_weights = args.reward, args.reward_weights
+    if "reward" in trained:
+        args.gt_reward, file = trained["reward"], trained.get("reward_weights")
+        args.gt_reward_weights = file and Path(file)
+    if args.reward == args.gt_reward and args.reward_weights is None:
+        args.reward_weights = args.gt_reward_weights
+    if args.sampler != "amo":
+        # of a base whose amo read one
+        args.atlas = []
     if args.gt_reward == ["none"] and runs.chooses_by_score(args.sampler) and not args.atlas:
         p.error(f"{base}: no run there whose reward could choose the ground truths; make it with: python train.py "
                 f"--arch {arch} --sampler {args.sampler}, or name a --sampler that needs none")
@@ -152,7 +161,7 @@ import losses
 import metrics
 from train import FIXED as FIXED_TRAINING
 from train import RETIRED as RETIRED_TRAINING
-from train import chosen_by, find_data, training_sets
+from train import chosen_by, find_data, training_set
 
 # flags of earlier commits, and what this one does in their place
 RETIRED = RETIRED_TRAINING | {"alpha": None, "targets": None}
@@ -284,7 +293,8 @@ def with_demo_base(args):
         return args
     shorter = ["--total-steps", args.total_steps] if args.total_steps != DEMO["total_steps"] else []
     world = runs.start_world(args.device, args.threads)
-    words = ["--demo", "--sampler", args.sampler, "--arch", args.arch, "--resume", "auto", *shorter]
+    words = ["--demo", "--sampler", args.sampler, "--arch", args.arch, "--device", args.device, "--resume", "auto",
+             *shorter]
     runs.make_missing(args.base / "weights", world, "train.py", *words)
     return parse_args(args.words)
 
@@ -293,6 +303,14 @@ def create_judges(reward, watch, device):
     """{name: Metric} of what a validation reports: the reward, if there is one, the metrics to watch, and PSNR."""
     judges = {} if reward is None else {"reward": metrics.Metric(lambda sr, gt: reward(sr))}
     return judges | {name: metrics.create_metric(name, device, flag="--watch") for name in [*watch, "psnr"]}
+
+
+def create_chooser(args, reward, device):
+    """What chooses the ground truths: the base's reward, or None. `reward`, which is optimised, where they are one."""
+    if args.gt_reward == ["none"] or not runs.chooses_by_score(args.sampler):
+        return None
+    same = (args.gt_reward, args.gt_reward_weights) == (args.reward, args.reward_weights)
+    return reward if same else iqa.create_reward(args.gt_reward, device, args.gt_reward_weights, musiq=args.musiq)
 
 
 def unwatched(val_sets):
@@ -321,14 +339,12 @@ def main(args):
     init = runs.find_weights(
         args.base, f"make it with: python train.py --arch {args.arch} --sampler {args.sampler}, or name a --base FILE")
     d_init = None if args.lambda_a == 0 else args.d_init or runs.find_discriminator(args.base)
-    reward = gt_reward = None
+    reward = None
     if args.reward != ["none"]:
         reward = iqa.create_reward(args.reward, device, args.reward_weights, need_gradient=True, musiq=args.musiq)
-    if args.gt_reward != ["none"] and runs.chooses_by_score(args.sampler):
-        same = args.gt_reward == args.reward
-        gt_reward = reward if same else iqa.create_reward(args.gt_reward, device, musiq=args.musiq)
+    gt_reward = create_chooser(args, reward, device)
     judges = {} if val_sets is None else create_judges(reward, args.watch, device)
-    dataset, _ = training_sets(args, world, gt_reward, seeds, sets, val_sets)
+    dataset = training_set(args, world, gt_reward, seeds, sets)
     run.pin(samples=len(dataset), **chosen_by(dataset, run))
     pairs = partial(data.make_pair, seeds=seeds, device=device, degradation=args.degradation,
                     group_size=args.group_size, crop=args.crop, reward=gt_reward, usm=args.usm,
@@ -344,7 +360,7 @@ def main(args):
     memory = torch.channels_last if args.channels_last else torch.contiguous_format
     memory_g = memory if archs.is_convolutional(raw_g) else torch.contiguous_format
     base = copy.deepcopy(raw_g).eval().requires_grad_(False).to(device, memory_format=memory_g)
-    targets = lora.default_targets(raw_g)
+    targets = lora.default_targets(raw_g, args.arch)
     tuned = choose_tuned(raw_g, args.tune, targets, args.rank)
     raw_g = raw_g.to(device, memory_format=memory_g)
     ema = copy.deepcopy(raw_g).eval().requires_grad_(False)
@@ -389,6 +405,8 @@ def main(args):
             f"{world.size} process(es) on {device}; "
             f"{f'from step {run.start_step}' if run.checkpoint else info['start']}")
     run.say(f"values {args.sources}{unwatched(val_sets)}")
+    if args.val_photos:
+        run.say(f"held out for validation: {val_sets.photographs()}")
     if dataset.unscored:
         run.say(f"{len(dataset.unscored)} images without a finite score are left out, first {dataset.unscored[0]}")
     # free the loaded checkpoint: its copy of the pool alone may be 100 MB
@@ -489,7 +507,7 @@ def main(args):
         with meter.waiting():
             try:
                 batch = next(batches)
-            except runs.UserError:
+            except (ValueError, OSError, MemoryError):
                 # an image that cannot be read; with more processes the others wait elsewhere
                 if world.size == 1 and step > run.start_step + 1:
                     save(step - 1, weights=False)

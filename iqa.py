@@ -7,7 +7,8 @@
     create_reward(["musiq=0.05", "nima=0.5"])    several, summed with weights
     score_images(paths, reward, cache, world)    scores of whole images, kept on disk (ScoreCache)
 
-pyiqa is imported late (it takes seconds), and nothing inside it is patched. Its metrics want RGB in [0, 1].
+pyiqa is imported late (it takes seconds), and nothing inside it is patched; while NIMA is made, timm's
+create_model is (without_backbone). Its metrics want RGB in [0, 1].
 """
 import contextlib
 import difflib

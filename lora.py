@@ -105,9 +105,13 @@ def matching_layers(net, targets):
     return layers
 
 
-def default_targets(net):
-    """The layers that the paper adapts (Sec. 8.3) as a pattern of names, from the entry of the class in archs.ARCHS."""
-    pattern = next(entry["tune"]["targets"] for entry in archs.ARCHS.values() if entry["class"] == type(net).__name__)
+def default_targets(net, arch=None):
+    """The layers that the paper adapts (Sec. 8.3) as a pattern of names, from archs.ARCHS.
+
+    arch: the entry; None: the first one of the network's class.
+    """
+    arch = arch or next(name for name, entry in archs.ARCHS.items() if entry["class"] == type(net).__name__)
+    pattern = archs.ARCHS[arch]["tune"]["targets"]
     return pattern.replace("LAST", str(len(net.body) - 1)) if "LAST" in pattern else pattern
 
 
@@ -189,11 +193,12 @@ def save_lora(path, net, ema=None):
     runs.write_atomic(path, lambda temporary: torch.save(state, temporary))
 
 
-def load_lora(net, path, scale=1.0):
+def load_lora(net, path, scale=1.0, flag="--base"):
     """Adapt the plain net with the adapters of a file that save_lora wrote, with their average where there is one.
 
     scale: strength, 0 is the base, 1 the tuned net. -> "", or a remark where the net is the adapter's base in another
-    precision, as a file in fp16 is. UserError for a file of another kind or an adapter of another base.
+    precision, as a file in fp16 is. flag: the caller's, of the base, for errors. UserError for a file of another kind
+    or an adapter of another base.
     """
     state = archs.read_file(path)
     if not isinstance(state, dict) or not {"lora", "rank", "alpha", "targets", "base_sha256"} <= set(state):
@@ -204,8 +209,7 @@ def load_lora(net, path, scale=1.0):
         sample = state.get("base_sample")
         if not isinstance(sample, torch.Tensor) or not same_in_another_precision(net, sample):
             raise runs.UserError(f"{path}: this adapter belongs to another base (its weights have SHA-256 "
-                                 f"{state['base_sha256'][:12]}, these {base_hash(net)[:12]}); leave --weights out to "
-                                 "use the one that its run names")
+                                 f"{state['base_sha256'][:12]}, these {base_hash(net)[:12]}); name its own with {flag}")
         remark = f"the base of {path} in another precision: its weights agree to 16 bits, not to the last one"
     add_lora(net, "^(" + "|".join(map(re.escape, state["targets"])) + ")$", state["rank"], state["alpha"])
     values = state.get("lora_ema", state["lora"])
@@ -265,7 +269,7 @@ def load_tuned(path, scale=1.0, base=None, key=None, pad_mode=None, flag="--base
         raise runs.UserError(f"{file}: no args.json of a run and no card beside it to say what it belongs to; "
                              f"name the tuned weights with {flag}; {runs.how_to_get()}")
     net, info = archs.load_run(base, flag, key or args.get("weights_key"), pad_mode or args.get("pad_mode"))
-    remark = load_lora(net, file, scale)
+    remark = load_lora(net, file, scale, flag)
     return merge_lora(net), info | {"adapter": str(file), "strength": scale, "remark": remark}
 
 

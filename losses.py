@@ -13,8 +13,8 @@ import runs
 def generator_terms(sr, gt, lambdas, vgg=None, net_d=None, reward=None):
     """{term: (weight, value)} of the generator's loss, the sum of weight * value: Eq. 1, with a reward Eq. 5.
 
-    Every term is logged under its name. A term whose model is None is left out. With a reward there is also the share
-    of samples without a finite one, of weight 0.
+    Every term is logged under its name; q is minus the mean reward. A term whose model is None is left out. With a
+    reward there is also the share of samples without a finite one, of weight 0.
     sr, gt:  (B, 3, H, W) RGB in [0, 1]; sr is not clamped
     lambdas: {"lambda_l1": weight, ...}, the values of the flags of these names
     vgg:     VGGFeatureLoss. net_d: discriminator, images -> logits, positive is real

@@ -363,7 +363,11 @@ def high_resolution_size(path, item):
 
 
 def bicubic(lq):
-    return F.interpolate(lq, scale_factor=4, mode="bicubic")
+    """(B, 3, h, w) -> (B, 3, 4h, 4w), not clamped: Keys's kernel with a = -0.5, as MATLAB's imresize and Pillow.
+
+    PyTorch takes a = -0.5 where it is asked to antialias, which an enlargement needs not, else -0.75.
+    """
+    return F.interpolate(lq, scale_factor=4, mode="bicubic", antialias=True)
 
 
 def output(name, row, stem, item, lq, device):

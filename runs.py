@@ -319,7 +319,9 @@ def add_training(p, leave_out=()):
     onoff = argparse.BooleanOptionalAction
 
     def add(group, flag, **options):
-        if flag not in leave_out:
+        if flag in leave_out:
+            p.set_defaults(**{flag[2:].replace("-", "_"): options.get("default")})
+        else:
             group.add_argument(flag, **options)
     g = p.add_argument_group("data")
     add(g, "--data", type=Path, default=Path("datasets/HGGT"), metavar="DIR",
@@ -327,7 +329,9 @@ def add_training(p, leave_out=()):
              "for train.py --stage psnr any photo folder")
     add(g, "--versions", nargs="+", metavar="NAME",
         help="train on these versions alone, as original 01 02 04; default: all, of which none may be missing")
-    add(g, "--val-photos", type=COUNT, default=0, help="hold out this many photos where there is no Test split")
+    add(g, "--val-photos", type=COUNT, default=0, 
+        help="validate on this many photos that are held out of Train, with all their patches, instead of on Test; "
+             "0: on Test, where there is one")
     add(g, "--load-size", type=COUNT, default=0,
         help="window of the image that is degraded, in pixels; 0 = whole image (HGGT: 512 of 512; Real-ESRGAN: 400)")
     add(g, "--crop", type=number(int, 32), default=256, help="side of the HR training crop in pixels (HGGT)")
@@ -340,8 +344,8 @@ def add_training(p, leave_out=()):
              "its score; the same of those that people like; the highest score of the crop")
     add(g, "--reward", nargs="+", default=["musiq"], metavar="NAME[=WEIGHT]",
         help="NR-IQA model Q: pyiqa metric, ranker, reward file PATH.pth, module:function; several are summed; none: "
-             "no score is needed. train.py with a sampler that needs none loads one only if it is named, for "
-             "validation to report")
+             "no score is needed. Default musiq (the paper's); train.py with a sampler that needs no score loads one "
+             "only if it is named, for validation to report")
     add(g, "--reward-weights", type=Path, metavar="FILE", help="local weights of the reward instead of a download")
     add(g, "--tau", type=RATE,
         help="softmax temperature in score units: default 10 for sma and smp (Sec. 8.1); with --atlas soft AMO, "
@@ -762,7 +766,7 @@ def append(path, line):
 
 
 def check_writable(folder, flag):
-    """Raise OSError unless `folder` can be written, or made, as `flag` asks. Leaves nothing behind."""
+    """UserError unless `folder` can be written, or made, as `flag` asks. Leaves nothing behind."""
     nearest = Path(folder).absolute()
     while not nearest.exists():
         nearest = nearest.parent
@@ -774,7 +778,7 @@ def check_writable(folder, flag):
 
 
 def check_output(path, flag):
-    """Raise unless the file `path` (None: not asked for) can be written, as `flag` asks: before the work, not after."""
+    """UserError unless the file `path` (None: no file) can be written, as `flag` asks: before the work, not after."""
     if path is not None:
         check_writable(path.parent, flag)
         if path.is_dir():
@@ -989,6 +993,10 @@ def changes(before, now):
     return {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k, None if v else v) != v}
 
 
+# arguments that another call of the same run may have otherwise
+NO_SETTINGS = ("resume", "words", "sources")
+
+
 class Run:
     """A run's folder: refuses to overwrite another run, writes args.json, log.txt, metrics.jsonl and ckpt/last.pt.
 
@@ -1023,7 +1031,7 @@ class Run:
             raise UserError(f"--resume {self.out}: its {', '.join(lost)} is no flag any more; the commit in its "
                             "args.json continues it")
         self.fixed, self.changed = fixed, []
-        self.pin(**{k: v for k, v in self.args.items() if k != "resume"})
+        self.pin(**{k: v for k, v in self.args.items() if k not in NO_SETTINGS})
         if world.is_main:
             check_writable(self.out, "--out")
         self.start_step = self.checkpoint["step"] if self.checkpoint else 0
@@ -1075,6 +1083,10 @@ class Run:
             self._drop_events_after(self.start_step)
             self.say(f"resumed at step {self.start_step} from {self.last}"
                      + (f"; changed: {'; '.join(self.changed)}" if self.changed else ""))
+            record = self.out / "args.json"
+            if self.changed and record.is_file():
+                # a fine-tuning of this run takes its settings from there
+                save_json(record, read_record(record) | {"args": self.args})
         if whom:
             self.say(f"took over the lock of {whom}, which has ended")
         if self.use_tensorboard:
@@ -1215,7 +1227,7 @@ class Meter:
             step = int(self.world.reduce(first.clone(), "MIN").item())
             if count > told:
                 where = "" if told else f", the first at step {step}, which drew {describe(step)}"
-                sentences.append(f"{count} {what} without a finite score so far, left out{where}")
+                sentences.append(f"{count} {what} without a finite score since this call began, left out{where}")
                 self.unscored[what] = total, first, recent, count
         return sentences
 

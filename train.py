@@ -173,28 +173,31 @@ def find_data(args, world, seeds):
     return sets, val_sets
 
 
-def training_sets(args, world, reward, seeds, sets, val_sets):
-    """-> (TrainingSet, the one that sample grids show). Processes share the static scoring that sma and smp need."""
-    def training_set(sets, atlases=()):
-        scores = None
-        if args.sampler in data.NEEDS_SCORES:
-            paths = [sets.path(stem, version) for stem in sets.stems for version in sets.versions]
-            scores = iqa.score_images(paths, reward, Path("runs/scores"), world).view(len(sets.stems), -1)
-        return create_training_set(args, sets, seeds, scores, atlases)
-
+def training_set(args, world, reward, seeds, sets, atlas=True):
+    """-> data.TrainingSet; atlas: with --atlas. Processes share the static scoring that sma and smp need."""
     atlases = []
-    if args.atlas:
+    if args.atlas and atlas:
         from prepare.atlas import Atlas
         atlases = Atlas.open_all(args.atlas, sets, args.crop, reward)
-    dataset = training_set(sets, atlases)
+    scores = None
+    if args.sampler in data.NEEDS_SCORES:
+        paths = [sets.path(stem, version) for stem in sets.stems for version in sets.versions]
+        scores = iqa.score_images(paths, reward, Path("runs/scores"), world).view(len(sets.stems), -1)
+    return create_training_set(args, sets, seeds, scores, atlases)
+
+
+def create_shown_set(args, world, reward, seeds, val_sets, dataset):
+    """-> the TrainingSet that sample grids show: of the validation images, or `dataset` where they cannot be used."""
     unlabelled = val_sets is not None and val_sets.label_folder is None and args.sampler in data.NEEDS_LABELS
-    # an atlas knows the training images only
     unscored = args.sampler == "amo" and reward is None
-    shown = dataset if val_sets is None or unlabelled or unscored else training_set(val_sets)
+    shown = dataset
+    if not (val_sets is None or unlabelled or unscored):
+        # an atlas knows the training images only
+        shown = training_set(args, world, reward, seeds, val_sets, atlas=False)
     for lane in range(min(4, len(shown), args.batch_size)):
         # unsuitable test images are refused now, not hours later
         shown.sample(1, lane)
-    return dataset, shown
+    return shown
 
 
 def make_demo_start(args, world):
@@ -202,7 +205,7 @@ def make_demo_start(args, world):
     if args.demo and world.is_main and args.lambda_p == args.lambda_a == 0:
         print("demo: L1 alone; VGG19 would be a download, and rounding decides what a GAN does in so few steps")
     if args.demo and args.init == Path("runs") / f"{args.arch}-psnr":
-        words = ["--demo", "--stage", "psnr", "--arch", args.arch, "--resume", "auto"]
+        words = ["--demo", "--stage", "psnr", "--arch", args.arch, "--device", args.device, "--resume", "auto"]
         made = args.init / "weights"
         if args.total_steps != DEMO["gan"]["total_steps"]:
             words += ["--total-steps", args.total_steps]
@@ -241,7 +244,8 @@ def main(args):
     reward = None
     if args.reward != ["none"]:
         reward = iqa.create_reward(args.reward, device, args.reward_weights, musiq=args.musiq)
-    dataset, shown_set = training_sets(args, world, reward, seeds, sets, val_sets)
+    dataset = training_set(args, world, reward, seeds, sets)
+    shown_set = create_shown_set(args, world, reward, seeds, val_sets, dataset)
     run.pin(samples=len(dataset), **chosen_by(dataset, run))
     pin_start(args, run, init)
     pairs = partial(data.make_pair, seeds=seeds, device=device, degradation=args.degradation,
@@ -291,6 +295,8 @@ def main(args):
             f"({dataset.dropped} dropped), {sets.grouping()}; "
             f"{world.size} process(es) on {device}; "
             f"{f'from step {run.start_step}' if run.checkpoint else info['start']}")
+    if args.val_photos:
+        run.say(f"held out for validation: {val_sets.photographs()}")
     if dataset.unscored:
         run.say(f"{len(dataset.unscored)} images without a finite score are left out, first {dataset.unscored[0]}")
     # free the loaded checkpoint: its copy of the pool alone may be 100 MB
@@ -384,7 +390,7 @@ def main(args):
         with meter.waiting():
             try:
                 batch = next(batches)
-            except runs.UserError:
+            except (ValueError, OSError, MemoryError):
                 # an image that cannot be read; with more processes the others wait elsewhere
                 if world.size == 1 and step > run.start_step + 1:
                     save(step - 1, weights=False)

@@ -35,8 +35,8 @@ def parse_args(argv=None):
     p.add_argument("images", nargs="+", metavar="IMAGE",
                    help="files, folders (all images in them) or patterns in quotes")
     p.add_argument("--weights", type=runs.CHECKPOINT, metavar="PATH",
-                   help="weight file, public name (python -m prepare.weights list) or run folder (its newest EMA "
-                        "weights); default with --lora: the adapter's base")
+                   help="weight file, public name (python -m prepare.weights list) or run folder (its merged.pth, "
+                        "else its newest EMA weights); default with --lora: the adapter's base")
     runs.add_weights_key(p)
     p.add_argument("--pad-mode", choices=["hggt", "swinir"],
                    help="SwinIR only; default: as the run was trained, else hggt for pixelshuffle files and swinir for "

@@ -236,7 +236,7 @@ def bench_data(args, flags, options, record):
     reward = None
     if args.reward != ["none"]:
         reward = iqa.create_reward(args.reward, world.device, args.reward_weights, musiq=args.musiq)
-    dataset = train.training_sets(args, world, reward, seeds, *train.find_data(args, world, seeds))[0]
+    dataset = train.training_set(args, world, reward, seeds, train.find_data(args, world, seeds)[0])
     lanes, parts, cold = range(args.batch_size), {}, []
 
     def read():

@@ -77,20 +77,19 @@ class Step:
         self.world, self.seeds, self.autocast = start
         device = self.world.device
 
-        def build(names, **options):
-            return None if names == ["none"] else iqa.create_reward(names, device, musiq=args.musiq, **options)
-        self.reward = build(args.reward, weights_file=args.reward_weights, need_gradient=tune)
+        self.reward = None if args.reward == ["none"] else iqa.create_reward(
+            args.reward, device, args.reward_weights, need_gradient=tune, musiq=args.musiq)
         # chooses the ground truths
-        self.chooser = self.reward if not tune or args.gt_reward == args.reward else build(args.gt_reward)
-        found = train.find_data(args, self.world, self.seeds)
-        self.dataset, _ = train.training_sets(args, self.world, self.chooser, self.seeds, *found)
+        self.chooser = finetune_lora.create_chooser(args, self.reward, device) if tune else self.reward
+        sets, _ = train.find_data(args, self.world, self.seeds)
+        self.dataset = train.training_set(args, self.world, self.chooser, self.seeds, sets)
         torch.manual_seed(0)
         memory = torch.channels_last if args.channels_last else torch.contiguous_format
         has_drop_path = "drop_path" in archs.ARCHS[args.arch]["train"]
         net_g = archs.create(args.arch, **{"drop_path": args.drop_path} if has_drop_path else {})
         self.tuned = list(net_g.parameters())
         if tune:
-            self.tuned = finetune_lora.choose_tuned(net_g, args.tune, lora.default_targets(net_g), args.rank)
+            self.tuned = finetune_lora.choose_tuned(net_g, args.tune, lora.default_targets(net_g, args.arch), args.rank)
         memory_g = memory if archs.is_convolutional(net_g) else torch.contiguous_format
         self.net_g = net_g.to(device, memory_format=memory_g).train()
         self.net_d = self.vgg = None

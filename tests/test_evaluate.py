@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 import archs
+import degradations
 import evaluate
 import iqa
 import lora
 import metrics
 import runs
-from images import image_size, load_image, match_images, save_image
+from images import cut_to_x4, image_size, load_image, match_images, save_image
 from losses import VGGFeatureLoss
 from report import page, pictures, tables
 
@@ -45,8 +46,12 @@ def call(pairs, *more):
     return run(pairs, "--lq", pairs / "lq", "--gt", pairs / "gt", *more)
 
 
+SET5 = runs.REPO.parent / "shared" / "data" / "images" / "test_set5"
+
+
 def bicubic(lq):
-    return torch.nn.functional.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1).mul(255).round() / 255
+    large = torch.nn.functional.interpolate(lq, scale_factor=4, mode="bicubic", antialias=True)
+    return large.clamp(0, 1).mul(255).round() / 255
 
 
 @pytest.mark.fast
@@ -74,6 +79,7 @@ def test_baselines_are_rows_of_their_own_and_the_reference_is_no_rival(pairs, ca
     assert list(call(pairs, "--baselines")["mean"]) == ["net"]
     for flags, error in ((["--lq", "x", "--metrics", "ranker", "--baselines"], "nothing to score"),
                          (["--lq", "x", "--baselines", "reference", "--metrics", "ranker"], "needs --gt"),
+                         (["--weights", "run", "--scale", "0.5", "--metrics", "ranker"], "--scale: the strengths of"),
                          (["--lq", "x", "--metrics", "ranker", "flat_hf"], "flat_hf: compared with references")):
         with pytest.raises(SystemExit):
             evaluate.parse_args(flags)
@@ -104,6 +110,18 @@ def test_vgg_is_the_loss_of_training_as_a_distance(pairs, vgg_file):
     lq, gt = (load_image(pairs / folder / "0.png")[None].float() / 255 for folder in ("lq", "gt"))
     assert result["scores"]["bicubic"]["0"]["vgg"] == pytest.approx(loss(bicubic(lq), gt).item(), rel=1e-5)
     assert result["lower_is_better"] == {"vgg": True} and result["full_reference"] == ["vgg"]
+
+
+@pytest.mark.skipif(not SET5.is_dir(), reason=f"{SET5}: not there")
+def test_bicubic_on_set5_is_the_published_row():
+    """28.42 dB and 0.8104 in SRCNN, VDSR and what followed: MATLAB's imresize both ways, Y, 4 pixels cropped."""
+    values = []
+    for path in sorted(SET5.glob("*.png")):
+        gt = cut_to_x4(load_image(path)[None].float() / 255)
+        sr = degradations.to_8bit(metrics.bicubic(degradations.bicubic(gt)))
+        values.append([metric(metrics.luma(sr), metrics.luma(gt), 4).item() for metric in (metrics.psnr, metrics.ssim)])
+    psnr, ssim = np.mean(values, 0)
+    assert psnr == pytest.approx(28.42, abs=0.02) and ssim == pytest.approx(0.8104, abs=0.001)
 
 
 @pytest.mark.fast

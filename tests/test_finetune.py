@@ -121,6 +121,34 @@ def test_the_runs_settings_are_the_defaults_and_flags_win(base):
     assert paq.gt_reward == ["test_rewards:brightness"]
 
 
+@pytest.mark.fast
+def test_the_ground_truths_are_chosen_with_the_file_that_the_run_was_trained_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs.save_json(Path("runs/swinir-amo/args.json"), {"args": {
+        "arch": "swinir", "sampler": "amo", "reward": ["musiq"], "reward_weights": "m.pth"}})
+    made = []
+    monkeypatch.setattr(ft.iqa, "create_reward", lambda *words, **options: made.append(words))
+
+    def reward_files(*words):
+        args = ft.parse_args(words)
+        ft.create_chooser(args, "the reward", "cpu")
+        return args.reward_weights, args.gt_reward_weights
+    # one model for both
+    assert reward_files() == (Path("m.pth"), Path("m.pth")) and not made
+    assert reward_files("--reward", "nima") == (None, Path("m.pth"))
+    assert reward_files("--reward-weights", "n.pth") == (Path("n.pth"), Path("m.pth"))
+    assert made == 2 * [(["musiq"], "cpu", Path("m.pth"))]
+
+
+@pytest.mark.fast
+def test_a_base_that_read_an_atlas_can_be_tuned_with_another_sampler(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs.save_json(Path("runs/swinir-amo/args.json"), {"args": {
+        "arch": "swinir", "sampler": "amo", "reward": ["none"], "atlas": ["a.npy"]}})
+    assert ft.parse_args([]).atlas == ["a.npy"]
+    assert ft.parse_args(["--base", "runs/swinir-amo", "--sampler", "orig"]).atlas == []
+
+
 def test_reward_rises_the_base_stays_and_the_files_fit_together(base, tmp_path, vgg_file):
     tune(base, tmp_path / "out", "--val-every", 6, steps=12)
     # base | tuned | original, one line per validation image
@@ -417,6 +445,7 @@ def test_another_base_cannot_be_resumed(base, tmp_path):
     (["--reward", "none", "--lambda-q", "auto"], "it needs a --reward"),
     (["--reward", "none", "--stop-gain", "3"], "--stop-gain looks at the reward"),
     (["--reward", "none", "--lambda-q", "0.05"], "--lambda-q 0.05 weighs the reward"),
+    (["--d-init", "d.pth"], "--d-init d.pth: there is no discriminator"),
     (["--arch", "rrdbnet-small", "--reward", "none", "--lambda-a", "0.2"], "-small-amo: no run there whose reward")])
 def test_flags_are_checked_at_once(words, message, capsys):
     with pytest.raises(SystemExit):
@@ -452,9 +481,10 @@ def test_samples_whose_reward_is_not_finite_are_left_out_counted_and_named_once(
         tune(base, tmp_path / fault, "--sampler", "orig", reward=f"late_nan:{fault}", steps=4)
         log = (tmp_path / fault / "log.txt").read_text().splitlines()
         told = [line for line in log if "without a finite score" in line]
-        first = f"{count} rewards without a finite score so far, left out, the first at step 3, which drew photo"
+        first = (f"{count} rewards without a finite score since this call began, left out, the first at step 3, "
+                 "which drew photo")
         assert told[0].startswith(first)
-        assert told[1:] == [f"{2 * count} rewards without a finite score so far, left out"]
+        assert told[1:] == [f"{2 * count} rewards without a finite score since this call began, left out"]
         assert all(math.isfinite(event["q"]) for event in events(tmp_path / fault))
         assert all(torch.isfinite(t).all() for t in weights(tmp_path / fault / "weights" / "merged.pth").values())
 

@@ -161,6 +161,16 @@ def test_events_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     steps = [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert resumed.start_step == 2 and steps == [1, 2]
     assert "changed: lr 1 -> 2" in (tmp_path / "run" / "log.txt").read_text()
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert record["args"] == {"lr": 2} and record["command"] == sys.argv
+
+
+def test_how_a_run_is_called_again_is_no_change_of_it(tmp_path):
+    run = runs.Run(tmp_path / "run", {"lr": 1, "words": [], "resume": "no"}, ALONE)
+    run.open()
+    run.save(1, {})
+    resumed = runs.Run(tmp_path / "run", {"lr": 1, "words": ["--resume"], "resume": "must"}, ALONE, resume="must")
+    assert resumed.changed == []
 
 
 def test_args_json_says_what_made_the_run(tmp_path):

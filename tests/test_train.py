@@ -1,5 +1,6 @@
 """train.py as a user runs it: exact resume, the same numbers on one process and two, every sampler, every refusal."""
 import argparse
+import errno
 import functools
 import json
 import os
@@ -225,7 +226,8 @@ def test_crops_without_a_finite_score_are_never_chosen_counted_and_named_once(
     assert last["picked"] == {"original": 4, "01": 4, "02": 16, "03": 0, "04": 0}
     assert all(50 < event.get("score", 60) < 70 for event in events(tmp_path / "run"))
     log = (tmp_path / "run" / "log.txt").read_text()
-    named = {"amo": "candidates without a finite score so far, left out, the first at step 1, which drew photo",
+    named = {"amo": "candidates without a finite score since this call began, left out, the first at step 1, which "
+                    "drew photo",
              "sma": "6 images without a finite score are left out, first "}[sampler]
     assert log.count(named) == 1
 
@@ -484,6 +486,8 @@ def test_validation_is_of_the_ema(quintuplets, init, rewards, tmp_path):
         psnr[key] = train.validate(net, held, args.degradation, None, seeds, world)["psnr"]
     assert events(tmp_path / "run", "val")[-1]["psnr"] == pytest.approx(psnr["ema"], abs=1e-4)
     assert abs(psnr["ema"] - psnr["net_g"]) > 1e-2
+    named, = {held.photo(stem) for stem in held.stems}
+    assert f"held out for validation: {named}\n" in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -628,6 +632,19 @@ def test_an_unreadable_image_met_later_keeps_the_steps_before_it(quintuplets, in
     train_with(flags(tmp_path / "set", init, tmp_path / "whole", **options))
     a, b = (runs.load_checkpoint(tmp_path / n / "ckpt" / "last.pt") for n in ("run", "whole"))
     assert all(equal(a[k], b[k]) for k in a if k != "args")
+
+
+def test_a_failing_disk_keeps_the_steps_before_it(quintuplets, init, rewards, tmp_path, monkeypatch):
+    sample = data.TrainingSet.sample
+
+    def failing(self, step, lane):
+        if step == 3:
+            raise OSError(errno.EIO, "Input/output error", "photo.png")
+        return sample(self, step, lane)
+    monkeypatch.setattr(data.TrainingSet, "sample", failing)
+    with pytest.raises(OSError, match="photo.png"):
+        train_with(flags(quintuplets, init, tmp_path / "run", total_steps=4))
+    assert runs.load_checkpoint(tmp_path / "run" / "ckpt" / "last.pt")["step"] == 2
 
 
 # Refusals
