@@ -113,11 +113,13 @@ def parse_args(argv=None):
     if "reward" in trained:
         args.gt_reward, file = trained["reward"], trained.get("reward_weights")
         args.gt_reward_weights = file and Path(file)
-    if args.reward == args.gt_reward and args.reward_weights is None:
-        args.reward_weights = args.gt_reward_weights
-    if args.sampler != "amo":
-        # of a base whose amo read one
-        args.atlas = []
+    if args.reward == args.gt_reward:
+        # one model, where only one of them has a file
+        args.reward_weights = args.reward_weights or args.gt_reward_weights
+        args.gt_reward_weights = args.gt_reward_weights or args.reward_weights
+    if args.sampler != "amo" and args.atlas:
+        # of a base whose amo read one, softly where it has a tau
+        args.atlas, args.tau = [], None
     if args.gt_reward == ["none"] and runs.chooses_by_score(args.sampler) and not args.atlas:
         p.error(f"{base}: no run there whose reward could choose the ground truths; make it with: python train.py "
                 f"--arch {arch} --sampler {args.sampler}, or name a --sampler that needs none")

@@ -329,7 +329,7 @@ def add_training(p, leave_out=()):
              "for train.py --stage psnr any photo folder")
     add(g, "--versions", nargs="+", metavar="NAME",
         help="train on these versions alone, as original 01 02 04; default: all, of which none may be missing")
-    add(g, "--val-photos", type=COUNT, default=0, 
+    add(g, "--val-photos", type=COUNT, default=0,
         help="validate on this many photos that are held out of Train, with all their patches, instead of on Test; "
              "0: on Test, where there is one")
     add(g, "--load-size", type=COUNT, default=0,
@@ -1083,10 +1083,6 @@ class Run:
             self._drop_events_after(self.start_step)
             self.say(f"resumed at step {self.start_step} from {self.last}"
                      + (f"; changed: {'; '.join(self.changed)}" if self.changed else ""))
-            record = self.out / "args.json"
-            if self.changed and record.is_file():
-                # a fine-tuning of this run takes its settings from there
-                save_json(record, read_record(record) | {"args": self.args})
         if whom:
             self.say(f"took over the lock of {whom}, which has ended")
         if self.use_tensorboard:
@@ -1152,6 +1148,11 @@ class Run:
         """Replace ckpt/last.pt by {"step", "args", **state}; the other ranks wait until it is there."""
         if self.world.is_main:
             write_atomic(self.last, lambda t: torch.save({"step": step, "args": self.args, **state}, t))
+            record = self.out / "args.json"
+            if self.changed and record.is_file():
+                # a fine-tuning of this run takes its settings from there
+                save_json(record, read_record(record) | {"args": self.args})
+                self.changed = []
         self.world.barrier()
 
 

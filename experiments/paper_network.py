@@ -96,7 +96,7 @@ def parse_args(argv=None):
                    help="of orig, rand, amo and tunings; 1 for the rest")
     p.add_argument("--precision", choices=["bf16", "fp32"], default="bf16",
                    help="of quintuplets, training and outputs; tuning is in fp32")
-    p.add_argument("--train", type=shlex.split, default=[], metavar="WORDS",
+    p.add_argument("--train", type=lambda text: shlex.split(text.replace("=", " ")), default=[], metavar="WORDS",
                    help="flags of train.py after those of the scale, in one word; the last of a flag counts")
     p.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), help="train on these")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: what the scale is for")
@@ -180,7 +180,7 @@ def prepare(args):
     record = json.loads(file.read_text()) if file.exists() else {
         "command": sys.argv, **machine, "crops": samplers.CROPS, "picks": {}}
     world, seeds = runs.start_world("cpu", args.jobs), partial(runs.sample_seed, args.seeds[0])
-    numbers = [jobs.last_value(scale["train"].split(), name)
+    numbers = [jobs.last_value([*scale["train"].split(), *args.train], name)
                for name in ("--batch-size", "--group-size", "--crop", "--load-size")]
     for where in args.sets:
         about = json.loads((args.work / where / "quintuplets.json").read_text())

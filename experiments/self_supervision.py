@@ -314,7 +314,7 @@ def controls(args, domain):
         return
     folders = {row: kept(args, domain, row) for row in ("before", "both")}
     for row, folder in folders.items():
-        if not folder.exists():
+        if not any(folder.glob("*.png")):
             file = row_file(args, domain, row, seed if row == "both" else 0)
             raise runs.UserError(f"{folder}: not there; remove {file}, and `tune` makes it again")
     goal = np.mean([values["psnr"] for values in json.loads(both.read_text())["scores"].values()])

@@ -135,7 +135,9 @@ def test_the_ground_truths_are_chosen_with_the_file_that_the_run_was_trained_wit
         return args.reward_weights, args.gt_reward_weights
     # one model for both
     assert reward_files() == (Path("m.pth"), Path("m.pth")) and not made
-    assert reward_files("--reward", "nima") == (None, Path("m.pth"))
+    runs.save_json(Path("runs/other/args.json"), {"args": {"arch": "swinir", "reward": ["musiq"]}})
+    assert reward_files("--base", "runs/other", "--reward-weights", "n.pth") == (Path("n.pth"), Path("n.pth"))
+    assert not made and reward_files("--reward", "nima") == (None, Path("m.pth"))
     assert reward_files("--reward-weights", "n.pth") == (Path("n.pth"), Path("m.pth"))
     assert made == 2 * [(["musiq"], "cpu", Path("m.pth"))]
 
@@ -144,9 +146,9 @@ def test_the_ground_truths_are_chosen_with_the_file_that_the_run_was_trained_wit
 def test_a_base_that_read_an_atlas_can_be_tuned_with_another_sampler(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs.save_json(Path("runs/swinir-amo/args.json"), {"args": {
-        "arch": "swinir", "sampler": "amo", "reward": ["none"], "atlas": ["a.npy"]}})
-    assert ft.parse_args([]).atlas == ["a.npy"]
-    assert ft.parse_args(["--base", "runs/swinir-amo", "--sampler", "orig"]).atlas == []
+        "arch": "swinir", "sampler": "amo", "reward": ["musiq"], "atlas": ["a.npy"], "tau": 5.0}})
+    same, other = ft.parse_args([]), ft.parse_args(["--base", "runs/swinir-amo", "--sampler", "sma"])
+    assert (same.atlas, same.tau, other.atlas, other.tau) == (["a.npy"], 5, [], 10)
 
 
 def test_reward_rises_the_base_stays_and_the_files_fit_together(base, tmp_path, vgg_file):

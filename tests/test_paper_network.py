@@ -123,6 +123,7 @@ def small(tmp_path_factory, vgg_file, forked_call, photographs):
         words = ["--photos", folder / "photos", "--test-photos", folder / "test", "--pairs", folder / "pairs",
                  "--real-photos", folder / "real", "--start", start, "--enhancers", enhancer, "--rewards", "ranker",
                  "--unseen", "--slow", "--seeds", 1, "--sets", "soft", "--gain", 0.01, "--vgg-weights", vgg_file,
+                 "--train=--precision fp32",
                  "--jobs", 1, "--work", folder / "work", "--results", folder / "out"]
         args = paper_network.parse_args(list(map(str, words)))
         paper_network.main(args)

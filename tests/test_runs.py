@@ -161,8 +161,11 @@ def test_events_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     steps = [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert resumed.start_step == 2 and steps == [1, 2]
     assert "changed: lr 1 -> 2" in (tmp_path / "run" / "log.txt").read_text()
-    record = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert record["args"] == {"lr": 2} and record["command"] == sys.argv
+    for lr in (1, 2):
+        record = json.loads((tmp_path / "run" / "args.json").read_text())
+        assert record["args"] == {"lr": lr} and record["command"] == sys.argv
+        # from its next checkpoint on
+        resumed.save(3, {})
 
 
 def test_how_a_run_is_called_again_is_no_change_of_it(tmp_path):

@@ -400,7 +400,8 @@ def test_without_an_index_both_problems_are_said(entry, index, tmp_path, monkeyp
 
 # the flags that take a checkpoint; evaluate.py and others want more words
 FLAGS = [("train", "--init", []), ("finetune_lora", "--base", ["--arch", "rrdbnet"]),
-         ("finetune_lora", "--d-init", []), ("upscale", "--weights", ["x.png"]), ("evaluate", "--weights", []),
+         ("finetune_lora", "--d-init", ["--lambda-a", "0.1"]), ("upscale", "--weights", ["x.png"]),
+         ("evaluate", "--weights", []),
          ("evaluate", "--base", ["--weights", "adapter.pth"]), ("lora", "--base", ["a.pth", "--out", "b.pth"]),
          ("prepare.quintuplets", "--enhancers", ["--photos", "p", "--out", "o"]), ("dpo.pretrain", "--base", []),
          ("selfsup.finetune", "--sr", ["--lr-dir", "lr"]), ("selfsup.pretrain", "--far-sr", []),
