@@ -237,6 +237,10 @@ def main(args):
     full_reference = {m: v["full_reference"] for m, v in norm["metrics"].items()
                       if paired or args.reward != "nr" or not v["full_reference"]}
     fr, nr = ([m for m, full in full_reference.items() if full == kind] for kind in (True, False))
+    for kind, found, words in (("fr", fr, "full-reference"), ("nr", nr, "no-reference")):
+        if args.reward in ("hybrid", kind) and not found:
+            raise runs.UserError(f"--reward {args.reward}: {args.norm_file} has no {words} metric: take --reward "
+                                 f"{'nr' if kind == 'fr' else 'fr'}, as in dpo.pool curate")
     metric_files = dict(args.metric_weights)
     judges = candidates.create_metrics(fr, nr, metric_files, world.device)
     part = {"metrics": {m: norm["metrics"][m] for m in full_reference}}

@@ -98,7 +98,7 @@ class LatentSR:
         """step 0: the initial noise, from the seed that flow.py gives it; k: the noise that sampling adds at step k."""
         size = (-(-flow.SCALE * n // self.unit) * self.unit // self.factor for n in lq.shape[2:])
         shape = (self.vae.config.latent_channels, *size)
-        fields = [degradations.normal_field(shape, noise_seed(name, seed, step))
+        fields = [degradations.normal_field(shape, flow.noise_seed(name, seed, step))
                   for name, seed in zip(names, seeds, strict=True)]
         return torch.stack(fields).to(self.device)
 
@@ -229,7 +229,7 @@ class StableDiffusionSR(LatentSR):
             if without:
                 out = without[0] + self.guidance * (out - without[0])
             # the scheduler draws from each in turn, on the CPU
-            generators = [torch.Generator().manual_seed(noise_seed(name, seed, step))
+            generators = [torch.Generator().manual_seed(flow.noise_seed(name, seed, step))
                           for name, seed in zip(names, seeds)]
             x = self.scheduler.step(out, k, x, generator=generators).prev_sample
         return self.decode(x, lq)
@@ -300,11 +300,6 @@ class FluxSR(LatentSR):
         for now, then in zip(sigmas, sigmas[1:]):
             x = flow.step_back("flow", x, self.predict(net, x, x.new_full((len(x),), now), c), now, then)
         return self.decode(x, lq)
-
-
-def noise_seed(name, seed, step):
-    """Seed of the noise of one step of sampling; at step 0 that of flow.noise_seed."""
-    return runs.sample_seed(seed, step, 0, f"candidate {name}")
 
 
 def pack(x):

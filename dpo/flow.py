@@ -239,9 +239,9 @@ class FlowSR:
         runs.write_atomic(folder / "gen.pth", lambda t: torch.save(content, t))
 
 
-def noise_seed(name, seed):
-    """Seed of the initial noise of candidate `seed` of image `name`."""
-    return runs.sample_seed(seed, 0, 0, f"candidate {name}")
+def noise_seed(name, seed, step=0):
+    """Seed of the noise of one step of sampling, 0 the initial one, of candidate `seed` of image `name`."""
+    return runs.sample_seed(seed, step, 0, f"candidate {name}")
 
 
 def load_flow(path, device="cpu", **changed):

@@ -126,7 +126,8 @@ def add_training(p, batch_size, lr, total_steps, log_every, save_every, val_ever
     g.add_argument("--seed", type=runs.COUNT, default=0, help="of every random draw")
     m = add_machine(p)
     m.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
-                   help="of the network; errors, DPO's logarithms and weights stay in fp32")
+                   help="of FlowSR (with --model bf16 on CUDA, whatever this says); errors, DPO's logarithms and "
+                        "weights stay in fp32")
     m.add_argument("--workers", type=runs.COUNT, default=4, help="data processes per GPU")
     o = p.add_argument_group("output")
     o.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: see above")

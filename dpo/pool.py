@@ -116,6 +116,9 @@ def sample(gen, source, samples, out, batch_size, world):
 def score(pool, fr, nr, metric_files, world):
     """Stage 3: every metric of every candidate."""
     _, items, files = candidates.open_pool(pool)
+    if fr and not all(item["refs"] for item in items.values()):
+        raise runs.UserError(f"--fr {' '.join(fr)}: {pool} has no ground truth to compare with: --fr without names and "
+                             "later curate --reward nr, or sample again with --gt-dir")
     judges = candidates.create_metrics(fr, nr, metric_files, world.device)
     raw = candidates.judge(judges, items, files, pool / "scores", world)
     if world.is_main:
@@ -131,13 +134,13 @@ def score(pool, fr, nr, metric_files, world):
                   "curate leaves them out")
 
 
-def choose_scope(raw, judges, norm, about):
+def choose_scope(raw, judges, norm, about, reward):
     """-> "pool" or "group", and {scope: preference.halves}, both by every other image of (G, M, K) scores.
 
-    {} and "pool" where the metrics are all of one kind.
+    {} and "pool" where the reward's metrics are all of one kind.
     """
     full_reference = [about[m]["full_reference"] for m in judges]
-    if all(full_reference) or not any(full_reference):
+    if reward != "hybrid" or all(full_reference) or not any(full_reference):
         return "pool", {}
     raw = raw[1::2] if len(raw) > 1 else raw
     normalised = {"pool": preference.normalise(raw, judges, norm["metrics"]),
@@ -162,7 +165,7 @@ def curate(pool, out, reward="hybrid", scope="auto", norm_file=None, top=8, samp
         scale = preference.fit_norm(raw, judges, lower)
         norm = {"metrics": {m: about[m] | ends for m, ends in scale.items()}, "groups": len(names),
                 "candidates": raw.shape[1], **runs.describe_machine()}
-    chosen, halves = choose_scope(raw, judges, norm, about)
+    chosen, halves = choose_scope(raw, judges, norm, about, reward)
     scope = "pool" if norm_file else chosen if scope == "auto" else scope
     rewards = candidates.rewards_of(raw, norm, reward, judges)
     sigma_pool = rewards.std(1)
@@ -172,7 +175,8 @@ def curate(pool, out, reward="hybrid", scope="auto", norm_file=None, top=8, samp
         # of networks that are compared; the pool's ends are kept beside it
         typical = preference.typical_range(raw, judges, lower)
         norm["metrics"] = {m: v | {"pool": [v["low"], v["high"]]} | typical[m] for m, v in norm["metrics"].items()}
-    norm["scope"] = scope
+    if not norm_file:
+        norm["scope"] = scope
     flat = np.ptp(rewards, 1) < 1e-9
     if flat.any() and not min_sigma:
         raise runs.UserError(f"{pool}: the candidates of {flat.sum()} image(s) are all equally good, first "

@@ -122,9 +122,9 @@ PAPER_MOVEMENT = 8e-5, 7.5e-4
 # CHOICE: warn beyond these: how much further mean colours are from the LR image's, in grey levels; FAR as a multiple of
 # its start
 DRIFT, FAR_LOSS = 2.0, 1.05
-FIXED = ("rec_hash", "sr_hash", "s_rule", "far", "far_path", "hf", "percep", "patch", "batch_size", "lambda_ft",
-         "far_rho", "lr", "ema_decay", "clip_grad", "seed", "n_std", "stop", "patience", "check_patches", "hold_out",
-         "images")
+FIXED = ("rec_hash", "sr_hash", "s_rule", "far", "far_path", "no_far_floor", "hf", "percep", "patch", "batch_size",
+         "lambda_ft", "far_rho", "lr", "ema_decay", "clip_grad", "seed", "n_std", "stop", "patience", "check_patches",
+         "hold_out", "images")
 
 
 class Judge:
@@ -143,6 +143,7 @@ class Judge:
         s = rec.controller(self.s_rule, d, noise, shift=self.shift)
         mean_s = rec.controller(self.s_rule, d, shift=self.shift)
         e_clip = self.encoder and self.encoder(sr)
+        # CHOICE: without R's noise
         again, far = self.net(lq, sr, s, e_clip, offdiag=self.offdiag, path=FAR_PATH)
         weight = rec.high_frequency_map(lq) if self.hf else None
         terms = rec.reconstruction_loss(self.distance, again.float(), lq, weight)
@@ -237,7 +238,7 @@ def open_images(lr_dir, gt_dir, patch, remarks):
 def watched_metrics(names, gts, distance, device):
     """{name: Metric} of the whole images of a check: those of --watch and, with ground truth, PSNR on Y and L_rec's
     distance."""
-    chosen = {name: metrics.create_metric(name, device, flag="--watch") for name in names}
+    chosen = {name: metrics.create_metric(name, device, border=0, y=True, flag="--watch") for name in names}
     compared = [name for name, metric in chosen.items() if metric.full_reference]
     if not gts and compared:
         raise runs.UserError(f"--watch {' '.join(compared)}: compares with ground truth: --gt-dir DIR is needed")
@@ -277,7 +278,7 @@ def main(args):
     # FAR of clean photographs; unknown in files of before
     floor = (settings["held_out"] or {}).get("far", 0.0)
     record = {**vars(args), **followed, **fixed_here, "s_rule": s_rule, "far": far, "far_floor": floor,
-              "rec_hash": lora.base_hash(net), "weaknesses": weaknesses}
+              "no_far_floor": not args.far_floor, "rec_hash": lora.base_hash(net), "weaknesses": weaknesses}
     stop = runs.StopSignal(world)
     if not args.per_image:
         adapt(args, record, world, seeds, autocast, judge, sets, gts, args.out, args.resume, stop)

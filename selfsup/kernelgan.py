@@ -238,9 +238,10 @@ def main(args):
         if target.exists():
             continue
         image = load_image(path)[None].to(world.device).float() / 255
-        kernel = finish(estimate(image, runs.sample_seed(args.seed, 0, 0, f"kernelgan {stem}"), args.total_steps))
-        if not np.isfinite(kernel).all():
+        learned = estimate(image, runs.sample_seed(args.seed, 0, 0, f"kernelgan {stem}"), args.total_steps)
+        if not np.isfinite(learned).all():
             raise runs.UserError(f"{path}: the training diverged: take another --seed")
+        kernel = finish(learned)
         offsets = np.arange(len(kernel)) - len(kernel) // 2 - 0.5
         widths = [np.sqrt(max((kernel.sum(axis) * offsets ** 2).sum(), 0)) for axis in (1, 0)]
         print(f"{stem}: {widths[0]:.2f} pixels down, {widths[1]:.2f} across (standard deviations)", flush=True)

@@ -72,10 +72,10 @@ def downscale(images, kernel=None, scale=2):
     return small[:, 0].unflatten(0, images.shape[:2])
 
 
-def back_project(sr, lq, kernel, rounds, scale=2):
-    """Add to sr what is missing in it, `rounds` times: sr + up(lq - down(sr)), clipped to [0, 1]."""
+def back_project(sr, lq, kernel, rounds):
+    """Add to sr, twice as large, what is missing in it, `rounds` times: sr + up(lq - down(sr)), clipped to [0, 1]."""
     for _ in range(rounds):
-        sr = (sr + bicubic(lq - downscale(sr, kernel, scale), scale)).clamp(0, 1)
+        sr = (sr + bicubic(lq - downscale(sr, kernel), 2)).clamp(0, 1)
     return sr
 
 

@@ -104,11 +104,11 @@ def add_training(p):
     """What pretrain and finetune share. Where their defaults differ, the scripts set them."""
     g = p.add_argument_group("optimisation")
     g.add_argument("--patch", type=runs.number(int, 16), default=64,
-                   help="side of the LR patches in pixels (PAPER: 64)")
+                   help="side of the LR patches in pixels (PAPER: 64, INFERRED: of the LR image)")
     g.add_argument("--batch-size", type=runs.SIZE,
                    help="patches per step, summed over processes (CHOICE, not published)")
     g.add_argument("--total-steps", type=runs.SIZE, help="optimisation steps (PAPER: 500,000, then 300 to 600)")
-    g.add_argument("--lr", type=runs.RATE, help="learning rate (PAPER: pretrain 2e-4, falling to 0 as a cosine; "
+    g.add_argument("--lr", type=runs.RATE, help="learning rate (PAPER: pretrain 2e-4, as a cosine, CHOICE: to 0; "
                    "finetune 2e-6 to 5e-6 by architecture: here 2e-6 for SwinIR and 5e-6 for convolutional networks)")
     g.add_argument("--ema-decay", type=runs.SHARE, default=0.999,
                    help="PAPER; the EMA weights are the result; after 300 steps three quarters are still the start")

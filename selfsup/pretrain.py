@@ -54,9 +54,10 @@ def parse_args(argv=None):
     g.add_argument("--size", choices=list(SIZES), default="paper", help="widths and depths, see SIZES in this file")
     g.add_argument("--deg-enc", choices=["conv", "bands"], default="conv",
                    help="degradation encoder: convolutions (PAPER) or, for short runs, strengths of bands (CHOICE)")
-    g.add_argument("--skip", action=argparse.BooleanOptionalAction, default=True,
+    g.add_argument("--skip", action=argparse.BooleanOptionalAction,
                    help="X^ = mean of every 4 x 4 pixels of Y, plus R less its mean (CHOICE), so that colours are "
-                        "right and it begins as a down-sampling; PAPER and LWAY: X^ = R")
+                        "right and it begins as a down-sampling; PAPER and LWAY: X^ = R; default: on, and what a run "
+                        "that is continued began with")
     g.add_argument("--distance", choices=["lpips", "vgg", "proxy"], default="lpips",
                    help="perceptual part of L_rec and distance of the controller: lpips (LWAY; CHOICE: VGG for L_rec, "
                         "AlexNet for the controller), vgg: cosine of VGG19's features, proxy: no weights")
@@ -189,7 +190,8 @@ def main(args):
     device, lanes = world.device, world.lanes(args.batch_size)
     size = SIZES[args.size]
     fixed_here = {"far_layer": FAR_LAYER, "offdiag": OFFDIAG, "percep": rec.PERCEP}
-    run = runs.Run(args.out, vars(args) | size | fixed_here, world, args.resume, FIXED, RETIRED, args.tensorboard)
+    record = {name: value for name, value in (vars(args) | size | fixed_here).items() if name != "skip"}
+    run = runs.Run(args.out, record, world, args.resume, FIXED, RETIRED, args.tensorboard)
     if args.demo and args.hr in options.DEMO_COMMANDS:
         options.make_demo_start([args.hr], world, args.device)
     far_enc = args.far_enc if args.far else None
@@ -215,7 +217,9 @@ def main(args):
     # initial weights; nothing else uses this state
     torch.manual_seed(args.seed)
     # a resumed run goes on as it began, earlier commits' without
-    skip = run.checkpoint["args"].get("skip", False) if run.checkpoint else args.skip
+    skip = run.checkpoint["args"].get("skip", False) if run.checkpoint else args.skip is not False
+    if args.skip not in (None, skip):
+        raise runs.UserError(f"--resume {args.out}: it began with --{'' if skip else 'no-'}skip")
     run.pin(skip=skip)
     sizes = {**size, "image_encoder": args.arch == "hra", "far_channels": encoder.channels if args.far else 0,
              "bands": args.deg_enc == "bands", "skip": skip}
@@ -295,12 +299,13 @@ def main(args):
             meter.check_finite(samples_of)
             run.progress(step, args.total_steps, meter, lr, {})
         stopping = stop.requested(step)
-        if due(step, args.save_every) or stopping:
-            save(step)
+        # before saving: a saved step has its check
         if due(step, args.val_every):
             held = check(ema)
             run.say(f"step {step} held out: {' '.join(f'{k} {v:.4g}' for k, v in held.items())}{warnings(held)}")
             run.event(step, "val", **held)
+        if due(step, args.save_every) or stopping:
+            save(step)
         if stopping and step < args.total_steps:
             run.say(f"stopped by a signal at step {step}; continue with --resume")
             return

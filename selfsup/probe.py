@@ -36,8 +36,8 @@ def parse_args(argv=None):
     p.add_argument("--lr-dir", type=Path, metavar="DIR", help="fig8: images that --sr enlarges")
     p.add_argument("--crops", type=runs.SIZE, default=128, help="fig7, fig8: crops of the photographs (CHOICE)")
     p.add_argument("--degradation", choices=runs.literal("degradations", "PRESETS"), metavar="PRESET",
-                   help="fig7: of the LR images; default: pre-training's. blur leaves hardly any noise or blocks in "
-                        "them, which Y would have to supply")
+                   help="fig7: of the LR images; default: that of the first --rec's pre-training. blur leaves hardly "
+                        "any noise or blocks in them, which Y would have to supply")
     p.add_argument("--out", type=Path, default=Path("runs/probe"), metavar="STEM", help="leaves STEM.png and STEM.json")
     options.add_files(p)
     options.add_machine(p)
@@ -51,6 +51,8 @@ def parse_args(argv=None):
             p.error(f"{args.figure}: --{name} is needed")
     if args.degradation and args.figure != "fig7":
         p.error(f"--degradation {args.degradation}: of fig7 only")
+    if args.sr and args.figure != "fig8":
+        p.error("--sr: of fig8 only")
     if bool(args.sr) != bool(args.lr_dir):
         p.error("--sr and --lr-dir: give both")
     return args

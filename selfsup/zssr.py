@@ -220,12 +220,12 @@ def enlarge(net, lq, kernel, config):
     return projected(outputs.sort(0).values[3:5].mean(0))
 
 
-def super_resolve(lq, kernel, config, seed, stem, runs_of_two=2, say=print, **training):
+def super_resolve(lq, kernel, config, seed, stem, **training):
     """(1, 3, h, w) -> (1, 3, 4h, 4w): two x2 runs with the same kernel. Seeds follow from the image's name."""
-    for k in range(runs_of_two):
+    for k in range(2):
         net, steps = train(lq, kernel, config, runs.sample_seed(seed, 0, k, f"zssr {stem}"), **training)
         lq = enlarge(net, lq, kernel, config)
-        say(f"{stem}: x{2 ** (k + 1)} after {steps} steps")
+        print(f"{stem}: x{2 ** (k + 1)} after {steps} steps")
     return lq
 
 

@@ -309,7 +309,7 @@ def test_sd_samples_as_the_pipeline(folders, prompts, kind, guidance):
     def step(out, k, x, generator=None, return_dict=True):
         # the same noise in place of its own
         calls.append(k)
-        generators = [torch.Generator().manual_seed(db.noise_seed(n, s, len(calls))) for n, s in zip(NAMES, seeds)]
+        generators = [torch.Generator().manual_seed(flow.noise_seed(n, s, len(calls))) for n, s in zip(NAMES, seeds)]
         return plain(out, k, x, generator=generators, return_dict=return_dict)
     pipe.scheduler.step = step
     expected = pipe(["a cat, a dog", ""], gen.enlarged(lq), num_inference_steps=4, guidance_scale=guidance,
@@ -325,11 +325,10 @@ def test_the_noise_of_a_step_is_that_of_noise(gens):
     from diffusers.utils.torch_utils import randn_tensor
     gen, (lq, _) = gens["epsilon"], images(3)
     fields = gen.noise(lq, NAMES, [1, 2, 3], step=7)
-    generators = [torch.Generator().manual_seed(db.noise_seed(n, s, 7)) for n, s in zip(NAMES, [1, 2, 3])]
+    generators = [torch.Generator().manual_seed(flow.noise_seed(n, s, 7)) for n, s in zip(NAMES, [1, 2, 3])]
     assert torch.equal(fields, randn_tensor(fields.shape, generators))
-    assert [db.noise_seed(n, 4, 0) for n in NAMES] == [flow.noise_seed(n, 4) for n in NAMES]
     assert not torch.equal(fields, gen.noise(lq, NAMES, [1, 2, 3]))
-    assert len({db.noise_seed(n, s, k) for n in NAMES for s in range(3) for k in range(3)}) == 27
+    assert len({flow.noise_seed(n, s, k) for n in NAMES for s in range(3) for k in range(3)}) == 27
 
 
 @needed

@@ -593,7 +593,7 @@ def assert_same(a, b):
 def test_two_processes_train_and_sample_what_one_does(stages, quintuplets, script, tmp_path):
     words = [*tuning(stages), "--total-steps", 3, "--hpo", "both"]
     run(tune, *words, "--out", tmp_path / "one")
-    script("dpo.tune", *words, "--out", tmp_path / "two", processes=2)
+    script("dpo.tune", *words, "--accumulate", 2, "--out", tmp_path / "two", processes=2)
     one, two = (weights_of(tmp_path / name / "weights" / "gen.pth")["params"] for name in ("one", "two"))
     assert all(torch.allclose(one[k], two[k], atol=2e-5) for k in one)
     assert any(not torch.equal(one[k], v) for k, v in flow.load_flow(stages / "gen").net.state_dict().items())
@@ -930,6 +930,11 @@ def test_comparing_again_computes_nothing_and_another_generator_is_refused(compa
 def test_comparing_without_ground_truth(stages, tmp_path):
     words = ["--gen", stages / "gen", "--lq-dir", stages / "pool" / "lq", "--norm-file", stages / "pool" / "norm.json",
              "--samples", 2, "--diversity", "none", "--less-noise", "--watch", "--out", tmp_path / "eval"]
+    norm = json.loads((stages / "pool" / "norm.json").read_text())
+    del norm["metrics"]["ssim"]
+    runs.save_json(tmp_path / "nr.json", norm)
+    with pytest.raises(runs.UserError, match="nr.json has no full-reference metric: take --reward nr"):
+        run(compare, *words, "--norm-file", tmp_path / "nr.json")
     for more in ([], ["--reward", "nr", "--watch", "psnr"]):
         with pytest.raises(runs.UserError, match="(ssim|psnr): .* no ground truth to compare with: give --gt-dir"):
             run(compare, *words, *more)
@@ -961,7 +966,7 @@ def test_m_below_2n(stages, script):
 def test_unpaired_images_with_a_full_reference_reward(stages, script, tmp_path):
     folder = tmp_path / "pool"
     run(pool, "sample", "--gen", stages / "gen", "--lq-dir", stages / "pool" / "lq", "--samples", 2, "--out", folder)
-    refused(script, "no ground truth to compare with",
+    refused(script, "no ground truth to compare with: --fr without names",
             "dpo.pool", "score", "--pool", folder, "--fr", "ssim", "--nr", BRIGHTNESS)
     run(pool, "score", "--pool", folder, "--fr", "--nr", BRIGHTNESS)
     with pytest.raises(runs.UserError, match="--reward hybrid needs a full-reference metric"):
@@ -1136,6 +1141,7 @@ def test_pool_and_test_draw_apart(quintuplets, tmp_path):
     ("--tau is FlowSR's", "dpo.pool", ["sample", "--hr", "a", "--model", "sd2", "--tau", "1"]),
     ("--less-noise is for FlowSR", "dpo.compare", ["--hr", "a", "--model", "sd2", "--less-noise", "0.5"]),
     ("go with --model", "dpo.tune", ["--prompts", "tags"]),
+    ("--gradient-checkpointing goes with", "dpo.tune", ["--gradient-checkpointing"]),
     ("NAME=FILE", "dpo.pool", ["score", "--metric-weights", "niqe"]),
     ("no generator there", "dpo.pool", ["sample", "--gen", "nowhere", "--lq-dir", "x"]),
     ("not there", "dpo.pool", ["curate", "--pool", "nowhere"]), ("not there", "dpo.tune", ["--pairs", "nowhere"])])

@@ -804,6 +804,11 @@ def test_networks_of_before_have_no_skip(trained, tmp_path, photos):
     assert settings["held_out"] is None
     run(pretrain, "--hr", photos / "gt", "--out", tmp_path / "out", *TINY, "--total-steps", 2, "--no-skip")
     assert not rec.load_reconstruction(tmp_path / "out")[0].skip
+    words = ["--hr", photos / "gt", "--out", tmp_path / "out", *TINY, "--total-steps", 2, "--resume"]
+    with pytest.raises(runs.UserError, match="it began with --no-skip"):
+        run(pretrain, *words, "--skip")
+    run(pretrain, *words)
+    assert not rec.load_reconstruction(tmp_path / "out")[0].skip
 
 
 @pytest.mark.fast
@@ -888,6 +893,7 @@ def test_errors_of_finetune(photos, trained, tmp_path, words, message):
     (finetune, "--sr a --lr-dir b --watch psnr", "--watch psnr compares"),
     (finetune, "--sr a --lr-dir b --stop far --val-every 0", "must not be 0"),
     (probe, "fig7", "--rec is needed"),
+    (probe, "fig7 --rec r --hr h --sr a --lr-dir b", "--sr: of fig8 only"),
     (probe, "", "which figure"),
     (probe, "fig7 --precision bf16", "unrecognized"),
     (demo, "", "--demo"),
@@ -906,7 +912,7 @@ def test_switches_of_the_tables():
     assert (defaults.s_rule, defaults.far, defaults.arch, defaults.size) == ("eq8", True, "hra", "paper")
     assert (parse("--arch", "lway").s_rule, parse("--arch=lway").far) == ("one", False)
     assert (defaults.lr, defaults.total_steps, defaults.ema_decay, defaults.patch) == (2e-4, 500_000, 0.999, 64)
-    assert (defaults.vgg_stages, defaults.skip, defaults.degradation) == (5, True, "realesrgan")
+    assert (defaults.vgg_stages, defaults.degradation) == (5, "realesrgan")
     tuned = finetune.parse_args(["--sr", "a.pth", "--lr-dir", "b"])
     assert (tuned.total_steps, tuned.ema_decay, tuned.hf, tuned.stop) == (300, 0.999, True, "fixed")
     assert tuned.far_floor and not tuned.force

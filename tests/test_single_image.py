@@ -426,6 +426,14 @@ def test_kernelgan_leaves_kernels_that_zssr_reads(tmp_path):
         call(kernelgan, *words)
 
 
+def test_a_training_that_diverges_is_named(tmp_path, monkeypatch):
+    save_image(tmp_path / "in" / "a.png", smooth_image(90, 88)[0])
+    monkeypatch.setattr(kernelgan, "estimate", lambda *_: np.full((13, 13), np.nan))
+    args = kernelgan.parse_args(["--lr-dir", str(tmp_path / "in"), "--out", str(tmp_path / "out")])
+    with pytest.raises(runs.UserError, match="a.png: the training diverged"):
+        kernelgan.main(args)
+
+
 def test_the_image_is_not_changed_by_training(monkeypatch):
     """Noise that keeps D from seeing the rounding must not stay in the image from which crops are taken."""
     image, seen = smooth_image(96, 96), []
