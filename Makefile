@@ -23,9 +23,9 @@ table5 table7 table8: $(INSTALLED)
 	$(PY) -m report.paper_tables $(@:table%=%) $(if $(GPUS),--gpus $(GPUS)) $(if $(wildcard datasets/HGGT),--run)
 
 # on a CUDA machine, eight minutes; make gpu PY=python3 installs nothing; ONLY="speed exact": some of its jobs,
-# or an experiment: ONLY=paper_network, selfsup or dpo
+# or an experiment: ONLY=paper_network, selfsup or dpo; OUT=DIR: where the results go
 gpu: $(gpu_needs)
-	$(PY) -m experiments.gpu $(if $(ONLY),--only $(ONLY))
+	$(PY) -m experiments.gpu $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT))
 
 lint: $(VENV)/installed-test
 	$(PY) -m ruff check .

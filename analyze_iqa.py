@@ -88,6 +88,13 @@ def parse_args(argv=None):
             p.error("--metrics or --phase1, not both")
         if args.lower and not args.scores:
             p.error("--lower is for ready --scores; the metrics themselves know their direction")
+        if args.scores and (args.metrics or args.phase1 or args.metric_weights):
+            p.error("--scores takes ready ones: compute others in a second call, with --metrics and the same --out")
+        for flag, kind in (("draw", "pairs"), ("method_pattern", "pairs"), ("photo_pattern", "pairs"),
+                           ("all_sets", "sets"), ("mos_lower", "mos"), ("methods", "choices"),
+                           ("name_pattern", "choices")):
+            if getattr(args, flag) and not getattr(args, kind):
+                p.error(f"--{flag.replace('_', '-')} is for --{kind}")
     return args
 
 
@@ -192,6 +199,8 @@ def score(args):
     if about_file.exists():
         about = json.loads(about_file.read_text())
     frames, about["truth"], left_out = preferences.read_preferences(args, about, world.is_main)
+    # of an earlier call
+    paper = args.paper or about.get("paper")
     if args.paper and about["truth"].startswith(agreement.SYNTHETIC):
         raise runs.UserError(f"--paper {args.paper}: these preferences are synthetic; the paper's are people's")
     columns = [frame[column] for frame in frames.values() for column in ("left", "right", "image") if column in frame]
@@ -230,7 +239,7 @@ def score(args):
     if absent:
         left_out.append(f"{len(absent)} of {len(names)} images have no row of scores (first: {absent[0]})")
     about |= {"command": sys.argv, **runs.describe_machine(), "metrics": about["metrics"] | metrics,
-              "left_out": left_out, "paper": args.paper}
+              "left_out": left_out, "paper": paper}
     for name, frame in frames.items():
         path = args.out / f"{name}.csv"
         opinions.write_choices(path, frame) if name == "choices" else agreement.write_csv(path, frame, index=False)

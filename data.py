@@ -241,7 +241,7 @@ def find_photos(folder, flag="--data"):
     if not folder.is_dir():
         raise runs.UserError(f"{folder}: no such folder; {flag} DIR names the photographs, --demo needs no download")
     if (folder / "Train").is_dir():
-        return Sets({"original": find_sets(folder, "Train").files["original"]})
+        return Sets({"original": find_sets(folder, "Train", packed=False).files["original"]})
     name, parent = folder.name.lower(), folder.parent
     # folders that the builders of this repository fill with patches
     patches = name == "original" and (parent / "01").is_dir() or name == "untouched" and (parent / "images").is_dir()

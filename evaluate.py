@@ -171,7 +171,7 @@ def find_items(args, world):
     if not (args.data / "Test").is_dir() and (args.protocol == "realsr" or args.data.name.lower().startswith("realsr")):
         raise runs.UserError(f"--data {args.data}: no RealSR v3 there (<camera>/Test/4/*_LR4.png and *_HR.png); "
                              "docs/evaluation.md says where it is found")
-    sets = data.find_sets(args.data, "Test")
+    sets = data.find_sets(args.data, "Test", packed=False)
     if sets is None:
         raise runs.UserError(f"{args.data}: no Test split of HGGT's layout and no RealSR; "
                              "name test images with --lq and --gt")

@@ -226,7 +226,7 @@ def check_size(path, size, original, need=0):
                              "make this quintuplet again")
     if min(size) < need:
         raise runs.UserError(f"{path}: {size[0]}x{size[1]} pixels, smaller than the {need} pixels that are "
-                             f"read of it (--load-size, else --crop): use at most {min(size) // 4 * 4}")
+                             f"read of it (--load-size, else --crop): use at most {min(size) // 8 * 8}")
 
 
 def check_lr_size(path, size, hr_size):

@@ -394,7 +394,9 @@ def compare(options):
     pairs = {name: (before["parts_ms"][name], after["parts_ms"][name]) for name in both}
     if "whole" in before and "whole" in after:
         pairs["whole step"] = before["whole"]["ms"], after["whole"]["ms"]
-    print(runs.markdown(["", f"before ({before['commit'][:7]}), ms", f"after ({after['commit'][:7]}), ms", "ratio"],
+    # None where git was missing
+    commits = [(result["commit"] or "unknown")[:7] for result in (before, after)]
+    print(runs.markdown(["", f"before ({commits[0]}), ms", f"after ({commits[1]}), ms", "ratio"],
                         [[name, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}"] for name, (a, b) in pairs.items()]))
     # older results lack some
     for key in ("device", "cpu_flags", "threads", "torch", "arguments"):

@@ -72,8 +72,7 @@ def selfsup_stages(tree):
     if (tree / "selfsup.py").exists() or not has_parser(tree / "selfsup" / "pretrain.py"):
         script = "selfsup.py" if (tree / "selfsup.py").exists() else "selfsup"
         return [script, "domain", "--demo"], [script, "pretrain"], [script, "finetune"]
-    photos, domain = "datasets/demo/Test/GT/demo/untouched", "datasets/demo-domain"
-    degrade = ["prepare.degrade", photos, domain, "--degradation", "camera"]
+    degrade = ["prepare.degrade", DEMO_PHOTOS, DEMO_DOMAIN, "--degradation", "camera"]
     return degrade, ["selfsup.pretrain"], ["selfsup.finetune"]
 
 

@@ -3,20 +3,24 @@
     python -m experiments.gpu                                eight minutes: device, checks, speed, exact
     python -m experiments.gpu --only speed --minutes 4       one job
     python -m experiments.gpu --only selfsup                 an experiment; the same command goes on with its next rows
-    python -m experiments.gpu --device cpu --minutes 1       a rehearsal in small
+    python -m experiments.gpu --device cpu --minutes 10      a rehearsal in small
 
-Needs PyTorch, torchvision, SciPy, scikit-image and pytest only, and downloads nothing. Every job is a process of its
-own with a time limit, and writes its file again after each of its parts, so that what is cut off costs itself alone.
+Needs PyTorch, torchvision, NumPy, SciPy, scikit-image, Pillow, tqdm, psutil and pytest only, and downloads nothing.
+Every job is a process of its own with a time limit, and writes its file again after each of its parts, so that what is
+cut off costs itself alone.
 OUT gets device.json, checks.json, speed.json, exact.json, summary.md (what to read), log.txt, pictures.zip.
 
 Without --data the quintuplets are made up (512 x 512 pixels, packed); without --vgg-weights VGG19 has random weights,
 and MUSIQ always has: their speed does not depend on them. Batches are those of one of the paper's four GPUs.
 """
 import sys
+import time
 from pathlib import Path
 
 import runs
 
+# a job's time counts from here: the imports take seconds
+STARTED = time.monotonic()
 # {job: (share of the minutes, what it does)}, in order of value
 JOBS = {
     "device": (0.06, "matrix products per second in each precision, bandwidth of a copy"),
@@ -52,7 +56,7 @@ def parse_args(argv=None):
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -60,7 +64,6 @@ import signal
 import statistics
 import subprocess
 import tempfile
-import time
 import traceback
 import warnings
 import zipfile
@@ -91,10 +94,13 @@ REWARDS = {"fp32": "rewards.musiq:untrained", "tf32": "rewards.musiq:untrained",
 
 
 class Report:
-    """The file of a job: {"machine": ..., part: its result, or why there is none}, written again after every part."""
+    """The file of a job: {"machine": ..., part: its result, or why there is none}, written again after every part.
 
-    def __init__(self, file, seconds):
-        self.file, self.end = file, time.monotonic() + seconds
+    end: on the clock of time.monotonic.
+    """
+
+    def __init__(self, file, end):
+        self.file, self.end = file, end
         self.record = {"machine": runs.describe_machine(), "command": sys.argv}
 
     def part(self, name, function, need=0):
@@ -146,15 +152,25 @@ def job_device(args, report, work):
 
 def job_checks(args, report, work):
     def tests():
-        # a process for each file, all at once
-        files = {file: work / f"{file.stem}.xml" for file in sorted(Path("tests").glob("test_gpu*.py"))}
+        # a process for each file, of the slowest for each of its networks, all at once
+        parts = {file.stem: [file] for file in sorted(Path("tests").glob("test_gpu*.py"))}
+        resume, = parts.pop("test_gpu_resume")
+        parts |= {f"{resume.stem} {arch}": [resume, "-k", arch] for arch in ("compact", "rrdbnet", "swinir")}
+        files = {name: work / f"{name}.xml" for name in parts}
         running = [subprocess.Popen([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5",
-                                     f"--junitxml={result}", file], env=runs.python_path())
-                   for file, result in files.items()]
-        while any(process.poll() is None for process in running) and time.monotonic() < report.end:
+                                     f"--junitxml={files[name]}", *words], env=runs.python_path())
+                   for name, words in parts.items()]
+        while any(process.poll() is None for process in running) and time.monotonic() < report.end - 6:
             time.sleep(0.5)
-        # a file that is cut off costs itself alone
-        ended = {file: result for file, result in files.items() if result.exists()}
+        for process in running:
+            # an interrupted pytest writes what it has
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        late = time.monotonic() + 4
+        while any(process.poll() is None for process in running) and time.monotonic() < late:
+            time.sleep(0.1)
+        cut_off = [name for name, process in zip(parts, running) if process.poll() not in (0, 1)]
+        ended = {name: result for name, result in files.items() if result.exists()}
         outcomes, measured, seconds = {}, {}, {}
         for case in (case for result in ended.values() for case in ElementTree.parse(result).iter("testcase")):
             state = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
@@ -164,7 +180,7 @@ def job_checks(args, report, work):
             measured |= {case.get("name"): values} if values else {}
         return {"counts": {state: len(names) for state, names in outcomes.items()}, "measured": measured,
                 "failed_tests": outcomes.get("failure", []) + outcomes.get("error", []), "seconds_of": seconds,
-                "cut_off": [file.name for file in files if file not in ended]}
+                "cut_off": cut_off}
     report.part("tests", tests)
 
 
@@ -211,7 +227,7 @@ def job_speed(args, report, work):
 
     def tune_part(precision, way=""):
         run = partial(measured, args, words("swinir", precision, way, *tuned_batch), max(2, steps // 2), tune=True)
-        report.part(f"finetune swinir lora, batch 32, {precision}{way}", run, 25)
+        report.part(f"finetune swinir lora, batch 32, {precision}{way}", run, 70 if "compiled" in way else 25)
 
     def atlas_part(precision, way=""):
         def in_turn():
@@ -226,7 +242,7 @@ def job_speed(args, report, work):
                 times[name].append(measured(args, flags[name], steps)["ms"])
             medians = {name: statistics.median(values) for name, values in times.items()}
             return {"ms": times, "atlas_over_rand": medians["atlas"] / medians["rand"]}
-        report.part(f"train swinir, {precision}{way}, atlas and rand", in_turn, 30)
+        report.part(f"train swinir, {precision}{way}, atlas and rand", in_turn, 45 if cuda else 30)
 
     # in order of value; the compiler takes half a minute
     train_parts("bf16" if cuda else "fp32", parts=True)
@@ -235,14 +251,14 @@ def job_speed(args, report, work):
         train_parts("tf32", ", graph")
         tune_part("tf32", ", graph")
         tune_part("bf16", ", graph")
-        train_parts("bf16", ", graph, compiled", need=50)
-        tune_part("bf16", ", graph, compiled")
         atlas_part("bf16", ", graph")
     else:
         tune_part("fp32")
         atlas_part("fp32")
     report.part("inference", partial(inference, args), 10)
     if cuda:
+        train_parts("bf16", ", graph, compiled", need=50)
+        tune_part("bf16", ", graph, compiled")
         train_parts("fp32", ", graph", need=20)
         train_parts("tf32", ", graph, compiled", need=50)
 
@@ -307,22 +323,20 @@ def job_exact(args, report, work):
         for mode in (False, True):
             torch.use_deterministic_algorithms(mode, warn_only=True)
             name = f"{arch}-{precision}-{mode}"
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                run(f"{name}-a", 8, *words)
-                run(f"{name}-b", 4, *words)
-                run(f"{name}-b", 8, *words)
-            torch.use_deterministic_algorithms(False)
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    run(f"{name}-a", 8, *words)
+                    run(f"{name}-b", 4, *words)
+                    run(f"{name}-b", 8, *words)
+            finally:
+                torch.use_deterministic_algorithms(False)
             key = "deterministic" if mode else "plain"
             result[key] = {"largest_difference": largest_difference(work / f"{name}-a", work / f"{name}-b")}
             if mode:
                 lines = {str(w.message).splitlines()[0] for w in caught if "deterministic" in str(w.message)}
                 result["without_deterministic_form"] = sorted(lines)
         return result
-    for arch in ("swinir-small", "rrdbnet-small", "compact-small") if cuda else ("compact-small",):
-        for precision in ("fp32", "bf16"):
-            report.part(f"resume, {arch}, {precision}", partial(resumed, arch, precision), 10 * cuda)
-
     steps, precision = (500, "bf16") if cuda else (5, "fp32")
 
     def finite(arch):
@@ -331,13 +345,17 @@ def job_exact(args, report, work):
         sizes = ["--batch-size", 4, "--group-size", 4, "--pool-size", 40, "--crop", 128] if cuda else []
         # the last flag of a name counts
         words = ["--arch", name, *sizes, "--init", work / "init.pth", "--precision", precision, "--reward",
-                 REWARDS[precision], "--log-every", steps // 5, "--save-every", 0]
+                 REWARDS[precision], "--log-every", steps // 5, "--save-every", 0,
+                 *(["--fast", "graph"] if cuda else [])]
         run(f"finite-{arch}", steps, *words)
         events = [json.loads(line) for line in (work / f"finite-{arch}" / "metrics.jsonl").read_text().splitlines()]
         # a term that is not finite would have ended the run
         return {"steps": steps, "losses": [event for event in events if event["split"] == "train"]}
     for arch in ("swinir", "rrdbnet"):
-        report.part(f"{precision}, {arch}", partial(finite, arch), 30 * cuda)
+        report.part(f"{precision}, {arch}", partial(finite, arch), 45 * cuda)
+    for arch in ("swinir-small", "rrdbnet-small", "compact-small") if cuda else ("compact-small",):
+        for precision in ("fp32", "bf16"):
+            report.part(f"resume, {arch}, {precision}", partial(resumed, arch, precision), 22 * cuda)
     with zipfile.ZipFile(args.out / "pictures.zip", "w") as pictures:
         for file in sorted(work.glob("finite-*/samples/*.png")):
             pictures.write(file, f"{file.parent.parent.name}-{file.name}")
@@ -369,7 +387,7 @@ def prepare(args, work):
             raise runs.UserError(f"{args.vgg_weights}: experiments need VGG19; --vgg-weights names another file")
     if args.data:
         (work / "data").symlink_to(args.data.resolve())
-    elif set(args.only) - set(EXPERIMENTS):
+    elif "speed" in args.only:
         bench.synthetic_sets(work / "data", *((16, 512) if args.device == "cuda" else (4, 96)))
         pack.main(pack.parse_args([str(work / "data")]))
     if args.vgg_weights is None:
@@ -382,32 +400,41 @@ def prepare(args, work):
         (work / "vgg19.pth").symlink_to(args.vgg_weights.resolve())
 
 
-def summary(out, lines):
-    """summary.md: every part of every job in a line."""
-    rows = []
+def record_file(out, job):
+    """An experiment writes its report into OUT/<job>.json itself."""
+    return out / (f"{job}-rows.json" if job in EXPERIMENTS else f"{job}.json")
+
+
+def summary(out, only, lines):
+    """summary.md: every part of every job in a line. -> what failed of the jobs `only`"""
+    rows, failed, machine = [], [], {}
     for name in (*JOBS, *EXPERIMENTS):
-        file = out / f"{name}.json"
+        file = record_file(out, name)
         record = json.loads(file.read_text()) if file.exists() else {}
+        machine = machine or record.get("machine", {})
         for part, result in record.items():
             if part in ("machine", "command"):
                 continue
+            kept = ("counts", "failed_tests", "cut_off", "plain", "deterministic")
             shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in result.items()
-                     if isinstance(v, (int, float, str)) or k in ("counts", "failed_tests", "plain", "deterministic")}
+                     if isinstance(v, (int, float, str)) or k in kept}
             rows.append([name, part, "; ".join(f"{k} {v}" for k, v in shown.items())])
-    machine = next((json.loads((out / f"{name}.json").read_text())["machine"] for name in (*JOBS, *EXPERIMENTS)
-                    if (out / f"{name}.json").exists()), {})
+            if name in only and ("failed" in result or result.get("failed_tests")):
+                failed.append(rows[-1])
     text = "\n".join([f"# {machine.get('device', 'no device')}", "", *(f"{k}: {v}  " for k, v in machine.items()), "",
                       *lines, "", runs.markdown(["job", "part", "result"], rows), ""])
     runs.write_atomic(out / "summary.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    return [row for row in rows if row[2].startswith("failed")]
+    return failed
 
 
 def main(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise runs.UserError("this PyTorch sees no GPU; --device cpu rehearses in small")
+    if "checks" in args.only and importlib.util.find_spec("pytest") is None:
+        raise runs.UserError("no pytest here, which the job `checks` needs: install it, or name other jobs with --only")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.job:
-        work, report = args.data, Report(args.out / f"{args.job}.json", 60 * args.minutes)
+        work, report = args.data, Report(record_file(args.out, args.job), STARTED + 60 * args.minutes)
         (job_experiment if args.job in EXPERIMENTS else globals()[f"job_{args.job}"])(args, report, work)
         return
     started, lines, left = time.monotonic(), [], 0.0
@@ -420,13 +447,15 @@ def main(args):
         for name in args.only:
             # what a job leaves of its time is the next one's
             left += 60 * args.minutes * share[name] / total
-            begun, limit = time.monotonic(), max(left, 10.0)
+            begun, limit = time.monotonic(), max(left, 30.0)
             words = ["--job", name, "--out", args.out, "--device", args.device, "--data", work,
-                     "--minutes", 0.93 * limit / 60]
+                     "--minutes", max(limit - 6, 0.8 * limit) / 60]
+            # of an earlier call
+            record_file(args.out, name).unlink(missing_ok=True)
             what = JOBS[name][1] if name in JOBS else "rows of an experiment"
             print(f"{name}: {what}; at most {limit:.0f} s", flush=True)
             child = subprocess.Popen(runs.python("experiments.gpu", *words), stdout=log, stderr=log,
-                                     env=runs.python_path(), start_new_session=True)
+                                     env=runs.python_path() | {"PYTHONUNBUFFERED": "1"}, start_new_session=True)
             try:
                 status = f"ended with {child.wait(limit)}"
             except subprocess.TimeoutExpired:
@@ -442,7 +471,7 @@ def main(args):
             left -= seconds
             lines.append(f"- {name} {status} after {seconds:.0f} s")
             print(lines[-1], flush=True)
-            failed = summary(args.out, lines)
+            failed = summary(args.out, args.only, lines)
     print((args.out / "summary.md").read_text(encoding="utf-8"))
     if failed or any("ended with 0" not in line for line in lines):
         raise runs.UserError(f"some parts failed: {args.out / 'log.txt'}")

@@ -123,7 +123,7 @@ def main(args):
         judge, records = judges[name]
         judge(args, [*METRICS, *args.metrics], [] if args.no_slow else [SLOW])
         for record in records:
-            for file in [args.work / f"{record}.json", *args.work.glob(f"{record}-*.png")]:
+            for file in [args.work / f"{record}.json", *args.work.glob(f"{record}*.png")]:
                 shutil.copyfile(file, args.results / file.name)
     print(f"tables: {args.work}/*.md; copied to {args.results}: their .json and plots")
 

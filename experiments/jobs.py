@@ -60,23 +60,6 @@ def call_here(log, script, *words):
         module.main(module.parse_args([str(word) for word in words]))
 
 
-def once(made, log, script, *words, inputs=()):
-    """call, unless the file `made` is there. UserError where it was made with other flags or of other inputs.
-
-    Both are kept beside it. inputs: files, or folders, of which the names count.
-    """
-    def content(path):
-        return runs.digest(path if path.is_file() else sorted(file.name for file in path.iterdir()))
-    record = made.with_name(made.name + ".flags.json")
-    about = {"flags": [str(word) for word in words], "inputs": {str(path): content(path) for path in inputs}}
-    if not made.exists():
-        call(log, script, *words)
-        runs.save_json(record, about)
-    elif record.exists() and json.loads(record.read_text()) != about:
-        raise runs.UserError(f"{made}: was made with other flags or of other inputs than now, kept in {record.name}: "
-                             "remove it and all that was made of it, or choose another --work")
-
-
 def last_value(words, name):
     """The whole number of a flag: the last one counts."""
     return int(words[len(words) - words[::-1].index(name)])

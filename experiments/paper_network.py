@@ -419,7 +419,8 @@ def real(args):
     """WORK/real.html: outputs of the start and of the first seed's networks that are here, with the first reward."""
     seed, rows = args.seeds[0], {"start": args.start}
     rows |= {path.name: path for path in sorted((args.work / "runs").glob(f"*-{seed}")) if (path / "weights").is_dir()}
-    rows |= {path.parent.parent.name: path for path in sorted((args.work / "runs").glob("*/weights/merged.pth"))}
+    tuned = sorted((args.work / "runs").glob(f"*-{seed}+*/weights/merged.pth"))
+    rows |= {path.parent.parent.name: path for path in tuned}
     out = args.work / "real.json"
     jobs.call(args.work / "real.log", "evaluate.py", "--lq", args.real_photos, "--weights", *rows.values(), "--names",
               *rows, "--metrics", args.rewards[0], "--precision", args.precision, "--device", args.device, "--cache",
@@ -446,7 +447,8 @@ def main(args):
         if not perturbed(args).exists():
             demo_seeds.perturb(args.start, perturbed(args), args.seeds[0])
         jobs.parallel(args.jobs, [partial(train_row, args, row, *words) for row, words in left.items()])
-    if "tune" in args.stages:
+    # of amo's networks of that set
+    if "tune" in args.stages and "soft" in args.sets:
         jobs.parallel(args.jobs, [partial(tune_row, args, name, seed) for seed in args.seeds for name in VARIANTS])
     if "controls" in args.stages:
         for where, name, equal in itertools.product(args.sets, FILTERS, ("psnr", "reward")):

@@ -128,9 +128,6 @@ def picture(args, run_names, side=128):
     cells = []
     for stem in args.figure:
         lq, gt = jobs.test_pair(args.work, stem)
-        images = {"LR": lq.repeat_interleave(4, 2).repeat_interleave(4, 3)}
-        images |= {name.rpartition("-")[0]: archs.upscale_tiled(net, lq).clamp(0, 1) for name, net in nets.items()}
-        y, x = ((n - side) // 2 for n in gt.shape[2:])
-        cells.append([(pictures.enlarged_crop(image, y, x, side, 2), name)
-                      for name, image in (images | {"reference": gt}).items()])
+        images = {name.rpartition("-")[0]: archs.upscale_tiled(net, lq).clamp(0, 1) for name, net in nets.items()}
+        cells.append(jobs.middle_row(lq, images, gt, side))
     pictures.save_grid(args.results.with_suffix(".png"), cells)

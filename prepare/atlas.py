@@ -36,6 +36,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.out and args.out.suffix != ".npy":
         p.error(f"--out {args.out}: name a file that ends in .npy")
+    if args.out_json and not args.compare:
+        p.error("--out-json is for --compare")
     if args.crop % 8:
         p.error(f"--crop {args.crop}: must be a multiple of 8, as train.py's")
     if args.stride % 4:
@@ -293,7 +295,7 @@ def compare(args, world, sets, reward):
         runs.save_json(args.out_json, {"command": sys.argv, **runs.describe_machine(), "reward": reward.identity(),
                                        "crop": args.crop, "n": args.compare, "seed": args.seed, "same_winner": same,
                                        "lost_score": lost})
-    for stride, count in same.items():
+    for stride, count in same.items() if world.is_main else ():
         low, high = stats.binomtest(count, args.compare).proportion_ci(method="wilson")
         print(f"stride {stride}: the same winner in {count / args.compare:.1%} [{low:.1%}, {high:.1%}] of "
               f"{args.compare} random crops; where it differs the online score of the grid's choice is lower by "

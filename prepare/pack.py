@@ -88,7 +88,7 @@ def main(args):
     if sets is None:
         raise runs.UserError(f"{args.data}: no {args.split} split in it")
     names = [(version, stem) for stem in sets.stems for version in sets.versions]
-    sizes = [image_size(sets.path(stem, version)) for version, stem in names]
+    sizes = [image_size(sets.path(stem, version), only_rgb=True) for version, stem in names]
     size_of = {stem: size for (version, stem), size in zip(names, sizes) if version == "original"}
     for (version, stem), size in zip(names, sizes):
         data.check_size(sets.path(stem, version), size, size_of[stem])

@@ -40,7 +40,8 @@ def parse_args(argv=None):
     p.add_argument("--min-std", type=runs.WEIGHT, default=30.0,
                    help="standard deviation of grey; patches where no version has so much are dropped (HGGT)")
     p.add_argument("--min-laplacian", type=runs.WEIGHT, default=30.0,
-                   help="variance of the Laplacian of grey, likewise (HGGT)")
+                   help="variance of the Laplacian of grey, likewise (HGGT's number; CHOICE: of its signed values, see "
+                        "prepare.demo_set)")
     p.add_argument("--min-change", type=runs.WEIGHT, default=1.0,
                    help="grey levels; a set is dropped, as not enhanced, unless one version differs by so much, on "
                         "average, both from the original and from bicubic interpolation in place of the network "
@@ -111,9 +112,10 @@ def read_photo(path, args):
 
 
 def corners(height, width, patch, step, jitter, seed):
-    """HGGT's cropper: (row, column) of every patch, on a grid of `step` and moved by up to `jitter` pixels each.
+    """As HGGT's cropper: (row, column) of every patch, on a grid of `step` and moved by up to `jitter` pixels each.
 
-    Patches lie inside the photo.
+    CHOICE: the grid begins at 0, where HGGT draws a beginning, and a patch that is moved out of the photo is moved
+    back, where HGGT drops it.
     """
     rng, places = np.random.default_rng(seed), []
     for row in range(0, height - patch + 1, step):
@@ -302,6 +304,9 @@ def build(args, world):
                              "restore them, or choose another --out")
     world.barrier()
     if world.is_main:
+        # of a build that wrote no patch, perhaps with other settings
+        for file in [] if begun else [*records.glob("photo-*.json")]:
+            file.unlink()
         remove_unfinished(args, done)
         runs.save_json(started, settings)
     world.barrier()
@@ -323,7 +328,7 @@ def build(args, world):
         raise runs.UserError(f"{args.out}: no set is left ({counted(dropped)}): "
                              "see --min-std, --min-laplacian, --min-change and --soften")
     runs.save_json(args.out / "quintuplets.json", result)
-    sets = data.find_sets(args.out, "Train")
+    sets = data.find_sets(args.out, "Train", packed=False)
     contact_sheet(args.out / "contact.png", sets, sets.stems, [reward], world.device, names_of(sources))
     return result
 

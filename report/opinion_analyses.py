@@ -69,6 +69,8 @@ def mos(args):
             values, splits = result[metric], result[metric]["splits"]["srcc"]
             rows.append([shown(metric), values["n"], interval(values["srcc"]),
                          *(number(values[key][0], "{:.3f}") for key in list(MEASURES)[1:]),
+                         # of few images a split has none or too few
+                         "–" if np.isnan(splits).any() else
                          f"{np.median(splits):.3f} ({min(splits):.2f} to {max(splits):.2f})"])
         frame = pd.DataFrame({m: {"n": result[m]["n"], **{key: result[m][key][0] for key in MEASURES}} for m in order})
         report.table(f"{run.name}: {len(people)} images",

@@ -166,15 +166,18 @@ def names_of(choices):
     return sorted({f"{method}/{row.scene}" for row in choices.itertuples() for method in row.candidates})
 
 
-def images_of(choices, folder, strict=True):
-    """{METHOD/SCENE: file, None where there is none} of all candidates. strict: UserError for one without a folder."""
+def images_of(choices, folder, strict=True, flag="--images"):
+    """{METHOD/SCENE: file, None where there is none} of all candidates.
+
+    strict: UserError for a method without a folder, which names the `flag` of `folder`.
+    """
     listed, files = {}, {}
     for name in names_of(choices):
         method, scene = name.split("/", 1)
         if method not in listed:
             there = (Path(folder) / method).is_dir()
             if strict and not there:
-                raise runs.UserError(f"--images {folder}: no folder {method} in it; a method's images are "
+                raise runs.UserError(f"{flag} {folder}: no folder {method} in it; a method's images are "
                                      "METHOD/SCENE.<suffix>")
             listed[method] = list_images(Path(folder) / method) if there else {}
         files[name] = listed[method].get(scene)

@@ -49,7 +49,7 @@ def read_frames(folder, flag):
 
 def read_labelled_sets(args):
     """--sets -> DataFrame of set, version, image, label, photo; the truth; [] left out; remarks to print."""
-    sets = data.find_sets(args.sets, args.split)
+    sets = data.find_sets(args.sets, args.split, packed=False)
     if sets is None:
         raise runs.UserError(f"--sets {args.sets}: no {args.split} split in it")
     labels = sets.labels().numpy()

@@ -189,7 +189,7 @@ def left_out(result):
         _, stems = judged(result["scores"], m)
         missing = [stem for stem in next(iter(result["scores"].values())) if stem not in stems]
         if missing:
-            lines.append(f"{SHOWN.get(m, m)}: {len(missing)} of {result['images']} images are left out, first "
+            lines.append(f"{shown(m)}: {len(missing)} of {result['images']} images are left out, first "
                          f"{missing[0]}: not every row has a finite score there")
     return lines
 

@@ -24,7 +24,7 @@ def parse_args(argv=None):
     p.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
     p.add_argument("--count", type=runs.SIZE, default=10, help="at most so many photographs, the first by name")
     p.add_argument("--crop", type=runs.number(int, 32), default=256, help="side of their centre crops, pixels")
-    p.add_argument("--levels", type=runs.RATE, nargs="*", default=[1, 2, 4],
+    p.add_argument("--levels", type=runs.SIZE, nargs="*", default=[1, 2, 4],
                    help="limits of the change of every value, grey levels; none: the second table alone")
     p.add_argument("--seed", type=runs.COUNT, default=0, help="of the random points")
     p.add_argument("--out-json", type=Path, help="write the numbers here")
@@ -47,7 +47,7 @@ import torch
 import degradations
 import iqa
 import metrics
-from images import list_images, load_image
+from images import image_size, list_images, load_image
 from rewards import harden
 from rewards.train_ranker import training_photos
 
@@ -153,11 +153,12 @@ def read_photos(folder, count, crop):
     if folder is None:
         photos = [degradations.to_8bit(photo)[0] for photo in training_photos()]
     else:
-        photos = [load_image(path, rgb=True).float() / 255 for path in list_images(folder).values()]
+        paths = [path for path in list_images(folder).values() if min(image_size(path)) >= crop][:count]
+        photos = [load_image(path, rgb=True).float() / 255 for path in paths]
     photos = [photo for photo in photos if min(photo.shape[1:]) >= crop][:count]
     if not photos:
-        raise runs.UserError(f"--images {folder}: no photograph of at least {crop} x {crop} pixels; take a smaller "
-                             "--crop")
+        whose = f"--images {folder}" if folder else "scikit-image"
+        raise runs.UserError(f"{whose}: no photograph of at least {crop} x {crop} pixels; take a smaller --crop")
     middle = [[(n - crop) // 2 for n in photo.shape[1:]] for photo in photos]
     return torch.stack([photo[:, top:top + crop, left:left + crop] for photo, (top, left) in zip(photos, middle)])
 

@@ -11,13 +11,13 @@ weights/downloads/cnniqa_live.pth. The model predicts DMOS, where lower is bette
 HIGHER IS BETTER: about 10 for a badly blurred photograph, about 90 for a clean one.
 """
 import os
-import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import archs
 import runs
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "downloads" / "cnniqa_live.pth"
@@ -75,7 +75,7 @@ def build(device="cpu"):
     net = CNNIQA()
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except archs.TORCH_DAMAGE as error:
         reason = " ".join(str(error).split())[:100]
         raise runs.UserError(f"{path}: not weights of CNNIQA ({reason}); get {SOURCE}") from None
     return net.eval().requires_grad_(False).to(device)

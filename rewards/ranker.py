@@ -7,13 +7,13 @@ It was trained on six kinds of distortion of scikit-image's photographs, so it s
 demo and in the tests. It does not agree with people on super-resolved images, and it is no substitute for MUSIQ.
 rewards/ranker3.pth, a reward file of this network trained on opinions, does, as sharpness does (docs/results-human.md).
 """
-import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import archs
 import runs
 
 RANKER_WEIGHTS = Path(__file__).resolve().parent / "ranker.pth"
@@ -97,7 +97,7 @@ def load_ranker(path=RANKER_WEIGHTS):
     net = Ranker()
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except archs.TORCH_DAMAGE as error:
         reason = " ".join(str(error).split())[:100]
         raise runs.UserError(f"{path}: not weights of the ranker ({reason}); {remedy}") from None
     return net

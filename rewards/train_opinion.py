@@ -31,7 +31,8 @@ def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
     p.add_argument("--out", type=Path, required=True, metavar="FILE.pth", help="reward file to write")
     g = p.add_argument_group("model")
-    g.add_argument("--arch", choices=sorted(RATES), default="mobilenet_v2", help="network")
+    g.add_argument("--arch", choices=sorted(RATES), default="mobilenet_v2",
+                   help="network; a file of --init brings its own")
     g.add_argument("--backbone", type=Path, metavar="FILE",
                    help="ImageNet weights with torchvision's keys instead of its download; prepare.mobilenet_v2 and "
                         "prepare.vgg19 convert public 8-bit ones")
@@ -69,6 +70,10 @@ def parse_args(argv=None):
         folder = "mos_images" if name == "mos" else "choice_images"
         if getattr(args, name) and not getattr(args, folder):
             p.error(f"--{name} needs the folder of its images: --{folder.replace('_', '-')} DIR")
+    if args.backbone and (args.init or args.arch == "ranker"):
+        p.error("--backbone is where a network with ImageNet weights begins: leave out --init, and --arch ranker")
+    if args.test and not args.mos:
+        p.error("--test keeps out images of --mos")
     if not (args.mos or args.choices):
         p.error("nothing to learn from: give --mos, --choices or both")
     if args.harden and (args.init in (None, RANDOM) or not args.mos):
@@ -353,7 +358,7 @@ def load_images(files, rows):
 def read_choices(path, folder, crop, columns=None, methods=None, pattern=None):
     """Choices -> {"table", "images", "selected"}, for `fit`. Prints which rows are left out."""
     table, faults = opinions.read_choices(path, columns, methods, pattern)
-    files = opinions.images_of(table, folder)
+    files = opinions.images_of(table, folder, flag="--choice-images")
     files = {name: file for name, file in files.items() if file}
     images, damaged = load_images(files.values(), "images")
     loaded = {name: image for name, image in zip(files, images) if image is not None}

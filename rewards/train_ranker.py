@@ -67,6 +67,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.evaluate and not args.evaluate.is_dir():
         p.error(f"--evaluate {args.evaluate}: no such folder of photographs")
+    if args.out_json and not args.evaluate:
+        p.error("--out-json is for --evaluate")
     return args
 
 

@@ -149,12 +149,12 @@ def describe_raters(key, votes):
 
 
 def agreement(choices):
-    """How far raters agree: {"agreement", "low", "high", "u", "majority", "pairs"}.
+    """How far raters agree: {"agreement", "low", "high", "u", "majority", "compared"}.
 
     agreement: the share of equal choices among all two raters who saw the same pair, with an interval over photographs;
     0.5 by chance. u = 2 agreement - 1 is Kendall and Babington Smith's coefficient (1940) for paired comparisons, here
     over the raters that each pair has. majority: the mean share of the more frequent choice, the most that any metric
-    can agree with these votes. NaN where no pair was seen twice.
+    can agree with these votes. compared: how many couples of votes. NaN where no pair was seen twice.
     """
     equal, scenes, most, votes = [], [], 0, 0
     for (scene, _), group in choices.groupby([choices.scene, choices.candidates.map(sorted).map(tuple)]):

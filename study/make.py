@@ -157,6 +157,9 @@ def main(args):
     if (args.out / "key.json").exists():
         raise runs.UserError(f"--out {args.out} holds the key of another study, without which its votes say nothing: "
                              "name another folder")
+    for page_without_key in args.out.glob("study*.html"):
+        # of a call that was ended
+        page_without_key.unlink()
     files, rng = find_images(args.methods), random.Random(args.seed)
     scenes = list(files[next(iter(files))])
     gt, lr = (folder and images.match_images(folder, scenes, flag)

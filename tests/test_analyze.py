@@ -399,7 +399,9 @@ def test_bad_words_end_in_one_line(tmp_path, script):
             (["score", *out, "--pairs", tmp_path / "no.csv"], "no such file"),
             ([], "give a COMMAND, or --demo"),
             (["score", *out, "--pairs", "a", "--sets", "b"], "--pairs or --sets"),
-            (["score", *out, "--lower", "niqe"], "--lower is for ready --scores")):
+            (["score", *out, "--lower", "niqe"], "--lower is for ready --scores"),
+            (["score", *out, "--pairs", "a", "--scores", "b", "--metrics", "niqe"], "--scores takes ready ones"),
+            (["score", *out, "--sets", "a", "--draw", 3], "--draw is for --pairs")):
         done = script("analyze_iqa.py", *words, check=False)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "x").exists()
@@ -430,8 +432,10 @@ def test_the_papers_values_stand_only_where_asked_for(quintuplets, rewards, tmp_
     run(*words, "--metrics", "test_rewards:brightness", "--paper", "hggt", "--no-speed")
     run("hggt", sets)
     assert "paper: SRC / PM / NM" in (sets / "hggt.md").read_text()
-    # metrics of the earlier call stay
+    # metrics of the earlier call stay, and so does this
     assert list(pd.read_csv(sets / "scores.csv")) == ["image", "test_rewards:brightness", "ranker"]
+    run(*words, "--metrics", "ranker", "--no-speed")
+    assert json.loads((sets / "about.json").read_text())["paper"] == "hggt"
     run("disagree", sets, "--metrics", "test_rewards:brightness", "ranker", "--side", 64)
     assert (sets / "disagree-test_rewards_brightness-ranker.png").exists()
     with pytest.raises(runs.UserError, match="holds sets.csv: name another --out for --pairs"):

@@ -112,25 +112,6 @@ def test_a_failed_job_is_named_and_stops_the_queue(tmp_path):
     assert begun[:2] == [0, 1] and len(begun) < 10
 
 
-@pytest.mark.fast
-def test_what_was_made_with_other_flags_is_refused(tmp_path, monkeypatch):
-    calls = []
-
-    def call(log, script, *words):
-        calls.append(words)
-        (tmp_path / "made").touch()
-    monkeypatch.setattr(jobs, "call", call)
-    (tmp_path / "input").write_text("a")
-    for _ in range(2):
-        jobs.once(tmp_path / "made", tmp_path / "log", "train.py", "--lr", 1, inputs=[tmp_path / "input"])
-    assert calls == [("--lr", 1)]
-    with pytest.raises(runs.UserError, match="made: was made with other flags or of other inputs"):
-        jobs.once(tmp_path / "made", tmp_path / "log", "train.py", "--lr", 2, inputs=[tmp_path / "input"])
-    (tmp_path / "input").write_text("b")
-    with pytest.raises(runs.UserError, match="made: was made with other flags or of other inputs"):
-        jobs.once(tmp_path / "made", tmp_path / "log", "train.py", "--lr", 1, inputs=[tmp_path / "input"])
-
-
 def small_flags(words):
     """The flags of the trainings, with small sizes."""
     values = {"--arch": "compact-small", "--total-steps": "2", "--batch-size": "2", "--group-size": "2",

@@ -1,6 +1,6 @@
 """Training on CUDA: losses of the CPU, bitwise resume, nothing that waits between log lines, batches fetched ahead.
 
-Needs PyTorch, torchvision, NumPy, SciPy, scikit-image, Pillow and tqdm, no network, and none of pyiqa, spandrel, peft.
+Needs PyTorch, torchvision, NumPy, SciPy, scikit-image, Pillow, tqdm and psutil, no network, and none of pyiqa, peft.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """Networks, degradations and LoRA on CUDA give the numbers of the CPU.
 
-Needs PyTorch, torchvision, NumPy, SciPy, scikit-image, Pillow and tqdm, no network, and none of pyiqa, spandrel, peft.
+Needs PyTorch, torchvision, NumPy, SciPy, scikit-image, Pillow, tqdm and psutil, no network, and none of pyiqa, peft.
 """
 import copy
 

@@ -1,6 +1,6 @@
 """--deterministic on CUDA: a resumed run, and one with --fast graph, equal an uninterrupted one bitwise.
 
-Needs PyTorch, torchvision, NumPy, SciPy, scikit-image, Pillow and tqdm, no network, and none of pyiqa, spandrel, peft.
+Needs PyTorch, torchvision, NumPy, SciPy, scikit-image, Pillow, tqdm and psutil, no network, and none of pyiqa, peft.
 """
 import json
 import os

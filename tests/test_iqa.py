@@ -222,6 +222,9 @@ def test_only_known_no_reference_metrics_are_accepted():
         one_line(error)
     with pytest.raises(runs.UserError, match="--reward-weights names the weights of one metric"):
         iqa.create_reward(["musiq", "niqe"], weights_file="x.pth")
+    for name in ("rewards.sharpness:build", "runs/x.pth"):
+        with pytest.raises(runs.UserError, match=f"{name} finds its own weights: leave out y.pth"):
+            iqa.create_reward([name], weights_file="y.pth")
 
 
 def test_a_package_that_pyiqa_does_not_declare_is_named(monkeypatch):

@@ -3,6 +3,7 @@ import importlib
 import json
 import os
 import subprocess
+import time
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_the_rehearsal_measures_everything_without_optional_packages(tmp_path):
 
 
 def test_a_part_that_fails_or_does_not_fit_costs_itself_alone(tmp_path, capsys):
-    report = gpu.Report(tmp_path / "job.json", 1000)
+    report = gpu.Report(tmp_path / "job.json", time.monotonic() + 1000)
 
     def out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
@@ -66,11 +67,21 @@ def test_an_experiment_runs_by_name_with_flags_that_exist(tmp_path, monkeypatch)
         monkeypatch.setattr(module, "main", given.append)
         for device in ("cuda", "cpu"):
             args = gpu.parse_args(["--job", name, "--only", name, "--out", str(tmp_path), "--device", device])
-            report = gpu.Report(tmp_path / f"{name}.json", 100)
+            report = gpu.Report(gpu.record_file(tmp_path, name), time.monotonic() + 100)
             gpu.job_experiment(args, report, tmp_path)
             assert given[-1].results == tmp_path / name and given[-1].device == device and "rows" in report.record
         assert given[0].scale == "gpu"
-        assert gpu.summary(tmp_path, []) == [] and name in (tmp_path / "summary.md").read_text()
+        # what the experiment itself writes there is left alone
+        (tmp_path / f"{name}.json").write_text("{}")
+        assert gpu.summary(tmp_path, [name], []) == [] and name in (tmp_path / "summary.md").read_text()
+
+
+def test_a_failed_test_is_a_failure_of_its_job_alone(tmp_path):
+    tests = {"counts": {"failure": 1, "passed": 2}, "failed_tests": ["test_a"], "cut_off": ["test_gpu_resume swinir"]}
+    runs.save_json(tmp_path / "checks.json", {"machine": {"device": "a card"}, "tests": tests})
+    assert len(gpu.summary(tmp_path, ["checks"], [])) == 1 and gpu.summary(tmp_path, ["speed"], []) == []
+    text = (tmp_path / "summary.md").read_text()
+    assert "# a card" in text and "test_gpu_resume swinir" in text
 
 
 def test_experiments_on_cuda_want_the_real_vgg19(tmp_path, monkeypatch):

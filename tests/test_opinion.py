@@ -377,6 +377,7 @@ def test_the_command_trains_judges_and_names_what_is_wrong(script, tmp_path):
         judge.parameters(), opinion.load(tmp_path / "noise.pth")[0].parameters()))
     for words, message in ((["--crop", 128], "less than a crop"), (["--harden"], "--init"),
                            (["--harden", "--init", "random"], "--harden keeps the scale of a trained model"),
+                           (["--backbone", "x.pth", "--init", "random"], "--backbone is where a network"),
                            (["--mos-images", tmp_path / "none"], "none")):
         failed = script("rewards.train_opinion", *flags, *words, "--out", tmp_path / "x.pth", check=False)
         assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
@@ -532,6 +533,14 @@ def test_the_attack_is_no_worse_than_what_was_found_within_a_smaller_limit():
     peak = torch.full_like(start, 101 / 255)
     assert torch.equal(attack.ascend(score, start, 4, 0, smaller=peak), peak)
     assert score(attack.ascend(score, start, 4, 0)) < score(peak)
+
+
+def test_no_more_photographs_are_decoded_than_are_attacked(tmp_path, monkeypatch):
+    for k, side in enumerate((40, 64, 70, 80)):
+        save_image(tmp_path / f"{k}.png", torch.rand(3, side, side))
+    read, load = [], attack.load_image
+    monkeypatch.setattr(attack, "load_image", lambda path, **options: read.append(path.name) or load(path, **options))
+    assert attack.read_photos(tmp_path, 2, 64).shape == (2, 3, 64, 64) and read == ["1.png", "2.png"]
 
 
 def test_faults_add_high_frequencies_that_the_embedded_ranker_dislikes_and_sharpness_likes(tmp_path, capsys):

@@ -500,6 +500,15 @@ def test_a_damaged_or_foreign_table_is_never_completed(quintuplets, rewards, tmp
             Atlas.open_all([word], sets, 32)
 
 
+def test_a_grey_image_is_refused_before_anything_is_packed(quintuplets, tmp_path):
+    root = shutil.copytree(quintuplets, tmp_path / "set")
+    path = next((root / "Train/images/0-6/02").glob("*.png"))
+    Image.open(path).convert("L").save(path)
+    with pytest.raises(ValueError, match="image mode L"):
+        call(pack, root)
+    assert not (root / "packed").exists()
+
+
 def test_packed_images_of_one_size_and_other_bytes_are_noticed_and_packed_again(quintuplets, tmp_path):
     root = shutil.copytree(quintuplets, tmp_path / "set")
     for path in list((root / "Train/images").rglob("*.png")):
@@ -512,6 +521,8 @@ def test_packed_images_of_one_size_and_other_bytes_are_noticed_and_packed_again(
     assert path.stat().st_size == size
     with pytest.raises(ValueError, match="was packed from other images"):
         data.find_sets(root, "Train")
+    # where nobody reads a packed pixel
+    assert len(data.find_photos(root).stems) == 6
     call(pack, root)
     sets = data.find_sets(root, "Train")
     assert (sets.read(path.stem[:-3], "02")[0] == 255).all()

@@ -224,6 +224,9 @@ def test_a_killed_build_continues_to_the_same_files_and_ranks_share_it(photos, e
     build(photos, enhancers[:2], tmp_path / "whole" / "mine")
     whole = contents(tmp_path / "whole" / "mine")
     words = flags(photos, enhancers[:2], tmp_path / "killed" / "mine")
+    with pytest.raises(runs.UserError, match="no set is left"):
+        # its records of photographs without a set are not those of the build
+        build(photos, enhancers[:2], tmp_path / "killed" / "mine", "--min-std", 250)
     # kill -9 between temporary file and rename
     for nth in (20, 35):
         killed = subprocess.run([sys.executable, "-c", KILLED, str(nth), *words], cwd=runs.REPO, capture_output=True)

@@ -294,6 +294,20 @@ def test_an_interrupted_download_continues(server, entry, tmp_path, resumes):
 
 
 @pytest.mark.fast
+def test_a_download_of_unknown_size_that_breaks_off_is_not_taken_for_whole(tmp_path):
+    class Response:
+        headers, blocks = {}, [b"abc"]
+
+        def read(self, _):
+            if not self.blocks:
+                raise ConnectionResetError("reset by peer")
+            return self.blocks.pop()
+    with pytest.raises(runs.UserError, match="x: reset by peer after 3 bytes: call again, and tiny.pth continues"):
+        weights.receive(Response(), tmp_path / "part", 0, tmp_path / "tiny.pth", "x")
+    assert (tmp_path / "part").read_bytes() == b"abc"
+
+
+@pytest.mark.fast
 def test_a_download_that_was_whole_but_not_renamed(server, entry, tmp_path):
     (tmp_path / "tiny.pth.part").write_bytes(server.content)
     get(tmp_path)
