@@ -198,9 +198,10 @@ def score(args):
     about_file, about = args.out / "about.json", {"truth": None, "metrics": {}, "left_out": []}
     if about_file.exists():
         about = json.loads(about_file.read_text())
+    before = about["truth"]
     frames, about["truth"], left_out = preferences.read_preferences(args, about, world.is_main)
-    # of an earlier call
-    paper = args.paper or about.get("paper")
+    # kept where only metrics are added
+    paper = args.paper or (about.get("paper") if about["truth"] == before else None)
     if args.paper and about["truth"].startswith(agreement.SYNTHETIC):
         raise runs.UserError(f"--paper {args.paper}: these preferences are synthetic; the paper's are people's")
     columns = [frame[column] for frame in frames.values() for column in ("left", "right", "image") if column in frame]

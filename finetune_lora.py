@@ -113,6 +113,10 @@ def parse_args(argv=None):
     if "reward" in trained:
         args.gt_reward, file = trained["reward"], trained.get("reward_weights")
         args.gt_reward_weights = file and Path(file)
+        # earlier commits took a file for a reward that finds its own
+        name = runs.split_reward(args.gt_reward[0])[0]
+        if runs.is_reward_file(name) or ":" in name:
+            args.gt_reward_weights = None
     if args.reward == args.gt_reward:
         # one model, where only one of them has a file
         args.reward_weights = args.reward_weights or args.gt_reward_weights

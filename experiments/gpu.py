@@ -162,6 +162,9 @@ def job_checks(args, report, work):
                    for name, words in parts.items()]
         while any(process.poll() is None for process in running) and time.monotonic() < report.end - 6:
             time.sleep(0.5)
+        # by CUDA, say; 1: tests failed, 2: some could not be collected
+        crashed = [f"{name} ended with {process.poll()}" for name, process in zip(parts, running)
+                   if process.poll() not in (None, 0, 1, 2)]
         for process in running:
             # an interrupted pytest writes what it has
             if process.poll() is None:
@@ -169,17 +172,20 @@ def job_checks(args, report, work):
         late = time.monotonic() + 4
         while any(process.poll() is None for process in running) and time.monotonic() < late:
             time.sleep(0.1)
-        cut_off = [name for name, process in zip(parts, running) if process.poll() not in (0, 1)]
+        cut_off = [name for name, process in zip(parts, running) if process.poll() in (None, 2, -signal.SIGINT)]
         ended = {name: result for name, result in files.items() if result.exists()}
         outcomes, measured, seconds = {}, {}, {}
         for case in (case for result in ended.values() for case in ElementTree.parse(result).iter("testcase")):
+            if case.get("name") is None:
+                # interrupted: set up, not ended
+                continue
             state = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
             outcomes.setdefault(state, []).append(case.get("name"))
             seconds[case.get("name")] = float(case.get("time"))
             values = {p.get("name"): float(p.get("value")) for p in case.iter("property")}
             measured |= {case.get("name"): values} if values else {}
         return {"counts": {state: len(names) for state, names in outcomes.items()}, "measured": measured,
-                "failed_tests": outcomes.get("failure", []) + outcomes.get("error", []), "seconds_of": seconds,
+                "failed_tests": outcomes.get("failure", []) + outcomes.get("error", []) + crashed, "seconds_of": seconds,
                 "cut_off": cut_off}
     report.part("tests", tests)
 
@@ -430,7 +436,7 @@ def summary(out, only, lines):
 def main(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise runs.UserError("this PyTorch sees no GPU; --device cpu rehearses in small")
-    if "checks" in args.only and importlib.util.find_spec("pytest") is None:
+    if not args.job and "checks" in args.only and importlib.util.find_spec("pytest") is None:
         raise runs.UserError("no pytest here, which the job `checks` needs: install it, or name other jobs with --only")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.job:

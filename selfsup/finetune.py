@@ -278,7 +278,7 @@ def main(args):
     # FAR of clean photographs; unknown in files of before
     floor = (settings["held_out"] or {}).get("far", 0.0)
     record = {**vars(args), **followed, **fixed_here, "s_rule": s_rule, "far": far, "far_floor": floor,
-              "no_far_floor": not args.far_floor, "rec_hash": lora.base_hash(net), "weaknesses": weaknesses}
+              "rec_hash": lora.base_hash(net), "weaknesses": weaknesses}
     stop = runs.StopSignal(world)
     if not args.per_image:
         adapt(args, record, world, seeds, autocast, judge, sets, gts, args.out, args.resume, stop)
@@ -308,6 +308,9 @@ def adapt(args, record, world, seeds, autocast, judge, sets, gts, out, resume, s
     facts = {"sr_hash": lora.base_hash(base), "lr": lr, "pad_mode": info["sizes"].get("pad_mode")}
     run = runs.Run(out, record | facts, world, resume, FIXED, tensorboard=args.tensorboard)
     run.check_steps(args.total_steps)
+    if not run.checkpoint or "no_far_floor" in run.checkpoint["args"]:
+        # runs of earlier commits do not say
+        run.pin(no_far_floor=not args.far_floor)
     checked = sets
     if args.hold_out:
         sets, checked = sets.hold_out(args.hold_out, seeds(0, 0, "hold-out"), "--hold-out")

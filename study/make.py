@@ -157,9 +157,6 @@ def main(args):
     if (args.out / "key.json").exists():
         raise runs.UserError(f"--out {args.out} holds the key of another study, without which its votes say nothing: "
                              "name another folder")
-    for page_without_key in args.out.glob("study*.html"):
-        # of a call that was ended
-        page_without_key.unlink()
     files, rng = find_images(args.methods), random.Random(args.seed)
     scenes = list(files[next(iter(files))])
     gt, lr = (folder and images.match_images(folder, scenes, flag)
@@ -175,6 +172,9 @@ def main(args):
     split = args.split or size > LARGEST
     groups = [[rater] for rater in shown] if split else [list(shown)]
     settings = {"question": args.question, "view": args.view}
+    for page_without_key in args.out.glob("study*.html"):
+        # of a call that was ended
+        page_without_key.unlink()
     for group in groups:
         name = f"study-{group[0].zfill(len(str(args.raters)))}.html" if split else "study.html"
         write_page(args.out / name, study, group, shown, encoded, names, settings)
