@@ -185,8 +185,8 @@ def job_checks(args, report, work):
             values = {p.get("name"): float(p.get("value")) for p in case.iter("property")}
             measured |= {case.get("name"): values} if values else {}
         return {"counts": {state: len(names) for state, names in outcomes.items()}, "measured": measured,
-                "failed_tests": outcomes.get("failure", []) + outcomes.get("error", []) + crashed, "seconds_of": seconds,
-                "cut_off": cut_off}
+                "failed_tests": outcomes.get("failure", []) + outcomes.get("error", []) + crashed, "cut_off": cut_off,
+                "seconds_of": seconds}
     report.part("tests", tests)
 
 

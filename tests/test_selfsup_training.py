@@ -263,6 +263,7 @@ def test_a_resumed_tuning_may_watch_more_but_not_change_what_counts(photos, trai
         with pytest.raises(runs.UserError, match=f"other settings .*{name}"):
             tune(photos, trained / "method", out, "--total-steps", 6, "--resume", *more)
     refused("ema_decay", "--ema-decay", 0.5)
+    refused("no_far_floor", "--no-far-floor")
     refused("images", "--lr-dir", tmp_path / "lq")
     for constant, value in (("CHECK_PATCHES", 8), ("CLIP_GRAD", 0.0), ("FAR_RHO", 1.0), ("PATIENCE", 2)):
         with monkeypatch.context() as patched:
