@@ -109,14 +109,10 @@ def parse_args(argv=None):
     if args.d_init and not args.lambda_a:
         p.error(f"--d-init {args.d_init}: there is no discriminator with --lambda-a 0, the default")
     # what chooses the ground truths
-    args.gt_reward, args.gt_reward_weights = args.reward, args.reward_weights
-    if "reward" in trained:
-        args.gt_reward, file = trained["reward"], trained.get("reward_weights")
-        args.gt_reward_weights = file and Path(file)
-        # earlier commits took a file for a reward that finds its own
-        name = runs.split_reward(args.gt_reward[0])[0]
-        if runs.is_reward_file(name) or ":" in name:
-            args.gt_reward_weights = None
+    args.gt_reward, file = trained.get("reward", args.reward), trained.get("reward_weights")
+    # earlier commits took a file for a reward that finds its own
+    own = runs.finds_own_weights(runs.split_reward(args.gt_reward[0])[0])
+    args.gt_reward_weights = Path(file) if file and not own else None
     if args.reward == args.gt_reward:
         # one model, where only one of them has a file
         args.reward_weights = args.reward_weights or args.gt_reward_weights

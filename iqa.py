@@ -186,7 +186,7 @@ def create_reward(words, device="cpu", weights_file=None, need_gradient=False, f
     parsed = parse_rewards(words)
     if weights_file and len(parsed) > 1:
         raise runs.UserError("--reward-weights names the weights of one metric: give one --reward")
-    if weights_file and (runs.is_reward_file(parsed[0][0]) or ":" in parsed[0][0]):
+    if weights_file and runs.finds_own_weights(parsed[0][0]):
         raise runs.UserError(f"{flag} {parsed[0][0]} finds its own weights: leave out {weights_file}")
     models, weights = {}, {}
     for name, weight in parsed:

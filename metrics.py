@@ -184,7 +184,7 @@ def create_metric(name, device, weights_file=None, border=4, y=False, flag="--me
     if name in ("psnr", "ssim"):
         function, part = {"psnr": psnr, "ssim": ssim}[name], luma if y else nn.Identity()
         return Metric(lambda sr, gt: function(part(sr), part(gt), border), False, True, [name])
-    own = name == "ranker" or ":" in name or runs.is_reward_file(name)
+    own = name == "ranker" or runs.finds_own_weights(name)
     if not own and iqa.pyiqa_modes().get(name) == "FR":
         model = iqa.pyiqa_model(name, device, weights_file, mode="FR", flag=flag)
 

@@ -21,6 +21,7 @@ import pickle
 import platform
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -396,6 +397,11 @@ def add_training(p, leave_out=()):
     add(g, "--tensorboard", action=onoff, default=False, help="also write TensorBoard events")
 
 
+def split_flags(text):
+    """The words of "--a=1 --b 2": ["--a", "1", "--b", "2"], where every value stands behind its flag."""
+    return [part for word in shlex.split(text) for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+
+
 def is_reward_file(name):
     """Does the name of a reward mean a file of rewards.train_opinion?"""
     return name.lower().endswith(".pth")
@@ -405,6 +411,11 @@ def split_reward(word):
     """A word of --reward -> (name, text of the weight, "" for none)."""
     # a path may hold an equals sign of its own
     return (word, "") if is_reward_file(word) or "=" not in word else tuple(word.rsplit("=", 1))
+
+
+def finds_own_weights(name):
+    """Is the reward a file, or a function, so that no other file of weights can be named for it?"""
+    return is_reward_file(name) or ":" in name
 
 
 def short_reward(word):

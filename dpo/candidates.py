@@ -195,12 +195,10 @@ def describe_metrics(judges):
             for name, m in judges.items()}
 
 
-def check_references(judges, items):
-    """UserError where a full-reference metric has no ground truth."""
-    full = [name for name, metric in judges.items() if metric.full_reference]
-    if full and not all(item["refs"] for item in items.values()):
-        raise runs.UserError(f"{', '.join(full)}: the images have no ground truth to compare with: give --gt-dir, or "
-                             "leave full-reference metrics out and take --reward nr")
+def check_references(names, items, remedy):
+    """UserError where one of the images has no ground truth for the full-reference metrics `names`."""
+    if names and not all(item["refs"] for item in items.values()):
+        raise runs.UserError(f"{', '.join(names)}: the images have no ground truth to compare with: {remedy}")
 
 
 def judge(judges, items, files, cache, world):
@@ -208,7 +206,6 @@ def judge(judges, items, files, cache, world):
 
     NaN where a score is not finite.
     """
-    check_references(judges, items)
     count = len(next(iter(files.values())))
     rows = {str(seed): metrics.Row(None, {name: candidates[seed] for name, candidates in files.items()}, None, None)
             for seed in range(count)}

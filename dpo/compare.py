@@ -268,7 +268,8 @@ def main(args):
         items = candidates.open_images(args.out / "images", world, options.image_source(args, SEED), "test")
     else:
         items = candidates.find_items(args.lq_dir, args.gt_dir, world.is_main)
-    candidates.check_references(judges, items)
+    candidates.check_references([m for m, metric in judges.items() if metric.full_reference], items,
+                                "give --gt-dir, or leave full-reference metrics out and take --reward nr")
     if world.is_main:
         runs.check_writable(args.out, "--out")
 

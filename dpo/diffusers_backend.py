@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import archs
 import degradations
 import iqa
+import metrics
 import runs
 from dpo import flow
 from images import nfc, visible
@@ -72,8 +73,8 @@ class LatentSR:
         return torch.autocast(self.device.type, self.dtype)
 
     def enlarged(self, lq):
-        """(B, 3, 4h, 4w): Pillow's bicubic, as RELEASED (antialias=True gives its kernel; PyTorch's own is sharper)."""
-        return F.interpolate(lq, scale_factor=flow.SCALE, mode="bicubic", antialias=True).clamp(0, 1)
+        """(B, 3, 4h, 4w): Pillow's bicubic, as RELEASED."""
+        return metrics.bicubic(lq).clamp(0, 1)
 
     def padded(self, image):
         (h, w), least = image.shape[2:], self.smallest // flow.SCALE

@@ -116,9 +116,8 @@ def sample(gen, source, samples, out, batch_size, world):
 def score(pool, fr, nr, metric_files, world):
     """Stage 3: every metric of every candidate."""
     _, items, files = candidates.open_pool(pool)
-    if fr and not all(item["refs"] for item in items.values()):
-        raise runs.UserError(f"--fr {' '.join(fr)}: {pool} has no ground truth to compare with: --fr without names and "
-                             "later curate --reward nr, or sample again with --gt-dir")
+    candidates.check_references(fr, items, "--fr without names and later curate --reward nr, or sample again with "
+                                           "--gt-dir")
     judges = candidates.create_metrics(fr, nr, metric_files, world.device)
     raw = candidates.judge(judges, items, files, pool / "scores", world)
     if world.is_main:

@@ -157,22 +157,25 @@ def job_checks(args, report, work):
         resume, = parts.pop("test_gpu_resume")
         parts |= {f"{resume.stem} {arch}": [resume, "-k", arch] for arch in ("compact", "rrdbnet", "swinir")}
         files = {name: work / f"{name}.xml" for name in parts}
-        running = [subprocess.Popen([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5",
-                                     f"--junitxml={files[name]}", *words], env=runs.python_path())
-                   for name, words in parts.items()]
-        while any(process.poll() is None for process in running) and time.monotonic() < report.end - 6:
-            time.sleep(0.5)
+        running = {name: subprocess.Popen([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                                           "--durations=5", f"--junitxml={files[name]}", *words],
+                                          env=runs.python_path()) for name, words in parts.items()}
+
+        def status_at(end):
+            """{name: exit status, None: still running}, when all have ended or at `end`"""
+            while None in (status := {name: process.poll() for name, process in running.items()}).values():
+                if time.monotonic() >= end:
+                    break
+                time.sleep(0.2)
+            return status
+        status = status_at(report.end - 6)
         # by CUDA, say; 1: tests failed, 2: some could not be collected
-        crashed = [f"{name} ended with {process.poll()}" for name, process in zip(parts, running)
-                   if process.poll() not in (None, 0, 1, 2)]
-        for process in running:
+        crashed = [f"{name} ended with {code}" for name, code in status.items() if code not in (None, 0, 1, 2)]
+        for name in (name for name, code in status.items() if code is None):
             # an interrupted pytest writes what it has
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-        late = time.monotonic() + 4
-        while any(process.poll() is None for process in running) and time.monotonic() < late:
-            time.sleep(0.1)
-        cut_off = [name for name, process in zip(parts, running) if process.poll() in (None, 2, -signal.SIGINT)]
+            running[name].send_signal(signal.SIGINT)
+        status = status_at(time.monotonic() + 4)
+        cut_off = [name for name, code in status.items() if code in (None, 2, -signal.SIGINT)]
         ended = {name: result for name, result in files.items() if result.exists()}
         outcomes, measured, seconds = {}, {}, {}
         for case in (case for result in ended.values() for case in ElementTree.parse(result).iter("testcase")):

@@ -31,7 +31,6 @@ structured noise (metrics.noise_peaks) than the change by naive tuning at the sa
 table: a difference in how much was lost is not a gain. A row whose gain over the start a control reaches has no more
 than that control.
 """
-import shlex
 from pathlib import Path
 
 import runs
@@ -96,7 +95,7 @@ def parse_args(argv=None):
                    help="of orig, rand, amo and tunings; 1 for the rest")
     p.add_argument("--precision", choices=["bf16", "fp32"], default="bf16",
                    help="of quintuplets, training and outputs; tuning is in fp32")
-    p.add_argument("--train", type=lambda text: shlex.split(text.replace("=", " ")), default=[], metavar="WORDS",
+    p.add_argument("--train", type=runs.split_flags, default=[], metavar="WORDS",
                    help="flags of train.py after those of the scale, in one word; the last of a flag counts")
     p.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), help="train on these")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: what the scale is for")

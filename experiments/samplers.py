@@ -22,7 +22,6 @@ the original? The factors whose mean share is within 0.05 of the best are as goo
 PSNR of the versions to the original wins. That is 0.25, and it was overruled after looking (docs/data.md): the default
 is 0.75.
 """
-import shlex
 from pathlib import Path
 
 import runs
@@ -84,9 +83,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.stages = args.stages or list(STAGES)
     args.results = args.results or args.work / "samplers"
-    # --flag=value as --flag value
-    given = [part for word in shlex.split(args.train) for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-    args.train = TRAIN + given
+    args.train = TRAIN + runs.split_flags(args.train)
     if set(args.stages) - set(STAGES):
         p.error(f"stages are {', '.join(STAGES)}; got {' '.join(args.stages)}")
     return args

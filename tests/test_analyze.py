@@ -333,7 +333,7 @@ def measured(*words):
 
 
 def test_a_hundred_thousand_pairs(tmp_path):
-    """Seven ready metrics: below 20 s of processor time (a busy machine counts double) and 1 GB, all included."""
+    """Seven ready metrics: below 10 s of processor time and 1 GB, Python and PyTorch included."""
     rng = np.random.default_rng(0)
     quality = rng.normal(size=20_000)
     names = np.array([f"methods/m{k % 20:02d}/img{k // 20:05d}.png" for k in range(20_000)])
@@ -348,7 +348,7 @@ def test_a_hundred_thousand_pairs(tmp_path):
     for words in (["score", "--pairs", tmp_path / "pairs.csv", "--scores", tmp_path / "scores.csv", "--out",
                    tmp_path / "run"], ["sbs", tmp_path / "run"]):
         output, seconds, kilobytes = measured(*words)
-        assert seconds < 20 and kilobytes < 1e6, (words[0], seconds, kilobytes)
+        assert seconds < 10 and kilobytes < 1e6, (words[0], seconds, kilobytes)
     assert int(re.search(r"run: (\d+) pairs", output)[1]) > 95_000
 
 

@@ -912,7 +912,7 @@ def test_switches_of_the_tables():
     assert (defaults.s_rule, defaults.far, defaults.arch, defaults.size) == ("eq8", True, "hra", "paper")
     assert (parse("--arch", "lway").s_rule, parse("--arch=lway").far) == ("one", False)
     assert (defaults.lr, defaults.total_steps, defaults.ema_decay, defaults.patch) == (2e-4, 500_000, 0.999, 64)
-    assert (defaults.vgg_stages, defaults.degradation) == (5, "realesrgan")
+    assert (defaults.vgg_stages, defaults.skip, defaults.degradation) == (5, None, "realesrgan")
     tuned = finetune.parse_args(["--sr", "a.pth", "--lr-dir", "b"])
     assert (tuned.total_steps, tuned.ema_decay, tuned.hf, tuned.stop) == (300, 0.999, True, "fixed")
     assert tuned.far_floor and not tuned.force
